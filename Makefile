@@ -1,0 +1,66 @@
+# make run, make test: a fresh clone needs nothing else but Python 3.11 or newer.
+
+PYTHON ?= python3
+P ?= pocket
+BIN = .venv/bin
+RUN_NAME = $(or $(RUN),$(P)-run)
+# the environment in which committed outputs are made and compared (conftest.py sets the same)
+SMALL = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONHASHSEED=0
+STRIP = --keep-output --keep-count --keep-id --extra-keys \
+	"metadata.widgets metadata.language_info.version metadata.papermill cell.metadata.execution cell.metadata.papermill"
+
+.DEFAULT_GOAL = help
+.PHONY: help setup run test lab bench refresh lint clean-run
+
+help:
+	@echo "make run         notebooks 01-08 into outputs/$(RUN_NAME)/, ends with the scoreboard; repeat it to continue"
+	@echo "                 P=variant (params/*/P.yaml)  RUN=name  DATA=folder  NB=05_rl  SEED=1  KEEP=1 FRESH=1 DEBUG=1"
+	@echo "make test        all tests and notebooks, with coverage of qs_lib"
+	@echo "make lab         open JupyterLab"
+	@echo "make bench       side-by-side timings of thought generation"
+	@echo "make refresh     remake outputs/pocket and the committed notebook outputs"
+	@echo "make lint        ruff, and notebooks free of machine metadata"
+	@echo "make clean-run   delete outputs/$(RUN_NAME)/ (RUN=name for another)"
+	@echo "make setup       only create .venv"
+
+setup: .venv/installed
+
+# without an NVIDIA card on Linux, torch's CPU build saves gigabytes; where its index cannot be reached, PyPI's is taken
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+	  $(BIN)/python -m pip install --quiet --no-deps --retries 0 -c constraints.txt \
+	    --index-url https://download.pytorch.org/whl/cpu torch || echo "taking torch from the default index"; \
+	fi
+	$(BIN)/python -m pip install -c constraints.txt -e ".[notebooks,dev]"
+	touch $@
+
+run: setup
+	@$(BIN)/python -m qs_lib.run --variant "$(P)" --run "$(RUN_NAME)" $(if $(DATA),--data "$(DATA)") \
+	  $(if $(NB),--only $(NB)) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(KEEP),--keep) $(if $(FRESH),--fresh) $(if $(DEBUG),--debug)
+
+test: setup
+	$(BIN)/python -m pytest --nbval --cov=qs_lib --cov-report=term
+
+lab: setup
+	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+bench: setup
+	$(BIN)/python tests/benchmarks/bench_thoughts.py
+
+refresh: setup
+	$(BIN)/python -m qs_lib.run --variant pocket --run pocket $(if $(FRESH),--fresh)
+	scratch=$$(mktemp -d) && QS_OUTPUTS="$$scratch" $(SMALL) \
+	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb; \
+	  status=$$?; rm -r "$$scratch"; exit $$status
+	$(BIN)/nbstripout $(STRIP) notebooks/*.ipynb
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/nbstripout --verify $(STRIP) notebooks/*.ipynb
+
+clean-run:
+	@case "$(RUN_NAME)" in pocket|bench|*/*|.*) echo "$(RUN_NAME) is not a run to delete"; exit 1;; esac
+	rm -rf "outputs/$(RUN_NAME)"

@@ -1,0 +1,26 @@
+"""Quiet-STaR workbook: teach a language model to think before it speaks, and find out whether the thinking helps."""
+
+from .baking import BakingResult, bake
+from .champion import load_champion
+from .coherence import Coherence, coherence
+from .episode import Episode, read_episodes
+from .latency import LatencyReport, measure_latency
+from .mixing import MixingHead
+from .model import QuietStarConfig, QuietStarForCausalLM
+from .optim import MuonGrokfast
+from .positions import difficult_positions, thought_length
+from .problems import load_problems
+from .reinforce import TrainingResult, train_quiet_star
+from .rescoring import Rescored, rescore_thoughts
+from .strategies import STRATEGIES, reasoning_dataset
+from .theater import TheaterReport, anti_theater
+from .thoughts import Thoughts, generate_thoughts
+from .tokens import THINKING_TOKENS, add_thinking_tokens
+
+__all__ = [
+    "STRATEGIES", "THINKING_TOKENS", "BakingResult", "Coherence", "Episode", "LatencyReport", "MixingHead",
+    "MuonGrokfast", "QuietStarConfig", "QuietStarForCausalLM", "Rescored", "TheaterReport", "Thoughts",
+    "TrainingResult", "add_thinking_tokens", "anti_theater", "bake", "coherence", "difficult_positions", "generate_thoughts", "load_champion",
+    "load_problems", "measure_latency", "read_episodes", "reasoning_dataset", "rescore_thoughts", "thought_length",
+    "train_quiet_star",
+]  # fmt: skip

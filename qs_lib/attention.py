@@ -1,0 +1,269 @@
+"""Attention that reports its log-sum-exp, and the hook that puts it into any Hugging Face causal LM.
+
+A thought token attends to two sets of keys: the text before the thought, which all thoughts share, and the
+thought's own tokens. Each set is attended to on its own and the two results are merged exactly by their
+log-sum-exp (LSE). Quiet-STaR (arXiv 2403.09629, section 4.2 and figure 3) writes the same rule as one dense
+"diagonal" mask over the text and all thoughts; nothing here has that size.
+
+Shapes: R rows, H query heads, Hkv key heads (H a multiple of Hkv), Q queries, K keys, D head size.
+"""
+
+import math
+import sys
+import threading
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import pad
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+NAME = "parallel_thoughts"
+_CPU_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_CPU_FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+_CAUSAL_BLOCK = 128
+_local = threading.local()
+
+
+class Rule(NamedTuple):
+    """How one layer scores a key: scale, sliding window in tokens, soft cap, attention sinks (H,)."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+def _fused(query, softcap):
+    return query.device.type == "cpu" and softcap is None and _CPU_FLASH is not None
+
+
+def _scores(query, key, scale, mask, causal, softcap):
+    groups = query.shape[1] // key.shape[1]
+    scores = torch.matmul(query, key.repeat_interleave(groups, 1).transpose(-1, -2)) * scale
+    slope = None
+    if softcap is not None:
+        tanh = torch.tanh(scores / softcap)
+        scores, slope = softcap * tanh, 1 - tanh * tanh
+    if mask is not None:
+        scores = scores + mask
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, -math.inf)
+    return scores, slope
+
+
+def attend(query, key, value, scale, mask=None, causal=False, softcap=None):
+    """Softmax attention of query (R, H, Q, D) over key, value (R, Hkv, K, D); additive mask or none.
+
+    Returns the output (R, H, Q, D) and the LSE (R, H, Q). A query that sees no key returns zeros; its LSE is
+    undefined and must be overwritten by the caller, who knows which queries those are.
+    """
+    if _fused(query, softcap):
+        return _CPU_FLASH(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+    scores, _ = _scores(query.float() if query.dtype != torch.float64 else query,
+                        key.float() if key.dtype != torch.float64 else key, scale, mask, causal, softcap)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.clamp(min=torch.finfo(lse.dtype).min).unsqueeze(-1)).exp().to(value.dtype)
+    return torch.matmul(weights, value.repeat_interleave(query.shape[1] // key.shape[1], 1)), lse
+
+
+def attend_backward(grad, query, key, value, output, lse, scale, mask=None, causal=False, softcap=None):
+    """Gradients of `attend` for query, key and value, given a *merged* output and LSE.
+
+    With the output and LSE of the whole attention (all key sets together) this is the exact share of this key
+    set: weights are exp(score - LSE) and the softmax term sum(grad * output) is global.
+    """
+    if _fused(query, softcap):
+        return _CPU_FLASH_BACKWARD(
+            grad, query, key, value, output, lse, 0.0, causal, attn_mask=mask, scale=scale
+        )
+    wide = torch.promote_types(query.dtype, torch.float32)
+    groups = query.shape[1] // key.shape[1]
+    q, k, g = query.to(wide), key.to(wide).repeat_interleave(groups, 1), grad.to(wide)
+    v = value.to(wide).repeat_interleave(groups, 1)
+    scores, slope = _scores(query.to(wide), key.to(wide), scale, mask, causal, softcap)
+    weights = (scores - lse.unsqueeze(-1)).exp()
+    delta = (g * output.to(wide)).sum(-1, keepdim=True)
+    grad_scores = weights * (torch.matmul(g, v.transpose(-1, -2)) - delta) * scale
+    if slope is not None:
+        grad_scores = grad_scores * slope
+    grad_key = torch.matmul(grad_scores.transpose(-1, -2), q).unflatten(1, (key.shape[1], groups)).sum(2)
+    grad_value = torch.matmul(weights.transpose(-1, -2), g).unflatten(1, (key.shape[1], groups)).sum(2)
+    return torch.matmul(grad_scores, k).to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def visibility(limits, places, window, start, stop, dtype):
+    """Additive mask (R, 1, Q, stop - start) and, with a window, which queries see no key (R, 1, Q).
+
+    A query sees key j when j < limit and j > place - window. limits, places: (R, Q), key counts and positions.
+    """
+    index = torch.arange(start, stop, device=limits.device)
+    seen = index < limits[:, None, :, None]
+    blind = None
+    if window is not None:
+        seen = seen & (index > places[:, None, :, None] - window)
+        blind = ~seen.any(-1)
+    return torch.zeros(seen.shape, dtype=dtype, device=limits.device).masked_fill_(~seen, -math.inf), blind
+
+
+def causal_blocks(length, rule, query):
+    """Query and key ranges of plain causal attention: (start, stop, first key, mask, causal flag)."""
+    whole = rule.window is None or rule.window >= length
+    if whole and _fused(query, rule.softcap):
+        return [(0, length, 0, None, True)]
+    places = torch.arange(length, device=query.device).unsqueeze(0)
+    blocks = []
+    for start in range(0, length, _CAUSAL_BLOCK):
+        stop = min(start + _CAUSAL_BLOCK, length)
+        first = 0 if whole else max(0, start - rule.window + 1)
+        here = places[:, start:stop]
+        mask, _ = visibility(here + 1, here, None if whole else rule.window, first, stop, query.dtype)
+        blocks.append((start, stop, first, mask, False))
+    return blocks
+
+
+def causal_attend(query, key, value, rule):
+    """Plain causal attention of rows with themselves, sinks left out: output (R, H, L, D), LSE (R, H, L)."""
+    parts = [
+        attend(query[:, :, a:b], key[:, :, c:b], value[:, :, c:b], rule.scale, mask, causal, rule.softcap)
+        for a, b, c, mask, causal in causal_blocks(query.shape[2], rule, query)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([p[0] for p in parts], 2), torch.cat([p[1] for p in parts], 2)
+
+
+def causal_attend_backward(grad, query, key, value, output, lse, rule):
+    """Gradients of `causal_attend` for query, key, value under a merged output and LSE."""
+    blocks = causal_blocks(query.shape[2], rule, query)
+    if len(blocks) == 1:
+        mask, causal = blocks[0][3:]
+        return attend_backward(
+            grad, query, key, value, output, lse, rule.scale, mask, causal, rule.softcap
+        )
+    grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
+    for a, b, c, mask, causal in blocks:
+        part = attend_backward(
+            grad[:, :, a:b], query[:, :, a:b], key[:, :, c:b], value[:, :, c:b], output[:, :, a:b],
+            lse[:, :, a:b], rule.scale, mask, causal, rule.softcap,
+        )
+        grad_query[:, :, a:b] = part[0]
+        grad_key[:, :, c:b] += part[1]
+        grad_value[:, :, c:b] += part[2]
+    return grad_query, grad_key, grad_value
+
+
+def merge(output, lse, other_output, other_lse):
+    """Attention over the union of two disjoint key sets from their outputs (..., D) and LSEs (...)."""
+    share = torch.sigmoid(other_lse - lse).unsqueeze(-1).to(output.dtype)
+    return torch.lerp(output, other_output.to(output.dtype), share), torch.logaddexp(lse, other_lse)
+
+
+def add_sinks(output, lse, sinks):
+    """Lets sinks (H,) take their share of the weights; output (..., H, D), lse (..., H)."""
+    total = torch.logaddexp(lse, sinks.to(lse.dtype))
+    return output * (lse - total).exp().unsqueeze(-1).to(output.dtype), total
+
+
+def thoughts_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
+    s_aux=None, **kwargs,
+):
+    """The function transformers calls in each layer: query (B, H, Q, D) in, (B, Q, H, D) out.
+
+    While thoughts are generated or re-scored it hands the layer to the work in progress; otherwise the layer
+    gets the attention that its own model file defines.
+    """
+    work = getattr(_local, "work", None)
+    if work is None:
+        own = sys.modules[type(module).__module__].eager_attention_forward
+        optional = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        optional = {name: given for name, given in optional.items() if given is not None}
+        return own(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **optional, **kwargs
+        )
+    if kwargs.get("position_bias") is not None:
+        raise NotImplementedError(
+            f"{type(module).__name__} adds a position bias to its attention scores, which parallel thoughts "
+            "do not support."
+        )
+    size, value_size = query.shape[-1], value.shape[-1]
+    if value_size != size:
+        wide = max(size, value_size)
+        query, key, value = (pad(x, (0, wide - x.shape[-1])) for x in (query, key, value))
+    rule = Rule(size**-0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    return work.layer(query, key, value, rule)[..., :value_size], None
+
+
+def _mask_entry(*args, **kwargs):
+    return None if getattr(_local, "work", None) is not None else eager_mask(*args, **kwargs)
+
+
+AttentionInterface.register(NAME, thoughts_attention)
+AttentionMaskInterface.register(NAME, _mask_entry)
+
+
+def backbone(model):
+    """The part of a causal LM below its head; ValueError when the model has no such part."""
+    base = model.base_model if model.base_model is not model else model.get_decoder()
+    if base is None or base is model or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} is not a causal language model with a separate head; parallel thoughts "
+            "need one (for example from AutoModelForCausalLM)."
+        )
+    return base
+
+
+@contextmanager
+def thinking(model, own_attention=False):
+    """Within it dropout is off and, unless own_attention, `forward` below works; all is put back at the end."""
+    configs = {id(c): c for c in (model.config, backbone(model).config, model.config.get_text_config())}
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    training = [module for module in model.modules() if module.training] if model.training else []
+    try:
+        if training:
+            model.eval()
+        for config, name in before:
+            config._attn_implementation_internal = name if own_attention else NAME
+        yield
+    finally:
+        _local.work = None
+        for config, name in before:
+            config._attn_implementation_internal = name
+        for module in training:
+            module.training = True
+
+
+def forward(model, input_ids, position_ids, work):
+    """Final hidden states (B, Q, hidden) of a pass in which `work.layer` does the attention of each layer."""
+    work.start()
+    _local.work = work
+    try:
+        result = backbone(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    finally:
+        _local.work = None
+    return result.last_hidden_state
+
+
+class LanguageHead:
+    """From final hidden states to the float32 (or float64) logits that the model's own head computes."""
+
+    def __init__(self, model):
+        config = model.config.get_text_config()
+        self.head = model.get_output_embeddings()
+        self.size = len(self.head.weight)
+        self.divide = getattr(config, "logits_scaling", None)
+        self.multiply = getattr(config, "logit_scale", None)
+        self.cap = getattr(config, "final_logit_softcapping", None)
+
+    def __call__(self, hidden):
+        logits = self.head(hidden.to(self.head.weight.dtype))
+        if self.divide is not None:
+            logits = logits / self.divide
+        if self.multiply is not None:
+            logits = logits * self.multiply
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits if logits.dtype == torch.float64 else logits.float()

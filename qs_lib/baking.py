@@ -1,0 +1,243 @@
+"""Prompt baking (arXiv 2409.13697): the unprompted student learns to reply as the prompted teacher does."""
+
+import copy
+import math
+import random
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from .champion import schedule
+from .evaluate import answer_of, replies
+from .optim import MuonGrokfast
+from .sequences import encode, encode_context, length_batches, mark, marker_spellings, pad
+from .strategies import PROMPTS, strategy_of
+from .tokens import thinking_ids
+
+
+@dataclass
+class BakingItem:
+    """One reply as teacher and student read it. ``teacher_at[j]`` and ``student_at[j]`` are the positions whose
+    next-token distributions belong together; ``targets[j]`` is the student's next token there."""
+
+    teacher_ids: list[int]
+    student_ids: list[int]
+    teacher_at: list[int]
+    student_at: list[int]
+    targets: list[int]
+    ce: bool = False  # a worked example: cross-entropy beside the KL
+    direct: bool = False  # an answer without thoughts: the thinking tokens are left out of both distributions
+
+
+@dataclass
+class BakingResult:
+    """``gap_closed`` = 1 - KL(baked) / KL(unprompted champion), both against the prompted teacher on held-out
+    questions, nats per reply token; ``epochs``: one dict per epoch (the dose curve)."""
+
+    kl_before: float
+    kl_after: float
+    gap_closed: float
+    epochs: list[dict] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def thought_item(tokenizer, prompt: str, question: str, plain: list[int], ce: bool = False) -> BakingItem:
+    """``plain``: reply ids in plain words, end-of-text included. The teacher reads prompt, question and these; the
+    student reads the question and the same reply with thinking tokens. The first reply token and end-of-text are
+    among the trained positions (the paper's own code misses the first)."""
+    context, question_ids = encode_context(tokenizer, f"{prompt} {question}"), encode_context(tokenizer, question)
+    marked, last = mark(plain, marker_spellings(tokenizer))
+    return BakingItem(
+        context + plain, question_ids + marked,
+        [len(context) - 1] + [len(context) + k for k in last[:-1]],
+        [len(question_ids) - 1 + j for j in range(len(marked))], marked, ce,
+    )  # fmt: skip
+
+
+def direct_item(tokenizer, question: str, answer: list[int]) -> BakingItem:
+    """A direct answer (ids with end-of-text) to rehearse: teacher and student read the same text."""
+    context = encode_context(tokenizer, question)
+    at = [len(context) - 1 + j for j in range(len(answer))]
+    return BakingItem(context + answer, context + answer, at, at, answer, direct=True)
+
+
+def aligned_log_probs(student, teacher, items: list[BakingItem], tokenizer) -> tuple[torch.Tensor, ...]:
+    """Full-vocabulary log-probs of both at the aligned positions of all items, concatenated over items.
+
+    Returns (student (tokens, vocab), teacher (tokens, vocab), targets (tokens,), item index (tokens,)). The teacher's
+    probability of a marker word's first token is moved to the thinking token, whose own it is not asked for: it is
+    exactly the champion's distribution, renamed.
+    """
+    tags = torch.tensor(thinking_ids(tokenizer))
+    words = torch.tensor([ids[0] for ids in marker_spellings(tokenizer).values()])
+    with torch.no_grad():
+        t = _at(teacher, [i.teacher_ids for i in items], [i.teacher_at for i in items], tokenizer)
+        t[:, tags] = -torch.inf
+        t = F.log_softmax(t, -1)
+        index = torch.tensor([k for k, i in enumerate(items) for _ in i.targets])
+        thoughts = ~torch.tensor([i.direct for i in items])[index]
+        renamed = t[thoughts]
+        renamed[:, tags], renamed[:, words] = t[thoughts][:, words], -torch.inf
+        t[thoughts] = renamed
+    s = _at(student, [i.student_ids for i in items], [i.student_at for i in items], tokenizer)
+    no_tags = torch.zeros(s.shape[1]).index_fill_(0, tags, -torch.inf)
+    s = F.log_softmax(s + torch.where(thoughts[:, None], 0.0, no_tags), -1)
+    return s, t, torch.tensor([x for i in items for x in i.targets]), index
+
+
+def _at(model, rows, positions, tokenizer):
+    ids = pad(rows, tokenizer.pad_token_id)
+    attention = pad([[1] * len(r) for r in rows], 0)
+    logits = model(input_ids=ids, attention_mask=attention).logits.float()
+    which = torch.tensor([k for k, p in enumerate(positions) for _ in p])
+    return logits[which, torch.tensor([x for p in positions for x in p])]
+
+
+def forward_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) per position from (..., vocab) log-probs; 0 where the teacher's probability is 0."""
+    impossible = teacher == -torch.inf
+    difference = teacher.masked_fill(impossible, 0) - student.masked_fill(impossible, 0)
+    return (teacher.exp() * difference).sum(-1)
+
+
+def baking_loss(student, teacher, items: list[BakingItem], tokenizer, ce_weight: float = 1.0):
+    """Sum over reply tokens, mean over trajectories (Eq. 3 of the paper), plus ``ce_weight`` times the cross-entropy
+    of the worked examples. Returns (loss, mean KL per token)."""
+    s, t, targets, index = aligned_log_probs(student, teacher, items, tokenizer)
+    kl = forward_kl(s, t)
+    nll = -s.gather(1, targets[:, None]).squeeze(1) * torch.tensor([float(i.ce) for i in items])[index]
+    return (kl.sum() + ce_weight * nll.sum()) / len(items), kl.detach().mean()
+
+
+def sample_trajectories(teacher, tokenizer, problems: list[dict], temperature: float = 1.0, seed: int = 0,
+                        max_new_tokens: int = 48) -> list[BakingItem]:
+    """Replies sampled from the prompted teacher, as ids, each prompt naming a strategy that fits its problem.
+
+    Replies cut off by the length limit or without a whole thought are kept out: there is nothing to align.
+    """
+    prompts = [PROMPTS[(p["fits"] or ["cot"])[0]] for p in problems]
+    forbid = tuple(thinking_ids(tokenizer))
+    written = replies(teacher, tokenizer, [f"{u} {p['question']}" for u, p in zip(prompts, problems, strict=True)],
+                      max_new_tokens, forbid, temperature, seed=seed, desc="teacher")  # fmt: skip
+    start, end = thinking_ids(tokenizer)[:2]
+    items = []
+    for prompt, problem, reply in zip(prompts, problems, written, strict=True):
+        marked, _ = mark(reply, marker_spellings(tokenizer))
+        if marked and marked[0] == start and end in marked:
+            items.append(thought_item(tokenizer, prompt, problem["question"], reply + [tokenizer.eos_token_id]))
+    return items
+
+
+def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batch_size: int = 32,
+         muon_lr: float = 6e-3, adamw_lr: float = 1.5e-3, grokfast_lambda: float = 0.2, ce_weight: float = 1.0,
+         trajectories: int = 1800, rehearsal: float = 0.25, target: float | None = None, seed: int = 0,
+         max_new_tokens: int = 48, log=lambda **metrics: None, on_epoch=lambda epoch, model: None) -> BakingResult:
+    """Bake the strategies' prompts into ``model`` (in place); the teacher is a frozen copy made first.
+
+    ``examples``: worked examples (:func:`qs_lib.reasoning_dataset`), trained by KL and cross-entropy; ``problems``:
+    training records for ``trajectories`` sampled from the prompted teacher (KL only) and for ``rehearsal`` x batch
+    direct answers (KL to the champion on its own greedy answers, thinking tokens left out), which keep the model able
+    to answer without thoughts; ``validation``: held-out records for the dose curve. ``target`` stops early once
+    unprompted validation accuracy reaches it. ``on_epoch(epoch, model)`` sees every half-baked model.
+
+    Raises ``ValueError`` when no teacher reply holds a thought, ``FloatingPointError`` on a non-finite loss.
+    """
+    started, rng = time.monotonic(), random.Random(seed)
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    items = [
+        thought_item(tokenizer, e["prompt"], e["question"],
+                     tokenizer.encode(" " + e["reply"], add_special_tokens=False) + [tokenizer.eos_token_id], ce=True)
+        for e in examples
+    ]  # fmt: skip
+    asked = list(problems)[:trajectories]
+    items += sample_trajectories(teacher, tokenizer, asked, seed=seed, max_new_tokens=max_new_tokens)
+    share = max(1, round(batch_size * rehearsal)) if rehearsal else 0
+    rehearsed = [p["question"] for p in list(problems)[-(len(items) * share // batch_size + batch_size) :]] if share else []
+    answers = replies(teacher, tokenizer, rehearsed, 8, tuple(thinking_ids(tokenizer)), desc="rehearsal") if share else []
+    direct = [direct_item(tokenizer, q, a + [tokenizer.eos_token_id]) for q, a in zip(rehearsed, answers, strict=True)]
+    held = sample_trajectories(teacher, tokenizer, list(validation)[:240], seed=seed + 1, max_new_tokens=max_new_tokens)
+    if not held:
+        raise ValueError("the prompted teacher writes no thought on held-out questions: train the champion longer")
+    before = unprompted_kl(teacher, tokenizer, held)
+
+    lengths = [len(i.student_ids) for i in items]
+    steps = epochs * math.ceil(len(items) / (batch_size - share))
+    optimizer = MuonGrokfast(model, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=grokfast_lambda)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps, 20, constant=0.4))
+    result = BakingResult(before, math.nan, math.nan)
+    bar, step = tqdm(total=steps, desc="bake"), 0
+    for epoch in range(1, epochs + 1):
+        model.train()
+        for batch in length_batches(lengths, batch_size - share, rng):
+            chosen = [items[i] for i in batch] + rng.sample(direct, share)
+            loss, kl = baking_loss(model, teacher, chosen, tokenizer, ce_weight)
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"the baking loss is {loss.item()} at step {step}: lower the learning rates")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            step += 1
+            bar.update()
+            if step % 20 == 0:
+                log(step=step, epoch=epoch, loss=loss.item(), kl=kl.item())
+        model.eval()
+        dose = {"epoch": epoch, "kl": held_out_kl(model, teacher, tokenizer, held)}
+        dose |= habits(model, tokenizer, list(validation), max_new_tokens)
+        result.epochs.append(dose)
+        log(step=step, **dose)
+        bar.set_postfix(accuracy=f"{dose['accuracy']:.3f}", use=f"{dose['thinking_use']:.2f}")
+        on_epoch(epoch, model)
+        if target is not None and dose["accuracy"] >= target:
+            break
+    bar.close()
+    result.kl_after = result.epochs[-1]["kl"]
+    result.gap_closed, result.seconds = 1 - result.kl_after / before, time.monotonic() - started
+    return result
+
+
+@torch.no_grad()
+def held_out_kl(student, teacher, tokenizer, items: list[BakingItem], batch_size: int = 120) -> float:
+    """Mean KL per reply token of the student (unprompted) from the prompted teacher."""
+    total = [forward_kl(*aligned_log_probs(student, teacher, items[i : i + batch_size], tokenizer)[:2])
+             for i in range(0, len(items), batch_size)]  # fmt: skip
+    return torch.cat(total).mean().item()
+
+
+@torch.no_grad()
+def unprompted_kl(teacher, tokenizer, items: list[BakingItem], batch_size: int = 120) -> float:
+    """The gap baking has to close: the same KL for the champion itself, reading the same plain words unprompted."""
+    total = []
+    tags = thinking_ids(tokenizer)
+    for i in range(0, len(items), batch_size):
+        part = items[i : i + batch_size]
+        prompted = _at(teacher, [x.teacher_ids for x in part], [x.teacher_at for x in part], tokenizer)
+        cut = [x.teacher_at[0] - x.student_at[0] for x in part]  # length of the prompt
+        head = [x.student_ids[: x.student_at[0] + 1] for x in part]
+        rows = [h + x.teacher_ids[x.teacher_at[0] + 1 :] for h, x in zip(head, part, strict=True)]
+        bare = _at(teacher, rows, [[k - c for k in x.teacher_at] for x, c in zip(part, cut, strict=True)], tokenizer)
+        for logits in (prompted, bare):
+            logits[:, tags] = -torch.inf
+        total.append(forward_kl(F.log_softmax(bare, -1), F.log_softmax(prompted, -1)))
+    return torch.cat(total).mean().item()
+
+
+def habits(model, tokenizer, problems: list[dict], max_new_tokens: int = 48, prompted: bool = False) -> dict:
+    """Greedy replies' exact-match ``accuracy``, ``thinking_use`` (share that think) and ``strategy_fit`` (share whose
+    strategy suits the problem). ``prompted``: with the fitting strategy's prompt in front."""
+    start, end = thinking_ids(tokenizer)[:2]
+    spellings = marker_spellings(tokenizer)
+    contexts = [f"{PROMPTS[(p['fits'] or ['cot'])[0]]} {p['question']}" if prompted else p["question"] for p in problems]
+    correct, use, fit = [], [], []
+    for problem, reply in zip(problems, replies(model, tokenizer, contexts, max_new_tokens), strict=True):
+        reply, _ = mark(reply, spellings)
+        thought = tokenizer.decode(reply[: reply.index(end)]) if end in reply else ""
+        correct.append(answer_of(tokenizer, reply, (end,)) == problem["answer"])
+        use.append(bool(reply) and reply[0] == start and end in reply)
+        fit.append(use[-1] and strategy_of(thought) in (problem["fits"] or ["cot"]))
+    n = len(problems)
+    return {"accuracy": sum(correct) / n, "thinking_use": sum(use) / n, "strategy_fit": sum(fit) / n}

@@ -1,0 +1,154 @@
+"""The champion: the language model that is to learn to think. Loaded from anywhere, or trained here from a config."""
+
+import math
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from . import pocket
+from .optim import MuonGrokfast
+from .stage import find_run
+from .sequences import encode, length_batches, pad
+from .strategies import LEAD_WORDS, PROMPTS, reply
+
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
+
+
+def load_champion(source: str = "pocket", dtype=torch.float32):
+    """(model, tokenizer) from ``"pocket"`` (the committed run's), a Hugging Face name or a folder.
+
+    The model is in evaluation mode; the tokenizer pads on the left. Raises ``FileNotFoundError`` or ``OSError`` with a
+    sentence that says what to do when there is nothing to load.
+    """
+    path = find_run("") / "01_token_setup" / "champion" if source == "pocket" else source
+    if source == "pocket" and not Path(path).is_dir():
+        raise FileNotFoundError(f"no pocket champion at {path}: train one with `make run`")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def build_tokenizer(source: str, questions: list[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
+    """The pocket task's word-level tokenizer, or a byte-level BPE trained on ``questions``, which may be any text.
+
+    The words of the strategy prompts and marker words are kept whole in both.
+    """
+    words = [*LEAD_WORDS, *" ".join(PROMPTS.values()).split()]
+    if source == "pocket":
+        return pocket.build_tokenizer(words)
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    raw.train_from_iterator(questions, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left",
+        model_max_length=512,
+    )  # fmt: skip
+
+
+def build_champion(tokenizer, architecture: str = "llama", hidden_size: int = 128, layers: int = 2, heads: int = 4,
+                   intermediate_size: int = 384, seed: int = 0):  # fmt: skip
+    """A small model of a known family with fresh weights (tied embeddings, RoPE), sized for ``tokenizer``."""
+    if architecture not in CONFIGS:
+        raise ValueError(f"architecture {architecture!r}; known: {', '.join(CONFIGS)}")
+    torch.manual_seed(seed)
+    config = CONFIGS[architecture](
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=intermediate_size,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True,
+        max_position_embeddings=tokenizer.model_max_length, initializer_range=0.05, attention_dropout=0.0,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+def corpus(problems: list[dict], seed: int = 0, direct: float = 0.25, facts: float = 0.05,
+           hard_worked: float = 1.0, hard_from: int = 3) -> list[tuple[str, str]]:
+    """Pre-training documents as (context, reply) texts.
+
+    Shares: ``direct`` answers without work, bare ``facts`` (single equations), the rest worked solutions after a
+    strategy prompt (one that fits, or, one time in four where a single one does, chain of thought). A problem of ``hard_from`` steps or more keeps its
+    worked solution with probability ``hard_worked`` and is answered directly otherwise: worked solutions of hard
+    problems are rare in the wild, their answers are not.
+    """
+    rng, documents = random.Random(seed), []
+    for problem in problems:
+        kind, hard = rng.random(), problem["difficulty"] >= hard_from
+        if not problem["steps"] or kind < direct or (hard and rng.random() > hard_worked and kind >= direct + facts):
+            documents.append((problem["question"], reply(None, problem)))
+        elif kind < direct + facts:
+            equation = rng.choice(problem["steps"])
+            documents.append((equation.split(" = ")[0] + " =", equation.split(" = ")[1] + " ."))
+        else:
+            strategy = rng.choice(["cot", *3 * problem["fits"]])
+            documents.append((f"{PROMPTS[strategy]} {problem['question']}", reply(strategy, problem)))
+    return documents
+
+
+def pretrain(model, tokenizer, documents: list[tuple[str, str]], steps: int, batch_size: int = 32,
+             muon_lr: float = 0.02, adamw_lr: float = 3e-3, context_weight: float = 0.1, seed: int = 0,
+             log=lambda **metrics: None):  # fmt: skip
+    """Train ``model`` in place on the documents for a fixed number of steps; returns the mean loss of the last tenth.
+
+    Next-token cross-entropy, context tokens weighted by ``context_weight``. Muon + AdamW, 50 steps of warm-up, constant
+    to half, then linear to 2 %. Raises ``ValueError`` on an empty corpus, ``FloatingPointError`` on a non-finite loss.
+    """
+    if not documents:
+        raise ValueError("the champion's corpus is empty: give at least one document")
+    sequences = [encode(tokenizer, *d) for d in tqdm(documents, desc="tokenise", leave=False)]
+    lengths = [len(s.ids) for s in sequences]
+    optimizer = MuonGrokfast(model, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps))
+    rng, queue, losses = random.Random(seed), [], []
+    model.train()
+    bar = tqdm(range(steps), desc="champion")
+    for step in bar:
+        queue = queue or length_batches(lengths, batch_size, rng)
+        chosen = [sequences[i] for i in queue.pop()]
+        ids = pad([s.ids for s in chosen], tokenizer.pad_token_id)
+        weights = pad([[context_weight] * s.start + [1.0] * (len(s.ids) - s.start) for s in chosen], 0.0)[:, 1:]
+        logits = model(input_ids=ids, attention_mask=attention_mask_of(chosen, ids)).logits[:, :-1]
+        nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(weights)
+        loss = (nll * weights).sum() / weights.sum()
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the champion's loss is {loss.item()} at step {step}: lower the learning rates")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step % 50 == 49 or step == steps - 1:
+            recent = sum(losses[-50:]) / len(losses[-50:])
+            bar.set_postfix(loss=f"{recent:.3f}")
+            log(step=step + 1, loss=recent, lr=scheduler.get_last_lr()[0])
+    model.eval()
+    tail = losses[-max(1, steps // 10) :]
+    return sum(tail) / len(tail)
+
+
+def attention_mask_of(sequences, ids: torch.Tensor) -> torch.Tensor:
+    """Attention mask of right-padded sequences, (rows, longest)."""
+    lengths = torch.tensor([len(s.ids) for s in sequences])
+    return (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+
+def schedule(step: int, steps: int, warm_up: int = 50, floor: float = 0.02, constant: float = 0.5) -> float:
+    """Factor on the learning rate: linear warm-up, constant up to ``constant`` of the steps, linear to ``floor``."""
+    if step < min(warm_up, steps // 10):
+        return (step + 1) / min(warm_up, steps // 10)
+    done = (step / max(1, steps) - constant) / (1 - constant)
+    return 1.0 if done <= 0 else 1 - (1 - floor) * min(1.0, done)

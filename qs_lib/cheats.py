@@ -1,0 +1,82 @@
+"""Cheats to plant in the anti-theater checks: each one must turn the verdict red, or the checks are theater themselves."""
+
+import copy
+
+import torch
+
+from .coherence import Coherence
+from .model import QuietStarForCausalLM
+from .sequences import pad
+from .tokens import thinking_ids
+
+CHEATS = {
+    "gate shut": "thoughts are drawn and shown, and the answer ignores them",
+    "random scorer": "coherence is a random number",
+    "prompt copied": "every thought repeats words of the question",
+    "answer repeated": "every thought is the answer the model would have given anyway",
+}
+
+
+def plant(cheat: str, model, tokenizer, seed: int = 0) -> dict:
+    """Arguments for :func:`qs_lib.anti_theater` that plant ``cheat``: ``model`` and, where it needs them, ``think``
+    and ``score``. The model given is left as it is. Raises ``ValueError`` on an unknown cheat."""
+    if cheat == "gate shut":
+        return {"model": QuietStarForCausalLM.from_base(model.lm, tokenizer, mixing=model.config.mixing)}
+    if cheat == "random scorer":
+        return {"model": model, "score": random_scorer(seed)}
+    if cheat == "prompt copied":
+        return {"model": model, "think": forged(model, prompt_words)}
+    if cheat == "answer repeated":
+        return {"model": model, "think": forged(model, lambda texts, room: direct_words(model, tokenizer, texts, room))}
+    raise ValueError(f"unknown cheat {cheat!r}; known: {', '.join(CHEATS)}")
+
+
+def random_scorer(seed: int = 0):
+    """A coherence scorer that looks at nothing."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def score(tokenizer, input_ids, thoughts, *rest):
+        parts = torch.rand(4, *thoughts.lengths.shape, generator=generator)
+        return Coherence(*parts, raw={})
+
+    return score
+
+
+def forged(model, words):
+    """A sampler whose thoughts are ``words(texts, room)``, one list of ids per text, instead of the model's own."""
+
+    def think(ids, mask, positions, generator=None, **settings):
+        thoughts = copy.copy(model.think(ids, mask, positions, generator, **settings))
+        room = thoughts.tokens.shape[-1] - 2
+        texts = [row[: p + 1].tolist() for row, p in zip(ids, positions[:, 0].tolist(), strict=True)]
+        thoughts.tokens = torch.full_like(thoughts.tokens, thoughts.end_id)
+        thoughts.tokens[..., 0] = thoughts.think_id
+        thoughts.lengths = thoughts.lengths.clone()
+        for b, inner in enumerate(words(texts, room)):
+            thoughts.tokens[b, :, :, 1 : 1 + len(inner)] = torch.tensor(inner, dtype=torch.long)
+            thoughts.lengths[b] = len(inner) + 2
+        within = torch.arange(thoughts.tokens.shape[-1]) < thoughts.lengths.unsqueeze(-1)
+        thoughts.sampled = within & (torch.arange(thoughts.tokens.shape[-1]) > 0)
+        thoughts.logprobs = torch.zeros_like(thoughts.logprobs)
+        return thoughts
+
+    return think
+
+
+def prompt_words(texts: list[list[int]], room: int) -> list[list[int]]:
+    """The end of each text, as much of it as fits."""
+    return [text[-room:] for text in texts]
+
+
+@torch.no_grad()
+def direct_words(model, tokenizer, texts: list[list[int]], room: int) -> list[list[int]]:
+    """The greedy continuation of each text without a thought, up to end-of-text."""
+    ids = pad(texts, tokenizer.pad_token_id, "left")
+    mask = pad([[1] * len(t) for t in texts], 0, "left")
+    written = model.lm.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=room, do_sample=False,
+        suppress_tokens=thinking_ids(tokenizer), pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )[:, ids.shape[1] :]  # fmt: skip
+    end = tokenizer.eos_token_id
+    return [row[: row.index(end)] if end in row else row for row in written.tolist()]

@@ -1,0 +1,109 @@
+"""Coherence of a thought, computed without the label, and utility, which needs it and is a separate number."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+WEIGHTS = {"semantic": 0.4, "syntactic": 0.3, "predictive": 0.3}
+
+
+@dataclass
+class Scale:
+    """Mean and standard deviation of each raw component on validation thoughts; stored with the model as JSON."""
+
+    mean: dict[str, float]
+    std: dict[str, float]
+
+    @classmethod
+    def fit(cls, raw: dict[str, torch.Tensor]) -> "Scale":
+        """From raw components of any shape. Raises ``ValueError`` when there is no thought to fit on."""
+        if not raw or min(v.numel() for v in raw.values()) < 2:
+            raise ValueError("the coherence scale needs at least two validation thoughts")
+        return cls({k: v.mean().item() for k, v in raw.items()},
+                   {k: max(v.std().item(), 1e-6) for k, v in raw.items()})  # fmt: skip
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass
+class Coherence:
+    """Scores in [0, 1], each (batch, P, K), and ``raw``, the components before scaling."""
+
+    semantic: torch.Tensor
+    syntactic: torch.Tensor
+    predictive: torch.Tensor
+    composite: torch.Tensor
+    raw: dict[str, torch.Tensor]
+
+
+def coherence(tokenizer, input_ids, thoughts, after_log_probs, base_log_probs, scale: Scale | None = None,
+              attention_mask=None, weights: dict[str, float] = WEIGHTS) -> Coherence:
+    """Label-free coherence of thoughts (``qs_lib.Thoughts``) at their positions.
+
+    ``after_log_probs`` (batch, P, K, vocab) and ``base_log_probs`` (batch, P, vocab): next-token log-probs after each
+    thought and without one. Raw components:
+
+    - semantic: share of the numbers read so far (tokens with a digit; all distinct tokens where there are none) that
+      the thought takes up. Cosines of embeddings carry no information on correctness here (measured).
+    - syntactic: probability of the thought's least likely sampled token: one slip makes a thought ill-formed.
+    - predictive: consensus gain. The expected gain in log-probability, clipped to 6 nats, of the next token as the
+      *other* thoughts predict it: does this thought lead where the others lead? (A lower entropy after the thought
+      does not tell right from wrong: wrong thoughts are confident.)
+
+    With ``scale`` each goes through the normal CDF of its z-score, so that none outweighs the others by its spread;
+    without, they are clipped to [0, 1]. composite = 0.4 semantic + 0.3 syntactic + 0.3 predictive. A single thought
+    has no others; its predictive score is that of no gain.
+    """
+    raw = {
+        "semantic": number_coverage(tokenizer, input_ids, thoughts, attention_mask),
+        "syntactic": thoughts.logprobs.masked_fill(~thoughts.sampled, 0).amin(-1).exp(),
+        "predictive": consensus_gain(after_log_probs, base_log_probs),
+    }
+    if scale is None:
+        scaled = raw | {"predictive": (raw["predictive"] + 6) / 12}
+        scaled = {k: v.clamp(0, 1) for k, v in scaled.items()}
+    else:
+        scaled = {k: torch.special.ndtr((v - scale.mean[k]) / scale.std[k]) for k, v in raw.items()}
+    composite = sum(weights[k] * scaled[k] for k in weights)
+    return Coherence(**scaled, composite=composite, raw=raw)
+
+
+def number_coverage(tokenizer, input_ids, thoughts, attention_mask=None) -> torch.Tensor:
+    """Share of the distinct number tokens up to each position that occur in the thought, (batch, P, K)."""
+    strings = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    numeric = {i for i, s in enumerate(strings) if s and any(c.isdigit() for c in s)}
+    special = set(tokenizer.all_special_ids)
+    out = torch.zeros(thoughts.lengths.shape)
+    for b, p in torch.cartesian_prod(*map(torch.arange, thoughts.positions.shape)).tolist():
+        position = thoughts.positions[b, p].item()
+        read = input_ids[b, : position + 1]
+        if attention_mask is not None:
+            read = read[attention_mask[b, : position + 1].bool()]
+        text = set(read.tolist()) - special
+        wanted = (text & numeric) or text
+        for k, thought in enumerate(thoughts.tokens[b, p].tolist()):
+            used = wanted & set(thought[: thoughts.lengths[b, p, k]])
+            out[b, p, k] = len(used) / max(1, len(wanted))
+    return out
+
+
+def consensus_gain(after: torch.Tensor, base: torch.Tensor, clip: float = 6.0) -> torch.Tensor:
+    """E_{y ~ other thoughts}[clip(log p_k(y) - log p_0(y))]: after (..., K, vocab), base (..., vocab) -> (..., K)."""
+    k = after.shape[-2]
+    if k == 1:
+        return torch.zeros(after.shape[:-1])
+    allowed = torch.isfinite(base).unsqueeze(-2)
+    gain = (after.masked_fill(~allowed, 0) - base.unsqueeze(-2).masked_fill(~allowed, 0)).clamp(-clip, clip)
+    probs = after.exp()
+    others = (probs.sum(-2, keepdim=True) - probs) / (k - 1)
+    return (others * gain).sum(-1)
+
+
+def utility(scored) -> torch.Tensor:
+    """Gain in log-likelihood of the true tokens after each thought over no thought, nats, (batch, P, K).
+
+    ``scored``: ``qs_lib.Rescored``. This is what training rewards and needs the label; coherence must not.
+    """
+    gain = scored.true_logprobs - scored.base_logprobs.unsqueeze(2)
+    return (gain * scored.valid.unsqueeze(2)).sum(-1)

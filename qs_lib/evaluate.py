@@ -1,0 +1,167 @@
+"""Exact-match evaluation by real decoding, with and without thoughts, and intervals for every share."""
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
+
+from .model import ThinkingCache
+from .rescoring import rescore_thoughts
+from .sequences import encode, encode_context, pad
+
+
+@torch.no_grad()
+def replies(model, tokenizer, contexts: list[str], max_new_tokens: int = 48, forbid: tuple[int, ...] = (),
+            temperature: float = 0.0, batch_size: int = 240, seed: int = 0, desc: str = "reply") -> list[list[int]]:
+    """Reply ids (without end-of-text) of a plain causal LM for each context, greedy or sampled.
+
+    ``forbid``: ids that may not be written (the eight thinking tokens, to answer without thoughts).
+    """
+    torch.manual_seed(seed)
+    order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
+    encoded, out = [encode_context(tokenizer, c) for c in contexts], [None] * len(contexts)
+    processors = LogitsProcessorList([SuppressTokensLogitsProcessor(list(forbid))] if forbid else [])
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {
+        "do_sample": False}  # fmt: skip
+    for i in tqdm(range(0, len(order), batch_size), desc=desc, leave=False):
+        rows = order[i : i + batch_size]
+        ids = pad([encoded[k] for k in rows], tokenizer.pad_token_id, "left")
+        mask = pad([[1] * len(encoded[k]) for k in rows], 0, "left")
+        written = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, logits_processor=processors,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **sampling,
+        )[:, ids.shape[1] :]  # fmt: skip
+        for k, row in zip(rows, written.tolist(), strict=True):
+            end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
+            out[k] = row[:end]
+    return out
+
+
+def answer_of(tokenizer, reply: list[int], end_of_thought: tuple[int, ...] = ()) -> str:
+    """The answer a reply gives: its text after the last end-of-thought id, without the closing stop."""
+    for end in end_of_thought:
+        if end in reply:
+            reply = reply[len(reply) - reply[::-1].index(end) :]
+    return tokenizer.decode(reply, skip_special_tokens=False).strip().removesuffix(".").strip()
+
+
+def interval(values, confidence: float = 0.95, seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
+    """(mean, low, high): percentile bootstrap over problems. ``values``: (problems,) or (problems, repeats), where
+    repeats (thoughts of one problem) are averaged first so that the problem stays the unit of resampling."""
+    values = np.asarray(values, dtype=float)
+    values = values.reshape(len(values), -1).mean(1)
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(values.mean()), float(low), float(high)
+
+
+@torch.no_grad()
+def decode_with_thoughts(model, tokenizer, contexts: list[list[int]], tokens, lengths, weights: str = "head",
+                         max_new_tokens: int = 4) -> list[list[int]]:
+    """Greedy replies (ids, without end-of-text) of a :class:`QuietStarForCausalLM` to contexts (ids) with given thoughts.
+
+    ``tokens`` (rows, K, T) and ``lengths`` (rows, K), any thoughts at all: own, foreign, shuffled. ``weights``:
+    ``"head"`` (the mixing head), ``"thoughts"`` (every thought alike, no vote for the plain prediction).
+    """
+    ids = pad(contexts, tokenizer.pad_token_id, "left")
+    mask = pad([[1] * len(c) for c in contexts], 0, "left")
+    cache = ThinkingCache(ids, mask)
+    cache.restart(tokens, lengths, tokenizer.pad_token_id)
+    k = tokens.shape[1]
+    alike = torch.cat([torch.zeros(1), torch.full((k,), 1 / k)]) if weights == "thoughts" else None
+    out, open_rows = [[] for _ in contexts], set(range(len(contexts)))
+    for _ in range(max_new_tokens):
+        hidden = model._read(model.lm, cache.stream_ids, cache.stream_mask, cache=cache.streams)[:, -1]
+        hidden = hidden.unflatten(0, (len(contexts), -1))
+        given = alike.expand(len(contexts), -1) if alike is not None else None
+        chosen = model.mix(hidden[:, 0], hidden[:, 1:], given).argmax(-1)
+        for row in list(open_rows):
+            if chosen[row] == tokenizer.eos_token_id:
+                open_rows.remove(row)
+            else:
+                out[row].append(chosen[row].item())
+        if not open_rows:
+            break
+        cache.append(chosen[:, None])
+    return out
+
+
+@torch.no_grad()
+def accuracy_with_thoughts(model, tokenizer, problems: list[dict], num_thoughts: int = 4, thought_length: int = 28,
+                           temperature: float = 1.0, weights: str = "head", seed: int = 0, batch_size: int = 240,
+                           single: bool = False, max_new_tokens: int = 6) -> dict[str, torch.Tensor]:
+    """Exact match per problem with thoughts after the question: ``mixed`` (problems,), and with ``single`` also
+    ``each`` (problems, K), every thought answering alone. Floats 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed, each = torch.zeros(len(problems)), torch.zeros(len(problems), num_thoughts)
+    order = sorted(range(len(problems)), key=lambda i: len(problems[i]["question"]))
+    for i in range(0, len(order), batch_size):
+        rows = order[i : i + batch_size]
+        contexts = [encode_context(tokenizer, problems[r]["question"]) for r in rows]
+        ids = pad(contexts, tokenizer.pad_token_id, "left")
+        mask = pad([[1] * len(c) for c in contexts], 0, "left")
+        last = torch.full((len(rows), 1), ids.shape[1] - 1)
+        thoughts = model.think(ids, mask, last, generator, num_thoughts=num_thoughts, thought_length=thought_length,
+                               temperature=temperature)  # fmt: skip
+        tokens, lengths = thoughts.tokens[:, 0], thoughts.lengths[:, 0]
+        answers = [problems[r]["answer"] for r in rows]
+        written = decode_with_thoughts(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens)
+        mixed[rows] = _exact(tokenizer, written, answers)
+        if single:
+            for k in range(num_thoughts):
+                written = decode_with_thoughts(model, tokenizer, contexts, tokens[:, k : k + 1], lengths[:, k : k + 1],
+                                               "thoughts", max_new_tokens)  # fmt: skip
+                each[rows, k] = _exact(tokenizer, written, answers)
+    return {"mixed": mixed, "each": each} if single else {"mixed": mixed}
+
+
+def _exact(tokenizer, written, answers) -> torch.Tensor:
+    return torch.tensor([float(answer_of(tokenizer, w) == a) for w, a in zip(written, answers, strict=True)])
+
+
+def best_temperature(model, tokenizer, validation: list[dict], temperatures=(0.0, 0.5, 0.7, 1.0), **settings) -> dict:
+    """The sampling temperature with the best mixed accuracy on validation problems (0 = greedy thoughts), and all of
+    them: ``{"temperature", "accuracy", "by_temperature"}``. ``settings`` go to :func:`accuracy_with_thoughts`."""
+    by = {t: accuracy_with_thoughts(model, tokenizer, validation, temperature=t, **settings)["mixed"].mean().item()
+          for t in temperatures}  # fmt: skip
+    best = max(by, key=by.get)
+    return {"temperature": best, "accuracy": by[best], "by_temperature": by}
+
+
+@torch.no_grad()
+def text_log_likelihood(model, tokenizer, texts: list[tuple[str, str]], positions: int = 8, num_thoughts: int = 4,
+                        thought_length: int = 16, temperature: float = 1.0, seed: int = 0,
+                        batch_size: int = 32) -> dict[str, np.ndarray]:
+    """Next-token log-probs of held-out text without and with thoughts, at ``positions`` evenly spaced places of each text.
+
+    ``texts``: (context, continuation) pairs, read as plain documents. Returns arrays (texts, positions): ``without``
+    (no thoughts), ``with`` (mixed by the head) and ``alone`` (mean over thoughts, no vote for the plain prediction),
+    in nats; nan past the end of a short text.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    out = {"without": [], "with": [], "alone": []}
+    for i in tqdm(range(0, len(texts), batch_size), desc="log-likelihood", leave=False):
+        rows = [encode(tokenizer, *t).ids[: tokenizer.model_max_length] for t in texts[i : i + batch_size]]
+        ids = pad(rows, tokenizer.pad_token_id)
+        mask = pad([[1] * len(r) for r in rows], 0)
+        at = torch.tensor([np.linspace(1, len(r) - 2, positions).round().astype(int).tolist() for r in rows])
+        thoughts = model.think(ids, mask, at, generator, num_thoughts=num_thoughts, thought_length=thought_length,
+                               temperature=temperature)  # fmt: skip
+        scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=1, forbid_true=tuple(model.config.hidden_ids))
+        base, after = scored.base_logprobs[..., 0], scored.true_logprobs[..., 0]
+        weights = model.mixing_head(scored.base_hidden[..., 0, :], scored.thought_hidden[..., 0, :])
+        mixed = (weights * torch.cat([base.unsqueeze(-1), after], -1).exp()).sum(-1).clamp_min(1e-30).log()
+        for name, value in (("without", base), ("with", mixed), ("alone", after.exp().mean(-1).log())):
+            out[name].append(value.masked_fill(~scored.valid[..., 0], torch.nan))
+    return {k: torch.cat(v).numpy() for k, v in out.items()}
+
+
+def log_likelihood_gain(scores: dict[str, np.ndarray], hardest: float = 0.1) -> dict[str, tuple[float, float, float]]:
+    """Mean gain of ``with`` over ``without`` in nats per token with its interval, over all tokens (``all``) and over
+    the share of tokens the plain model finds hardest (``hardest``). Texts are the unit of resampling."""
+    gain = scores["with"] - scores["without"]
+    threshold = np.nanquantile(scores["without"], hardest)
+    hard = np.where(scores["without"] <= threshold, gain, np.nan)
+    kept = hard[~np.isnan(hard).all(1)]
+    return {"all": interval(np.nanmean(gain, 1)), "hardest": interval(np.nanmean(kept, 1))}

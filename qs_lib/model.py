@@ -1,0 +1,239 @@
+"""Quiet-STaR around any Hugging Face causal LM: a configuration, the mixing head, and a forward pass that thinks."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .attention import LanguageHead, backbone
+from .mixing import MixingHead, ZeroLinear, mix_hidden, mix_log_probs
+from .thoughts import generate_thoughts
+
+
+class QuietStarConfig(PreTrainedConfig):
+    """How a model thinks; ``text_config`` is the wrapped language model's own configuration.
+
+    ``think``: thoughts on by default; ``num_thoughts`` per position of at most ``thought_length`` tokens (both tags
+    counted), sampled at ``temperature`` (0 = greedy); each helps predict the next ``n_true`` tokens; ``mixing``:
+    ``log_probs`` (mix the predictions) or ``hidden`` (mix hidden states before the output head); ``hidden_ids``: tokens
+    never written into visible text (the thinking tokens).
+    """
+
+    model_type = "quietstar"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+    text_config: dict | PreTrainedConfig | None = None
+    think: bool = True
+    num_thoughts: int = 4
+    thought_length: int = 28
+    temperature: float = 1.0
+    n_true: int = 4
+    mixing: str = "log_probs"
+    hidden_ids: list[int] | None = None
+    think_token_id: int | None = None
+    end_think_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.mixing not in ("log_probs", "hidden"):
+            raise ValueError(f"mixing is {self.mixing!r}; it must be 'log_probs' or 'hidden'")
+        text = self.text_config
+        if isinstance(text, PreTrainedConfig):
+            self.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", False))
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                if getattr(self, name, None) is None:
+                    setattr(self, name, getattr(text, name, None))
+
+    @property
+    def vocab_size(self):
+        return self.text_config.vocab_size
+
+    @property
+    def hidden_size(self):
+        return self.text_config.hidden_size
+
+
+class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal LM that thinks before it predicts. ``lm`` is the wrapped model, ``mixing_head`` weighs its thoughts.
+
+    ``forward`` returns next-token logits: with ``think=False`` the wrapped model's; else, at each position kept by
+    ``logits_to_keep`` (all if 0), log-probs mixed from ``num_thoughts`` thoughts sampled there and the plain
+    prediction. In cached generation a thought is drawn at the end of the prompt and again every ``n_true`` tokens, and
+    its streams follow the written text in between. Sampling draws from torch's global generator.
+    """
+
+    config_class = QuietStarConfig
+    base_model_prefix = "lm"
+    _supports_sdpa = True
+    _tied_weights_keys = {}
+    _keep_in_fp32_modules_strict = ["mixing_head"]
+
+    def __init__(self, config: QuietStarConfig, lm=None):
+        super().__init__(config)
+        self.lm = lm if lm is not None else AutoModelForCausalLM.from_config(config.text_config)
+        self.mixing_head = MixingHead(config.hidden_size)
+        self.post_init()
+
+    @classmethod
+    def from_base(cls, lm, tokenizer=None, **settings) -> "QuietStarForCausalLM":
+        """Wrap a loaded model that has its thinking tokens; its weights are shared, not copied."""
+        if getattr(lm.config, "think_token_id", None) is None:
+            raise ValueError("the model has no thinking tokens: call add_thinking_tokens(model, tokenizer) first")
+        from .tokens import thinking_ids
+
+        for module in lm.modules():
+            module._is_hf_initialized = True  # post_init must leave the loaded weights alone
+        config = QuietStarConfig(
+            text_config=lm.config, attn_implementation=lm.config._attn_implementation,
+            think_token_id=lm.config.think_token_id, end_think_token_id=lm.config.end_think_token_id,
+            hidden_ids=thinking_ids(tokenizer) if tokenizer is not None else
+            [lm.config.think_token_id, lm.config.end_think_token_id], **settings,
+        )  # fmt: skip
+        model = cls(config, lm=lm)
+        model.generation_config = lm.generation_config
+        return model.eval()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    def get_input_embeddings(self):
+        return self.lm.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.lm.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.lm.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.lm.set_output_embeddings(value)
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None,
+                logits_to_keep=0, think=None, labels=None, **kwargs):  # fmt: skip
+        think = self.config.think if think is None else think
+        if not think:
+            return self.lm(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                           past_key_values=past_key_values, use_cache=use_cache, logits_to_keep=logits_to_keep,
+                           labels=labels, **kwargs)  # fmt: skip
+        if past_key_values is not None:
+            return self._write(input_ids, attention_mask, past_key_values)
+        keep = logits_to_keep or input_ids.shape[1]
+        positions = torch.arange(input_ids.shape[1] - keep, input_ids.shape[1], device=input_ids.device)
+        positions = positions.expand(len(input_ids), -1)
+        thoughts = self.think(input_ids, attention_mask, positions)
+        base = self._read(self.lm, input_ids, attention_mask, position_ids)
+        at = positions.unsqueeze(-1).expand(-1, -1, base.shape[-1])
+        logits = self.mix(base.gather(1, at), thoughts.hidden)
+        loss = None
+        if labels is not None:
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    def think(self, input_ids, attention_mask=None, positions=None, generator=None, **settings):
+        """Thoughts of the wrapped model at ``positions`` with this configuration's settings unless given."""
+        c = self.config
+        defaults = {"num_thoughts": c.num_thoughts, "thought_length": c.thought_length, "temperature": c.temperature}
+        return generate_thoughts(self.lm, input_ids, attention_mask, positions, generator=generator,
+                                 think_id=c.think_token_id, end_id=c.end_think_token_id,
+                                 **{**defaults, **settings})  # fmt: skip
+
+    def mix(self, base: torch.Tensor, thought: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Mixed next-token log-probs (..., vocab) from hidden states base (..., hidden) and thought (..., K, hidden).
+
+        ``weights`` (..., 1 + K) replace the head's. Thinking tokens get probability 0 in every branch.
+        """
+        weights = self.mixing_head(base, thought) if weights is None else weights
+        if self.config.mixing == "hidden":
+            return self.visible_log_probs(mix_hidden(weights, base, thought))
+        return mix_log_probs(weights, self.visible_log_probs(base), self.visible_log_probs(thought))
+
+    def visible_log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Log-probs over the vocabulary without the thinking tokens, from last hidden states."""
+        logits = LanguageHead(self.lm)(hidden).float()
+        logits[..., self.config.hidden_ids] = -torch.inf
+        return logits.log_softmax(-1)
+
+    @staticmethod
+    def _read(lm, input_ids, attention_mask, position_ids=None, cache=None):
+        """Last hidden states (rows, new tokens, hidden); fills ``cache``."""
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
+        return backbone(lm)(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                            past_key_values=cache, use_cache=cache is not None).last_hidden_state  # fmt: skip
+
+    def _write(self, input_ids, attention_mask, cache):
+        """One step of cached generation: read the new tokens in all streams, think where it is time, mix."""
+        state = cache if isinstance(cache, ThinkingCache) else ThinkingCache(input_ids, attention_mask)
+        if state.started:
+            state.append(input_ids)
+        if not state.started or state.age >= self.config.n_true:
+            last = torch.full((len(state.ids), 1), state.ids.shape[1] - 1, device=state.ids.device)
+            thoughts = self.think(state.ids, state.mask, last)
+            state.thoughts.append(thoughts)
+            state.restart(thoughts.tokens[:, 0], thoughts.lengths[:, 0], self.config.pad_token_id)
+        hidden = self._read(self.lm, state.stream_ids, state.stream_mask, cache=state.streams)[:, -1]
+        state.age += 1
+        hidden = hidden.unflatten(0, (len(state.ids), -1))
+        logits = self.mix(hidden[:, 0], hidden[:, 1:])
+        return CausalLMOutputWithPast(logits=logits.unsqueeze(1), past_key_values=state)
+
+
+class ThinkingCache(DynamicCache):
+    """Generation state: the visible text, and one cached stream per row for "no thought" and each thought.
+
+    ``thoughts`` keeps every thought drawn, in order, for whoever wants to read them beside the text.
+    """
+
+    def __init__(self, input_ids, attention_mask=None):
+        super().__init__()
+        self.ids = input_ids
+        self.mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self.streams, self.age, self.thoughts = None, 0, []
+
+    @property
+    def started(self) -> bool:
+        return self.streams is not None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.ids.shape[1] if self.started else 0
+
+    def append(self, ids):
+        """New visible tokens (rows, 1), read by every stream."""
+        self.ids = torch.cat([self.ids, ids], 1)
+        self.mask = torch.cat([self.mask, torch.ones_like(ids)], 1)
+        self.stream_ids = ids.repeat_interleave(len(self.stream_mask) // len(ids), 0)
+        self.stream_mask = torch.cat([self.stream_mask, torch.ones_like(self.stream_ids)], 1)
+
+    def restart(self, tokens, lengths, pad_id):
+        """New streams: the text alone and the text with each thought (rows, K, T), right-aligned."""
+        self.stream_ids, self.stream_mask = thought_rows(self.ids, self.mask, tokens, lengths, pad_id or 0)
+        self.streams, self.age = DynamicCache(), 0
+
+    def reorder_cache(self, beam_idx):
+        """Beam search keeps these rows; the streams of a row go with it."""
+        self.ids, self.mask = self.ids[beam_idx], self.mask[beam_idx]
+        each = len(self.stream_mask) // len(beam_idx)
+        rows = (beam_idx[:, None] * each + torch.arange(each, device=beam_idx.device)).flatten()
+        self.stream_mask = self.stream_mask[rows]
+        self.streams.reorder_cache(rows)
+
+
+def thought_rows(input_ids, attention_mask, tokens, lengths, pad_id: int):
+    """Left-padded rows "text" and "text + thought k" for every text: ids and mask, each (B * (1 + K), width)."""
+    rows = []
+    for text, keep, thoughts, ends in zip(input_ids, attention_mask.bool(), tokens, lengths, strict=True):
+        rows += [text[keep], *(torch.cat([text[keep], t[:n]]) for t, n in zip(thoughts, ends, strict=True))]
+    width = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(r, (width - len(r), 0), value=pad_id) for r in rows])
+    lengths = torch.tensor([len(r) for r in rows], device=ids.device)
+    return ids, (torch.arange(width, device=ids.device) >= (width - lengths)[:, None]).long()
+
+
+AutoConfig.register("quietstar", QuietStarConfig, exist_ok=True)
+AutoModelForCausalLM.register(QuietStarConfig, QuietStarForCausalLM, exist_ok=True)

@@ -1,0 +1,260 @@
+"""Notebook parameters: checked once, named once, frozen.
+
+Papermill injects any name it is given, with a warning only, and a YAML file's ``1e-4`` arrives as a string. The second
+cell of every notebook therefore reads ``P = Baking.from_notebook(globals())``: a misspelt name, a wrong type or an
+impossible value stops the notebook with one sentence. The run driver asks the same question before papermill sees
+anything (:func:`check_parameters`), because papermill runs code written in a parameter's *name*.
+"""
+
+import ast
+import difflib
+import json
+import os
+import re
+import traceback
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PARAMETER_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+class WorkbookError(ValueError):
+    """An error that one sentence explains: notebooks show the sentence and no traceback (QS_DEBUG=1 brings it back)."""
+
+    def _render_traceback_(self):  # IPython asks for this name
+        if os.environ.get("QS_DEBUG"):
+            return traceback.format_exception(self)
+        return [f"{type(self).__name__}: {self}"]
+
+
+class ParameterError(WorkbookError):
+    """A parameter is unknown, missing or has a value that cannot be used."""
+
+
+class NotebookParams(BaseModel):
+    """What every notebook takes; each notebook adds its own fields in a subclass at the end of this file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    run_name: str = Field(pattern=RUN_NAME)
+    upstream: str = ""
+
+    @classmethod
+    def from_notebook(cls, namespace: dict) -> "NotebookParams":
+        """The parameters of the running notebook, from its ``globals()``.
+
+        Names come from the class and from the cell papermill injected (found in IPython's ``In``), so that other
+        variables of a long JupyterLab session do not count as parameters.
+
+        Raises ParameterError for an unknown name or a bad value.
+        """
+        cells = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]
+        injected = set()
+        for statement in ast.parse(cells[-1]).body if cells else []:
+            injected |= {target.id for target in getattr(statement, "targets", []) if isinstance(target, ast.Name)}
+        known = set(cls.model_fields) & set(namespace)
+        return cls.check({name: namespace[name] for name in known | injected if name in namespace})
+
+    @classmethod
+    def check(cls, values: dict) -> "NotebookParams":
+        """Like ``model_validate``, with one sentence instead of pydantic's list. Raises ParameterError."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            sentences = [_sentence(problem, cls.model_fields) for problem in error.errors(include_url=False)]
+        raise ParameterError("; ".join(sentences))
+
+
+def _sentence(problem: dict, known) -> str:
+    """One pydantic problem in words."""
+    name = ".".join(str(part) for part in problem["loc"]) or "parameters"
+    if problem["type"] == "extra_forbidden":
+        return unknown_name(name, known)
+    if problem["type"] == "missing":
+        return f"parameter {name} is missing; the notebook's parameters cell must set it"
+    given = repr(problem["input"])
+    given = given if len(given) <= 60 else given[:57] + "..."
+    if name == "run_name":
+        return (
+            f"run_name={given} cannot name a folder: use 1 to 64 letters, digits, '.', '_' or '-', "
+            "the first a letter or digit"
+        )
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"parameter {name}={given}: {message[0].lower()}{message[1:]}"
+
+
+def unknown_name(name: str, known) -> str:
+    """The sentence for a name that is not a parameter, with the nearest one that is."""
+    shown = name if len(name) <= 60 else name[:57] + "..."
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(sorted(known))
+    return f"unknown parameter {shown!r}; {hint}"
+
+
+def notebook_parameters(notebook: str | Path) -> dict:
+    """Names and default values in the notebook's ``parameters`` cell. Raises ParameterError."""
+    import papermill  # the library itself works without the notebook tools
+
+    if not Path(notebook).is_file():
+        raise ParameterError(f"there is no notebook {notebook}")
+    found = papermill.inspect_notebook(str(notebook).replace("{", "{{").replace("}", "}}"))  # it formats paths
+    try:
+        return {name: ast.literal_eval(entry["default"]) for name, entry in found.items()}
+    except (ValueError, SyntaxError):
+        raise ParameterError(f"{notebook}: the parameters cell may hold literals only") from None
+
+
+def check_parameters(notebook: str | Path, given: dict) -> dict:
+    """Check parameters before papermill sees them: name, nearest name, type and range.
+
+    Returns all parameters of the notebook, defaults included, as plain JSON values. A notebook that is not one of
+    the workbook's (no class below) has its names checked only; its own second cell checks the values.
+
+    Raises ParameterError.
+    """
+    defaults = notebook_parameters(notebook)
+    for name in given:
+        if not isinstance(name, str) or not PARAMETER_NAME.fullmatch(name) or name not in defaults:
+            raise ParameterError(unknown_name(str(name), defaults))
+    values = defaults | given
+    model = NOTEBOOKS.get(Path(notebook).stem)
+    if model:
+        return model.check(values).model_dump(mode="json")
+    try:
+        return json.loads(json.dumps(values, allow_nan=False))
+    except (TypeError, ValueError):
+        raise ParameterError("parameters must be plain numbers, text, true/false or lists of these") from None
+
+
+class Source(NotebookParams):
+    """Parameters of notebooks that load problems: where from, and how many of them."""
+
+    source: str = "pocket"
+    data: str = ""
+    train_problems: int = Field(default=2000, ge=1)
+
+    @property
+    def problems(self) -> str:
+        """What ``qs_lib.load_problems`` is to read: the local folder or file if one is given."""
+        return self.data or self.source
+
+
+class TokenSetup(Source):
+    """01: thinking tokens and the champion."""
+
+    champion: str = ""
+    architecture: str = "llama"
+    hidden_size: int = Field(default=128, ge=8)
+    layers: int = Field(default=2, ge=1)
+    heads: int = Field(default=4, ge=1)
+    intermediate_size: int = Field(default=384, ge=8)
+    vocab_size: int = Field(default=2048, ge=300)
+    steps: int = Field(default=30, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    muon_lr: float = Field(default=0.02, ge=0)
+    adamw_lr: float = Field(default=3e-3, ge=0)
+    direct_share: float = Field(default=0.25, ge=0, le=1)
+    hard_worked: float = Field(default=1.0, ge=0, le=1)
+    eval_problems: int = Field(default=48, ge=2)
+
+
+class DatasetGeneration(Source):
+    """02: worked examples and problems."""
+
+    cot_examples: int = Field(default=400, ge=1)
+    strategy_examples: int = Field(default=200, ge=1)
+    validation_problems: int = Field(default=480, ge=2)
+    test_problems: int = Field(default=720, ge=2)
+
+
+class Baking(NotebookParams):
+    """03: prompt baking."""
+
+    epochs: int = Field(default=1, ge=1)
+    examples: int = Field(default=96, ge=1)
+    trajectories: int = Field(default=64, ge=0)
+    batch_size: int = Field(default=32, ge=2)
+    muon_lr: float = Field(default=6e-3, ge=0)
+    adamw_lr: float = Field(default=1.5e-3, ge=0)
+    grokfast_lambda: float = Field(default=0.2, ge=0)
+    ce_weight: float = Field(default=1.0, ge=0)
+    rehearsal: float = Field(default=0.25, ge=0, lt=1)
+    max_new_tokens: int = Field(default=48, ge=2)
+    eval_problems: int = Field(default=48, ge=2)
+
+
+class ParallelThoughts(NotebookParams):
+    """04: many thoughts at once."""
+
+    problem: int = Field(default=0, ge=0)
+    num_thoughts: int = Field(default=4, ge=1, le=64)
+    thought_length: int = Field(default=28, ge=2)
+    temperature: float = Field(default=1.0, ge=0)
+    problems: int = Field(default=24, ge=2)
+
+
+class Reinforce(NotebookParams):
+    """05: REINFORCE on thoughts."""
+
+    steps: int = Field(default=4, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    num_thoughts: int = Field(default=4, ge=2, le=64)
+    thought_length: int = Field(default=28, ge=3)
+    temperature: float = Field(default=1.0, gt=0)
+    n_true: int = Field(default=4, ge=1)
+    over: int = Field(default=2, ge=1)
+    muon_lr: float = Field(default=1.5e-3, ge=0)
+    adamw_lr: float = Field(default=1e-3, ge=0)
+    grokfast_lambda: float = Field(default=0.1, ge=0)
+    token_scale: float = Field(default=1.0, gt=0)
+    reward: Literal["likelihood", "correct"] = "likelihood"
+    objective: Literal["signed", "paper"] = "signed"
+    pg_weight: float = Field(default=1.0, ge=0)
+    nll_weight: float = Field(default=0.5, ge=0)
+    look_ahead_weight: float = Field(default=0.5, ge=0)
+    kl_coefficient: float = Field(default=0.1, ge=0)
+    base_kl: float = Field(default=1.0, ge=0)
+    entropy_bonus: float = Field(default=0.0, ge=0)
+    use_curriculum: bool = True
+    hard_share: float = Field(default=0.4, ge=0, le=1)
+    mixing: Literal["log_probs", "hidden"] = "log_probs"
+    evaluate_every: int = Field(default=2, ge=1)
+    eval_problems: int = Field(default=24, ge=2)
+    test_problems: int = Field(default=24, ge=2)
+
+
+class AntiTheater(NotebookParams):
+    """06: are the thoughts for show?"""
+
+    problems: int = Field(default=24, ge=2)
+    num_thoughts: int = Field(default=4, ge=2, le=64)
+    thought_length: int = Field(default=28, ge=3)
+    temperature: float = Field(default=1.0, gt=0)
+    episodes: int = Field(default=24, ge=1)
+
+
+class Latency(NotebookParams):
+    """07: what thinking costs."""
+
+    repeats: int = Field(default=2, ge=1)
+    target_ms: float = Field(default=200.0, gt=0)
+
+
+class Scoreboard(NotebookParams):
+    """08: all criteria in one table."""
+
+
+NOTEBOOKS = {
+    "01_token_setup": TokenSetup,
+    "02_dataset_generation": DatasetGeneration,
+    "03_baking": Baking,
+    "04_parallel_thoughts": ParallelThoughts,
+    "05_rl": Reinforce,
+    "06_anti_theater": AntiTheater,
+    "07_latency": Latency,
+    "08_scoreboard": Scoreboard,
+}

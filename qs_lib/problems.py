@@ -1,0 +1,112 @@
+"""Word problems from anywhere, as one kind of record.
+
+A record holds ``question``, ``answer`` (a number as text), ``steps`` (worked equations), ``difficulty`` (number of
+worked steps), ``family``, ``fits`` (strategies that suit it) and ``lead`` (numbers a strategy names first).
+"""
+
+import json
+import re
+from pathlib import Path
+
+from datasets import Dataset
+
+from . import pocket
+from .strategies import evaluate, fitting, result
+
+HUB_NAMES = {"gsm8k": ("openai/gsm8k", "main")}
+_ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
+_NUMBER = re.compile(r"-?\d[\d,]*\.?\d*|-?\.\d+")
+
+
+def load_problems(source: str = "pocket", split: str = "train", limit: int | None = None, seed: int = 0,
+                  distinct: bool = True) -> Dataset:  # fmt: skip
+    """Problems of ``split`` (train, validation or test) as a ``datasets.Dataset`` of records.
+
+    ``source``: ``"pocket"`` (generated: ``limit`` of them, 2,000 by default, which may repeat unless ``distinct``), ``"gsm8k"`` (from the hub), a folder with
+    ``train.jsonl`` and ``test.jsonl``, or one ``.jsonl`` file, each line with ``question`` and ``answer`` in GSM8K's
+    form (``#### 42`` at the end, ``<<48/2=24>>`` around worked steps). For data without a validation split, every tenth
+    training problem by the MD5 of its question is held out for it.
+
+    Raises ``FileNotFoundError``, ``ConnectionError`` or ``ValueError`` with one sentence that says what to do.
+    """
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"split is {split!r}; it must be train, validation or test")
+    if source == "pocket":
+        return Dataset.from_list(pocket.generate(split, limit or 2000, seed, distinct))
+    rows = _read(source, split)
+    records = [parse_gsm8k(row["question"], row["answer"]) for row in rows]
+    if split != "test" and not source.endswith(".jsonl"):
+        held = [pocket.split_of(r["question"]) == "validation" for r in records]
+        records = [r for r, h in zip(records, held, strict=True) if h == (split == "validation")]
+    if not records:
+        raise ValueError(f"{source} holds no {split} problems")
+    return Dataset.from_list(records[:limit])
+
+
+def _read(source: str, split: str) -> list[dict]:
+    path = Path(source)
+    if source in HUB_NAMES:
+        return _from_hub(source, split)
+    if path.is_dir():
+        path = path / ("test.jsonl" if split == "test" else "train.jsonl")
+    if not path.is_file():
+        raise FileNotFoundError(f"no problems at {path}: give 'pocket', 'gsm8k', a folder with train.jsonl and "
+                                "test.jsonl, or a .jsonl file")  # fmt: skip
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.append({"question": row["question"], "answer": row["answer"]})
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}:{number} is not a JSON object with question and answer ({error})") from None
+    return rows
+
+
+def _from_hub(source: str, split: str) -> list[dict]:
+    from datasets import load_dataset
+
+    try:
+        return list(load_dataset(*HUB_NAMES[source], split="test" if split == "test" else "train"))
+    except (ConnectionError, OSError) as error:
+        raise ConnectionError(
+            f"the hub is out of reach for {HUB_NAMES[source][0]} ({type(error).__name__}): download its train.jsonl and "
+            "test.jsonl once and give their folder instead (make run P=... DATA=folder, or data=folder in the notebook)"
+        ) from None
+
+
+def parse_gsm8k(question: str, worked: str) -> dict:
+    """One record from a GSM8K question and its worked answer. Raises ``ValueError`` without a final ``####`` number.
+
+    Difficulty is the number of worked steps: annotated equations, or text lines where none is annotated. ``steps``
+    keeps the equations only if all of them are true arithmetic and the last one gives the answer; else it is empty.
+    """
+    text, mark, final = worked.rpartition("####")
+    number = _NUMBER.search(final)
+    if not mark or number is None:
+        raise ValueError(f"no '#### number' at the end of the worked answer to {question[:60]!r}")
+    answer = plain_number(number.group())
+    steps = [_equation(*m) for m in _ANNOTATION.findall(text)]
+    difficulty = len(steps) or max(1, len([line for line in text.splitlines() if line.strip()]))
+    if None in steps or not steps or result(steps[-1]) != answer:
+        steps = []
+    return {
+        "question": question.strip(), "answer": answer, "steps": steps, "difficulty": difficulty, "family": "gsm8k",
+        "fits": fitting(steps) if steps else [], "lead": [],
+    }  # fmt: skip
+
+
+def _equation(left: str, right: str) -> str | None:
+    """``48/2``, ``24`` -> ``48 / 2 = 24``; None unless it is true plain arithmetic (to a cent)."""
+    left = re.sub(r"\s*([-+*/()])\s*", r" \1 ", left.replace(",", "").replace("$", "")).strip()
+    try:
+        right = plain_number(right)
+        return f"{' '.join(left.split())} = {right}" if abs(evaluate(left) - evaluate(right)) <= 0.01 else None
+    except ValueError:
+        return None
+
+
+def plain_number(text: str) -> str:
+    """``1,200.50`` -> ``1200.5``; ``18.00`` -> ``18``."""
+    text = text.replace(",", "").replace("$", "").strip()
+    value = float(text)
+    return str(int(value)) if value == int(value) else f"{value:.10g}"

@@ -1,0 +1,189 @@
+"""QK-Clip: the largest attention logit of every head, and weights rescaled where it passes a threshold."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+NAME = "max_logits"
+WATCHES = {}  # attention module -> the watch that is open on its model
+QUERY_ROWS = 256  # rows of scores held at a time
+QK_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
+
+
+class watch_max_logits:
+    """Context in which every forward pass of `model` records the largest attention logit of each head.
+
+        with watch_max_logits(model) as watch:
+            model(input_ids)
+        watch.max_logits            # {layer index: tensor of heads}
+
+    The logit is scaling * q.k before the softmax, over all allowed (query, key) pairs of all calls since the start or
+    the last `reset()`; every pass counts, so keep a teacher's passes outside. The model computes what it computes with
+    "sdpa"; its own attention implementations are put back at the end, also after an error. On entry one pass over two
+    tokens checks that every attention layer is really seen, and raises RuntimeError where a family bypasses the
+    attention interface.
+
+    report_only: `clip_heads` names the heads above the threshold and changes no weight. Use it while a teacher shares
+    the weights (an adapter that is switched off): clipping the student would move the teacher.
+    """
+
+    def __init__(self, model, report_only=False):
+        self.model, self.report_only = model, report_only
+        self.max_logits, self.layers = {}, {}
+
+    def __enter__(self):
+        backbones = [m for m in self.model.modules() if isinstance(m, PreTrainedModel)]
+        lacking = [type(m).__name__ for m in backbones if not m._supports_sdpa]
+        if lacking:
+            raise RuntimeError(f"{lacking[0]} cannot run with sdpa attention, so its logits cannot be watched")
+        expected = [m for m in self.model.modules()
+                    if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
+        taken = [m for m in expected if m in WATCHES]
+        if taken:
+            raise RuntimeError("this model is already being watched")
+        self.configs = {id(m.config): (m.config, m.config._attn_implementation) for m in backbones}
+        try:
+            for config, _ in self.configs.values():
+                config._attn_implementation = NAME
+            WATCHES.update((m, self) for m in expected)
+            device = next(self.model.parameters()).device
+            # Dropout of the trial pass must not shift the random numbers of the training.
+            with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                self.model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device))
+            if not expected or len(self.layers) != len(expected):
+                raise RuntimeError(f"{type(self.model).__name__}: the attention interface was called in "
+                                   f"{len(self.layers)} of {len(expected)} attention layers")
+        except BaseException:
+            self.__exit__()
+            raise
+        self.reset()
+        return self
+
+    def __exit__(self, *exception):
+        for config, implementation in self.configs.values():
+            config._attn_implementation = implementation
+        for module in [m for m, watch in WATCHES.items() if watch is self]:
+            del WATCHES[module]
+
+    def reset(self):
+        """Forget the maxima seen so far."""
+        self.max_logits = {}
+
+    @torch.no_grad()
+    def record(self, module, query, key, mask, scaling, is_causal):
+        """Fold one attention call, query (batch, heads, length, d), into the running maxima."""
+        rows, heads = query.shape[2], query.shape[1]
+        grouped = query.detach().unflatten(1, (key.shape[1], -1))
+        keys = key.detach().unsqueeze(2).mT
+        if mask is None and is_causal and rows > 1:
+            mask = torch.ones(rows, key.shape[2], dtype=torch.bool, device=key.device).tril()[None, None]
+        largest = torch.full((heads,), -torch.inf, device=query.device)
+        for start in range(0, rows, QUERY_ROWS):
+            scores = (grouped[:, :, :, start:start + QUERY_ROWS] @ keys).flatten(1, 2).float() * scaling
+            if mask is not None:
+                part = mask[:, :, start:start + QUERY_ROWS, :key.shape[2]]
+                allowed = part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+                scores = scores.masked_fill(~allowed, -torch.inf)
+            largest = torch.maximum(largest, scores.amax(dim=(0, 2, 3)))
+        layer = module.layer_idx
+        self.layers[layer] = module
+        self.max_logits[layer] = torch.maximum(self.max_logits.get(layer, largest), largest)
+
+
+def watched_attention(module, query, key, value, attention_mask, scaling=None, is_causal=None, **kwargs):
+    """transformers' sdpa attention, after showing queries and keys to the open watch."""
+    watch = WATCHES.get(module)
+    if watch is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        watch.record(module, query, key, attention_mask, scale, causal)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal,
+                                  **kwargs)
+
+
+# Without its mask function the model would hand over no mask at all and drop padding silently.
+ALL_ATTENTION_FUNCTIONS.register(NAME, watched_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+
+
+@dataclass
+class ClipReport:
+    """What `clip_heads` saw: the largest logit, the heads above the threshold, and the layers left as they were.
+
+    heads: a list of (layer, head, max logit); report_only: {layer: why its weights were not changed}.
+    """
+
+    max_logit: float
+    heads: list = field(default_factory=list)
+    report_only: dict = field(default_factory=dict)
+
+
+@torch.no_grad()
+def clip_heads(watch, threshold):
+    """QK-Clip (Kimi K2, arXiv 2507.20534): bring every head whose largest logit S_h passes tau = `threshold` to tau.
+
+    g_h = min(1, tau / S_h) is put on the query and key projections, biases included, so that all logits of head h are
+    multiplied by g_h. With one key head per query head both get sqrt(g_h), as in the paper. Where query heads share a
+    key head the paper has no rule; here the key takes only what all its heads have in common and each query the rest:
+
+        k *= sqrt(max_h g_h),   q_h *= g_h / sqrt(max_h g_h)
+
+    which is exact for every head and leaves heads below tau bit-equal. It rescales weights after the optimizer step;
+    scores and updates are never clamped, and momentum is not touched. With several processes the maxima are reduced
+    over all of them first.
+
+    Only a report is made where rescaling is not exact: models that normalise queries and keys, fused or compressed
+    projections other than GPT-2's, adapters on the projections, and watches opened with report_only=True.
+    """
+    report = ClipReport(max_logit=-torch.inf)
+    for layer, largest in sorted(watch.max_logits.items()):
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        maxima = largest.tolist()
+        report.max_logit = max(report.max_logit, *maxima)
+        above = [(layer, head, value) for head, value in enumerate(maxima) if value > threshold]
+        if above:
+            report.heads += above
+            module = watch.layers[layer]
+            reason = "report only" if watch.report_only else obstacle(module, len(maxima))
+            if reason:
+                report.report_only[layer] = reason
+            else:
+                rescale(module, (threshold / largest).clamp(max=1).where(largest > 0, 1))
+    return report
+
+
+def obstacle(module, heads):
+    """Why the heads of this attention module cannot be rescaled exactly, or None."""
+    if any(getattr(module, name, None) is not None for name in QK_NORMS):
+        return "queries or keys are normalised"
+    if hasattr(module, "c_attn"):
+        whole = type(module.c_attn) is Conv1D and module.c_attn.nf == 3 * heads * module.head_dim
+        return None if whole else "projections carry an adapter or are unknown"
+    if not hasattr(module, "q_proj") or not hasattr(module, "k_proj"):
+        return "no separate query and key projections"
+    if type(module.q_proj) is not torch.nn.Linear or type(module.k_proj) is not torch.nn.Linear:
+        return "projections carry an adapter or are quantized"
+    return None if module.q_proj.out_features == heads * module.head_dim else "queries are projected with more"
+
+
+def rescale(module, factors):
+    """Multiply all logits of head h by factors[h]."""
+    d = module.head_dim
+    if hasattr(module, "c_attn"):  # GPT-2's Conv1D: queries, keys, values side by side in the columns
+        width = d * len(factors)
+        both = (module.c_attn.weight, module.c_attn.bias)
+        queries, keys = [t[..., :width] for t in both], [t[..., width:2 * width] for t in both]
+    else:
+        queries, keys = ([p.weight.T] if p.bias is None else [p.weight.T, p.bias]
+                         for p in (module.q_proj, module.k_proj))
+    grouped = factors.view(keys[0].shape[-1] // d, -1)
+    root = grouped.amax(dim=1, keepdim=True).sqrt()
+    for tensors, scale in ((queries, (grouped / root).flatten()), (keys, root.flatten())):
+        for tensor in tensors:
+            tensor.mul_(scale.repeat_interleave(d).to(tensor))

@@ -1,0 +1,108 @@
+"""Sampling whose draws are numbered, so that a token does not depend on what is computed beside it.
+
+The uniform number of a draw is a hash of (seed, row, position, thought, step). Batches can be cut, sorted and
+compacted at will and the same thought comes out. Tokens are drawn by inverting the cumulative distribution,
+about 20 times cheaper on CPU than `torch.multinomial` or Gumbel noise over the vocabulary.
+"""
+
+import math
+
+import torch
+
+_STEP = 0x9E3779B97F4A7C15 - 2**64
+_FIRST = 0xBF58476D1CE4E5B9 - 2**64
+_SECOND = 0x94D049BB133111EB - 2**64
+_BLOCK = 64
+
+
+def _shift(x, bits):
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _mix(x):
+    # The 64-bit finaliser of SplitMix64 (Steele, Lea and Flood 2014); int64 products wrap around.
+    x = (x ^ _shift(x, 30)) * _FIRST
+    x = (x ^ _shift(x, 27)) * _SECOND
+    return x ^ _shift(x, 31)
+
+
+def draw_seed(generator=None):
+    """One seed in [0, 2**62) from a torch.Generator, or from the global one."""
+    device = generator.device if generator is not None else "cpu"
+    return int(torch.randint(2**62, (), generator=generator, device=device))
+
+
+def uniforms(seed, rows, positions, thoughts, steps):
+    """Uniform numbers in [0, 1), float32, (S, steps), for S streams named by three LongTensors (S,)."""
+    key = torch.full_like(rows, seed)
+    for part in (rows, positions, thoughts):
+        key = _mix(key + (part + 1) * _STEP)
+    step = torch.arange(1, steps + 1, device=rows.device) * _STEP
+    return _shift(_mix(_mix(key.unsqueeze(1) + step)), 40).float() / 2**24
+
+
+def forbidden(ids, size, device):
+    """Bool tensor (size,) that is True at the ids, or None when there are none. Raises ValueError."""
+    ids = sorted({int(i) for i in ids})
+    if not ids:
+        return None
+    if ids[0] < 0 or ids[-1] >= size:
+        raise ValueError(f"Forbidden token ids must lie in [0, {size}), not {ids[0]}..{ids[-1]}.")
+    mask = torch.zeros(size, dtype=torch.bool, device=device)
+    mask[ids] = True
+    return mask
+
+
+def _invert(weights, mass):
+    # The first index whose cumulative weight exceeds `mass`, with mass kept below the total so that there is one.
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1]
+    mass = torch.minimum(mass, torch.nextafter(total, torch.zeros_like(total))).unsqueeze(1)
+    return torch.searchsorted(cumulative, mass, right=True), cumulative, mass
+
+
+def _invert_blocks(weights, uniform):
+    count = weights.shape[1] // _BLOCK
+    sums = weights[:, : count * _BLOCK].unflatten(1, (count, _BLOCK)).sum(-1)
+    if weights.shape[1] % _BLOCK:
+        sums = torch.cat([sums, weights[:, count * _BLOCK :].sum(-1, keepdim=True)], 1)
+    block, cumulative, mass = _invert(sums, uniform * sums.sum(-1))
+    before = (cumulative - sums).gather(1, block)
+    index = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    inside = index < weights.shape[1]
+    near = weights.gather(1, index.clamp(max=weights.shape[1] - 1)) * inside
+    return block * _BLOCK + _invert(near, (mass - before).clamp(min=0).squeeze(1))[0]
+
+
+def nucleus(weights, top_p):
+    """Zeroes all but the smallest set of most likely tokens whose share reaches top_p; weights (S, V)."""
+    ordered, order = weights.sort(-1, descending=True)
+    share = (ordered.cumsum(-1) - ordered) / ordered.sum(-1, keepdim=True)
+    return torch.zeros_like(weights).scatter_(1, order, ordered.masked_fill_(share >= top_p, 0))
+
+
+def sample(logits, uniform, temperature=1.0, top_p=1.0, forbid=None):
+    """One token per row of logits (S, V, overwritten) from uniform numbers (S,): tokens (S,), log-probs (S,).
+
+    temperature 0 takes the most likely token. forbid is None or a bool tensor (V,): those tokens get no
+    probability. The log-probs are those of the distribution at this temperature (at 1 when temperature is 0)
+    with forbidden tokens removed and **before** top_p cuts it, so that re-scoring gives the same numbers.
+    """
+    if forbid is not None:
+        logits.masked_fill_(forbid, -math.inf)
+    if temperature not in (0, 1):
+        logits.div_(temperature)
+    best = logits.max(-1)
+    weights = (logits - best.values.unsqueeze(1)).exp_()
+    total = weights.sum(-1)
+    if temperature == 0:
+        tokens = best.indices
+    else:
+        drawn = nucleus(weights, top_p) if top_p < 1 else weights
+        uniform = uniform.to(weights.dtype)
+        if weights.shape[1] > 8 * _BLOCK:
+            tokens = _invert_blocks(drawn, uniform).squeeze(1)
+        else:
+            tokens = _invert(drawn, uniform * drawn.sum(-1))[0].squeeze(1)
+    chosen = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return tokens, chosen - best.values - total.log()

@@ -1,0 +1,410 @@
+"""One stage of a run: its folder, what it read from earlier stages and what it wrote.
+
+``outputs/<run_name>/<stage>/`` belongs to the notebook of that name. Every file is written aside and renamed, and
+``run.json`` is written last, with the SHA-256 of every output and of what was read: only a stage whose ``run.json``
+still holds counts as finished. Names that start with a dot (locks, checkpoints, half-written files) are not outputs.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .params import RUN_NAME, NotebookParams, WorkbookError
+
+FORMAT_VERSION = 1
+PACKAGE = Path(__file__).resolve().parent
+REPOSITORY = PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else Path.cwd()
+
+
+class StageError(WorkbookError):
+    """A run folder cannot be used or written."""
+
+
+class UpstreamError(WorkbookError):
+    """What an earlier stage should have made is missing, unfinished or changed."""
+
+
+def outputs_root() -> Path:
+    """Where runs go: ``QS_OUTPUTS``, or ``outputs/`` of the repository; never the working directory of a notebook."""
+    return Path(os.environ.get("QS_OUTPUTS") or REPOSITORY / "outputs").expanduser().resolve()
+
+
+def run_folder(run_name: str) -> Path:
+    """``outputs/<run_name>``, refused when it would lie elsewhere. Raises StageError."""
+    if not re.fullmatch(RUN_NAME, run_name):
+        raise StageError(f"{run_name!r} cannot name a run: use letters, digits, '.', '_' or '-', at most 64")
+    folder = outputs_root() / run_name
+    if folder.resolve() != folder:
+        raise StageError(f"{folder} is a link that leaves {folder.parent}; choose another run_name")
+    return folder
+
+
+def find_run(upstream: str) -> Path:
+    """The run folder that ``upstream`` means: "" the committed pocket run, a run name, or a path.
+
+    Raises UpstreamError.
+    """
+    if not upstream:
+        return REPOSITORY / "outputs" / "pocket"
+    named = outputs_root() / upstream
+    if re.fullmatch(RUN_NAME, upstream) and named.is_dir():
+        return named
+    path = REPOSITORY / Path(upstream).expanduser()
+    if path.is_dir():
+        return path
+    make = f"`make run RUN={upstream}`" if re.fullmatch(RUN_NAME, upstream) else "`make run`"
+    raise UpstreamError(f"there is no run {upstream!r} in {outputs_root()}; make it with {make}")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_hash() -> str:
+    """One hash over the library's own source."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def notebook_hash(notebook: Path) -> str:
+    """One hash over a notebook's code cells; text and outputs may change without a rerun."""
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
+
+
+def read_stage(folder: Path) -> tuple[dict | None, str]:
+    """The record of a finished stage and "", or None and the reason why it does not count as finished."""
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        version, outputs = record["format_version"], record["outputs"]
+    except FileNotFoundError:
+        return None, "not finished" if folder.is_dir() else "not run yet"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, "run.json cannot be read"
+    if version != FORMAT_VERSION:
+        return None, f"run.json has format {version}, this version reads {FORMAT_VERSION}"
+    for name, entry in outputs.items():
+        path = folder / name
+        if not path.is_file():
+            return None, f"{name} is missing"
+        if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+            return None, f"{name} has changed since it was written"
+    return record, ""
+
+
+def stage_digest(record: dict) -> str:
+    """One hash over all that a later stage can read from this one."""
+    return hashlib.sha256(json.dumps([record["outputs"], record["summary"]], sort_keys=True).encode()).hexdigest()
+
+
+def stage_finished(
+    folder: Path, parameters: dict, notebook: str, upstream: Path | None = None, check_code: bool = True
+) -> tuple[bool, str]:
+    """Whether a stage need not run again, and the reason if it must.
+
+    ``parameters``: all of them, defaults included; ``notebook``: its :func:`notebook_hash`; ``upstream``: the run
+    folder it reads from.
+    """
+    record, reason = read_stage(folder)
+    if record is None:
+        return False, reason
+    for name in sorted(set(parameters) | set(record["parameters"])):
+        old, new = record["parameters"].get(name), parameters.get(name)
+        if old != new:
+            return False, f"parameter {name} changed ({old!r} -> {new!r})"
+    if record["notebook_sha256"] != notebook:
+        return False, "the notebook changed"
+    if check_code and record["code_sha256"] != code_hash():
+        return False, "qs_lib changed"
+    for name, digest in record["upstream"]["stages"].items():
+        earlier, reason = read_stage(upstream / name) if upstream else (None, "not found")
+        if earlier is None:
+            return False, f"{name}: {reason}"
+        if stage_digest(earlier) != digest:
+            return False, f"{name} changed"
+    return True, "finished"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all. Raises StageError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        _discard(temporary)
+        raise _write_error(error, path) from None
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)  # a rename is durable only once its folder is
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(path: Path) -> None:
+    try:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    except OSError:
+        pass  # the read-only folder or dead disk that brought us here
+
+
+def _write_error(error: Exception, path: Path) -> StageError:
+    number, text = getattr(error, "errno", None), str(error)  # safetensors gives the number in its text only
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(r"os error (28|122|27)\b", text):
+        return StageError(f"no space left to write {path}; free some space and run the same command again")
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS) or re.search(r"os error (13|1|30)\b", text):
+        return StageError(f"{path} cannot be written; set QS_OUTPUTS to a folder that you may write to")
+    return StageError(f"{path} cannot be written: {getattr(error, 'strerror', None) or text}")
+
+
+def to_json(value, indent: int | None = None) -> str:
+    """JSON text; tensors and numpy scalars become numbers. Raises StageError for NaN, infinity or other objects."""
+    try:
+        return json.dumps(value, allow_nan=False, indent=indent, default=lambda v: v.item())
+    except ValueError:
+        shown = repr(value)
+        raise StageError(f"NaN or infinity cannot be recorded: {shown[:200]}") from None
+    except (AttributeError, TypeError, RuntimeError):
+        raise StageError(f"only plain values can be recorded, not {repr(value)[:200]}") from None
+
+
+def lock_run(folder: Path, user: str, name: str = ".lock") -> FileLock:
+    """The operating system's lock on a run folder; it ends with the process, however that ends. Raises StageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / name, is_singleton=True)  # the same process may start its stage again
+        lock.acquire(blocking=False)
+    except Timeout:
+        try:
+            holder = (folder / f"{name}.holder").read_text(encoding="utf-8")
+        except OSError:
+            holder = "another process"
+        raise StageError(f"run {folder.name} is in use by {holder}; wait, stop it, or choose another name") from None
+    except OSError as error:
+        raise _write_error(error, folder) from None
+    write_bytes(folder / f"{name}.holder", f"process {os.getpid()} on {socket.gethostname()} ({user})".encode())
+    return lock
+
+
+class Stage:
+    """A started stage; see :func:`start_stage`."""
+
+    def __init__(self, params: NotebookParams, name: str):
+        self.params = params
+        self.name = name
+        self.run = run_folder(params.run_name)
+        self.folder = self.run / name
+        self.upstream_stages = {}
+        self._started = time.monotonic()
+        self._lock = None
+
+    def __repr__(self):
+        return f"Stage({self.name} of run {self.params.run_name})"
+
+    def need(self, stage: str) -> Path:
+        """The folder of an earlier stage of the upstream run, hashes checked and recorded. Raises UpstreamError."""
+        run = find_run(self.params.upstream)
+        record, reason = read_stage(run / stage)
+        if record is None:
+            if not self.params.upstream:
+                make = "`git checkout outputs/pocket` or `make refresh`"
+            else:
+                make = (
+                    f"`papermill notebooks/{stage}.ipynb outputs/{run.name}-{stage}.ipynb -p run_name {run.name}` "
+                    f"or all stages with `make run RUN={run.name}`"
+                )
+            raise UpstreamError(f"{self.name} needs {stage} of the run {run.name} ({reason}); make it with {make}")
+        self.upstream_stages[stage] = stage_digest(record)
+        return run / stage
+
+    def path(self, name: str) -> Path:
+        """Where the stage's file or folder ``name`` is; its parent folder is made. Raises StageError."""
+        path = self.folder / name
+        if ".." in path.parts or self.folder not in path.parents:
+            raise StageError(f"{name!r} is not inside the stage's folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def log(self, **metrics) -> None:
+        """Append one line to ``metrics.jsonl``. Raises StageError, also for NaN and infinity."""
+        line = to_json(metrics) + "\n"
+        path = self.path("metrics.jsonl")
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise _write_error(error, path) from None
+
+    def write_json(self, name: str, value) -> Path:
+        """Write ``value`` as JSON. Raises StageError."""
+        path = self.path(name)
+        write_bytes(path, (to_json(value, indent=1) + "\n").encode())
+        return path
+
+    def write_jsonl(self, name: str, rows) -> Path:
+        """Write one JSON line a row. Raises StageError."""
+        path = self.path(name)
+        write_bytes(path, "".join(to_json(row) + "\n" for row in rows).encode())
+        return path
+
+    def save_model(self, name: str, model, tokenizer=None) -> Path:
+        """``save_pretrained`` of the model and its tokenizer into the folder ``name``. Raises StageError."""
+        path = self.path(name)
+        temporary = path.with_name(f".{path.name}.tmp")
+        _discard(temporary)
+        try:
+            for part in (model, tokenizer):
+                if part is not None:
+                    part.save_pretrained(temporary)
+            for file in temporary.iterdir():
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+            _discard(path)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except Exception as error:
+            _discard(temporary)
+            if isinstance(error, OSError) or "os error" in str(error):
+                raise _write_error(error, path) from None
+            raise
+        return path
+
+    def publish(self, name: str) -> Path:
+        """Copy a finished file or folder of this stage to the run folder itself. Raises StageError."""
+        source, target = self.path(name), self.run / Path(name).name
+        temporary = target.with_name(f".{target.name}.tmp")
+        _discard(temporary)
+        try:
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, temporary)
+            _discard(target)
+            os.replace(temporary, target)
+        except OSError as error:
+            _discard(temporary)
+            raise _write_error(error, target) from None
+        return target
+
+    def finish(self, summary: dict) -> dict:
+        """Write ``run.json``, last: from now on the stage counts as finished. Returns ``summary``. Raises StageError."""
+        outputs = {}
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder)
+            hidden = any(part.startswith(".") for part in name.parts)
+            if path.is_file() and not hidden and path.suffix != ".ipynb" and name.as_posix() != "run.json":
+                outputs[name.as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        record = {
+            "format_version": FORMAT_VERSION,
+            "stage": self.name,
+            "command": self._command(),
+            "parameters": self.params.model_dump(mode="json"),
+            "seed": self.params.seed,
+            "summary": summary,
+            "wall_s": round(time.monotonic() - self._started, 1),
+            "upstream": {
+                "run": find_run(self.params.upstream).name if self.upstream_stages else None,
+                "stages": self.upstream_stages,
+            },
+            "outputs": outputs,
+            "versions": _versions(),
+            "git_commit": _git_commit(),
+            "code_sha256": code_hash(),
+            "notebook_sha256": self._notebook_hash(),
+            **_machine(),
+        }
+        self.write_json("run.json", record)
+        self._lock.release(force=True)
+        return summary
+
+    def _command(self) -> str:
+        given = shlex.quote(self.params.model_dump_json())
+        own = f"papermill notebooks/{self.name}.ipynb outputs/{self.params.run_name}-{self.name}.ipynb -y {given}"
+        return os.environ.get("QS_COMMAND") or own
+
+    def _notebook_hash(self) -> str | None:
+        notebook = REPOSITORY / "notebooks" / f"{self.name}.ipynb"
+        on_disk = notebook_hash(notebook) if notebook.is_file() else None
+        return os.environ.get("QS_NOTEBOOK_SHA256") or on_disk
+
+
+def start_stage(params: NotebookParams, stage: str, needs: tuple[str, ...] = ()) -> Stage:
+    """Begin the stage ``stage`` (the notebook's name) of the run ``params.run_name``.
+
+    ``needs`` names the earlier stages it reads, each checked before anything is touched. Then the run folder is
+    locked and what an earlier attempt left in the stage's folder is removed, ``run.json`` first; hidden files and
+    notebooks stay.
+
+    Raises UpstreamError or StageError.
+    """
+    started = Stage(params, stage)
+    for name in needs:
+        started.need(name)
+    started._lock = lock_run(started.run, f"stage {stage}")
+    try:
+        started.folder.mkdir(exist_ok=True)
+        (started.folder / "run.json").unlink(missing_ok=True)
+        for path in list(started.folder.iterdir()):
+            unfinished = path.name.startswith(".") and path.name.endswith(".tmp")
+            if unfinished or not (path.name.startswith(".") or path.suffix == ".ipynb"):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except OSError as error:
+        raise _write_error(error, started.folder) from None
+    return started
+
+
+def _versions() -> dict:
+    names = {"qs_lib": "quiet-star-workbook", "torch": "torch", "transformers": "transformers", "datasets": "datasets"}
+    versions = {"python": platform.python_version()}
+    for key, package in names.items():
+        try:
+            versions[key] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[key] = None
+    return versions
+
+
+def _git_commit() -> str | None:
+    """HEAD, with "-dirty" where code, notebooks or parameters differ from it; None outside a git checkout."""
+
+    def git(*words):
+        return subprocess.run(["git", "-C", PACKAGE.parent, *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        commit = git("rev-parse", "HEAD").strip()
+        return commit + ("-dirty" if git("status", "--porcelain", "--", "qs_lib", "notebooks", "params") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _machine() -> dict:
+    torch = sys.modules.get("torch")  # a stage that did not import it did not use it
+    cuda = torch is not None and torch.cuda.is_available()
+    return {
+        "device": "cuda" if cuda else "cpu",
+        "device_name": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "threads": torch.get_num_threads() if torch else None,
+        "platform": f"{platform.system()} {platform.machine()}",
+    }

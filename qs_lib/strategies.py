@@ -1,0 +1,221 @@
+"""Seven ways of reasoning, each with a body of its own, written and checked by programs.
+
+A worked body is built from a problem's equations, so the same seven programs serve the pocket task and GSM8K. Bodies
+are written in plain words (``think parts 8 5 step 8 + 5 = 13 done``) and turned into thinking tokens id by id
+(:func:`mark`), which keeps the prompted teacher's text and the student's text aligned one to one.
+"""
+
+import ast
+import hashlib
+import operator
+import random
+from fractions import Fraction
+
+from datasets import Dataset, DatasetDict
+
+from .tokens import PLAIN_WORDS
+
+STRATEGIES = ("mece", "falsification", "expert", "orthogonal", "doubt", "bayesian", "multidomain")
+PROMPTS = {
+    "cot": "work it out step by step .",
+    "mece": "list all the parts first .",
+    "falsification": "try to refute the claim .",
+    "expert": "think as an expert does .",
+    "orthogonal": "start from the other end .",
+    "doubt": "doubt it and check again .",
+    "bayesian": "update the odds as you go .",
+    "multidomain": "take each field by itself .",
+}
+OPERATIONS = {"+": "plus", "-": "minus", "*": "times", "/": "over"}
+LEAD_WORDS = ("back", "odds", "fields", "so", *OPERATIONS.values())
+_ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def evaluate(expression: str) -> Fraction:
+    """Exact value of an arithmetic expression of numbers and + - * / ( ). Raises ``ValueError`` on anything else."""
+
+    def value(node):
+        if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+            return _ARITHMETIC[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+            return Fraction(str(node.value))
+        raise ValueError(f"not plain arithmetic: {expression!r}")
+
+    try:
+        return value(ast.parse(expression.strip(), mode="eval").body)
+    except (SyntaxError, ZeroDivisionError, RecursionError) as error:
+        raise ValueError(f"not plain arithmetic: {expression!r}") from error
+
+
+def operands(equation: str) -> list[str]:
+    """The numbers left of the equals sign."""
+    return [t for t in equation.split("=")[0].replace("(", " ").replace(")", " ").split() if t not in OPERATIONS]
+
+
+def signs(equation: str) -> list[str]:
+    """The operation signs left of the equals sign."""
+    return [t for t in equation.split("=")[0].split() if t in OPERATIONS]
+
+
+def result(equation: str) -> str:
+    """The number right of the equals sign."""
+    return equation.split("=")[1].strip()
+
+
+def fresh_operands(steps: list[str]) -> list[list[str]]:
+    """Per step, the operands that no earlier step computed."""
+    return [[x for x in operands(step) if x not in map(result, steps[:i])] for i, step in enumerate(steps)]
+
+
+def inverse(equation: str) -> str | None:
+    """The check of a two-operand equation by its inverse operation (9 + 8 = 17 -> 17 - 8 = 9), or None."""
+    numbers, ops = operands(equation), signs(equation)
+    if len(numbers) != 2 or len(ops) != 1 or (ops[0] == "*" and float(numbers[1]) == 0):
+        return None
+    back = {"+": "-", "-": "+", "*": "/", "/": "*"}[ops[0]]
+    return f"{result(equation)} {back} {numbers[1]} = {numbers[0]}"
+
+
+def fitting(steps: list[str]) -> list[str]:
+    """Strategies whose program applies to these steps, in the order of ``STRATEGIES`` (for data without families)."""
+    ops = {sign for step in steps for sign in signs(step)}
+    fresh = fresh_operands(steps)
+    conditions = {
+        "mece": set(signs(steps[-1])) == {"+"}, "falsification": True, "expert": bool(ops), "orthogonal": ops <= {"+", "-"},
+        "doubt": inverse(steps[-1]) is not None,
+        "bayesian": len(steps) > 1 and all(len(f) < len(operands(s)) for f, s in zip(fresh[1:], steps[1:], strict=True)),
+        "multidomain": sum(len(f) == len(operands(s)) for f, s in zip(fresh, steps, strict=True)) > 1,
+    }  # fmt: skip
+    return [s for s in STRATEGIES if conditions[s]]
+
+
+def body(strategy: str, steps: list[str], lead: list[str] = ()) -> str:
+    """The worked thought in plain words, without its ``think`` and ``done``; it ends on the answer's number.
+
+    ``lead``: numbers the strategy names first where the problem gives them (the claim to refute, the prior counts,
+    the parts, the other end); read off the steps otherwise.
+    """
+    worked = [f"step {step}" for step in steps]
+    if strategy == "mece":
+        parts = list(lead) or [x for fresh in fresh_operands(steps) for x in fresh]
+        return " ".join(["parts", *parts, *worked])
+    if strategy == "falsification":
+        claim = list(lead) or [_wrong(result(steps[-1]))]
+        return " ".join(["refute", *claim, *worked])
+    if strategy == "expert":
+        return " ".join(["expert", *(OPERATIONS[s] for step in steps for s in signs(step)), *worked])
+    if strategy == "orthogonal":
+        return " ".join(["reason back", *(list(lead) or operands(steps[0])[:1]), *worked])
+    if strategy == "doubt":
+        return " ".join([*worked, "doubt", inverse(steps[-1]), "so", result(steps[-1])])
+    if strategy == "bayesian":
+        return " ".join(["reason odds", *(list(lead) or operands(steps[0])[:1]), *worked])
+    if strategy == "multidomain":
+        fields = sum(len(f) == len(operands(s)) for f, s in zip(fresh_operands(steps), steps, strict=True))
+        return " ".join(["reason fields", str(fields), *worked])
+    if strategy == "cot":
+        return " ".join(worked)
+    raise ValueError(f"unknown strategy {strategy!r}; known: cot, {', '.join(STRATEGIES)}")
+
+
+def _wrong(answer: str) -> str:
+    """A claim that is off by a few, drawn from the answer itself so that it never changes."""
+    value = Fraction(answer) + 1 + int(hashlib.md5(answer.encode()).hexdigest(), 16) % 5
+    return str(value) if value.denominator == 1 else f"{float(value):g}"
+
+
+def reply(strategy: str | None, problem: dict) -> str:
+    """What follows the question, in plain words: the answer alone (``None``) or a thought and the answer."""
+    if strategy is None:
+        return f"{problem['answer']} ."
+    return f"think {body(strategy, problem['steps'], problem['lead'])} done {problem['answer']} ."
+
+
+def strategy_of(thought: str) -> str | None:
+    """The strategy a thought uses (text with plain or special markers), or None when it has no worked step."""
+    words = thought.split()
+    for token, word in PLAIN_WORDS.items():
+        words = [word if w == token else w for w in words]
+    words = [w for w in words if w not in ("think", "done")]
+    if "step" not in words:
+        return None
+    opening = {"parts": "mece", "refute": "falsification", "expert": "expert"}
+    second = {"back": "orthogonal", "odds": "bayesian", "fields": "multidomain"}
+    if words[0] == "reason" and len(words) > 1:
+        return second.get(words[1])
+    if words[0] == "step":
+        return "doubt" if "doubt" in words else "cot"
+    return opening.get(words[0])
+
+
+def check(example: dict) -> list[str]:
+    """What is wrong with a worked example, as sentences; empty when its program finds nothing.
+
+    Reads the text alone: every equation must be true, operands must stand in the question or be computed before,
+    the last number must be the answer, and the marker words must be those of the strategy, which must fit.
+    """
+    faults, text = [], example["reply"]
+    thought = text.removeprefix("think ").split(" done ")[0]
+    known = set(example["question"].replace(",", "").replace("$", " ").replace(".", " ").split())
+    for equation in _equations(thought):
+        left, _, right = equation.partition("=")
+        try:
+            if abs(evaluate(left) - evaluate(right)) > Fraction(1, 100):
+                faults.append(f"{equation} is false")
+        except ValueError as error:
+            faults.append(str(error))
+        if example.get("strict"):
+            faults += [f"{x} in {equation} comes from nowhere" for x in operands(equation) if x not in known]
+        known.add(right.strip())
+    if not _equations(thought):
+        faults.append("no worked step")
+    if thought.split()[-1] != example["answer"] or text.split(" done ")[-1] != f"{example['answer']} .":
+        faults.append(f"does not end on the answer {example['answer']}")
+    if strategy_of(thought) != example["strategy"]:
+        faults.append(f"reads as {strategy_of(thought)}, not {example['strategy']}")
+    if example["strategy"] != "cot" and example["strategy"] not in example["fits"]:
+        faults.append(f"{example['strategy']} does not fit")
+    return faults
+
+
+def _equations(thought: str) -> list[str]:
+    pieces = thought.replace(" doubt ", " step ").replace(" so ", " step ").split("step ")
+    return [p.strip() for p in pieces if "=" in p]
+
+
+def reasoning_dataset(problems, held_out=(), cot: int = 400, per_strategy: int = 200, seed: int = 0) -> DatasetDict:
+    """``cot`` chain-of-thought and ``per_strategy`` examples for each of the seven strategies, checked and distinct.
+
+    ``problems`` are training records (:func:`qs_lib.load_problems`), ``held_out`` records whose questions may not
+    appear; returns ``train`` and ``held_out`` splits with question, answer, strategy, prompt, reply, difficulty,
+    family. Families that fit one strategy only are kept for it. Raises ``ValueError`` naming the strategy that
+    falls short or the example that fails its check.
+    """
+    rng = random.Random(seed)
+    forbidden, pool = {p["question"] for p in held_out}, [dict(p) for p in problems]
+    rng.shuffle(pool)
+    wanted = {**{s: per_strategy for s in STRATEGIES}, "cot": cot}
+    rows, used = [], set(forbidden)
+    for strategy, count in wanted.items():
+        suits = [p for p in pool if strategy in p["fits"]] or pool  # cot suits everything when no family claims it
+        chosen = [p for p in suits if p["question"] not in used and p["steps"]]
+        chosen = list({p["question"]: p for p in chosen}.values())[:count]
+        if len(chosen) < count:
+            raise ValueError(f"{len(chosen)} problems fit {strategy}, {count} are needed: load more problems")
+        used |= {p["question"] for p in chosen}
+        rows += [_example(strategy, p) for p in chosen]
+    rng.shuffle(rows)
+    held_rows = [_example((p["fits"] or ["cot"])[0], p) for p in held_out if p["steps"]]
+    for row in rows + held_rows:
+        if faults := check(row):
+            raise ValueError(f"worked example {row['question']!r}: {'; '.join(faults)}")
+    return DatasetDict(train=Dataset.from_list(rows), held_out=Dataset.from_list(held_rows))
+
+
+def _example(strategy: str, problem: dict) -> dict:
+    return {
+        **{k: problem[k] for k in ("question", "answer", "difficulty", "family", "fits")},
+        "strategy": strategy, "prompt": PROMPTS[strategy], "reply": reply(strategy, problem),
+    }  # fmt: skip

@@ -1,0 +1,156 @@
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from pydantic import Field
+
+from qs_lib.params import (
+    NOTEBOOKS,
+    NotebookParams,
+    ParameterError,
+    WorkbookError,
+    check_parameters,
+    notebook_parameters,
+)
+
+
+class Toy(NotebookParams):
+    num_thoughts: int = Field(default=4, ge=1, le=64)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    objective: str = "difference"
+
+
+def namespace(injected: str = "", **values) -> dict:
+    """A notebook's globals after papermill injected a cell."""
+    cells = ["", "seed = 0", f"# Parameters\n{injected}"] if injected else ["", "seed = 0"]
+    return {"In": cells, "run_name": "dev", **values}
+
+
+def write_notebook(path: Path, parameters: str) -> Path:
+    cell = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel}), path)
+    return path
+
+
+def test_reads_defaults_and_injected_values():
+    params = Toy.from_notebook(namespace("num_thoughts = 8\n", num_thoughts=8, seed=3, unrelated="x"))
+    assert (params.num_thoughts, params.seed, params.upstream, params.run_name) == (8, 3, "", "dev")
+
+
+def test_yaml_text_becomes_a_number():
+    assert Toy.from_notebook(namespace(learning_rate="1e-4")).learning_rate == 1e-4
+
+
+def test_other_variables_of_a_session_are_not_parameters():
+    assert Toy.from_notebook(namespace(num_thougts=8, stage=object())).num_thoughts == 4
+
+
+def test_params_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Toy(run_name="a").seed = 1
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_thougts": 8}, ["unknown parameter 'num_thougts'", "did you mean num_thoughts?"]),
+        ({"lerning_rate": 0.1}, ["did you mean learning_rate?"]),
+        ({"zzz": 1}, ["unknown parameter 'zzz'", "known are", "num_thoughts"]),
+        ({"num_thoughts": 0}, ["num_thoughts=0", "greater than or equal to 1"]),
+        ({"num_thoughts": "many"}, ["num_thoughts='many'", "integer"]),
+        ({"num_thoughts": 2.5}, ["num_thoughts=2.5", "integer"]),
+        ({"learning_rate": float("nan")}, ["learning_rate=nan", "finite"]),
+        ({"seed": -1}, ["seed=-1"]),
+        ({"run_name": "../up"}, ["run_name='../up'", "letters, digits"]),
+        ({"run_name": ""}, ["run_name=''"]),
+        ({"run_name": "x" * 65}, ["run_name='xxx", "..."]),
+        ({"run_name": "a\n"}, ["run_name="]),
+        ({"objective": 5}, ["objective=5", "string"]),
+        ({"seed": -1, "num_thoughts": 0}, ["seed=-1", "num_thoughts=0"]),
+    ],
+)
+def test_a_bad_parameter_is_one_sentence(values, words):
+    injected = "".join(f"{name} = {value!r}\n" for name, value in values.items())
+    with pytest.raises(ParameterError) as caught:
+        Toy.from_notebook(namespace(injected, **values))
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    for word in words:
+        assert word in sentence
+
+
+def test_a_missing_parameter_is_named():
+    with pytest.raises(ParameterError, match="run_name is missing"):
+        Toy.from_notebook({"In": []})
+
+
+def test_notebooks_show_the_sentence_only(monkeypatch):
+    monkeypatch.delenv("QS_DEBUG", raising=False)
+    assert WorkbookError("why")._render_traceback_() == ["WorkbookError: why"]
+    monkeypatch.setenv("QS_DEBUG", "1")
+    try:
+        raise ParameterError("why")
+    except ParameterError as error:
+        assert "Traceback" in "".join(error._render_traceback_())
+
+
+CELL = """seed: int = 0  # s
+run_name: str = "dev"  # r
+upstream: str = ""  # u
+num_thoughts: int = 4  # n
+rates: list = [
+    1e-3,
+    -2.5,
+]  # l
+"""
+
+
+def test_notebook_parameters_are_read_as_values(tmp_path):
+    found = notebook_parameters(write_notebook(tmp_path / "x.ipynb", CELL))
+    assert found == {"seed": 0, "run_name": "dev", "upstream": "", "num_thoughts": 4, "rates": [1e-3, -2.5]}
+
+
+def test_notebook_parameters_must_be_literals(tmp_path):
+    with pytest.raises(ParameterError, match="literals only"):
+        notebook_parameters(write_notebook(tmp_path / "x.ipynb", "seed = int(3)"))
+    with pytest.raises(ParameterError, match="there is no notebook"):
+        notebook_parameters(tmp_path / "y.ipynb")
+
+
+def test_check_parameters_of_an_unknown_notebook_checks_names(tmp_path):
+    notebook = write_notebook(tmp_path / "x.ipynb", CELL)
+    assert check_parameters(notebook, {"num_thoughts": 8})["num_thoughts"] == 8
+    with pytest.raises(ParameterError, match="did you mean num_thoughts"):
+        check_parameters(notebook, {"num_thougts": 8})
+    with pytest.raises(ParameterError, match="plain numbers"):
+        check_parameters(notebook, {"num_thoughts": {1, 2}})
+    with pytest.raises(ParameterError, match="plain numbers"):
+        check_parameters(notebook, {"num_thoughts": float("nan")})
+
+
+def test_check_parameters_of_a_workbook_notebook_checks_values(tmp_path):
+    common = "".join(CELL.splitlines(keepends=True)[:3])
+    notebook = write_notebook(tmp_path / "09_toy.ipynb", common + "learning_rate: float = 1e-3  # l\n")
+    NOTEBOOKS["09_toy"] = Toy
+    try:
+        values = check_parameters(notebook, {"learning_rate": "1e-4"})
+        assert values["learning_rate"] == 1e-4
+        assert json.loads(json.dumps(values)) == values
+        with pytest.raises(ParameterError, match="learning_rate=-1"):
+            check_parameters(notebook, {"learning_rate": -1})
+    finally:
+        del NOTEBOOKS["09_toy"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x=0;open('canary','w');y", "seed\nimport os", "__class__", "Seed", "se ed", "1seed", "s" * 41, 5, "run_name;x"],
+)
+def test_code_in_a_parameter_name_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    notebook = write_notebook(tmp_path / "x.ipynb", CELL)
+    with pytest.raises(ParameterError, match="unknown parameter"):
+        check_parameters(notebook, {name: 1})
+    assert not (tmp_path / "canary").exists()

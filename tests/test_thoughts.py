@@ -1,0 +1,340 @@
+"""Parallel thoughts against the naive reference: same log-probs, states and gradients, whatever the batch."""
+
+import copy
+
+import naive
+import pytest
+import torch
+import transformers as tf
+
+from qs_lib import attention, prefix, probe, sampler
+from qs_lib.rescoring import rescore_thoughts
+from qs_lib.thoughts import generate_thoughts
+
+THINK, END = 1, 2
+SMALL = {
+    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0,
+    "bos_token_id": 3, "eos_token_id": 4,
+}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES = {
+    "llama": (tf.LlamaConfig, {}),
+    "gpt2": (tf.GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "qwen2": (tf.Qwen2Config, {}),
+    "mistral_sliding": (tf.MistralConfig, {"sliding_window": 6}),
+    "gemma2": (tf.Gemma2Config, WINDOW | {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "gpt_oss": (
+        tf.GptOssConfig,
+        WINDOW | {
+            "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    "qwen2_sliding": (
+        tf.Qwen2Config, {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+    ),
+    "qwen3": (tf.Qwen3Config, {"head_dim": 8}),
+    "mistral": (tf.MistralConfig, {"sliding_window": None}),
+    "gemma": (tf.GemmaConfig, {"head_dim": 8}),
+    "gemma3": (tf.Gemma3TextConfig, WINDOW | {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "phi": (tf.PhiConfig, {}),
+    "phi3": (tf.Phi3Config, {}),
+    "olmo2": (tf.Olmo2Config, {}),
+    "olmo3": (tf.Olmo3Config, WINDOW),
+    "gpt_neox": (tf.GPTNeoXConfig, {}),
+    "smollm3": (tf.SmolLM3Config, {}),
+    "opt": (tf.OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.3}),
+    "cohere2": (tf.Cohere2Config, WINDOW | {"logit_scale": 0.25}),
+    "granite": (tf.GraniteConfig, {"logits_scaling": 2.0, "attention_multiplier": 0.3}),
+    "starcoder2": (tf.Starcoder2Config, {"sliding_window": 6}),
+    "stablelm": (tf.StableLmConfig, {}),
+    "glm4": (tf.Glm4Config, {"head_dim": 8}),
+    "mixtral": (tf.MixtralConfig, MOE | {"num_local_experts": 4}),
+    "qwen2_moe": (tf.Qwen2MoeConfig, MOE | {"num_experts": 4, "shared_expert_intermediate_size": 16}),
+    "qwen3_moe": (tf.Qwen3MoeConfig, MOE | {"num_experts": 4, "head_dim": 8}),
+    "deepseek_v3": (
+        tf.DeepseekV3Config,
+        MOE | {
+            "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 16,
+            "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
+            "num_key_value_heads": 4,
+        },
+    ),
+}
+
+
+def build(family, dtype=torch.float32):
+    config, extra = FAMILIES[family] if family in FAMILIES else UNSHARED[family]
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config(**{**SMALL, **extra})).to(dtype).eval()
+    if dtype == torch.float64 and hasattr(model.config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")
+    return model
+
+
+def batch(length=11):
+    torch.manual_seed(1)
+    ids = torch.randint(5, 60, (3, length))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    mask[1, -3:] = 0
+    return ids, mask
+
+
+def think(model, ids, mask=None, positions=None, seed=3, **options):
+    # Few tokens are left to sample, so that many thoughts end early.
+    options = {
+        "num_thoughts": 3, "thought_length": 7, "think_id": THINK, "end_id": END, "forbid": range(5, 48)
+    } | options
+    generator = torch.Generator().manual_seed(seed)
+    return generate_thoughts(model, ids, mask, positions, generator=generator, **options)
+
+
+def close(found, expected, tolerance, name=""):
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=1e-5, msg=lambda text: f"{name}: {text}")
+
+
+SUBSET = torch.tensor([[10, 5], [3, -1], [-1, 2]])
+LAST = torch.tensor([[10], [7], [0]])
+
+
+def check(model, ids, mask, positions, **options):
+    """Generates, re-scores and compares with the naive reference; returns the thoughts."""
+    thoughts = think(model, ids, mask, positions, **options)
+    with torch.no_grad():
+        expected = naive.rescore(model, ids, thoughts, mask, forbid_true=(THINK, END))
+        result = rescore_thoughts(model, ids, thoughts, mask, forbid_true=(THINK, END), true_logits=True)
+    close(thoughts.logprobs, expected["thought_logprobs"], 2e-5)
+    close(thoughts.hidden, expected["thought_hidden"][..., 0, :], 1e-4)
+    for name, value in expected.items():
+        close(getattr(result, name), value, 1e-4 if "hidden" in name else 2e-5, name)
+    return thoughts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_equals_plain_forward(family):
+    model = build(family)
+    ids, mask = batch()
+    thoughts = check(model, ids, mask, None)
+    lengths = thoughts.lengths[thoughts.positions >= 0]
+    assert (lengths < 7).any() and (lengths == 7).any() and (thoughts.positions < 0).sum() == 7
+    check(model, ids, None, SUBSET)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral_sliding", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("options", [{"num_thoughts": 1}, {"thought_length": 2}, {"thought_length": 3},
+                                     {"temperature": 0.6}, {"max_streams": 4}], ids=str)
+def test_shapes_equal_plain_forward(family, options):
+    model = build(family)
+    ids, mask = batch()
+    check(model, ids, mask, LAST, **options)
+    check(model, ids, mask, SUBSET, **options)
+
+
+def gradients(model, ids, mask, thoughts, score):
+    result, total = score(model, ids, thoughts, mask), 0
+    for name, value in (result if isinstance(result, dict) else vars(result)).items():
+        if value is not None and value.is_floating_point() and "full" not in name:
+            weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name)))
+            total = total + (value * weights.to(value.dtype)).sum()
+    return torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_plain_forward(family):
+    model = build(family, torch.float64)
+    ids, mask = batch()
+    thoughts = think(model, ids, mask, SUBSET, temperature=0.8)
+    expected = gradients(model, ids, mask, thoughts, naive.rescore)
+    found = gradients(model, ids, mask, thoughts, rescore_thoughts)
+    for (name, _), a, b in zip(model.named_parameters(), found, expected):
+        if a is None or b is None:
+            assert a is b, name
+        else:
+            assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_wrong_prefix_limit_is_noticed(shift, monkeypatch):
+    model = build("llama")
+    ids, _ = batch()
+    before = prefix.Grid.__init__
+
+    def wrong(self, row, limit, place, tile):
+        before(self, row, (limit + shift).clamp(max=limit.max()), place, tile)
+
+    monkeypatch.setattr(prefix.Grid, "__init__", wrong)
+    monkeypatch.setattr("qs_lib.thoughts.shares_prefix", lambda model: True)
+    monkeypatch.setattr("qs_lib.rescoring.shares_prefix", lambda model: True)
+    thoughts = think(model, ids, None, SUBSET)
+    with torch.no_grad():
+        expected = naive.rescore(model, ids, thoughts)
+        result = rescore_thoughts(model, ids, thoughts)
+    assert (thoughts.logprobs - expected["thought_logprobs"]).abs().max() > 0.1
+    assert (result.thought_logprobs - expected["thought_logprobs"]).abs().max() > 0.1
+    assert probe._reason(model) == "the result differs from a plain forward"
+
+
+def test_tokens_do_not_depend_on_the_batch():
+    model = build("llama")
+    ids, mask = batch()
+    whole = think(model, ids, mask)
+    for size in (1, 7, 40):
+        again = think(model, ids, mask, max_streams=size)
+        assert torch.equal(whole.tokens, again.tokens) and torch.equal(whole.lengths, again.lengths)
+    bare = think(model, ids[:1, 4:])
+    assert torch.equal(whole.tokens[:1, 4:], bare.tokens)
+    behind = torch.cat([ids[:1, 4:], ids[:1, :3]], 1)
+    real = torch.arange(10).unsqueeze(0) < 7
+    assert torch.equal(bare.tokens, think(model, behind, real.long()).tokens[:, :7])
+    some = think(model, ids, mask, SUBSET)
+    assert torch.equal(some.tokens[0, 1], whole.tokens[0, 5]) and torch.equal(some.tokens[0, 0], whole.tokens[0, 10])
+    assert not torch.equal(whole.tokens, think(model, ids, mask, seed=4).tokens)
+
+
+def test_layout_of_thoughts():
+    model = build("llama")
+    ids, _ = batch()
+    thoughts = think(model, ids, None, SUBSET)
+    assert thoughts.tokens.shape == (3, 2, 3, 7) and thoughts.hidden.shape == (3, 2, 3, 32)
+    none = thoughts.positions < 0
+    assert (thoughts.lengths[none] == 0).all() and (thoughts.tokens[none] == END).all()
+    for tokens, sampled, length in zip(
+        thoughts.tokens[~none].view(-1, 7).tolist(), thoughts.sampled[~none].view(-1, 7).tolist(),
+        thoughts.lengths[~none].flatten().tolist(),
+    ):
+        assert tokens[0] == THINK and THINK not in tokens[1:] and not any(5 <= t < 48 for t in tokens)
+        assert tokens.index(END) == length - 1 and set(tokens[length:]) <= {END}
+        # A sampled </think> counts; one forced at the last place does not.
+        assert sampled == [0 < i < length and (i < 6) for i in range(7)]
+    assert (thoughts.logprobs[~thoughts.sampled] == 0).all()
+
+    class Words:
+        def decode(self, ids):
+            return " ".join(map(str, ids))
+
+    text = thoughts.to_text(Words())
+    assert text[1][1] == ["", "", ""] and text[0][0][0].startswith("1 ") and text[0][0][0].endswith(" 2")
+
+
+def test_greedy_and_nucleus():
+    model = build("gpt2")
+    ids, _ = batch()
+    greedy = think(model, ids, None, LAST, temperature=0)
+    with torch.no_grad():
+        result = rescore_thoughts(model, ids, greedy, true_logits=True)
+    close(greedy.logprobs, result.thought_logprobs, 2e-5)
+    assert torch.equal(greedy.tokens[:, :, 0], greedy.tokens[:, :, 1])
+    nearly = think(model, ids, None, LAST, top_p=1e-6)
+    assert torch.equal(nearly.tokens, greedy.tokens)
+    check(model, ids, None, LAST, top_p=0.7)
+
+
+def test_no_position_at_all():
+    model = build("llama")
+    ids, _ = batch()
+    thoughts = think(model, ids, None, torch.full((3, 2), -1))
+    result = rescore_thoughts(model, ids, thoughts)
+    assert (thoughts.lengths == 0).all() and not result.valid.any()
+    assert result.thought_hidden.shape == (3, 2, 3, 4, 32) and not result.true_logprobs.any()
+
+
+def test_model_is_put_back():
+    model = build("opt").train()
+    model.model.decoder.layers[0].eval()
+    flags = [module.training for module in model.modules()]
+    ids, mask = batch()
+    check(build("opt"), ids, mask, SUBSET)
+    first, second = (think(model, ids, mask, SUBSET) for _ in range(2))
+    close(first.logprobs, second.logprobs, 0)
+    assert flags == [module.training for module in model.modules()]
+    name = model.config._attn_implementation
+    with pytest.raises(IndexError):
+        think(model, ids + 1000, mask, SUBSET)
+    assert model.config._attn_implementation == name and getattr(attention._local, "work", None) is None
+
+
+@pytest.mark.parametrize("wrong, match", [
+    ({"positions": torch.tensor([[11], [0], [0]])}, "below 11"),
+    ({"positions": torch.tensor([[0], [0], [0]])}, "padding"),
+    ({"positions": torch.zeros(2, 1, dtype=torch.long)}, "LongTensor"),
+    ({"mask": torch.ones(3, 4)}, "attention_mask has shape"),
+    ({"think_id": None}, "think_token_id is not set"),
+    ({"forbid": (END,)}, "must stay possible"),
+    ({"forbid": (60,)}, "must lie in"),
+    ({"thought_length": 1}, "thought_length"),
+    ({"temperature": -1}, "temperature"),
+])
+def test_wrong_input_is_named(wrong, match):
+    ids, mask = batch()
+    with pytest.raises(ValueError, match=match):
+        think(build("llama"), ids, **{"mask": mask, **wrong})
+    with pytest.raises(ValueError, match="batch, length"):
+        think(build("llama"), ids[0])
+
+
+UNSHARED = {
+    "bloom": (tf.BloomConfig, {"n_layer": 2, "n_head": 4}),
+    "gptj": (tf.GPTJConfig, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4}),
+    "gpt_neo": (
+        tf.GPTNeoConfig,
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 6},
+    ),
+    "falcon": (tf.FalconConfig, {"alibi": True}),
+    "mamba": (tf.MambaConfig, {"state_size": 4}),
+}
+
+
+@pytest.mark.parametrize("family", UNSHARED)
+def test_families_that_cannot_share_stay_exact(family):
+    model = build(family)
+    ids, mask = batch()
+    with pytest.warns(UserWarning, match="cannot share text between thoughts"):
+        check(model, ids, mask, SUBSET)
+    check(model, ids, mask, LAST, num_thoughts=1, thought_length=2)
+
+
+def test_models_that_cannot_be_served_say_so():
+    ids, _ = batch()
+    options = {"num_attention_heads": 4, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48}
+    both_ways = tf.BertLMHeadModel(tf.BertConfig(vocab_size=60, **options)).eval()
+    with pytest.raises(NotImplementedError, match="not causal"):
+        think(both_ways, ids)
+    other_head = tf.BertLMHeadModel(tf.BertConfig(vocab_size=60, is_decoder=True, **options)).eval()
+    with pytest.raises(NotImplementedError, match="computes its logits"):
+        think(other_head, ids)
+
+
+def test_bfloat16_sampling_and_float32_scores():
+    model = build("llama")
+    ids, mask = batch()
+    thoughts = think(copy.deepcopy(model).to(torch.bfloat16), ids, mask)
+    with torch.no_grad():
+        exact = rescore_thoughts(model, ids, thoughts, mask).thought_logprobs
+    assert thoughts.logprobs.dtype == torch.float32
+    assert (thoughts.logprobs - exact).abs()[thoughts.sampled].mean() < 0.1
+
+
+@pytest.mark.parametrize("size", [40, 1000])
+def test_sampler_draws_the_distribution(size):
+    torch.manual_seed(0)
+    logits, count = torch.randn(size) * 2, 40_000
+    logits[::7] = -torch.inf
+    index = torch.arange(count)
+    uniform = sampler.uniforms(5, index % 3, index // 3, index * 0, 2)
+    assert uniform.min() >= 0 and uniform.max() < 1
+    share = logits.softmax(0)
+    for column in range(2):
+        tokens, logprobs = sampler.sample(logits.expand(count, size).clone(), uniform[:, column])
+        close(logprobs, share.log()[tokens], 1e-5)
+        found, expected = torch.bincount(tokens, minlength=size).float(), share * count
+        assert not found[expected == 0].any()
+        likely = expected > 5
+        statistic = ((found - expected)[likely] ** 2 / expected[likely]).sum()
+        assert abs(statistic - likely.sum()) < 5 * (2 * likely.sum()) ** 0.5
+    assert abs(torch.corrcoef(uniform.T)[0, 1]) < 0.03
+    edges = torch.tensor([0.0, 1 - 2**-24])
+    tokens, _ = sampler.sample(logits.expand(2, size).clone(), edges)
+    assert (share[tokens] > 0).all()
