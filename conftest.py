@@ -11,7 +11,12 @@ ROOT = Path(__file__).parent
 SCRATCH = tempfile.mkdtemp(prefix="qs-outputs-")
 
 # one thread: sums of floats depend on how many share them (`make refresh` sets the same)
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONHASHSEED": "0",
+}
 os.environ["QS_OUTPUTS"] = SCRATCH
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 

@@ -183,7 +183,7 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
             optimizer.zero_grad()
             step += 1
             bar.update()
-            if step % 20 == 0:
+            if step % max(1, min(20, steps // 10)) == 0:
                 log(step=step, epoch=epoch, loss=loss.item(), kl=kl.item())
         model.eval()
         dose = {"epoch": epoch, "kl": held_out_kl(model, teacher, tokenizer, held)}

@@ -112,7 +112,7 @@ def pretrain(model, tokenizer, documents: list[tuple[str, str]], steps: int, bat
     lengths = [len(s.ids) for s in sequences]
     optimizer = MuonGrokfast(model, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps))
-    rng, queue, losses = random.Random(seed), [], []
+    rng, queue, losses, every = random.Random(seed), [], [], max(1, min(50, steps // 10))
     model.train()
     bar = tqdm(range(steps), desc="champion")
     for step in bar:
@@ -131,8 +131,8 @@ def pretrain(model, tokenizer, documents: list[tuple[str, str]], steps: int, bat
         scheduler.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if step % 50 == 49 or step == steps - 1:
-            recent = sum(losses[-50:]) / len(losses[-50:])
+        if (step + 1) % every == 0 or step == steps - 1:
+            recent = sum(losses[-every:]) / len(losses[-every:])
             bar.set_postfix(loss=f"{recent:.3f}")
             log(step=step + 1, loss=recent, lr=scheduler.get_last_lr()[0])
     model.eval()

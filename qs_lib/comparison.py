@@ -102,6 +102,11 @@ def named(prefix: str, value: tuple[float, float, float]) -> dict[str, float]:
 
 
 def shown(value: tuple[float, float, float], signed: bool = False) -> str:
-    """An interval for reading: ``0.812 [0.75, 0.875]``."""
-    mean, low, high = (f"{x:+.3g}" if signed else f"{x:.3g}" for x in value)
+    """An interval for reading: ``0.812 [0.750, 0.875]``."""
+    mean, low, high = (fixed(x, 3, signed) for x in value)
     return f"{mean} [{low}, {high}]"
+
+
+def fixed(value: float, digits: int = 3, signed: bool = False) -> str:
+    """A number with fixed decimals and no negative zero, so that rounding noise does not show."""
+    return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}"

@@ -165,6 +165,7 @@ class TokenSetup(Source):
 class DatasetGeneration(Source):
     """02: worked examples and problems."""
 
+    train_problems: int = Field(default=4000, ge=1)
     cot_examples: int = Field(default=400, ge=1)
     strategy_examples: int = Field(default=200, ge=1)
     validation_problems: int = Field(default=480, ge=2)

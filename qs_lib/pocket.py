@@ -110,11 +110,11 @@ def _reverse(rng, n):
 def _distract(rng, n):
     name, item, start = rng.choice(NAMES), rng.choice(ITEMS), rng.randint(1, 15)
     sentences, steps, _ = _history(rng, name, start, n)
-    sentences = [f"{name} has {start} {item} .", *sentences]
-    for _ in range(rng.randint(1, 2)):
-        idle = rng.choice([f"{name} is {rng.randint(5, 20)} old .", f"a bag costs {rng.randint(1, 20)} ."])
-        sentences.insert(rng.randint(0, len(sentences)), idle)
-    return f"{' '.join(sentences)} how many {item} has {name} ?", steps, []
+    idle = [f"{name} is {rng.randint(5, 20)} old .", f"a bag costs {rng.randint(1, 20)} ."]
+    rng.shuffle(idle)
+    cut = rng.choice([(0, 1), (1, 1), (1, 2)])  # one or two idle facts: before the story, after it, or both
+    story = [*idle[: cut[0]], f"{name} has {start} {item} .", *sentences, *idle[cut[0] : cut[1]]]
+    return f"{' '.join(story)} how many {item} has {name} ?", steps, []
 
 
 def _odds(rng, n):

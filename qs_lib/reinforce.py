@@ -161,7 +161,7 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
     reference = copy.deepcopy(model.lm).eval().requires_grad_(False)
     optimizer = MuonGrokfast(model, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=grokfast_lambda,
                              token_rows=torch.tensor(thinking_ids(tokenizer)), token_scale=token_scale)  # fmt: skip
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps, 20, floor=0.1, constant=0.6))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps, 20, constant=0.3))
     result, best = TrainingResult(), None
     model.eval()  # no dropout: log-probs must be those of the sampling policy
     bar = tqdm(range(steps), desc="quiet-star")

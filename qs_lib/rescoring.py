@@ -166,7 +166,7 @@ def rescore_thoughts(
     off, so that the log-probs are those of the policy that sampled.
 
     One pass over prefix rows, thoughts and true tokens without padding; memory grows linearly with the number of
-    tokens: for a bound, call it for some rows or positions at a time. Exact gradients (not twice differentiable).
+    tokens: for a bound, call it for `thoughts.part(...)`, some rows or positions at a time. Exact gradients (not twice differentiable).
     Differs from Quiet-STaR's code, which keeps the sampling graph: sampling here is without gradient.
 
     Returns Rescored. Raises ValueError for bad shapes or ids, NotImplementedError for unsupported models.

@@ -1,7 +1,7 @@
 """Run the notebooks in order: ``python -m qs_lib.run --variant pocket``.
 
-Each notebook is executed by papermill into ``outputs/<run>/<stage>/``. A stage is skipped only if its ``run.json``
-still holds (see :mod:`qs_lib.stage`); papermill's own "completed" is not believed.
+Each notebook is executed by papermill into ``outputs/<run>/<stage>/``. A stage is skipped only if its
+``run.json`` still holds (see :mod:`qs_lib.stage`); papermill's own "completed" is not believed.
 """
 
 import argparse
@@ -19,12 +19,11 @@ from pathlib import Path
 
 import yaml
 
+from .files import StageError, lock_run
 from .params import ParameterError, WorkbookError, check_parameters, notebook_parameters, unknown_name
 from .stage import (
     REPOSITORY,
-    StageError,
     find_run,
-    lock_run,
     notebook_hash,
     read_stage,
     run_folder,
@@ -39,7 +38,7 @@ TEXT_BARS = "import tqdm.auto as _a, tqdm.std as _s; _a.tqdm, _a.trange = _s.tqd
 
 
 class _Terminal:
-    """Where notebooks' progress bars go: redrawn in place on a terminal, only their last state in a log file."""
+    """Where notebooks' progress bars go: redrawn in place on a terminal, their last state only in a log file."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -64,7 +63,7 @@ def stage_notebooks(folder: Path) -> list[Path]:
 
 
 def given_parameters(notebook: Path, variant: str, run_name: str, data: str | None, seed: int | None) -> dict:
-    """What this run sets in the notebook: its ``params/<stage>/<variant>.yaml`` and the command line. Unchecked.
+    """What this run sets: ``params/<stage>/<variant>.yaml`` and the command line's; not checked yet.
 
     Raises ParameterError if the file is not a flat YAML mapping.
     """
@@ -108,7 +107,10 @@ def execute(notebook: Path, folder: Path, parameters: dict, debug: bool = False)
         # sockets in the user's own folder instead of open ports; their path may have 107 letters
         transport = "ipc" if os.name == "posix" and len(jupyter_runtime_dir()) < 55 else "tcp"
         kernel_spec = KernelSpec(
-            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", f"--IPKernelApp.exec_lines={TEXT_BARS}"],
+            argv=[
+                *(sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"),
+                f"--IPKernelApp.exec_lines={TEXT_BARS}",
+            ],
             language="python",
         )
 
@@ -131,7 +133,9 @@ def execute(notebook: Path, folder: Path, parameters: dict, debug: bool = False)
     def work():
         try:
             papermill.execute_notebook(
-                *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, aside)),  # it formats paths
+                *(
+                    str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, aside)
+                ),  # it formats paths
                 parameters=parameters,
                 kernel_name="python3",
                 language="python",
@@ -144,7 +148,7 @@ def execute(notebook: Path, folder: Path, parameters: dict, debug: bool = False)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 (told by the main thread)
             failures.append(error)
 
-    # papermill works in a thread, so that signals reach us: its own handlers end the kernel and hide the reason
+    # papermill works in a thread, so that signals reach us; its own handlers end the kernel and hide the reason
     stopped = []
 
     def stop(number, frame):
@@ -185,7 +189,9 @@ def _stop(thread: threading.Thread, kernel, stopped: list) -> None:
 def _failure(error: BaseException, notebook: Path, dead_kernel: type) -> StageError:
     """What to tell about a notebook that did not run to its end."""
     if isinstance(error, dead_kernel):
-        return StageError("the kernel died, most often for lack of memory; run the same command again to continue")
+        return StageError(
+            "the kernel died, most often for lack of memory; run the same command again to continue"
+        )
     message = str(error)
     if hasattr(error, "evalue"):
         own = [kind.__name__ for kind in _subclasses(WorkbookError)]
@@ -214,7 +220,7 @@ def run_stages(
 ) -> Path:
     """Execute every stage of a run that is not finished yet, in order; returns the run folder.
 
-    ``only``: names of stages, or their numbers; ``fresh``: repeat finished ones; ``keep``: do not repeat them because
+    ``only``: names of stages, or their numbers; ``fresh``: repeat finished ones; ``keep``: do not repeat them as
     ``qs_lib`` changed.
 
     Raises WorkbookError in one sentence.
@@ -226,10 +232,14 @@ def run_stages(
     check_variant(variant, notebooks)
     for name in only or []:
         if not any(path.stem == name or path.stem.split("_")[0] == name for path in chosen):
-            raise ParameterError(unknown_name(name, [path.stem for path in chosen]).replace("parameter", "stage", 1))
+            raise ParameterError(
+                unknown_name(name, [path.stem for path in chosen]).replace("parameter", "stage", 1)
+            )
     chosen = [path for path in chosen if not only or path.stem in only or path.stem.split("_")[0] in only]
     given = {path: given_parameters(path, variant, run_name, data, seed) for path in chosen}
-    values = {path: check_parameters(path, given[path]) for path in chosen}  # all, before the first minute is spent
+    values = {
+        path: check_parameters(path, given[path]) for path in chosen
+    }  # all, before the first minute is spent
 
     run = run_folder(run_name)
     lock = lock_run(run, "make run", ".driver.lock")
@@ -238,7 +248,9 @@ def run_stages(
         for path in chosen:
             source = notebook_hash(path)
             upstream = find_run(values[path]["upstream"])
-            finished, reason = stage_finished(run / path.stem, values[path], source, upstream, check_code=not keep)
+            finished, reason = stage_finished(
+                run / path.stem, values[path], source, upstream, check_code=not keep
+            )
             if finished and not fresh:
                 print(f"{path.stem}: finished, kept", flush=True)
                 continue
@@ -283,7 +295,9 @@ def print_scoreboard(path: Path) -> None:
             reached = {True: "yes", False: "no"}.get(row["reached"], "-")
             table.append((str(row["id"]), str(row["criterion"]), str(row["target"]), value, reached))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StageError(f"{path} is not a scoreboard ({error!r}); make it with notebook 08_scoreboard") from None
+        raise StageError(
+            f"{path} is not a scoreboard ({error!r}); make it with notebook 08_scoreboard"
+        ) from None
     widths = [max(len(line[column]) for line in table) for column in range(5)]
     for number, line in enumerate(table):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -294,10 +308,16 @@ def print_scoreboard(path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m qs_lib.run", description="Run notebooks 01 to 08 as one chain.")
-    parser.add_argument("--variant", default="pocket", help="params/<stage>/VARIANT.yaml; 'defaults' is the small CI run")
+    parser = argparse.ArgumentParser(
+        prog="python -m qs_lib.run", description="Run notebooks 01 to 08 as one chain."
+    )
+    parser.add_argument(
+        "--variant", default="pocket", help="params/<stage>/VARIANT.yaml; 'defaults' is the small CI run"
+    )
     parser.add_argument("--run", metavar="NAME", help="outputs/NAME; default: VARIANT-run")
-    parser.add_argument("--data", metavar="DIR", help="folder or file of problems, for notebooks that take data")
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder or file of problems, for notebooks that take data"
+    )
     parser.add_argument("--seed", type=int, help="seed of every stage")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="only these stages, as 05_rl or 05")
     parser.add_argument("--fresh", action="store_true", help="repeat finished stages too")

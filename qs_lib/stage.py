@@ -1,11 +1,11 @@
 """One stage of a run: its folder, what it read from earlier stages and what it wrote.
 
-``outputs/<run_name>/<stage>/`` belongs to the notebook of that name. Every file is written aside and renamed, and
-``run.json`` is written last, with the SHA-256 of every output and of what was read: only a stage whose ``run.json``
-still holds counts as finished. Names that start with a dot (locks, checkpoints, half-written files) are not outputs.
+``outputs/<run_name>/<stage>/`` belongs to the notebook of that name. Every file is written aside and renamed,
+and ``run.json`` is written last, with the SHA-256 of every output and of what was read: only a stage whose
+``run.json`` still holds counts as finished. Names that start with a dot (locks, checkpoints, half-written files)
+are not outputs.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -13,15 +13,13 @@ import platform
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from .files import StageError, discard, lock_run, sha256, sync_folder, to_json, write_bytes, write_error
 from .params import RUN_NAME, NotebookParams, WorkbookError
 
 FORMAT_VERSION = 1
@@ -29,16 +27,12 @@ PACKAGE = Path(__file__).resolve().parent
 REPOSITORY = PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else Path.cwd()
 
 
-class StageError(WorkbookError):
-    """A run folder cannot be used or written."""
-
-
 class UpstreamError(WorkbookError):
     """What an earlier stage should have made is missing, unfinished or changed."""
 
 
 def outputs_root() -> Path:
-    """Where runs go: ``QS_OUTPUTS``, or ``outputs/`` of the repository; never the working directory of a notebook."""
+    """Where runs go: ``QS_OUTPUTS``, or ``outputs/`` of the repository; never a notebook's working directory."""
     return Path(os.environ.get("QS_OUTPUTS") or REPOSITORY / "outputs").expanduser().resolve()
 
 
@@ -67,12 +61,6 @@ def find_run(upstream: str) -> Path:
         return path
     make = f"`make run RUN={upstream}`" if re.fullmatch(RUN_NAME, upstream) else "`make run`"
     raise UpstreamError(f"there is no run {upstream!r} in {outputs_root()}; make it with {make}")
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def code_hash() -> str:
@@ -112,7 +100,9 @@ def read_stage(folder: Path) -> tuple[dict | None, str]:
 
 def stage_digest(record: dict) -> str:
     """One hash over all that a later stage can read from this one."""
-    return hashlib.sha256(json.dumps([record["outputs"], record["summary"]], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([record["outputs"], record["summary"]], sort_keys=True).encode()
+    ).hexdigest()
 
 
 def stage_finished(
@@ -143,74 +133,6 @@ def stage_finished(
     return True, "finished"
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all. Raises StageError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        _discard(temporary)
-        raise _write_error(error, path) from None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)  # a rename is durable only once its folder is
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _discard(path: Path) -> None:
-    try:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-    except OSError:
-        pass  # the read-only folder or dead disk that brought us here
-
-
-def _write_error(error: Exception, path: Path) -> StageError:
-    number, text = getattr(error, "errno", None), str(error)  # safetensors gives the number in its text only
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(r"os error (28|122|27)\b", text):
-        return StageError(f"no space left to write {path}; free some space and run the same command again")
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS) or re.search(r"os error (13|1|30)\b", text):
-        return StageError(f"{path} cannot be written; set QS_OUTPUTS to a folder that you may write to")
-    return StageError(f"{path} cannot be written: {getattr(error, 'strerror', None) or text}")
-
-
-def to_json(value, indent: int | None = None) -> str:
-    """JSON text; tensors and numpy scalars become numbers. Raises StageError for NaN, infinity or other objects."""
-    try:
-        return json.dumps(value, allow_nan=False, indent=indent, default=lambda v: v.item())
-    except ValueError:
-        shown = repr(value)
-        raise StageError(f"NaN or infinity cannot be recorded: {shown[:200]}") from None
-    except (AttributeError, TypeError, RuntimeError):
-        raise StageError(f"only plain values can be recorded, not {repr(value)[:200]}") from None
-
-
-def lock_run(folder: Path, user: str, name: str = ".lock") -> FileLock:
-    """The operating system's lock on a run folder; it ends with the process, however that ends. Raises StageError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / name, is_singleton=True)  # the same process may start its stage again
-        lock.acquire(blocking=False)
-    except Timeout:
-        try:
-            holder = (folder / f"{name}.holder").read_text(encoding="utf-8")
-        except OSError:
-            holder = "another process"
-        raise StageError(f"run {folder.name} is in use by {holder}; wait, stop it, or choose another name") from None
-    except OSError as error:
-        raise _write_error(error, folder) from None
-    write_bytes(folder / f"{name}.holder", f"process {os.getpid()} on {socket.gethostname()} ({user})".encode())
-    return lock
-
-
 class Stage:
     """A started stage; see :func:`start_stage`."""
 
@@ -227,7 +149,10 @@ class Stage:
         return f"Stage({self.name} of run {self.params.run_name})"
 
     def need(self, stage: str) -> Path:
-        """The folder of an earlier stage of the upstream run, hashes checked and recorded. Raises UpstreamError."""
+        """The folder of an earlier stage of the upstream run, hashes checked and recorded.
+
+        Raises UpstreamError, which names the command that makes it.
+        """
         run = find_run(self.params.upstream)
         record, reason = read_stage(run / stage)
         if record is None:
@@ -238,7 +163,9 @@ class Stage:
                     f"`papermill notebooks/{stage}.ipynb outputs/{run.name}-{stage}.ipynb -p run_name {run.name}` "
                     f"or all stages with `make run RUN={run.name}`"
                 )
-            raise UpstreamError(f"{self.name} needs {stage} of the run {run.name} ({reason}); make it with {make}")
+            raise UpstreamError(
+                f"{self.name} needs {stage} of the run {run.name} ({reason}); make it with {make}"
+            )
         self.upstream_stages[stage] = stage_digest(record)
         return run / stage
 
@@ -258,7 +185,7 @@ class Stage:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
-            raise _write_error(error, path) from None
+            raise write_error(error, path) from None
 
     def write_json(self, name: str, value) -> Path:
         """Write ``value`` as JSON. Raises StageError."""
@@ -276,7 +203,7 @@ class Stage:
         """``save_pretrained`` of the model and its tokenizer into the folder ``name``. Raises StageError."""
         path = self.path(name)
         temporary = path.with_name(f".{path.name}.tmp")
-        _discard(temporary)
+        discard(temporary)
         try:
             for part in (model, tokenizer):
                 if part is not None:
@@ -284,13 +211,13 @@ class Stage:
             for file in temporary.iterdir():
                 with open(file, "rb") as opened:
                     os.fsync(opened.fileno())
-            _discard(path)
+            discard(path)
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except Exception as error:
-            _discard(temporary)
+            discard(temporary)
             if isinstance(error, OSError) or "os error" in str(error):
-                raise _write_error(error, path) from None
+                raise write_error(error, path) from None
             raise
         return path
 
@@ -298,18 +225,21 @@ class Stage:
         """Copy a finished file or folder of this stage to the run folder itself. Raises StageError."""
         source, target = self.path(name), self.run / Path(name).name
         temporary = target.with_name(f".{target.name}.tmp")
-        _discard(temporary)
+        discard(temporary)
         try:
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, temporary)
-            _discard(target)
+            discard(target)
             os.replace(temporary, target)
         except OSError as error:
-            _discard(temporary)
-            raise _write_error(error, target) from None
+            discard(temporary)
+            raise write_error(error, target) from None
         return target
 
     def finish(self, summary: dict) -> dict:
-        """Write ``run.json``, last: from now on the stage counts as finished. Returns ``summary``. Raises StageError."""
+        """Write ``run.json``, last: from now on the stage counts as finished. Returns ``summary``.
+
+        Raises StageError.
+        """
         outputs = {}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
@@ -341,8 +271,8 @@ class Stage:
 
     def _command(self) -> str:
         given = shlex.quote(self.params.model_dump_json())
-        own = f"papermill notebooks/{self.name}.ipynb outputs/{self.params.run_name}-{self.name}.ipynb -y {given}"
-        return os.environ.get("QS_COMMAND") or own
+        notebooks = f"notebooks/{self.name}.ipynb outputs/{self.params.run_name}-{self.name}.ipynb"
+        return os.environ.get("QS_COMMAND") or f"papermill {notebooks} -y {given}"
 
     def _notebook_hash(self) -> str | None:
         notebook = REPOSITORY / "notebooks" / f"{self.name}.ipynb"
@@ -353,9 +283,9 @@ class Stage:
 def start_stage(params: NotebookParams, stage: str, needs: tuple[str, ...] = ()) -> Stage:
     """Begin the stage ``stage`` (the notebook's name) of the run ``params.run_name``.
 
-    ``needs`` names the earlier stages it reads, each checked before anything is touched. Then the run folder is
-    locked and what an earlier attempt left in the stage's folder is removed, ``run.json`` first; hidden files and
-    notebooks stay.
+    ``needs`` names the earlier stages it reads, each checked before anything is touched. Then the run folder
+    is locked and what an earlier attempt left in the stage's folder is removed, ``run.json`` first; hidden
+    files and notebooks stay.
 
     Raises UpstreamError or StageError.
     """
@@ -371,12 +301,17 @@ def start_stage(params: NotebookParams, stage: str, needs: tuple[str, ...] = ())
             if unfinished or not (path.name.startswith(".") or path.suffix == ".ipynb"):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except OSError as error:
-        raise _write_error(error, started.folder) from None
+        raise write_error(error, started.folder) from None
     return started
 
 
 def _versions() -> dict:
-    names = {"qs_lib": "quiet-star-workbook", "torch": "torch", "transformers": "transformers", "datasets": "datasets"}
+    names = {
+        "qs_lib": "quiet-star-workbook",
+        "torch": "torch",
+        "transformers": "transformers",
+        "datasets": "datasets",
+    }
     versions = {"python": platform.python_version()}
     for key, package in names.items():
         try:
@@ -390,11 +325,15 @@ def _git_commit() -> str | None:
     """HEAD, with "-dirty" where code, notebooks or parameters differ from it; None outside a git checkout."""
 
     def git(*words):
-        return subprocess.run(["git", "-C", PACKAGE.parent, *words], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", "-C", PACKAGE.parent, *words], capture_output=True, text=True, check=True
+        ).stdout
 
     try:
         commit = git("rev-parse", "HEAD").strip()
-        return commit + ("-dirty" if git("status", "--porcelain", "--", "qs_lib", "notebooks", "params") else "")
+        return commit + (
+            "-dirty" if git("status", "--porcelain", "--", "qs_lib", "notebooks", "params") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -135,10 +135,9 @@ def reply(strategy: str | None, problem: dict) -> str:
 
 def strategy_of(thought: str) -> str | None:
     """The strategy a thought uses (text with plain or special markers), or None when it has no worked step."""
-    words = thought.split()
-    for token, word in PLAIN_WORDS.items():
-        words = [word if w == token else w for w in words]
-    words = [w for w in words if w not in ("think", "done")]
+    for token, word in PLAIN_WORDS.items():  # byte-level tokenizers decode "<think><step> 3", without a space between
+        thought = thought.replace(token, f" {word} ")
+    words = [w for w in thought.split() if w not in ("think", "done")]
     if "step" not in words:
         return None
     opening = {"parts": "mece", "refute": "falsification", "expert": "expert"}

@@ -5,7 +5,7 @@ read once; its keys and values are shared by all thoughts and never copied. Each
 thought that is still running.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,11 @@ class Thoughts:
     forbid: tuple
     think_id: int
     end_id: int
+
+    def part(self, rows=slice(None), slots=slice(None)):
+        """The thoughts of some rows and some places of `positions` (slices), to re-score a share at a time."""
+        fields = ("tokens", "logprobs", "sampled", "lengths", "hidden", "positions")
+        return replace(self, **{name: getattr(self, name)[rows, slots] for name in fields})
 
     def to_text(self, tokenizer):
         """Nested lists [batch][P][N] of decoded thoughts, tags included; '' where there is no thought."""

@@ -131,7 +131,9 @@ def test_every_sanitize_rule_is_read():
     ],
 )
 def test_sanitize_rules_clean_what_they_name(text, cleaned):
-    for pattern, replacement in get_sanitize_patterns((ROOT / "tests" / "sanitize.cfg").read_text(encoding="utf-8")):
+    for pattern, replacement in get_sanitize_patterns(
+        (ROOT / "tests" / "sanitize.cfg").read_text(encoding="utf-8")
+    ):
         text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
     assert text == cleaned
 

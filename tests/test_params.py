@@ -146,7 +146,17 @@ def test_check_parameters_of_a_workbook_notebook_checks_values(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["x=0;open('canary','w');y", "seed\nimport os", "__class__", "Seed", "se ed", "1seed", "s" * 41, 5, "run_name;x"],
+    [
+        "x=0;open('canary','w');y",
+        "seed\nimport os",
+        "__class__",
+        "Seed",
+        "se ed",
+        "1seed",
+        "s" * 41,
+        5,
+        "run_name;x",
+    ],
 )
 def test_code_in_a_parameter_name_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,106 @@
+"""Checks that a reader can watch: planted faults in worked examples, and the thought engine against plain forwards."""
+
+from dataclasses import replace
+
+import torch
+from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
+
+from .rescoring import rescore_thoughts
+from .strategies import STRATEGIES, check, result
+
+
+def planted_faults(example: dict) -> dict[str, dict]:
+    """The worked example with one fault each: kind of fault -> faulty example."""
+    before, after = example["reply"].split("step ", 1)
+    first = after.split(" step ")[0].split(" doubt ")[0].split(" done ")[0]
+    right, answer = result(first), example["answer"]
+    other = next(s for s in STRATEGIES if s != example["strategy"])
+
+    def steps(equation):
+        return {**example, "reply": f"{before}step {equation}{after[len(first):]}"}
+
+    return {
+        "a false sum": steps(f"{first.split('=')[0]}= 1{right}"),
+        "a number from nowhere": {**steps(f"{right} + 977 - 977 = {right}"), "strict": True},
+        "another answer": {**example, "reply": example["reply"].rsplit(f"{answer} .", 1)[0] + f"1{answer} ."},
+        "another strategy's name": {**example, "strategy": other},
+    }
+
+
+def caught(examples: list[dict]) -> dict[str, float]:
+    """Share of planted faults of each kind that the checker finds when every example gets each of them."""
+    found = {}
+    for example in examples:
+        for kind, faulty in planted_faults(example).items():
+            found.setdefault(kind, []).append(bool(check(faulty)))
+    return {kind: sum(hits) / len(hits) for kind, hits in found.items()}
+
+
+def grounded(examples: list[dict]) -> float:
+    """Share of examples whose every operand stands in the question or was computed in an earlier step."""
+    return sum(not check({**e, "strict": True}) for e in examples) / len(examples)
+
+
+@torch.no_grad()
+def one_by_one(model, text: list[int], thought_length: int, think_id: int, end_id: int) -> list[int]:
+    """One greedy thought after ``text`` by plain ``generate``: what the parallel engine has to reproduce."""
+    ids = torch.tensor([[*text, think_id]])
+    written = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=thought_length - 2, do_sample=False,
+        eos_token_id=end_id, pad_token_id=end_id,
+        logits_processor=LogitsProcessorList([SuppressTokensLogitsProcessor([think_id])]),
+    )[0, len(text) :].tolist()  # fmt: skip
+    return written if written[-1] == end_id else [*written, end_id]
+
+
+@torch.no_grad()
+def largest_difference(model, input_ids: torch.Tensor, thoughts) -> float:
+    """Largest absolute difference of the engine's log-probs from a plain forward on text + thought, each by itself.
+
+    ``input_ids`` (batch, length) without padding, ``thoughts`` as :func:`qs_lib.generate_thoughts` gave them.
+    """
+    worst = 0.0
+    for b, p, k in torch.cartesian_prod(*map(torch.arange, thoughts.lengths.shape)).tolist():
+        text = input_ids[b, : thoughts.positions[b, p] + 1]
+        thought = thoughts.tokens[b, p, k, : thoughts.lengths[b, p, k]]
+        logits = model(input_ids=torch.cat([text, thought])[None]).logits[0, len(text) : -1].float()
+        logits[:, list(thoughts.forbid)] = -torch.inf
+        plain = (logits / (thoughts.temperature or 1.0)).log_softmax(-1).gather(1, thought[1:, None]).squeeze(1)
+        at = (b, p, k, slice(1, len(thought)))
+        worst = max(worst, ((plain - thoughts.logprobs[at]).abs() * thoughts.sampled[at]).max().item())
+    return worst
+
+
+@torch.no_grad()
+def visible_keys(model, input_ids: torch.Tensor, thoughts):
+    """Which tokens the prediction after each thought token depends on, found by changing one token at a time.
+
+    ``input_ids`` (1, length). Returns (seen, rule, queries, keys): ``seen`` bool (queries, keys) as measured, ``rule`` the
+    same by definition (the text up to the position, and the thought's own tokens so far), and names of both axes.
+    """
+    count, number, length = thoughts.tokens.shape[1:]
+    sampled = torch.ones_like(thoughts.sampled)
+    sampled[..., 0] = False
+    thoughts = replace(thoughts, sampled=sampled, lengths=torch.full_like(thoughts.lengths, length))
+
+    def predictions(ids, tokens):
+        scored = rescore_thoughts(model, ids, replace(thoughts, tokens=tokens), n_true=1)
+        last = scored.thought_hidden[0, ..., 0, :].sum(-1, keepdim=True)
+        return torch.cat([scored.thought_entropy[0, ..., 1:], last], -1).flatten()
+
+    base, columns = predictions(input_ids, thoughts.tokens), []
+    for tensor in (input_ids, thoughts.tokens):
+        for at in range(tensor.numel()):
+            changed = tensor.clone().view(-1)
+            changed[at] = changed[at] - 1 if changed[at] > 0 else 1
+            changed = changed.view_as(tensor)
+            ids, tokens = (changed, thoughts.tokens) if tensor is input_ids else (input_ids, changed)
+            columns.append(predictions(ids, tokens) != base)
+    place = [(p, k, t) for p in range(count) for k in range(number) for t in range(length)]
+    positions = thoughts.positions[0].tolist()
+    rule = torch.tensor([
+        [j <= positions[p] for j in range(input_ids.shape[1])] + [(q, l) == (p, k) and s <= t for q, l, s in place]
+        for p, k, t in place
+    ])  # fmt: skip
+    names = [f"after {positions[p]}, thought {k + 1}, token {t + 1}" for p, k, t in place]
+    return torch.stack(columns, 1), rule, names, [f"text {j}" for j in range(input_ids.shape[1])] + names

@@ -1,0 +1,163 @@
+"""Figures of notebooks 00 to 04. Each function takes plain numbers, live or read back from JSON, and returns a
+matplotlib Figure; marks differ by shape, line or hatching, never by colour alone."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+STYLES = ((BLUE, "-", "o", ""), (GREY, "--", "s", "//"))  # this run; the committed pocket run
+
+
+def _axes(width: float = 6.4, height: float = 3.4, columns: int = 1):
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), dpi=90, layout="constrained")
+    plt.close(figure)  # shown once, as the value of its cell
+    return figure, axes
+
+
+def idea():
+    """Quiet-STaR in one picture: thoughts branch off after a token, and their predictions are mixed with the plain one."""
+    figure, axes = _axes(9.0, 3.2)
+    axes.set(xlim=(0, 12), ylim=(-0.4, 4.6))
+    axes.axis("off")
+
+    def box(x, y, text, colour, style="round"):
+        axes.text(x, y, text, ha="center", va="center", family="monospace", fontsize=9,
+                  bbox={"boxstyle": f"{style},pad=0.3", "facecolor": "white", "edgecolor": colour, "linewidth": 1.5})  # fmt: skip
+
+    def arrow(start, end, style="-"):
+        axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": GREY, "linestyle": style})
+
+    for x, word in zip((0.5, 1.3, 2.1, 2.9), ("how", "many", "pens", "?"), strict=True):
+        box(x, 2, word, "black")
+    thoughts = ("<think> <step> 9 + 8 = 17 </think>", "<think> <mece> 9 8 <step> ... </think>")
+    for y, text in zip((3.7, 2.7), thoughts, strict=True):
+        box(6.3, y, text, BLUE)
+        arrow((3.2, 2.1), (3.9, y))
+        arrow((8.8, y), (9.6, 2.2))
+    box(6.3, 1.2, "no thought", GREY, "square")
+    arrow((3.2, 1.9), (5.4, 1.2), "--")
+    arrow((7.3, 1.2), (9.6, 1.8), "--")
+    box(10.2, 2, "mixing\nhead", ORANGE)
+    arrow((10.8, 2), (11.3, 2))
+    box(11.6, 2, "17", "black")
+    notes = ((1.7, 0.9, "text so far"), (6.3, 4.35, "K thoughts, sampled in parallel"), (6.3, 0.5, "what it would have said"),
+             (10.6, 0.5, "p = w₀ p₀ + Σ wₖ pₖ"))  # fmt: skip
+    for x, y, text in notes:
+        axes.text(x, y, text, ha="center", fontsize=9, style="italic")
+    return figure
+
+
+def curves(runs: dict[str, list[dict]], x: str, panels: dict[str, str], xlabel: str):
+    """One panel per key of ``panels`` (key -> axis label with unit) against ``x``; one line per run that has rows."""
+    figure, axes = _axes(max(5.6, 3.6 * len(panels)), 3.2, len(panels))
+    for axis, (key, label) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        for (name, rows), (colour, line, marker, _) in zip(runs.items(), STYLES, strict=False):
+            points = [(r[x], r[key]) for r in rows if key in r and x in r]
+            if points:
+                every = max(1, len(points) // 12)
+                axis.plot(*zip(*points, strict=True), line, color=colour, marker=marker, markevery=every, ms=5, label=name)
+        axis.set(xlabel=xlabel, ylabel=label)
+        axis.grid(alpha=0.3)
+    np.atleast_1d(axes)[0].legend(fontsize=8)
+    return figure
+
+
+def row_norms(real: list[float], new: dict[str, float]):
+    """Histogram of the norms of the rows a model has, with each new row marked and named."""
+    figure, axis = _axes(6.8, 3.2)
+    counts, _, _ = axis.hist(real, bins=30, color=GREY, alpha=0.7, label=f"{len(real)} rows it had")
+    for i, (token, norm) in enumerate(new.items()):
+        height = counts.max() * (0.98 - 0.11 * i)
+        axis.plot([norm], [height], "v", color=ORANGE, label="8 new rows" if i == 0 else None)
+        axis.annotate(token, (norm, height), xytext=(7, -3), textcoords="offset points", fontsize=8, family="monospace")
+    axis.set(xlabel="length of the embedding row (Euclidean norm)", ylabel="rows (count)")
+    axis.legend(fontsize=8, loc="upper left")
+    return figure
+
+
+def difficulty_shares(splits: dict[str, list[int]]):
+    """Share of each split's problems by number of worked steps (``splits``: name -> difficulties)."""
+    figure, axis = _axes()
+    levels = sorted({min(d, 9) for ds in splits.values() for d in ds})
+    width = 0.8 / len(splits)
+    for i, (name, difficulties) in enumerate(splits.items()):
+        values = [np.mean([min(d, 9) == level for d in difficulties]) for level in levels]
+        axis.bar(np.arange(len(levels)) + (i - (len(splits) - 1) / 2) * width, values, width * 0.92, label=name,
+                 color=(BLUE, GREY, ORANGE)[i % 3], hatch=("", "//", "..")[i % 3], edgecolor="white")  # fmt: skip
+    axis.set_xticks(range(len(levels)), [f"{d} or more" if d == 9 else str(d) for d in levels])
+    axis.set(xlabel="difficulty (worked steps)", ylabel="share of the split's problems")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def arms(runs: dict[str, dict[str, list[float]]]):
+    """Accuracy of each arm as (mean, low, high), one group of bars per arm, one bar per run; whiskers: 95 % intervals."""
+    figure, axis = _axes(7.2, 3.6)
+    runs = {name: values for name, values in runs.items() if values}
+    names = list(next(iter(runs.values())))
+    width = 0.8 / len(runs)
+    for i, (run, values) in enumerate(runs.items()):
+        mean, low, high = np.array([values[n] for n in names]).T
+        at = np.arange(len(names)) + (i - (len(runs) - 1) / 2) * width
+        axis.bar(at, mean, width * 0.92, yerr=[mean - low, high - mean], capsize=3, label=run, color=STYLES[i][0],
+                 hatch=STYLES[i][3], edgecolor="white", error_kw={"ecolor": "black", "lw": 1})  # fmt: skip
+    axis.set_xticks(range(len(names)), names)
+    axis.set(ylabel="test accuracy (share of problems)", ylim=(0, 1.02))
+    axis.legend(fontsize=8)
+    return figure
+
+
+def heat_map(table: dict[str, dict[str, float]], title: str, xlabel: str = "strategy of the reply", ylabel: str = "family of the problem"):
+    """A table of shares (row -> column -> share) with every number written in its cell."""
+    rows, columns = list(table), list(next(iter(table.values())))
+    values = np.array([[table[r][c] for c in columns] for r in rows])
+    figure, axis = _axes(0.8 * len(columns) + 2.2, 0.38 * len(rows) + 1.5)
+    axis.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value > 0.6 else "black")
+    axis.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=8)
+    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    axis.set_title(title, fontsize=9)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    return figure
+
+
+def visible_keys(seen, queries: list[str], keys: list[str]):
+    """The diagonal mask: a filled square with a dot where the query's prediction depends on the key."""
+    seen = np.asarray(seen, float)
+    figure, axis = _axes(0.3 * len(keys) + 1.6, 0.3 * len(queries) + 1.2)
+    axis.imshow(seen, cmap="Blues", vmin=0, vmax=1.6)
+    for i, j in np.argwhere(seen > 0):
+        axis.plot(j, i, "o", ms=3, color="black")
+    axis.set_xticks(range(len(keys)), keys, rotation=90, fontsize=7, family="monospace")
+    axis.set_yticks(range(len(queries)), queries, fontsize=7, family="monospace")
+    axis.set(xlabel="key (token that may be read)", ylabel="query (token that reads)")
+    return figure
+
+
+def hard_positions(tokens: list[str], entropy: list[float], chosen: list[int]):
+    """Entropy of the next-token prediction after each token of a text; the chosen positions are hatched and marked."""
+    figure, axis = _axes(max(7.0, 0.24 * len(tokens)), 3.2)
+    picked = np.isin(np.arange(len(tokens)), chosen)
+    bars = axis.bar(range(len(tokens)), entropy, color=np.where(picked, ORANGE, GREY), edgecolor="white")
+    for at in np.flatnonzero(picked):
+        bars[at].set_hatch("//")
+        axis.plot(at, entropy[at], "v", color="black", ms=5)
+    axis.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
+    axis.set(xlabel="token after which the model predicts (marked: think here)", ylabel="entropy (nats)")
+    return figure
+
+
+def look_ahead(gains: list[list[float]], words: list[str]):
+    """Gain in log-likelihood of each of the next true tokens; one dot per thought, a bar for their mean."""
+    gains = np.asarray(gains, float)
+    figure, axis = _axes(5.6, 3.2)
+    axis.bar(range(gains.shape[1]), gains.mean(0), color=GREY, alpha=0.5, hatch="//", edgecolor="white", label="mean")
+    for k, row in enumerate(gains):
+        axis.plot(np.arange(len(row)) + 0.05 * (k - len(gains) / 2), row, "o", ms=5, color=BLUE,
+                  label="one thought" if k == 0 else None)  # fmt: skip
+    axis.axhline(0, color="black", lw=0.8, ls=":")
+    axis.set_xticks(range(len(words)), words, family="monospace")
+    axis.set(xlabel="true tokens after the thought, in order", ylabel="gain in log-likelihood (nats)")
+    axis.legend(fontsize=8)
+    return figure

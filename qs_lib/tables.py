@@ -1,0 +1,155 @@
+"""What notebooks 01 to 04 show besides figures: numbers gathered into rows, thoughts as HTML, files read back."""
+
+import html
+import json
+import os
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from .baking import BakingItem
+from .comparison import fixed
+from .evaluate import answer_of, replies
+from .sequences import mark, marker_spellings
+from .stage import find_run
+from .strategies import PROMPTS, strategy_of
+from .tokens import PLAIN_WORDS, THINKING_TOKENS, thinking_ids
+
+
+def committed(params, stage: str, name: str):
+    """A ``.json`` or ``.jsonl`` file that the committed pocket run's stage wrote, to show beside a small live run.
+
+    Empty where nothing is committed, and where ``params.upstream`` is given: then the notebook is itself a real run.
+    """
+    path = find_run("") / stage / name
+    here = path.is_file() and not params.upstream
+    if name.endswith(".jsonl"):
+        return read_rows(path) if here else []
+    return json.loads(path.read_text(encoding="utf-8")) if here else {}
+
+
+def read_rows(path) -> list[dict]:
+    """The rows of a JSON-lines file, such as a stage's ``metrics.jsonl``; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def write_parquet(stage, name: str, rows: list[dict]) -> None:
+    """Write rows into the stage's folder, aside first and then renamed, like all that a stage writes."""
+    aside = stage.path(f".{name}.tmp")
+    pq.write_table(pa.Table.from_pylist(list(rows)), aside)
+    os.replace(aside, stage.path(name))
+
+
+def number(value, digits: int = 3) -> str:
+    """A number as notebooks print it: counts in full, the rest with fixed decimals."""
+    return fixed(value, digits) if isinstance(value, float) else str(value)
+
+
+def side_by_side(columns: dict[str, dict], digits: int = 3) -> pd.DataFrame:
+    """Dictionaries of numbers as columns of one table, empty ones left out; rows are the first one's keys."""
+    columns = {name: values for name, values in columns.items() if values}
+    keys = list(next(iter(columns.values())))
+    return pd.DataFrame({n: [number(v.get(k, "-"), digits) for k in keys] for n, v in columns.items()}, index=keys)
+
+
+def row_norms(model, tokenizer) -> dict:
+    """Norms of the input rows: ``real`` (list, tokens that were there) and ``new`` (thinking token -> norm)."""
+    weight = model.get_input_embeddings().weight.detach()[: len(tokenizer)]
+    ids, norms = thinking_ids(tokenizer), weight.norm(dim=1).tolist()
+    return {
+        "real": [n for i, n in enumerate(norms) if i not in ids],
+        "new": {t: norms[i] for t, i in zip(THINKING_TOKENS, ids, strict=True)},
+    }
+
+
+def nearest_tokens(model, tokenizer, count: int = 3) -> pd.DataFrame:
+    """The ``count`` other tokens whose input rows point most nearly the same way as each thinking token's (cosine)."""
+    weight = torch.nn.functional.normalize(model.get_input_embeddings().weight.detach()[: len(tokenizer)], dim=1)
+    ids = thinking_ids(tokenizer)
+    cosine = weight[ids] @ weight.T
+    cosine[:, ids] = -torch.inf
+    best = cosine.topk(count, dim=1)
+    rows = [
+        [f"{tokenizer.decode([i]).strip()} ({c:.1f})" for i, c in zip(*pair, strict=True)]
+        for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+    return pd.DataFrame(rows, index=list(THINKING_TOKENS), columns=[f"nearest {n + 1}" for n in range(count)])
+
+
+def marked(reply: str) -> str:
+    """A plain reply with thinking tokens in place of their words: ``think step 1 + 1 = 2 done`` -> ``<think> <step> ...``."""
+    tokens = {word: token for token, word in PLAIN_WORDS.items()}
+    return " ".join(tokens.get(word, word) for word in reply.split())
+
+
+def aligned_tokens(item: BakingItem, tokenizer) -> pd.DataFrame:
+    """What teacher and student have read last where a reply token is asked of both, and that token."""
+    def word(ids, at):
+        return tokenizer.decode([ids[at]]).strip()
+
+    rows = [
+        (word(item.teacher_ids, t), word(item.student_ids, s), tokenizer.decode([target]).strip())
+        for t, s, target in zip(item.teacher_at, item.student_at, item.targets, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["teacher has read", "student has read", "both predict"]).T
+
+
+def reply_rows(model, tokenizer, problems: list[dict], max_new_tokens: int = 48, prompted: bool = False) -> list[dict]:
+    """One row per problem: the greedy ``reply``, its ``answer``, whether it is ``correct``, ``thinks``, which ``strategy``
+    it uses ("none" without a thought) and whether that ``fits``. ``prompted``: after a fitting strategy's prompt."""
+    start, end = thinking_ids(tokenizer)[:2]
+    contexts = [f"{PROMPTS[(p['fits'] or ['cot'])[0]]} {p['question']}" if prompted else p["question"] for p in problems]
+    rows = []
+    for problem, ids in zip(problems, replies(model, tokenizer, contexts, max_new_tokens), strict=True):
+        ids, _ = mark(ids, marker_spellings(tokenizer))
+        thinks = bool(ids) and ids[0] == start and end in ids
+        strategy = strategy_of(tokenizer.decode(ids[: ids.index(end)])) if thinks else None
+        answer = answer_of(tokenizer, ids, (end,))
+        rows.append({
+            "family": problem["family"], "reply": tokenizer.decode(ids), "answer": answer, "thinks": thinks,
+            "correct": answer == problem["answer"], "strategy": strategy or "none",
+            "fits": strategy in (problem["fits"] or ["cot"]),
+        })  # fmt: skip
+    return rows
+
+
+def strategy_use(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """Family -> strategy -> share of the family's replies (:func:`reply_rows`) that use it."""
+    columns = ["cot", *(s for s in PROMPTS if s != "cot"), "none"]
+    table = {}
+    for family in dict.fromkeys(sorted(r["family"] for r in rows)):
+        own = [r["strategy"] for r in rows if r["family"] == family]
+        table[family] = {c: own.count(c) / len(own) for c in columns}
+    return table
+
+
+def thoughts_html(thoughts: list[dict]) -> str:
+    """Thoughts as static HTML. Each dict: ``name``, ``tokens`` (text) and ``logprobs`` (nats; None for a forced token).
+
+    The number under a token is its log-prob; the less likely the token was, the stronger its shade. All text is escaped.
+    """
+    cell = "<td style='text-align:center;padding:1px 3px;background:rgba(213,94,0,{shade:.2f})'>{text}<br><small>{note}</small></td>"
+    lines = []
+    for thought in thoughts:
+        cells = [
+            cell.format(shade=min(0.75, -0.25 * (x or 0)), text=html.escape(token) or "&nbsp;", note="given" if x is None else f"{x:.2f}".replace("-0.00", "0.00"))
+            for token, x in zip(thought["tokens"], thought["logprobs"], strict=True)
+        ]
+        total = sum(x or 0 for x in thought["logprobs"])
+        lines.append(f"<tr><th scope='row'>{html.escape(thought['name'])}<br><small>sum {total:.1f}</small></th>{''.join(cells)}</tr>")
+    return f"<div style='overflow-x:auto'><table><tbody>{''.join(lines)}</tbody></table></div>"
+
+
+def thought_records(thoughts, tokenizer, row: int = 0, position: int = 0) -> list[dict]:
+    """The thoughts drawn at one position (``qs_lib.Thoughts``) for :func:`thoughts_html`."""
+    records = []
+    for k, n in enumerate(thoughts.lengths[row, position].tolist()):
+        at = (row, position, k, slice(n))
+        pairs = zip(thoughts.logprobs[at].tolist(), thoughts.sampled[at].tolist(), strict=True)
+        records.append({
+            "name": f"thought {k + 1}", "tokens": [tokenizer.decode([t]) for t in thoughts.tokens[at].tolist()],
+            "logprobs": [x if sampled else None for x, sampled in pairs],
+        })  # fmt: skip
+    return records

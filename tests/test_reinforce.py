@@ -1,0 +1,139 @@
+import random
+
+import pytest
+import torch
+from tiny import problems, tiny_quiet_star
+
+from qs_lib import reinforce as r
+from qs_lib.thoughts import generate_thoughts
+
+
+def test_advantages_sum_to_zero_and_leave_one_out():
+    rewards = torch.tensor([[1.0, 2.0, 6.0]])
+    assert r.advantages(rewards).tolist() == [[1 - 4.0, 2 - 3.5, 6 - 1.5]]
+    assert r.advantages(torch.randn(5, 4)).sum(-1).abs().max() < 1e-5
+    assert r.advantages(rewards, "paper").tolist() == [[0.0, 0.0, 3.0]]
+
+
+def test_policy_gradient_on_paper():
+    """Two one-token thoughts from softmax(theta) over 3 tokens; d loss / d theta = -mean_k A_k (onehot_k - p)."""
+    theta = torch.tensor([0.0, 0.0, 0.0], requires_grad=True)
+    sampled = torch.tensor([0, 2])
+    logprobs = theta.log_softmax(-1)[sampled].unsqueeze(-1)
+    advantage = r.advantages(torch.tensor([1.0, 0.0]))
+    assert advantage.tolist() == [1.0, -1.0]
+    r.policy_gradient_loss(logprobs, advantage).backward()
+    # -(1 * ([1,0,0] - 1/3) - 1 * ([0,0,1] - 1/3)) / 2 = [-1/2, 0, 1/2]
+    assert theta.grad.tolist() == pytest.approx([-0.5, 0.0, 0.5], abs=1e-6)
+
+
+def test_advantage_carries_no_gradient():
+    reward = torch.tensor([1.0, 0.0], requires_grad=True)
+    logprobs = torch.zeros(2, 1, requires_grad=True)
+    r.policy_gradient_loss(logprobs, r.advantages(reward)).backward()
+    assert reward.grad is None
+
+
+def test_sampled_kl_is_zero_for_equal_policies_and_right_on_average():
+    p, q = torch.tensor([0.7, 0.3]), torch.tensor([0.4, 0.6])
+    assert r.sampled_kl(p.log()[None, :, None], p.log()[None, :, None]) == 0
+    drawn = torch.multinomial(p, 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    estimate = r.sampled_kl(p.log()[drawn][:, None], q.log()[drawn][:, None])
+    assert estimate.item() == pytest.approx((p * (p / q).log()).sum().item(), rel=0.02)
+
+
+def batch(model, tokenizer):
+    ids, mask, positions = r.answer_batch(tokenizer, problems(size=6))
+    generator = torch.Generator().manual_seed(0)
+    return ids, mask, generate_thoughts(model.lm, ids, mask, positions, 3, 8, generator=generator)
+
+
+def test_answer_batch_thinks_after_the_question_and_truth_follows():
+    model, tokenizer = tiny_quiet_star()
+    ids, mask, positions = r.answer_batch(tokenizer, problems(size=6))
+    truth = r.true_tokens(ids, positions, 3)
+    for row, p in enumerate(problems(size=6)):
+        assert tokenizer.decode(ids[row, positions[row, 0]]) == "?"
+        assert tokenizer.decode(truth[row, 0]) == f"{p['answer']} . <eos>"
+
+
+def test_nothing_but_the_named_parts_gives_gradient():
+    model, tokenizer = tiny_quiet_star()
+    ids, mask, thoughts = batch(model, tokenizer)
+    off = {"pg_weight": 0.0, "nll_weight": 0.0, "kl_coefficient": 0.0, "base_kl": 0.0, "n_true": 3}
+    loss, _ = r.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, **off)
+    loss.backward()
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
+    loss, _ = r.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, **off | {"pg_weight": 1.0})
+    loss.backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.lm.parameters())
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.mixing_head.parameters())
+
+
+def test_loss_parts_against_a_plain_recomputation():
+    """Reward and REINFORCE term again from plain forward passes over text + thought + truth, one thought at a time."""
+    model, tokenizer = tiny_quiet_star()
+    ids, mask, thoughts = batch(model, tokenizer)
+    only_pg = {"nll_weight": 0.0, "kl_coefficient": 0.0, "base_kl": 0.0, "n_true": 3, "reward_floor": -1e9}
+    loss, parts = r.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, **only_pg)
+    hidden, rewards, logprobs = model.config.hidden_ids, torch.zeros(6, 3), torch.zeros(6, 3)
+
+    def score(text, continuation, forbid):
+        logits = model.lm(torch.tensor([text + continuation])).logits[0, len(text) - 1 : -1].clone()
+        logits[:, forbid] = -torch.inf
+        return logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None]).sum().item()
+
+    for row in range(6):
+        at = thoughts.positions[row, 0].item()
+        text, truth = ids[row, : at + 1].tolist(), ids[row, at + 1 : at + 4].tolist()
+        for k in range(3):
+            n = thoughts.lengths[row, 0, k].item()
+            thought = thoughts.tokens[row, 0, k, :n].tolist()
+            rewards[row, k] = score(text + thought, truth, hidden) - score(text, truth, hidden)
+            chosen = thought[1:] if thoughts.sampled[row, 0, k, n - 1] else thought[1:-1]
+            logprobs[row, k] = score(text + thought[:1], chosen, [thoughts.think_id])
+    assert parts["reward"] == pytest.approx(rewards.mean().item(), abs=1e-4)
+    expected = -(r.advantages(rewards) * logprobs).mean().item()
+    assert loss.item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_kl_to_itself_is_zero():
+    import copy
+
+    model, tokenizer = tiny_quiet_star()
+    ids, mask, thoughts = batch(model, tokenizer)
+    _, parts = r.quiet_star_loss(model, copy.deepcopy(model.lm), tokenizer, ids, mask, thoughts, n_true=3)
+    assert parts["kl"] == pytest.approx(0, abs=1e-6) and parts["base_kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_training_repeats_itself_and_keeps_the_best_weights():
+    runs = []
+    for _ in range(2):
+        model, tokenizer = tiny_quiet_star()
+        lines = []
+        result = r.train_quiet_star(model, tokenizer, problems(size=24), problems("validation", 6), steps=3, batch_size=4,
+                                    num_thoughts=3, thought_length=8, evaluate_every=1, n_true=3,
+                                    log=lambda lines=lines, **m: lines.append(m))  # fmt: skip
+        assert result.best_accuracy == max(m["validation_accuracy"] for m in lines)
+        runs.append((lines, model.state_dict()))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1].values(), runs[1][1].values(), strict=True))
+
+
+def test_curriculum_goes_from_easy_to_hard():
+    pool = [{"difficulty": d} for d in (1, 2, 3) for _ in range(5)]
+    rng = random.Random(0)
+    assert {p["difficulty"] for p in r.curriculum(pool, 0.0, rng, 40)} == {1}
+    assert {p["difficulty"] for p in r.curriculum(pool, 0.3, rng, 40)} == {1, 2}
+    late = [p["difficulty"] for p in r.curriculum(pool, 1.0, rng, 40, hard_share=0.5)]
+    assert set(late) == {1, 2, 3} and late.count(3) >= 20
+
+
+def test_bad_input_is_one_sentence():
+    model, tokenizer = tiny_quiet_star()
+    with pytest.raises(ValueError, match="at least one training and one validation problem"):
+        r.train_quiet_star(model, tokenizer, [], problems())
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError, match="lower the learning rates"):
+        patch.setattr(r, "quiet_star_loss", lambda *a, **k: (torch.tensor(float("nan"), requires_grad=True), {}))
+        r.train_quiet_star(model, tokenizer, problems(), problems("validation"), steps=1, batch_size=4, num_thoughts=2,
+                           thought_length=6)  # fmt: skip
