@@ -1,13 +1,9 @@
 """Figures of notebooks 05 to 08. Each function returns a matplotlib Figure; marks differ by shape, not only by colour."""
 
-import json
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import numpy as np
 
 from .evaluate import interval
-from .stage import find_run
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 PANELS = (
@@ -15,18 +11,6 @@ PANELS = (
     ("no_thought_weight", "weight of no thought (share)"), ("kl", "KL to the baked model (nats)"),
     ("length", "length (tokens)"), ("entropy", "entropy (nats per token)"),
 )  # fmt: skip
-
-
-def read_metrics(folder: str | Path) -> list[dict]:
-    """Rows of a stage's ``metrics.jsonl``; empty where there is none."""
-    path = Path(folder) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-def committed_metrics(stage) -> list[dict]:
-    """Rows of the committed pocket run for the stage (:class:`qs_lib.stage.Stage`); empty where the stage is that run."""
-    pocket = find_run("")
-    return [] if stage.run == pocket else read_metrics(pocket / stage.name)
 
 
 def _finished(figure):

@@ -5,6 +5,7 @@ worked steps), ``family``, ``fits`` (strategies that suit it) and ``lead`` (numb
 """
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def load_problems(source: str = "pocket", split: str = "train", limit: int | Non
     if not records:
         raise ValueError(f"{source} holds no {split} problems")
     return Dataset.from_list(records[:limit])
+
+
+def rarefy(problems, hard_share: float, hard_from: int = 3, seed: int = 0) -> list[dict]:
+    """The problems with only ``hard_share`` of those of ``hard_from`` steps or more, in order, chosen by ``seed``.
+
+    Worked solutions of hard problems are dear, their answers are cheap: habits are baked on what this leaves,
+    reinforcement learning reads answers of all.
+    """
+    rng = random.Random(seed)
+    return [p for p in problems if p["difficulty"] < hard_from or rng.random() < hard_share]
 
 
 def _read(source: str, split: str) -> list[dict]:

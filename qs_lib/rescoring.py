@@ -50,12 +50,12 @@ def _scores(hidden, target, head, temperature, forbid, entropy):
     if temperature not in (0, 1):
         logits = logits / temperature
     if forbid is not None:
-        logits = logits.masked_fill(forbid, -torch.inf)
+        logits = logits.index_fill(-1, forbid, -torch.inf)
     total = logits.logsumexp(-1)
     logprob = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1) - total
     if not entropy:
         return logprob, None
-    finite = logits if forbid is None else logits.masked_fill(forbid, 0)
+    finite = logits if forbid is None else logits.index_fill(-1, forbid, 0)
     return logprob, total - ((logits - total.unsqueeze(-1)).exp() * finite).sum(-1)
 
 
@@ -77,7 +77,7 @@ def scored(head, hidden, target, temperature=1.0, forbid=None, entropy=False):
 
 def _full(head, hidden, forbid):
     logits = head(hidden)
-    return (logits if forbid is None else logits.masked_fill(forbid, -torch.inf)).log_softmax(-1)
+    return (logits if forbid is None else logits.index_fill(-1, forbid, -torch.inf)).log_softmax(-1)
 
 
 def _placed(shape, index, values):

@@ -65,7 +65,7 @@ def stage_notebooks(folder: Path) -> list[Path]:
 def given_parameters(notebook: Path, variant: str, run_name: str, data: str | None, seed: int | None) -> dict:
     """What this run sets: ``params/<stage>/<variant>.yaml`` and the command line's; not checked yet.
 
-    Raises ParameterError if the file is not a flat YAML mapping.
+    Raises ParameterError if the file is not a flat YAML mapping or there is nothing at ``data``.
     """
     path = notebook.parent.parent / "params" / notebook.stem / f"{variant}.yaml"
     given = {}
@@ -80,7 +80,10 @@ def given_parameters(notebook: Path, variant: str, run_name: str, data: str | No
     if seed is not None:
         given["seed"] = seed
     if data and "data" in notebook_parameters(notebook):
-        given["data"] = str(Path(data).expanduser().resolve())
+        path = Path(data).expanduser().resolve()
+        if not path.exists():
+            raise ParameterError(f"there is no file or folder {path} to read data from")
+        given["data"] = str(path)
     return given
 
 

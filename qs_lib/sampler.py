@@ -42,15 +42,13 @@ def uniforms(seed, rows, positions, thoughts, steps):
 
 
 def forbidden(ids, size, device):
-    """Bool tensor (size,) that is True at the ids, or None when there are none. Raises ValueError."""
+    """The distinct ids as a LongTensor, or None when there are none; ValueError unless all are in [0, size)."""
     ids = sorted({int(i) for i in ids})
     if not ids:
         return None
     if ids[0] < 0 or ids[-1] >= size:
         raise ValueError(f"Forbidden token ids must lie in [0, {size}), not {ids[0]}..{ids[-1]}.")
-    mask = torch.zeros(size, dtype=torch.bool, device=device)
-    mask[ids] = True
-    return mask
+    return torch.tensor(ids, device=device)
 
 
 def _invert(weights, mass):
@@ -84,16 +82,16 @@ def nucleus(weights, top_p):
 def sample(logits, uniform, temperature=1.0, top_p=1.0, forbid=None):
     """One token per row of logits (S, V, overwritten) from uniform numbers (S,): tokens (S,), log-probs (S,).
 
-    temperature 0 takes the most likely token. forbid is None or a bool tensor (V,): those tokens get no
+    temperature 0 takes the most likely token. forbid is None or a LongTensor of tokens that get no
     probability. The log-probs are those of the distribution at this temperature (at 1 when temperature is 0)
     with forbidden tokens removed and **before** top_p cuts it, so that re-scoring gives the same numbers.
     """
     if forbid is not None:
-        logits.masked_fill_(forbid, -math.inf)
+        logits.index_fill_(1, forbid, -math.inf)
     if temperature not in (0, 1):
         logits.div_(temperature)
     best = logits.max(-1)
-    weights = (logits - best.values.unsqueeze(1)).exp_()
+    weights = logits.sub_(best.values.unsqueeze(1)).exp_()
     total = weights.sum(-1)
     if temperature == 0:
         tokens = best.indices
@@ -104,5 +102,4 @@ def sample(logits, uniform, temperature=1.0, top_p=1.0, forbid=None):
             tokens = _invert_blocks(drawn, uniform).squeeze(1)
         else:
             tokens = _invert(drawn, uniform * drawn.sum(-1))[0].squeeze(1)
-    chosen = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    return tokens, chosen - best.values - total.log()
+    return tokens, (weights.gather(1, tokens.unsqueeze(1)).squeeze(1) / total).log()

@@ -153,3 +153,16 @@ def thought_records(thoughts, tokenizer, row: int = 0, position: int = 0) -> lis
             "logprobs": [x if sampled else None for x, sampled in pairs],
         })  # fmt: skip
     return records
+
+
+def episode_table(episode) -> pd.DataFrame:
+    """The thoughts of a ``qs_lib.Episode``: text, answer, mixing weight, coherence and utility (nats)."""
+    rows = [
+        {
+            "thought": "".join(t if t.startswith(" ") else f" {t}" for t in thought.tokens).strip(), "answer": thought.answer,
+            "weight": fixed(thought.weight, 2), "coherence": fixed(thought.coherence.get("composite", 0.0), 2),
+            "utility": fixed(thought.utility, 1, True),
+        }
+        for thought in episode.thoughts
+    ]  # fmt: skip
+    return pd.DataFrame(rows, index=[f"thought {k + 1}" for k in range(len(rows))])

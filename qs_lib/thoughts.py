@@ -20,7 +20,7 @@ from qs_lib.stepping import StepPass
 __all__ = ["Rescored", "Thoughts", "generate_thoughts", "rescore_thoughts"]
 
 _COMPACT_BELOW = 0.85
-_LOGIT_NUMBERS = 8_000_000
+_LOGIT_NUMBERS = 2_000_000
 
 
 @dataclass
@@ -201,7 +201,7 @@ def _generate_group(model, step, line, limit, row, first, num_thoughts, seed, to
 def _draw(head, hidden, uniform, result, top_p, forbid):
     # At the first step one row of hidden states serves all thoughts of a position.
     repeat = len(uniform) // len(hidden)
-    size = max(1, _LOGIT_NUMBERS // (head.size * repeat))
+    size = max(128, _LOGIT_NUMBERS // head.size) // repeat or 1
     parts = []
     for start in range(0, len(hidden), size):
         logits = head(hidden[start : start + size])

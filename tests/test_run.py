@@ -340,7 +340,7 @@ def notebooks(tmp_path):
 
 
 def test_the_chain_runs_once_and_again_only_where_it_must(notebooks, outputs, capfd):
-    options = ["--variant", "small", "--notebooks", str(notebooks), "--data", "relative"]
+    options = ["--variant", "small", "--notebooks", str(notebooks), "--data", os.path.relpath(notebooks)]
     assert main(options) == 0
     out, err = capfd.readouterr()
     run = outputs / "small-run"
@@ -432,6 +432,7 @@ def test_a_stopped_run_says_how_to_continue(notebooks, outputs):
         (["--run", "a/b"], "cannot name"),
         (["--only", "01_frist"], "unknown stage '01_frist'; did you mean 01_first?"),
         (["--notebooks", "/nowhere"], "there are no notebooks"),
+        (["--data", "/nowhere/gsm8k"], "there is no file or folder /nowhere/gsm8k"),
     ],
 )
 def test_bad_options_are_one_sentence(notebooks, outputs, capsys, options, words):

@@ -1,0 +1,42 @@
+"""One way from model text to HTML. A model can write anything: tags, scripts, terminal codes, marks that turn text around."""
+
+import html
+import re
+import unicodedata
+
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]")
+_PICTURES = {"\n": "\u21b5", "\t": "\u21e5", "\x7f": "\u2421"}
+
+
+def safe_text(text, limit: int = 2000) -> str:
+    """HTML that shows ``text`` as it is, on one line, and does nothing else.
+
+    Tags and quotes are escaped; control characters become visible pictures (a line break: an arrow), marks that are
+    invisible or reverse the reading direction their code, as in ``[U+202E]``. Beyond ``limit`` characters it is cut, and
+    says so.
+    """
+    text = str(text)
+    shown = html.escape(_UNSEEN.sub(_visible, text[:limit]))
+    return shown if len(text) <= limit else f"{shown}\u2026 [{len(text) - limit:,} more characters]"
+
+
+def _visible(found: re.Match) -> str:
+    character = found.group()
+    if character in _PICTURES:
+        return _PICTURES[character]
+    if ord(character) < 32:
+        return chr(0x2400 + ord(character))
+    return f"[U+{ord(character):04X}]"
+
+
+def safe_token(text: str) -> str:
+    """A token for display: :func:`safe_text`, with spaces at its ends shown so that no token looks empty."""
+    inner = str(text).strip(" ")
+    if not inner:
+        return "\u2423" * min(len(str(text)), 8) or "\u2205"
+    return ("\u2423" if str(text).startswith(" ") else "") + safe_text(inner, 200)
+
+
+def invisible(text: str) -> bool:
+    """Whether ``text`` still holds a character that is not printed (what :func:`safe_text` must never return)."""
+    return any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text)

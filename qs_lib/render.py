@@ -1,0 +1,141 @@
+"""Thoughts as HTML: one pure function from an :class:`~qs_lib.episode.Episode` to text.
+
+The same HTML serves the live inspector, its static twin and saved pages. It reads well without its style (GitHub drops
+that), and says everything in words or numbers that it also says in colour.
+"""
+
+from collections.abc import Iterable
+
+from .episode import Episode, Thought
+from .escape import safe_text, safe_token
+
+PARTS = ("composite", "semantic", "syntactic", "predictive")
+MOST_TOKENS, MOST_THOUGHTS = 256, 64
+STYLE = """<style>
+.qs-episode { color: var(--jp-ui-font-color1, inherit); font-size: 14px; line-height: 1.45; }
+.qs-episode table { border-collapse: collapse; margin: 4px 0; }
+.qs-episode th, .qs-episode td { text-align: left; vertical-align: top; padding: 2px 8px; background: none;
+  color: inherit; border: 1px solid rgba(128, 128, 128, 0.4); unicode-bidi: isolate; }
+.qs-episode .tokens td { text-align: center; font-family: monospace; padding: 1px 3px; white-space: pre; }
+.qs-episode .scroll { overflow-x: auto; max-width: 100%; }
+.qs-episode .track { display: inline-block; width: 80px; height: 9px; border: 1px solid currentColor; }
+.qs-episode .bar { display: block; height: 100%; background: #0072B2; }
+.qs-episode h4 { margin: 10px 0 2px; font-size: 14px; }
+.qs-episode p { margin: 2px 0; }
+</style>"""
+
+
+def helped(episode: Episode) -> float:
+    """Mean utility of the episode's thoughts, nats: above 0 they helped to predict the truth."""
+    return sum(t.utility for t in episode.thoughts) / max(1, len(episode.thoughts))
+
+
+def right(episode: Episode) -> bool:
+    """Whether the answer with thoughts is the true one."""
+    return episode.answer_with == episode.answer
+
+
+def disagree(episode: Episode) -> bool:
+    """Whether the thoughts, each alone, lead to different next tokens."""
+    return len({t.answer for t in episode.thoughts}) > 1
+
+
+def render(episode: Episode, style: bool = True) -> str:
+    """One problem: the text, the answers, every thought token by token, its scores, and the predictions they lead to."""
+    thoughts = episode.thoughts[:MOST_THOUGHTS]
+    left_out = len(episode.thoughts) - len(thoughts)
+    return (
+        (STYLE if style else "") + "<div class='qs-episode'>" + _heading(episode)
+        + "".join(_thought(k, t) for k, t in enumerate(thoughts, 1))
+        + (f"<p>{left_out} more thoughts are not shown.</p>" if left_out else "")
+        + _predictions(episode, thoughts) + "</div>"
+    )  # fmt: skip
+
+
+def _heading(e: Episode) -> str:
+    read = " ".join(safe_token(t) for t in e.tokens[-MOST_TOKENS:])
+    facts = [f"problem {e.problem}", *(f"{n} {safe_text(v)}" for n, v in (("stage", e.stage), ("family", e.family)) if v)]
+    facts += [f"difficulty {e.difficulty}"] if e.difficulty else []
+    answers = [
+        f"<tr><th scope='row'>{name}</th><td>{safe_text(given) or '(nothing)'}</td><td>{'right' if given == e.answer else 'wrong'}</td></tr>"
+        for name, given in (("without thoughts", e.answer_without), ("with thoughts", e.answer_with))
+    ]
+    return (
+        f"<h4>{safe_text(e.question)}</h4><p>{', '.join(facts)}; true answer: <b>{safe_text(e.answer)}</b>; "
+        f"the thoughts {_effect(helped(e))} on average</p>"
+        f"<details><summary>text read up to token {e.position}</summary><p>{read}</p></details>"
+        f"<table><thead><tr><th scope='col'>answer</th><th scope='col'>written</th><th scope='col'>outcome</th></tr></thead>"
+        f"<tbody>{''.join(answers)}</tbody></table>"
+    )
+
+
+def _effect(utility: float) -> str:
+    nats = f"{utility:+.2f} nats".replace("-0.00", "+0.00")
+    return f"helped ({nats})" if utility > 0.05 else f"hurt ({nats})" if utility < -0.05 else f"made no difference ({nats})"
+
+
+def _thought(number: int, t: Thought) -> str:
+    shown = list(zip(t.tokens, t.logprobs, strict=False))[:MOST_TOKENS]
+    words = "".join(f"<td style='background:{_shade(x)}'>{safe_token(token)}</td>" for token, x in shown)
+    numbers = "".join(f"<td>{_nats(x)}</td>" for _, x in shown)
+    cut = f"<p>{len(t.tokens) - len(shown)} more tokens are not shown.</p>" if len(t.tokens) > len(shown) else ""
+    facts = [f"the thought {_effect(t.utility)}", f"leads to <b>{safe_token(t.answer)}</b>", f"mixing weight {t.weight:.2f}"]
+    if t.reward or t.advantage:
+        facts.append(f"reward {_nats(t.reward)}, advantage {_nats(t.advantage)}")
+    return (
+        f"<h4>Thought {number}</h4><p>{'; '.join(facts)}</p>"
+        f"<div class='scroll'><table class='tokens'><tbody><tr><th scope='row'>token</th>{words}</tr>"
+        f"<tr><th scope='row'>log-prob</th>{numbers}</tr></tbody></table></div>{cut}{_coherence(t.coherence)}"
+    )
+
+
+def _shade(log_prob: float) -> str:
+    return f"rgba(213,94,0,{min(0.5, max(0.0, -log_prob) * 0.2):.2f})"
+
+
+def _nats(value: float) -> str:
+    return f"{value:.2f}".replace("-0.00", "0.00")
+
+
+def _coherence(scores: dict[str, float]) -> str:
+    if not scores:
+        return ""
+    rows = "".join(
+        f"<tr><th scope='row'>{name}</th><td>{scores[name]:.2f}</td><td><span class='track' aria-hidden='true'>"
+        f"<span class='bar' style='width:{100 * min(1.0, max(0.0, scores[name])):.0f}%'></span></span></td></tr>"
+        for name in PARTS if name in scores
+    )  # fmt: skip
+    return f"<table><thead><tr><th scope='col'>coherence</th><th scope='col'>0 to 1</th><th scope='col'>bar</th></tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _predictions(e: Episode, thoughts: list[Thought]) -> str:
+    rows = [("without thoughts", e.no_thought_weight, e.base_tokens)]
+    rows += [(f"after thought {k}", t.weight, t.next_tokens) for k, t in enumerate(thoughts, 1)]
+    rows += [("mixed", None, e.mixed_tokens)]
+    body = "".join(
+        f"<tr><th scope='row'>{name}</th><td>{'' if weight is None else f'{weight:.2f}'}</td>"
+        + "".join(f"<td>{safe_token(token)} {p:.3f}</td>" for token, p in top[:5]) + "</tr>"
+        for name, weight, top in rows if top
+    )  # fmt: skip
+    if not body:
+        return ""
+    return (
+        "<h4>Next token</h4><div class='scroll'><table><thead><tr><th scope='col'>prediction</th>"
+        "<th scope='col'>weight</th><th scope='colgroup' colspan='5'>likeliest tokens with their probabilities</th>"
+        f"</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def overview(episodes: Iterable[Episode], limit: int = 50) -> str:
+    """A table of problems with their outcomes, the first ``limit`` of them."""
+    episodes = list(episodes)
+    rows = "".join(
+        f"<tr><td>{n}</td><td>{safe_text(e.question, 160)}</td><td>{safe_text(e.answer, 40)}</td>"
+        f"<td>{safe_text(e.answer_without, 40)}</td><td>{safe_text(e.answer_with, 40)}</td>"
+        f"<td>{'right' if right(e) else 'wrong'}</td><td>{_nats(helped(e))}</td></tr>"
+        for n, e in enumerate(episodes[:limit], 1)
+    )
+    titles = ("no.", "question", "truth", "without", "with thoughts", "outcome", "mean utility (nats)")
+    head = "".join(f"<th scope='col'>{t}</th>" for t in titles)
+    rest = f"<p>and {len(episodes) - limit} more</p>" if len(episodes) > limit else ""
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{rest}"

@@ -1,0 +1,179 @@
+"""The inspector shows what the model wrote and nothing that it wrote can act; it moves, filters, compares and saves."""
+
+import time
+from html.parser import HTMLParser
+
+import pytest
+
+from qs_lib.episode import Episode, Thought
+from qs_lib.escape import invisible, safe_text, safe_token
+from qs_lib.inspector import FILTERS, ThoughtInspector
+from qs_lib.render import MOST_THOUGHTS, MOST_TOKENS, disagree, helped, overview, render, right
+
+HOSTILE = (
+    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</div></td></table>", "<!-- ", "&lt;b&gt;",
+    "\x1b[31mred\x1b[0m", "a\u202eb\u2066c", "x\x00y", "' onclick='alert(1)", '" style="x', "line\nbreak\ttab", "\ud800",
+)  # fmt: skip
+
+
+def thought(utility=1.0, answer="17", tokens=("<think>", " 9", "</think>")):
+    return Thought(
+        tokens=list(tokens), logprobs=[0.0, -1.25, -0.0001][: len(tokens)], utility=utility, weight=0.25, answer=answer,
+        coherence={"semantic": 0.5, "syntactic": 0.25, "predictive": 1.0, "composite": 0.575},
+        next_tokens=[(answer, 0.9), ("3", 0.1)], reward=utility, advantage=0.5,
+    )  # fmt: skip
+
+
+def episode(problem=0, answer_with="17", thoughts=None, **changes):
+    values = {
+        "problem": problem, "question": f"how many {problem} ?", "answer": "17", "family": "chain", "difficulty": 2,
+        "position": 3, "tokens": ["how", "many", "?"], "thoughts": [thought(), thought()] if thoughts is None else thoughts,
+        "no_thought_weight": 0.5, "base_tokens": [("3", 0.7)], "mixed_tokens": [("17", 0.8)], "answer_without": "3",
+        "answer_with": answer_with,
+    }  # fmt: skip
+    return Episode(**values | changes)
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.seen, self.open, self.text = set(), [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.seen |= {tag, *(f"{tag} {name}" for name, _ in attrs)}
+        if tag not in ("meta", "hr", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def parsed(html):
+    tags = Tags()
+    tags.feed(html)
+    tags.close()
+    assert not tags.open
+    return tags
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_is_only_text(text):
+    shown = safe_text(text)
+    assert not set(shown) & set("<>\"'") and not invisible(shown)
+    assert "<" not in safe_token(text) and not invisible(safe_token(text))
+    assert parsed(f"<p>{shown}</p>").seen == {"p"}
+
+
+def test_text_is_shown_as_it_is():
+    assert parsed(safe_text("<think> a & b")).text == "<think> a & b"
+    assert safe_text("\x1b[0m\n") == "\u241b[0m\u21b5" and safe_text("\u202e") == "[U+202E]"
+    assert safe_text("x" * 1_000_000, 10) == "x" * 10 + "\u2026 [999,990 more characters]"
+    assert [safe_token(t) for t in ("", " ", " 9")] == ["\u2205", "\u2423", "\u24239"]
+
+
+def test_a_hostile_episode_adds_no_tag_and_no_attribute():
+    clean = parsed(render(episode())).seen
+    for text in HOSTILE:
+        one = thought(answer=text, tokens=(text, text, text))
+        one.next_tokens = [(text, 0.5)]
+        bad = episode(
+            question=text, answer=text, family=text, stage=text, tokens=[text], answer_with=text, answer_without=text,
+            thoughts=[one], base_tokens=[(text, 0.5)], mixed_tokens=[(text, 0.5)],
+        )  # fmt: skip
+        found = parsed(render(bad))
+        assert found.seen <= clean and not invisible(found.text.replace("\n", ""))
+        assert parsed(ThoughtInspector([bad]).static_html()).seen <= clean | {"div"}
+
+
+def test_everything_is_said_in_words_and_numbers():
+    text = parsed(render(episode())).text
+    for part in ("-1.25", "composite", "0.57", "semantic", "0.50", "mixing weight 0.25", "helped (+1.00 nats)", "17 0.900",
+                 "without thoughts", "after thought 2", "mixed", "0.800", "right", "wrong", "reward 1.00", "chain"):  # fmt: skip
+        assert part in text, part
+    assert "-0.00" not in text
+    assert "hurt (-1.00 nats)" in parsed(render(episode(thoughts=[thought(-1.0)]))).text
+    assert "made no difference" in parsed(render(episode(thoughts=[thought(0.0)]))).text
+
+
+def test_a_page_stays_small_whatever_the_model_wrote():
+    huge = thought(tokens=["a" * 1_000_000] * 3)
+    long = Thought(tokens=["a"] * 100_000, logprobs=[-1.0] * 100_000)
+    html = render(episode(question="b" * 1_000_000, thoughts=[huge, long]))
+    assert len(html) < 100_000 and f"{100_000 - MOST_TOKENS} more tokens" in html
+    assert "more thoughts" in render(episode(thoughts=[thought()] * (MOST_THOUGHTS + 2)))
+
+
+def test_bare_episodes_render():
+    bare = Episode(problem=1, question="", answer="", position=0, tokens=[], thoughts=[])
+    assert parsed(render(bare)) and helped(bare) == 0 and not disagree(bare) and right(bare)
+    assert parsed(overview([bare]))
+
+
+def test_filters():
+    episodes = [
+        episode(0), episode(1, "3", [thought(-2.0), thought(-1.0, "3")]), episode(2, thoughts=[thought(5.0)]),
+        episode(3, "3", [thought(-3.0)]),
+    ]  # fmt: skip
+    chosen = {name: [e.problem for e in pick(episodes)] for name, pick in FILTERS.items()}
+    assert chosen == {"all": [0, 1, 2, 3], "wrong": [1, 3], "right": [0, 2], "thoughts disagree": [1],
+                      "most helped": [2, 0], "most hurt": [3, 1]}  # fmt: skip
+
+
+def test_moving_and_choosing():
+    inspector = ThoughtInspector([episode(i, "17" if i % 2 else "3") for i in range(6)])
+    assert inspector.current.problem == 0 and "how many 0" in inspector.view.value
+    assert inspector.previous.disabled and not inspector.next.disabled
+    inspector.next.click()
+    assert inspector.index.value == 2 and "how many 1" in inspector.view.value
+    inspector.index.value = 6
+    assert inspector.next.disabled and "6 of 6" in inspector.count.value
+    inspector.step(99)
+    assert inspector.index.value == 6
+    inspector.filter.value = "wrong"
+    assert inspector.index.max == 3 and inspector.current.problem == 0 and "1 of 3" in inspector.count.value
+    inspector.filter.value = "thoughts disagree"
+    assert inspector.current is None and "No problem matches" in inspector.view.value and "0 of 0" in inspector.count.value
+    inspector.filter.value = "all"
+    assert inspector.current.problem == 0
+
+
+def test_two_checkpoints_of_one_question():
+    baked, trained = [episode(0, "3"), episode(1, "3")], [episode(0)]
+    inspector = ThoughtInspector({"baked": baked, "after <RL>": trained})
+    text = parsed(inspector.view.value).text
+    assert "baked" in text and "after <RL>" in text
+    inspector.index.value = 2
+    assert "not among its episodes" in inspector.view.value
+
+
+def test_static_twin_and_page(tmp_path):
+    inspector = ThoughtInspector([episode(i) for i in range(60)])
+    bundle = inspector._repr_mimebundle_()
+    assert bundle["text/plain"] == "ThoughtInspector(60 episodes)"
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert inspector.current_html() in bundle["text/html"] and "and 10 more" in bundle["text/html"]
+    assert parsed(bundle["text/html"])
+    page = inspector.save_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "how many 59" in page and "http" not in page and "<script" not in page
+
+
+def test_reads_a_file_and_refuses_nothing(tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    path.write_text("\n".join(e.model_dump_json() for e in (episode(0), episode(1))))
+    assert len(ThoughtInspector(path).episodes) == 2
+    with pytest.raises(ValueError, match="nothing to inspect"):
+        ThoughtInspector([])
+
+
+def test_ten_thousand_episodes_open_and_move_quickly():
+    episodes = [episode(i) for i in range(10_000)]
+    started = time.process_time()
+    inspector = ThoughtInspector(episodes)
+    opened = time.process_time() - started
+    started = time.process_time()
+    inspector.index.value = 9_000
+    moved = time.process_time() - started
+    assert opened < 2 and moved < 0.3
