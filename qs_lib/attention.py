@@ -221,10 +221,10 @@ def thinking(model, own_attention=False):
     """Within it dropout is off and, unless own_attention, `forward` below works; all is put back at the end."""
     configs = {id(c): c for c in (model.config, backbone(model).config, model.config.get_text_config())}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
-    training = [module for module in model.modules() if module.training] if model.training else []
+    training = [module for module in model.modules() if module.training]
     try:
-        if training:
-            model.eval()
+        for module in training:
+            module.training = False
         for config, name in before:
             config._attn_implementation_internal = name if own_attention else NAME
         yield

@@ -82,10 +82,13 @@ def corpus(problems: list[dict], seed: int = 0, direct: float = 0.25, facts: flo
     Shares: ``direct`` answers without work, bare ``facts`` (single equations), the rest worked solutions after a
     strategy prompt (one that fits, or, one time in four where a single one does, chain of thought). A problem of ``hard_from`` steps or more keeps its
     worked solution with probability ``hard_worked`` and is answered directly otherwise: worked solutions of hard
-    problems are rare in the wild, their answers are not.
+    problems are rare in the wild, their answers are not. Practice goes where it is needed: a problem of fewer than
+    ``hard_from`` steps makes a document with probability steps / ``hard_from``.
     """
     rng, documents = random.Random(seed), []
     for problem in problems:
+        if rng.random() > min(problem["difficulty"], hard_from) / hard_from:
+            continue
         kind, hard = rng.random(), problem["difficulty"] >= hard_from
         if not problem["steps"] or kind < direct or (hard and rng.random() > hard_worked and kind >= direct + facts):
             documents.append((problem["question"], reply(None, problem)))

@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from .evaluate import interval
 
@@ -40,19 +41,24 @@ def training_curves(live: list[dict], pocket: list[dict] = ()):
             if points:
                 steps, values = zip(*points, strict=True)
                 dense = len(values) > 40
-                marker = "" if dense else "o" if style == "-" else "s"
-                axis.plot(steps, smooth(values, 10) if dense else values, style, marker=marker, ms=4, color=colour,
+                axis.plot(steps, smooth(values, 10) if dense else values, style, color=colour, ms=4,
+                          marker="o" if style == "-" else "s", markevery=max(1, len(values) // 12),
                           label=name + (" (mean of 10)" if dense else ""))  # fmt: skip
         axis.set(xlabel="RL step", ylabel=label)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes[0, 0].legend(fontsize=8)
     return _finished(figure)
 
 
 def _bars(axis, positions, intervals, label, colour, hatch, width):
-    means = [m for m, _, _ in intervals]
-    spread = [[m - low for m, low, _ in intervals], [high - m for m, _, high in intervals]]
-    axis.bar(positions, means, width, yerr=spread, capsize=3, label=label, color=colour, hatch=hatch,
+    axis.bar(positions, [m for m, _, _ in intervals], width, yerr=_spread(intervals), capsize=3, label=label, color=colour, hatch=hatch,
              edgecolor="white", error_kw={"ecolor": "black", "lw": 1})  # fmt: skip
+
+
+def _spread(intervals) -> np.ndarray:
+    """(2, n) distances of (mean, low, high) from their ends; rounding must not make them negative."""
+    mean, low, high = np.array(intervals, float).T
+    return np.maximum([mean - low, high - mean], 0)
 
 
 def accuracy_by_difficulty(problems: list[dict], before, after):
@@ -130,7 +136,7 @@ def ladder(steps: dict[str, tuple]):
         axis.barh(i, value, 0.6, color=BLUE if "RL" in label else GREY, hatch="" if "RL" in label else "//",
                   edgecolor="white")  # fmt: skip
         if low is not None:
-            axis.errorbar(value, i, xerr=[[value - low], [high - value]], color="black", capsize=3)
+            axis.errorbar(value, i, xerr=_spread([(value, low, high)]), color="black", capsize=3)
         axis.text(0.01, i, f"{value:.3f}", va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     axis.set_yticks(range(len(steps)), list(steps))
     axis.invert_yaxis()

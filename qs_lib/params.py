@@ -96,16 +96,23 @@ def unknown_name(name: str, known) -> str:
 
 
 def notebook_parameters(notebook: str | Path) -> dict:
-    """Names and default values in the notebook's ``parameters`` cell. Raises ParameterError."""
-    import papermill  # the library itself works without the notebook tools
+    """Names and default values in the notebook's ``parameters`` cell. Raises ParameterError.
 
-    if not Path(notebook).is_file():
-        raise ParameterError(f"there is no notebook {notebook}")
-    found = papermill.inspect_notebook(str(notebook).replace("{", "{{").replace("}", "}}"))  # it formats paths
+    Read here, not by papermill's own inspection: that misses names whose comment holds an ``=``.
+    """
     try:
-        return {name: ast.literal_eval(entry["default"]) for name, entry in found.items()}
-    except (ValueError, SyntaxError):
+        cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError):
+        raise ParameterError(f"there is no notebook {notebook}") from None
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    values = {}
+    try:
+        for statement in ast.parse("".join(tagged[0]["source"]) if tagged else "").body:
+            target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
+            values[target.id] = ast.literal_eval(statement.value)
+    except (AttributeError, SyntaxError, ValueError):
         raise ParameterError(f"{notebook}: the parameters cell may hold literals only") from None
+    return values
 
 
 def check_parameters(notebook: str | Path, given: dict) -> dict:
@@ -168,6 +175,7 @@ class DatasetGeneration(Source):
     train_problems: int = Field(default=4000, ge=1)
     cot_examples: int = Field(default=400, ge=1)
     strategy_examples: int = Field(default=200, ge=1)
+    hard_share: float = Field(default=1.0, ge=0, le=1)
     validation_problems: int = Field(default=480, ge=2)
     test_problems: int = Field(default=720, ge=2)
 
@@ -184,6 +192,7 @@ class Baking(NotebookParams):
     grokfast_lambda: float = Field(default=0.2, ge=0)
     ce_weight: float = Field(default=1.0, ge=0)
     rehearsal: float = Field(default=0.25, ge=0, lt=1)
+    hard_share: float = Field(default=1.0, ge=0, le=1)
     max_new_tokens: int = Field(default=48, ge=2)
     eval_problems: int = Field(default=48, ge=2)
 

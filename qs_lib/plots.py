@@ -58,7 +58,8 @@ def curves(runs: dict[str, list[dict]], x: str, panels: dict[str, str], xlabel: 
                 axis.plot(*zip(*points, strict=True), line, color=colour, marker=marker, markevery=every, ms=5, label=name)
         axis.set(xlabel=xlabel, ylabel=label)
         axis.grid(alpha=0.3)
-    np.atleast_1d(axes)[0].legend(fontsize=8)
+    if any(runs.values()):
+        np.atleast_1d(axes)[0].legend(fontsize=8)
     return figure
 
 
@@ -66,12 +67,13 @@ def row_norms(real: list[float], new: dict[str, float]):
     """Histogram of the norms of the rows a model has, with each new row marked and named."""
     figure, axis = _axes(6.8, 3.2)
     counts, _, _ = axis.hist(real, bins=30, color=GREY, alpha=0.7, label=f"{len(real)} rows it had")
+    axis.set_ylim(0, counts.max() * 2.2)
     for i, (token, norm) in enumerate(new.items()):
-        height = counts.max() * (0.98 - 0.11 * i)
+        height = counts.max() * (2.08 - 0.13 * i)
         axis.plot([norm], [height], "v", color=ORANGE, label="8 new rows" if i == 0 else None)
         axis.annotate(token, (norm, height), xytext=(7, -3), textcoords="offset points", fontsize=8, family="monospace")
     axis.set(xlabel="length of the embedding row (Euclidean norm)", ylabel="rows (count)")
-    axis.legend(fontsize=8, loc="upper left")
+    axis.legend(fontsize=8, loc="center right")
     return figure
 
 
@@ -85,8 +87,8 @@ def difficulty_shares(splits: dict[str, list[int]]):
         axis.bar(np.arange(len(levels)) + (i - (len(splits) - 1) / 2) * width, values, width * 0.92, label=name,
                  color=(BLUE, GREY, ORANGE)[i % 3], hatch=("", "//", "..")[i % 3], edgecolor="white")  # fmt: skip
     axis.set_xticks(range(len(levels)), [f"{d} or more" if d == 9 else str(d) for d in levels])
-    axis.set(xlabel="difficulty (worked steps)", ylabel="share of the split's problems")
-    axis.legend(fontsize=8)
+    axis.set(xlabel="difficulty (worked steps)", ylabel="share of the split's problems", ylim=(0, 1.25 * axis.get_ylim()[1]))
+    axis.legend(fontsize=8, ncol=3, loc="upper right")
     return figure
 
 

@@ -15,7 +15,7 @@ from .tokens import PLAIN_WORDS
 
 FAMILY_STRATEGY = {
     "chain": "cot", "groups": "mece", "claim": "falsification", "price": "expert",
-    "reverse": "orthogonal", "distract": "doubt", "odds": "bayesian", "units": "multidomain",
+    "reverse": "orthogonal", "compare": "doubt", "odds": "bayesian", "units": "multidomain",
 }  # fmt: skip
 NAMES = "ben tom mia zoe ana leo sam eva".split()
 ITEMS = "pens books nuts cups keys balls coins cards".split()
@@ -25,7 +25,7 @@ MOVES, DISTANCES = "walks rides sails runs".split(), "miles blocks".split()
 LARGEST = 40
 TEMPLATE_WORDS = (
     "has . how many ? a box holds in all counts and says far off one of costs bag much pays back had some now at "
-    "first hours then come more than is old"
+    "first hours then come more than times as many"
 ).split()
 
 
@@ -107,14 +107,18 @@ def _reverse(rng, n):
     return text, steps, [last]
 
 
-def _distract(rng, n):
-    name, item, start = rng.choice(NAMES), rng.choice(ITEMS), rng.randint(1, 15)
-    sentences, steps, _ = _history(rng, name, start, n)
-    idle = [f"{name} is {rng.randint(5, 20)} old .", f"a bag costs {rng.randint(1, 20)} ."]
-    rng.shuffle(idle)
-    cut = rng.choice([(0, 1), (1, 1), (1, 2)])  # one or two idle facts: before the story, after it, or both
-    story = [*idle[: cut[0]], f"{name} has {start} {item} .", *sentences, *idle[cut[0] : cut[1]]]
-    return f"{' '.join(story)} how many {item} has {name} ?", steps, []
+def _compare(rng, n):
+    name, other = rng.sample(NAMES, 2)
+    item, start, times = rng.choice(ITEMS), rng.randint(2, 6), rng.randint(2, 4)
+    equation, more = _apply(start, "*", times)
+    text, steps, ask = f"{name} has {start} {item} . {other} has {times} times as many .", [equation], f"has {other} ?"
+    if n > 1:
+        equation, total = _apply(start, "+", more)
+        steps, ask = [*steps, equation], "in all ?"
+    if n > 2:
+        verb, amount, sign = _event(rng, min(total, 19))
+        text, steps = f"{text} {other} {verb} {amount} .", [*steps, _apply(total, sign, amount)[0]]
+    return f"{text} how many {item} {ask}", steps, []
 
 
 def _odds(rng, n):
@@ -149,7 +153,7 @@ def _units(rng, n):
 
 
 _FAMILIES = dict(zip(
-    FAMILY_STRATEGY, (_chain, _groups, _claim, _price, _reverse, _distract, _odds, _units), strict=True
+    FAMILY_STRATEGY, (_chain, _groups, _claim, _price, _reverse, _compare, _odds, _units), strict=True
 ))  # fmt: skip
 
 

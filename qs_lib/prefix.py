@@ -6,6 +6,8 @@ import torch
 
 from qs_lib.attention import add_sinks, attend, attend_backward, causal_attend, visibility
 
+_KEPT_NUMBERS = 4_000_000
+
 
 class Rows(NamedTuple):
     """A batch whose padding was moved behind the text, and where thoughts go in it.
@@ -49,7 +51,7 @@ def align_rows(input_ids, attention_mask, positions):
             raise ValueError("positions must not point at padding; use -1 for no thought.")
     lengths = real.sum(1)
     ids = input_ids
-    if attention_mask is not None and not real[:, 0].all() or (real[:, 1:] & ~real[:, :-1]).any():
+    if (real[:, 1:] & ~real[:, :-1]).any():
         ids = input_ids.gather(1, (~real).to(torch.uint8).argsort(dim=1, stable=True))
     index = (real.cumsum(1) - 1).gather(1, positions.clamp(min=0)).masked_fill(positions < 0, length)
     order = index.argsort(dim=1, stable=True)
@@ -87,7 +89,7 @@ class Grid:
             stop = min(start + tile, self.shape[1])
             limits = self.limit[:, start:stop]
             self.tiles.append((start, stop, int(limits.max()), bool((limits == limits.max()).all())))
-        self.masks = {}
+        self.masks, self.kept = {}, 0
 
     def _line(self, x, size, cell):
         # An empty cell repeats the last query before it (an empty line the largest), so that masks stay small.
@@ -97,7 +99,7 @@ class Grid:
         last = line.cummax(1).values
         return torch.where(line < 0, torch.where(last < 0, x.max(), last), line)
 
-    def gather(self, x, padded=None):
+    def gather(self, x):
         """Flat queries (Q_all, H, ...) as (R, H, Q, ...); cells without a query hold zeros."""
         if self.cell is not None:
             x = torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, self.source)
@@ -109,23 +111,26 @@ class Grid:
         return x if self.cell is None else x.index_select(0, self.cell)
 
     def _tile(self, number, window, shift, dtype):
-        # Masks are kept for the layers of one pass and for all steps when no window moves with the step.
+        # Masks serve all layers of a pass, and all steps unless a window moves with the step. When they are many
+        # they are made anew each time: kept memory must not grow with the square of the text.
+        key = (number, window)
+        if key in self.masks and (window is None or self.masks[key][0] == shift):
+            return self.masks[key][1]
         start, stop, last, same = self.tiles[number]
-        place = self.place[:, start:stop] + shift
+        place, first = self.place[:, start:stop] + shift, 0
         if window is not None:
-            first = max(0, int(place.min()) - window + 1)
-            if first == 0 and int(place.max()) < window:
-                window = None
+            first = min(max(0, int(place.min()) - window + 1), last - 1)
+            window = None if int(place.max()) < window else window
         if window is None and same:
-            return 0, last, None, None
-        key = (number, window, None if window is None else shift)
-        if key not in self.masks:
-            limits, lines = self.limit[:, start:stop], slice(0, 1 if self.alike else None)
-            first = 0 if window is None else min(first, last - 1)
-            self.masks[key] = (
-                first, last, *visibility(limits[lines], place[lines], window, first, last, dtype)
-            )
-        return self.masks[key]
+            made = 0, last, None, None
+        else:
+            lines = slice(0, 1 if self.alike else None)
+            made = first, last, *visibility(self.limit[lines, start:stop], place[lines], window, first, last, dtype)
+        size = made[2].numel() if made[2] is not None else 0
+        if key in self.masks or self.kept + size <= _KEPT_NUMBERS:
+            self.kept += 0 if key in self.masks else size
+            self.masks[key] = shift, made
+        return made
 
     def attend(self, query, key, value, rule, shift=0):
         """Attention of flat queries (Q_all, H, D) to prefix key, value (B, Hkv, L, D): flat output and LSE.

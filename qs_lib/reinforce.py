@@ -130,10 +130,10 @@ def take(thoughts, rows: torch.Tensor):
 
 
 def curriculum(problems: list[dict], progress: float, rng: random.Random, size: int, hard_share: float = 0.4):
-    """``size`` problems, easy to hard: up to the difficulty that ``progress`` (0..1) has reached, all from half-way on,
+    """``size`` problems, easy to hard: up to the difficulty that ``progress`` (0..1) has reached, all from a quarter on,
     ``hard_share`` of them of the highest difficulty reached."""
     levels = sorted({p["difficulty"] for p in problems})
-    reached = levels[: max(1, math.ceil(min(1.0, 2 * progress + 1e-9) * len(levels)))]
+    reached = levels[: max(1, math.ceil(min(1.0, 4 * progress + 1e-9) * len(levels)))]
     by_level = {level: [p for p in problems if p["difficulty"] == level] for level in reached}
     hard = round(size * hard_share)
     picked = [rng.choice(by_level[reached[-1]]) for _ in range(hard)]

@@ -99,12 +99,17 @@ def _look_ahead(head, states, start, exists, targets, where, shape, forbid, full
     source, inverse = (start[line] + step).unique(return_inverse=True)
     target = torch.zeros_like(source).scatter_(0, inverse, targets[line, step])
     hidden = states[source]
-    logprob = scored(head, hidden, target, forbid=forbid)[0][inverse].masked_fill(~exists[line, step], 0)
+    everything = _full(head, hidden, forbid) if full else None
+    if full:
+        logprob = everything.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    else:
+        logprob, _ = scored(head, hidden, target, forbid=forbid)
+    logprob = logprob[inverse].masked_fill(~exists[line, step], 0)
     shape, index = torch.Size((*shape, count)), where[line] * count + step
     return (
         _placed(shape, index, hidden[inverse]),
         _placed(shape, index, logprob),
-        _placed(shape, index, _full(head, hidden, forbid)[inverse]) if full else None,
+        _placed(shape, index, everything[inverse]) if full else None,
     )
 
 

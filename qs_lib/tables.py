@@ -102,13 +102,13 @@ def reply_rows(model, tokenizer, problems: list[dict], max_new_tokens: int = 48,
     start, end = thinking_ids(tokenizer)[:2]
     contexts = [f"{PROMPTS[(p['fits'] or ['cot'])[0]]} {p['question']}" if prompted else p["question"] for p in problems]
     rows = []
-    for problem, ids in zip(problems, replies(model, tokenizer, contexts, max_new_tokens), strict=True):
-        ids, _ = mark(ids, marker_spellings(tokenizer))
+    for problem, written in zip(problems, replies(model, tokenizer, contexts, max_new_tokens), strict=True):
+        ids, _ = mark(written, marker_spellings(tokenizer))  # a prompted champion writes the plain words
         thinks = bool(ids) and ids[0] == start and end in ids
         strategy = strategy_of(tokenizer.decode(ids[: ids.index(end)])) if thinks else None
         answer = answer_of(tokenizer, ids, (end,))
         rows.append({
-            "family": problem["family"], "reply": tokenizer.decode(ids), "answer": answer, "thinks": thinks,
+            "family": problem["family"], "reply": tokenizer.decode(written), "answer": answer, "thinks": thinks,
             "correct": answer == problem["answer"], "strategy": strategy or "none",
             "fits": strategy in (problem["fits"] or ["cot"]),
         })  # fmt: skip

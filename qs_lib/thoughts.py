@@ -30,15 +30,15 @@ class Thoughts:
     tokens (batch, P, N, T): <think> first, padded with the id of </think> after the end. logprobs, same shape:
     natural log-probability of each sampled token at the sampling temperature (at 1 when greedy), before top_p;
     0 where `sampled` (bool, same shape) is False. lengths (batch, P, N): tokens including both tags, 0 where
-    positions is -1. hidden (batch, P, N, hidden): what the head reads after </think>. positions (batch, P).
-    temperature, forbid, think_id, end_id: as used.
+    positions is -1. hidden (batch, P, N, hidden): what the head reads after </think>, or None.
+    positions (batch, P). temperature, forbid, think_id, end_id: as used.
     """
 
     tokens: torch.Tensor
     logprobs: torch.Tensor
     sampled: torch.Tensor
     lengths: torch.Tensor
-    hidden: torch.Tensor
+    hidden: torch.Tensor | None
     positions: torch.Tensor
     temperature: float
     forbid: tuple
@@ -48,7 +48,8 @@ class Thoughts:
     def part(self, rows=slice(None), slots=slice(None)):
         """The thoughts of some rows and some places of `positions` (slices), to re-score a share at a time."""
         fields = ("tokens", "logprobs", "sampled", "lengths", "hidden", "positions")
-        return replace(self, **{name: getattr(self, name)[rows, slots] for name in fields})
+        given = {name: getattr(self, name) for name in fields}
+        return replace(self, **{name: value[rows, slots] for name, value in given.items() if value is not None})
 
     def to_text(self, tokenizer):
         """Nested lists [batch][P][N] of decoded thoughts, tags included; '' where there is no thought."""
@@ -73,7 +74,7 @@ def end_ids(model, think_id, end_id):
 @torch.no_grad()
 def generate_thoughts(
     model, input_ids, attention_mask=None, positions=None, num_thoughts=4, thought_length=16, temperature=1.0,
-    top_p=1.0, generator=None, think_id=None, end_id=None, max_streams=1024, forbid=(),
+    top_p=1.0, generator=None, think_id=None, end_id=None, max_streams=1024, forbid=(), with_hidden=True,
 ):
     """Samples `num_thoughts` thoughts after each of the given positions, all at once.
 
@@ -83,7 +84,8 @@ def generate_thoughts(
     </think> is sampled; otherwise </think> is forced as token number thought_length. temperature 0 is greedy.
     generator: where the one seed comes from; tokens then depend only on (seed, row, position, thought, step) and
     the text before them, not on padding, on max_streams (streams computed together, which bounds memory) or on
-    other rows. forbid: token ids never sampled inside a thought; <think> never is. Dropout is off. Log-probs are
+    other rows. with_hidden False: Thoughts.hidden is None and the pass that reads </think> is saved (re-scoring
+    gives those states too). forbid: token ids never sampled inside a thought; <think> never is. Dropout is off. Log-probs are
     those of the distribution without the forbidden tokens, at the temperature and before top_p.
 
     For sampling in bfloat16 pass a bfloat16 copy of the model; take log-probs from `rescore_thoughts` with the
@@ -111,9 +113,12 @@ def generate_thoughts(
         logprobs=torch.zeros(streams, thought_length, dtype=wide, device=device),
         sampled=torch.zeros(streams, thought_length, dtype=torch.bool, device=device),
         lengths=torch.zeros(streams, dtype=torch.long, device=device),
-        hidden=torch.zeros(streams, model.config.get_text_config().hidden_size, dtype=model.dtype, device=device),
+        hidden=None,
         positions=rows.positions, temperature=float(temperature), forbid=forbid, think_id=think_id, end_id=end_id,
     )
+    if with_hidden:
+        size = model.config.get_text_config().hidden_size
+        result.hidden = torch.zeros(streams, size, dtype=model.dtype, device=device)
     shared = shares_prefix(model)
     used, line = rows.row.unique(return_inverse=True)
     ids, limit, first = rows.ids[used], rows.position + 1, None
@@ -152,6 +157,7 @@ def groups(row, size):
 
 
 def _generate_group(model, step, line, limit, row, first, num_thoughts, seed, top_p, result, offset):
+    states = result.hidden is not None
     length, end_id, device = result.tokens.shape[1], result.end_id, line.device
     head = LanguageHead(model)
     forbid = forbidden(result.forbid, head.size, device)
@@ -163,8 +169,18 @@ def _generate_group(model, step, line, limit, row, first, num_thoughts, seed, to
     uniform = uniforms(seed, row[unit], limit, stream % num_thoughts, length)
     running = torch.ones_like(stream, dtype=torch.bool)
     result.tokens[offset : offset + len(stream), 0] = result.think_id
+    left = len(stream)
     for t in range(length - 1):
-        last, ended = t == length - 2, token == end_id
+        last = t == length - 2
+        if t > 0 and left <= _COMPACT_BELOW * len(stream):
+            keep = running.nonzero().squeeze(1)
+            token, stream, running = token[keep], stream[keep], running[keep]
+            place = limit[stream]
+            step.select(keep, line[stream], place)
+        if last and not states:
+            result.lengths[offset + stream[running]] = length
+            return
+        ended = token == end_id
         if last:
             # Nothing is sampled after this token, so it and the forced </think> go in one step.
             pairs = torch.stack([token, torch.full_like(token, end_id)], 1).flatten()
@@ -176,26 +192,31 @@ def _generate_group(model, step, line, limit, row, first, num_thoughts, seed, to
             hidden = step.forward(model, token, place + t, 1)
         if t == 0 and last:
             hidden, ended = hidden[unit], ended[unit]
-        if last or t > 0:
+        elif t == 0:
+            step.select(unit, line, limit)
+            place = limit
+        if states and (t > 0 or last):
             finished = (running if last else running & ended).nonzero().squeeze(1)
-            index = offset + stream[finished]
-            result.hidden[index] = hidden[finished].to(result.hidden.dtype)
-            result.lengths[index] = torch.where(ended[finished], t + 1, t + 2)
-            running[finished] = False
-            left = int(running.sum())
+            result.hidden[offset + stream[finished]] = hidden[finished]
+            left = _finish(result, offset + stream, running, finished, torch.where(ended[finished], t + 1, t + 2))
             if not left:
                 return
-        if t == 0 or left <= _COMPACT_BELOW * len(running):
-            keep = unit if t == 0 else running.nonzero().squeeze(1)
-            if t > 0:
-                hidden, stream, running = hidden[keep], stream[keep], running[keep]
-            place = limit[stream]
-            step.select(keep, line[stream], place)
         token, logprob = _draw(head, hidden, uniform[stream, t + 1], result, top_p, forbid)
         index = offset + stream
         token = result.tokens[index, t + 1] = torch.where(running, token, end_id)
         result.logprobs[index, t + 1] = logprob.masked_fill(~running, 0).to(result.logprobs.dtype)
         result.sampled[index, t + 1] = running
+        if not states:
+            finished = (running & (token == end_id)).nonzero().squeeze(1)
+            left = _finish(result, index, running, finished, t + 2)
+            if not left:
+                return
+
+
+def _finish(result, index, running, finished, length):
+    result.lengths[index[finished]] = length
+    running[finished] = False
+    return int(running.sum())
 
 
 def _draw(head, hidden, uniform, result, top_p, forbid):
@@ -218,6 +239,8 @@ def _unpacked(result, rows, num_thoughts):
     for name, empty in (("tokens", result.end_id), ("logprobs", 0), ("sampled", False), ("lengths", 0),
                         ("hidden", 0)):
         flat = getattr(result, name)
+        if flat is None:
+            continue
         full = flat.new_full((batch * count, num_thoughts, *flat.shape[1:]), empty)
         full[rows.slot] = flat.unflatten(0, (len(rows.slot), num_thoughts))
         setattr(result, name, full.unflatten(0, (batch, count)))

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 import yaml
 from nbval.plugin import get_sanitize_patterns
@@ -43,7 +44,11 @@ def test_parameters_cell(path):
 @every_notebook
 def test_parameters_are_those_of_the_model(path):
     if path.stem in NOTEBOOKS:
-        assert set(notebook_parameters(path)) == set(NOTEBOOKS[path.stem].model_fields)
+        names = set(NOTEBOOKS[path.stem].model_fields)
+        assert set(notebook_parameters(path)) == names
+        assert set(papermill.inspect_notebook(str(path))) == names, (
+            "papermill reads no line whose comment holds ="
+        )
         check_parameters(path, {})
 
 

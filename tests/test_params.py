@@ -98,7 +98,7 @@ def test_notebooks_show_the_sentence_only(monkeypatch):
 
 CELL = """seed: int = 0  # s
 run_name: str = "dev"  # r
-upstream: str = ""  # u
+upstream: str = ""  # u; "" = the committed run
 num_thoughts: int = 4  # n
 rates: list = [
     1e-3,
@@ -115,6 +115,8 @@ def test_notebook_parameters_are_read_as_values(tmp_path):
 def test_notebook_parameters_must_be_literals(tmp_path):
     with pytest.raises(ParameterError, match="literals only"):
         notebook_parameters(write_notebook(tmp_path / "x.ipynb", "seed = int(3)"))
+    with pytest.raises(ParameterError, match="literals only"):
+        notebook_parameters(write_notebook(tmp_path / "x.ipynb", "import os"))
     with pytest.raises(ParameterError, match="there is no notebook"):
         notebook_parameters(tmp_path / "y.ipynb")
 

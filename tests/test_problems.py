@@ -24,22 +24,19 @@ def test_pocket_families_and_steps_come_in_equal_shares():
 
 
 def _simulate(question: str) -> int | None:
-    """Solve chain and distract questions by reading them, without looking at the steps."""
+    """Solve chain questions by reading them, without looking at the steps."""
     words = question.split()
     name = words[-2]
     stock = {}
     for sentence in question.split(" . ")[:-1]:
         who, verb, amount, *_ = sentence.split()
-        if verb in ("is", "bag"):
-            continue  # an idle fact
         change = int(amount) * (-1 if verb in pocket.LOSSES else 1)
         stock[who] = int(amount) if verb == "has" else stock[who] + change
     return stock[name]
 
 
-@pytest.mark.parametrize("family", ["chain", "distract"])
-def test_answers_agree_with_a_reader_of_the_question(family):
-    records = [p for p in pocket.generate("train", 480, seed=2) if p["family"] == family]
+def test_answers_agree_with_a_reader_of_the_question():
+    records = [p for p in pocket.generate("train", 480, seed=2) if p["family"] == "chain"]
     assert records and all(_simulate(p["question"]) == int(p["answer"]) for p in records)
 
 

@@ -340,7 +340,15 @@ def notebooks(tmp_path):
 
 
 def test_the_chain_runs_once_and_again_only_where_it_must(notebooks, outputs, capfd):
-    options = ["--variant", "small", "--notebooks", str(notebooks), "--data", os.path.relpath(notebooks)]
+    options = [
+        "--variant",
+        "small",
+        "--keep",
+        "--notebooks",
+        str(notebooks),
+        "--data",
+        os.path.relpath(notebooks),
+    ]
     assert main(options) == 0
     out, err = capfd.readouterr()
     run = outputs / "small-run"

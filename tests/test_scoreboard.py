@@ -1,6 +1,8 @@
 """The scoreboard lists every criterion of design section 8, whatever a run did or did not measure, and judges by the rules."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -9,17 +11,19 @@ from qs_lib.params import Reinforce, Scoreboard
 from qs_lib.run import print_scoreboard
 from qs_lib.stage import start_stage
 
-IDS = (
-    "tokens_added examples strategies baking_accuracy gap_closed thinking_use strategy_fit accuracy_gain accuracy_with "
-    "accuracy_without divergence ablation_gain foreign_gain filler_gain coherence_utility_r latency_ms latency_p95_ms "
-    "parallel_speedup memory_overhead jumpstart nonmyopic_steps nonmyopic_accuracy token_scale_use coverage"
-).split()
+IDS = [
+    "tokens_added", "examples", "strategies", "baking_accuracy", "gap_closed", "thinking_use",
+    "strategy_fit", "accuracy_gain", "accuracy_with", "accuracy_without", "divergence", "ablation_gain",
+    "foreign_gain", "filler_gain", "coherence_utility_r", "latency_ms", "latency_p95_ms",
+    "parallel_speedup", "memory_overhead", "jumpstart", "nonmyopic_steps", "nonmyopic_accuracy",
+    "token_scale_use", "coverage",
+]  # fmt: skip
 GOOD = {
     "01_token_setup": {"tokens_added": 8},
     "02_dataset_generation": {"examples": 1800, "strategies": 7},
     "03_baking": {"baking_accuracy": 0.85, "gap_closed": 0.9, "thinking_use": 0.81, "strategy_fit": 0.61},
     "05_rl": {"accuracy_gain": 0.05, "accuracy_gain_low": 0.01, "accuracy_gain_high": 0.09, "accuracy_with": 0.9,
-              "accuracy_without": 0.4},  # fmt: skip
+              "accuracy_without": 0.4},
     "06_anti_theater": {"divergence": 0.31, "coherence_utility_r": 0.51}
     | {f"{n}_gain{end}": v for n in ("ablation", "foreign", "filler") for end, v in (("", 0.2), ("_low", 0.1), ("_high", 0.3))},
     "07_latency": {"latency_ms": 199.0, "latency_p95_ms": 199.9, "parallel_speedup": 3.7, "memory_overhead": 0.33},
@@ -27,17 +31,25 @@ GOOD = {
 EXPERIMENTS = {"jumpstart": 0.3, "nonmyopic_steps": -0.25, "nonmyopic_accuracy": 0.044, "token_scale_use": 0.89}
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
     """A run folder whose stages all reach their targets, just."""
-    monkeypatch.setenv("QS_OUTPUTS", str(tmp_path))
-    for stage in GOOD:
-        finish(stage)
-    (tmp_path / "a" / "experiments").mkdir()
+    root = tmp_path_factory.mktemp("template")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QS_OUTPUTS", str(root))
+        for stage in GOOD:
+            finish(stage)
+    (root / "a" / "experiments").mkdir()
     for name, value in EXPERIMENTS.items():
-        experiment(tmp_path / "a", name, value)
-    (tmp_path / "a" / "coverage.json").write_text(json.dumps({"totals": {"percent_covered": 90.0}}))
-    return tmp_path / "a"
+        experiment(root / "a", name, value)
+    (root / "a" / "coverage.json").write_text(json.dumps({"totals": {"percent_covered": 90.0}}))
+    return root / "a"
+
+
+@pytest.fixture
+def run(template, tmp_path, monkeypatch):
+    monkeypatch.setenv("QS_OUTPUTS", str(tmp_path))
+    return Path(shutil.copytree(template, tmp_path / "a"))
 
 
 def finish(stage, **changes):

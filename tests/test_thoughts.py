@@ -133,6 +133,19 @@ def test_shapes_equal_plain_forward(family, options):
     check(model, ids, mask, SUBSET, **options)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_without_the_fused_operation(family, monkeypatch):
+    monkeypatch.setattr(attention, "_CPU_FLASH", None)
+    monkeypatch.setattr(prefix, "_KEPT_NUMBERS", 0)
+    model = build(family)
+    ids, mask = batch()
+    thoughts = check(model, ids, mask, None)
+    expected, found = (gradients(model, ids, mask, thoughts, score) for score in (naive.rescore, rescore_thoughts))
+    for a, b in zip(found, expected):
+        if a is not None and b is not None:
+            assert (a - b).norm() <= 1e-3 * b.norm() + 1e-5
+
+
 def gradients(model, ids, mask, thoughts, score):
     result, total = score(model, ids, thoughts, mask), 0
     for name, value in (result if isinstance(result, dict) else vars(result)).items():
@@ -192,6 +205,31 @@ def test_tokens_do_not_depend_on_the_batch():
     some = think(model, ids, mask, SUBSET)
     assert torch.equal(some.tokens[0, 1], whole.tokens[0, 5]) and torch.equal(some.tokens[0, 0], whole.tokens[0, 10])
     assert not torch.equal(whole.tokens, think(model, ids, mask, seed=4).tokens)
+
+
+@pytest.mark.parametrize("length", [2, 3, 7])
+def test_tokens_without_states_are_the_same(length):
+    model = build("llama")
+    ids, mask = batch()
+    for positions in (None, LAST):
+        whole = think(model, ids, mask if positions is None else None, positions, thought_length=length)
+        bare = think(model, ids, mask if positions is None else None, positions, thought_length=length,
+                     with_hidden=False)
+        assert bare.hidden is None
+        for name in ("tokens", "logprobs", "sampled", "lengths"):
+            assert torch.equal(getattr(whole, name), getattr(bare, name)), name
+
+
+def test_rescoring_by_parts():
+    model = build("llama")
+    ids, mask = batch()
+    thoughts = think(model, ids, mask, SUBSET)
+    with torch.no_grad():
+        whole = rescore_thoughts(model, ids, thoughts, mask)
+        part = rescore_thoughts(model, ids[1:], thoughts.part(slice(1, 3), slice(1, 2)), mask[1:])
+    for name, value in vars(part).items():
+        if value is not None:
+            close(value, getattr(whole, name)[1:, 1:], 2e-5, name)
 
 
 def test_layout_of_thoughts():

@@ -229,10 +229,11 @@ def generation(name, shape, repeats):
     half = copy.deepcopy(model).to(torch.bfloat16)
     jobs = {
         "ours": lambda: ours(model, ids, where, number, length),
+        "ours_tokens_only": lambda: ours(model, ids, where, number, length, with_hidden=False),
         "ours_256_streams": lambda: ours(model, ids, where, number, length, max_streams=256),
         "ours_bf16": lambda: ours(half, ids, where, number, length),
         "generate_32": lambda: by_generate(model, ids, where, number, length, 32, every),
-        "generate_128": lambda: by_generate(model, ids, where, number, length, 128, max(1, every // 4)),
+        "generate_128": lambda: by_generate(model, ids, where, number, length, 128, max(1, every // 2)),
         "one_by_one": lambda: one_by_one(model, ids, where, number, length),
         "plain_4x256": lambda: plain_forward(model),
     }
@@ -249,6 +250,7 @@ def generation(name, shape, repeats):
         "cpu_seconds": seconds,
         "share_run": {n: s for n, s in shares.items() if isinstance(s, float)},
         "generate_over_ours": generate / mine,
+        "generate_over_tokens_only": generate / seconds["ours_tokens_only"],
         "one_by_one_over_ours": seconds["one_by_one"] / mine,
         "thought_token_over_plain_token": mine / tokens / (seconds["plain_4x256"] / 1024),
         "bf16_token_over_plain_token": seconds["ours_bf16"] / tokens / (seconds["plain_4x256"] / 1024),
@@ -279,9 +281,11 @@ def latency(name, shape, repeats):
     ids, where = texts(model, batch, size, positions)
     seconds, _ = medians({
         "ours": lambda: ours(model, ids, where, number, length),
+        "ours_tokens_only": lambda: ours(model, ids, where, number, length, with_hidden=False),
         "generate": lambda: by_generate(model, ids, where, number, length, number),
     }, 3 * repeats)
-    return {"cpu_seconds": seconds, "ours_over_generate": seconds["ours"] / seconds["generate"]}
+    return {"cpu_seconds": seconds, "ours_over_generate": seconds["ours"] / seconds["generate"],
+            "tokens_only_over_generate": seconds["ours_tokens_only"] / seconds["generate"]}
 
 
 def mask_setup(repeats):
