@@ -1,5 +1,6 @@
 """Checks that a reader can watch: planted faults in worked examples, and the thought engine against plain forwards."""
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -76,8 +77,10 @@ def visible_keys(model, input_ids: torch.Tensor, thoughts):
     """Which tokens the prediction after each thought token depends on, found by changing one token at a time.
 
     ``input_ids`` (1, length). Returns (seen, rule, queries, keys): ``seen`` bool (queries, keys) as measured, ``rule`` the
-    same by definition (the text up to the position, and the thought's own tokens so far), and names of both axes.
+    same by definition (the text up to the position, and the thought's own tokens so far), and names of both axes. In
+    double precision, where even a very sure prediction shows that it moved.
     """
+    model = copy.deepcopy(model).double()
     count, number, length = thoughts.tokens.shape[1:]
     sampled = torch.ones_like(thoughts.sampled)
     sampled[..., 0] = False

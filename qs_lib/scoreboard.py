@@ -24,9 +24,9 @@ GAIN = "> 0, interval above 0"
 # id, criterion, target in words, unit, where (a stage, or "" for a file of its own), its key, test of (value, low)
 CRITERIA = (
     ("tokens_added", "thinking tokens added", "8", "tokens", "01_token_setup", "tokens_added", lambda v, low: v == 8),
-    ("examples", "worked examples, all verified", ">= 1800", "examples", "02_dataset_generation", "examples",
+    ("examples", "worked examples that passed their check", ">= 1800", "examples", "02_dataset_generation", "verified",
      lambda v, low: v >= 1800),
-    ("strategies", "strategies beside chain of thought, all verified", "7", "strategies", "02_dataset_generation",
+    ("strategies", "strategies beside chain of thought", "7", "strategies", "02_dataset_generation",
      "strategies", lambda v, low: v >= 7),
     ("baking_accuracy", "unprompted accuracy of the baked model", ">= 0.85", "share", "03_baking",
      "baking_accuracy",

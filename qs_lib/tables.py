@@ -93,7 +93,7 @@ def aligned_tokens(item: BakingItem, tokenizer) -> pd.DataFrame:
         (word(item.teacher_ids, t), word(item.student_ids, s), tokenizer.decode([target]).strip())
         for t, s, target in zip(item.teacher_at, item.student_at, item.targets, strict=True)
     ]
-    return pd.DataFrame(rows, columns=["teacher has read", "student has read", "both predict"]).T
+    return pd.DataFrame(rows, columns=["teacher has read", "student has read", "both predict"])
 
 
 def reply_rows(model, tokenizer, problems: list[dict], max_new_tokens: int = 48, prompted: bool = False) -> list[dict]:
@@ -134,7 +134,7 @@ def thoughts_html(thoughts: list[dict]) -> str:
     lines = []
     for thought in thoughts:
         cells = [
-            cell.format(shade=min(0.75, -0.25 * (x or 0)), text=html.escape(token) or "&nbsp;", note="given" if x is None else f"{x:.2f}".replace("-0.00", "0.00"))
+            cell.format(shade=abs(max(-0.75, 0.25 * (x or 0))), text=html.escape(token) or "&nbsp;", note="given" if x is None else f"{x:.2f}".replace("-0.00", "0.00"))
             for token, x in zip(thought["tokens"], thought["logprobs"], strict=True)
         ]
         total = sum(x or 0 for x in thought["logprobs"])

@@ -20,7 +20,7 @@ IDS = [
 ]  # fmt: skip
 GOOD = {
     "01_token_setup": {"tokens_added": 8},
-    "02_dataset_generation": {"examples": 1800, "strategies": 7},
+    "02_dataset_generation": {"verified": 1800, "strategies": 7},
     "03_baking": {"baking_accuracy": 0.85, "gap_closed": 0.9, "thinking_use": 0.81, "strategy_fit": 0.61},
     "05_rl": {"accuracy_gain": 0.05, "accuracy_gain_low": 0.01, "accuracy_gain_high": 0.09, "accuracy_with": 0.9,
               "accuracy_without": 0.4},
@@ -90,7 +90,7 @@ def test_a_run_that_reaches_everything(run):
     ("stage", "changes", "name"),
     [
         ("01_token_setup", {"tokens_added": 7}, "tokens_added"),
-        ("02_dataset_generation", {"examples": 1799}, "examples"),
+        ("02_dataset_generation", {"verified": 1799}, "examples"),
         ("02_dataset_generation", {"strategies": 6}, "strategies"),
         ("03_baking", {"baking_accuracy": 0.849}, "baking_accuracy"),
         ("03_baking", {"gap_closed": 0.89}, "gap_closed"),

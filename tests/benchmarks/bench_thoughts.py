@@ -341,8 +341,15 @@ def plain_text(model, ids):
 
 
 def memory(shape):
-    return {name: peak_megabytes(name, shape)
-            for name in ("plain_forward", "ours_64", "ours_256", "ours_1024", "dense_mask")}
+    names = ("plain_forward", "ours_64", "ours_256", "ours_1024", "dense_mask")
+    peak = {name: peak_megabytes(name, shape) for name in names}
+    weights = sum(p.numel() * p.element_size() for p in build(shape[0]).parameters()) / 2**20
+    return {
+        "above_the_model": peak, "weights": weights,
+        "dense_mask_over_ours": {n: peak["dense_mask"] / peak[n] for n in names[1:4]},
+        "with_weights_over_plain_forward": {
+            n: (weights + peak[n]) / (weights + peak["plain_forward"]) for n in names[1:]},
+    }
 
 
 def show(title, table):
@@ -386,7 +393,7 @@ def main():
         show("mask set-up, ms", result["mask_setup_ms"])
     if chosen("memory"):
         result["peak_megabytes"] = memory(large)
-        show("peak memory above the model, MB", result["peak_megabytes"])
+        show("peak memory, MB", result["peak_megabytes"])
     path = Path(options.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".tmp").write_text(json.dumps(result, indent=1))
