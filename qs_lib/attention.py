@@ -207,7 +207,8 @@ AttentionMaskInterface.register(NAME, _mask_entry)
 
 def backbone(model):
     """The part of a causal LM below its head; ValueError when the model has no such part."""
-    base = model.base_model if model.base_model is not model else model.get_decoder()
+    base = getattr(model, "base_model", model)
+    base = model.get_decoder() if base is model else base
     if base is None or base is model or model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} is not a causal language model with a separate head; parallel thoughts "

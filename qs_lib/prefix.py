@@ -139,8 +139,7 @@ class Grid:
         """
         query = self.gather(query)
         rows = slice(self.first, self.first + self.shape[0])
-        output = query.new_empty(self.shape[0], self.shape[1], *query.shape[1::2])
-        lse = None
+        output = lse = None
         for number, (start, stop, _, _) in enumerate(self.tiles):
             first, last, mask, blind = self._tile(number, rule.window, shift, query.dtype)
             part, part_lse = attend(
@@ -153,7 +152,8 @@ class Grid:
             if len(self.tiles) == 1:
                 output, lse = part.transpose(1, 2), part_lse.transpose(1, 2)
                 break
-            if lse is None:
+            if output is None:
+                output = part.new_empty(*self.shape, *part.shape[1::2])
                 lse = part_lse.new_empty(*self.shape, query.shape[1])
             output[:, start:stop] = part.transpose(1, 2)
             lse[:, start:stop] = part_lse.transpose(1, 2)

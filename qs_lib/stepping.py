@@ -6,6 +6,7 @@ from qs_lib.attention import forward
 from qs_lib.prefix import Grid
 
 _TILE = 256
+_FEW_NUMBERS = 100_000
 
 
 class StepPass:
@@ -40,14 +41,18 @@ class StepPass:
         if self.own[self.number] is None:
             self.own[self.number] = key.new_empty(2, self.length, streams, *key.shape[1:])
         own = self.own[self.number]
+        self.number += 1
+        if width == 1:
+            own[0, self.done], own[1, self.done] = key, value
+            output, lse = self.grid.attend(query, prefix_key, prefix_value, rule, self.done)
+            return self._own(query, own[:, : self.done + 1], output, lse, rule).unsqueeze(0)
         own[0, self.done : self.done + width] = key.unflatten(0, (streams, width)).transpose(0, 1)
         own[1, self.done : self.done + width] = value.unflatten(0, (streams, width)).transpose(0, 1)
-        self.number += 1
         outputs = []
         for shift, part in enumerate(query.unflatten(0, (streams, width)).unbind(1), self.done):
             output, lse = self.grid.attend(part, prefix_key, prefix_value, rule, shift)
             outputs.append(self._own(part, own[:, : shift + 1], output, lse, rule))
-        return outputs[0].unsqueeze(0) if width == 1 else torch.stack(outputs, 1).flatten(0, 1).unsqueeze(0)
+        return torch.stack(outputs, 1).flatten(0, 1).unsqueeze(0)
 
     @staticmethod
     def _own(query, own, output, lse, rule):
@@ -67,8 +72,11 @@ class StepPass:
             scores[-1] = rule.sinks.view(groups)
         weights = scores.softmax(0).unsqueeze(-1).to(wide)
         result = output.to(wide).unflatten(1, groups) * weights[0]
-        for weight, part in zip(weights[1:], value.unsqueeze(3)):
-            result.addcmul_(weight, part.to(wide))
+        if value.numel() < _FEW_NUMBERS:
+            result += (weights[1 : len(key) + 1] * value.unsqueeze(3)).sum(0)
+        else:
+            for weight, part in zip(weights[1:], value.unsqueeze(3)):
+                result.addcmul_(weight, part.to(wide))
         return result.flatten(1, 2).to(query.dtype)
 
     def forward(self, model, tokens, places, width):

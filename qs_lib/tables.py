@@ -13,7 +13,7 @@ from .baking import BakingItem
 from .comparison import fixed
 from .evaluate import answer_of, replies
 from .sequences import mark, marker_spellings
-from .stage import find_run
+from .stage import UpstreamError, find_run
 from .strategies import PROMPTS, strategy_of
 from .tokens import PLAIN_WORDS, THINKING_TOKENS, thinking_ids
 
@@ -166,3 +166,11 @@ def episode_table(episode) -> pd.DataFrame:
         for thought in episode.thoughts
     ]  # fmt: skip
     return pd.DataFrame(rows, index=[f"thought {k + 1}" for k in range(len(rows))])
+
+
+def committed_path(name: str):
+    """The path of something in the committed pocket run. Raises ``UpstreamError`` where it is not there."""
+    path = find_run("") / name
+    if not path.exists():
+        raise UpstreamError(f"the committed run lacks {name}: bring it back with `git checkout outputs/pocket` or `make refresh`")
+    return path

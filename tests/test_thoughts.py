@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as tf
 
-from qs_lib import attention, prefix, probe, sampler
+from qs_lib import attention, packed, prefix, probe, rescoring, sampler, stepping
 from qs_lib.rescoring import rescore_thoughts
 from qs_lib.thoughts import generate_thoughts
 
@@ -131,6 +131,22 @@ def test_shapes_equal_plain_forward(family, options):
     ids, mask = batch()
     check(model, ids, mask, LAST, **options)
     check(model, ids, mask, SUBSET, **options)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_sliding", "gpt_oss"])
+def test_in_small_pieces(family, monkeypatch):
+    """Many tiles, many chunks of logits, and the loop for long own parts give the same."""
+    for module, name, value in (
+        (stepping, "_TILE", 8), (packed, "_TILE", 16), (stepping, "_FEW_NUMBERS", 0),
+        (rescoring, "_LOGIT_NUMBERS", 600), (attention, "_CAUSAL_BLOCK", 4),
+    ):
+        monkeypatch.setattr(module, name, value)
+    model = build(family)
+    ids, mask = batch()
+    thoughts = check(model, ids, mask, None, temperature=2.0)
+    expected, found = (gradients(model, ids, mask, thoughts, score) for score in (naive.rescore, rescore_thoughts))
+    for a, b in zip(found, expected):
+        assert (a - b).norm() <= 1e-3 * b.norm() + 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
@@ -304,6 +320,7 @@ def test_model_is_put_back():
     ({"forbid": (60,)}, "must lie in"),
     ({"thought_length": 1}, "thought_length"),
     ({"temperature": -1}, "temperature"),
+    ({"num_thoughts": 0}, "num_thoughts"),
 ])
 def test_wrong_input_is_named(wrong, match):
     ids, mask = batch()
@@ -311,6 +328,10 @@ def test_wrong_input_is_named(wrong, match):
         think(build("llama"), ids, **{"mask": mask, **wrong})
     with pytest.raises(ValueError, match="batch, length"):
         think(build("llama"), ids[0])
+    with pytest.raises(ValueError, match="n_true"):
+        rescore_thoughts(build("llama"), ids, think(build("llama"), ids, None, LAST), n_true=0)
+    with pytest.raises(ValueError, match="separate head"):
+        think(build("llama").model, ids)
 
 
 UNSHARED = {
@@ -322,6 +343,16 @@ UNSHARED = {
     ),
     "falcon": (tf.FalconConfig, {"alibi": True}),
     "mamba": (tf.MambaConfig, {"state_size": 4}),
+    "diffllama": (tf.DiffLlamaConfig, {}),
+    "qwen3_next": (
+        tf.Qwen3NextConfig,
+        {
+            "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
 }
 
 
@@ -332,6 +363,20 @@ def test_families_that_cannot_share_stay_exact(family):
     with pytest.warns(UserWarning, match="cannot share text between thoughts"):
         check(model, ids, mask, SUBSET)
     check(model, ids, mask, LAST, num_thoughts=1, thought_length=2)
+
+
+def test_probe_notices_a_window_it_is_not_told_and_errors(monkeypatch):
+    model = build("llama")
+    model.config.sliding_window = 5
+    assert "sliding window" in probe._reason(model)
+    del model.config.sliding_window
+    assert probe._reason(model) is None
+
+    def broken(*arguments):
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(probe, "packed_pass", broken)
+    assert "no such operation" in probe._reason(model)
 
 
 def test_models_that_cannot_be_served_say_so():
