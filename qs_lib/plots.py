@@ -17,7 +17,7 @@ def _axes(width: float = 6.4, height: float = 3.4, columns: int = 1):
 def idea():
     """Quiet-STaR in one picture: thoughts branch off after a token, and their predictions are mixed with the plain one."""
     figure, axes = _axes(9.0, 3.2)
-    axes.set(xlim=(0, 12), ylim=(-0.4, 4.6))
+    axes.set(xlim=(0, 12), ylim=(0.2, 4.6))
     axes.axis("off")
 
     def box(x, y, text, colour, style="round"):
@@ -32,11 +32,11 @@ def idea():
     thoughts = ("<think> <step> 9 + 8 = 17 </think>", "<think> <mece> 9 8 <step> ... </think>")
     for y, text in zip((3.7, 2.7), thoughts, strict=True):
         box(6.3, y, text, BLUE)
-        arrow((3.2, 2.1), (3.9, y))
-        arrow((8.8, y), (9.6, 2.2))
+        arrow((3.2, 2.1), (4.2, y))
+        arrow((8.5, y), (9.7, 2.2))
     box(6.3, 1.2, "no thought", GREY, "square")
-    arrow((3.2, 1.9), (5.4, 1.2), "--")
-    arrow((7.3, 1.2), (9.6, 1.8), "--")
+    arrow((3.2, 1.9), (5.6, 1.2), "--")
+    arrow((7.0, 1.2), (9.7, 1.8), "--")
     box(10.2, 2, "mixing\nhead", ORANGE)
     arrow((10.8, 2), (11.3, 2))
     box(11.6, 2, "17", "black")
@@ -133,7 +133,7 @@ def visible_keys(seen, queries: list[str], keys: list[str]):
         axis.plot(j, i, "o", ms=3, color="black")
     axis.set_xticks(range(len(keys)), keys, rotation=90, fontsize=7, family="monospace")
     axis.set_yticks(range(len(queries)), queries, fontsize=7, family="monospace")
-    axis.set(xlabel="key (token that may be read)", ylabel="query (token that reads)")
+    axis.set(xlabel="key (token that is read): text, or position.thought.token", ylabel="query (token that reads)")
     return figure
 
 

@@ -323,6 +323,7 @@ def measure_memory(method, shape):
     ids, where = texts(model, batch, size, positions)
     jobs = {
         "plain_forward": lambda: plain_text(model, ids),
+        "ours_32": lambda: ours(model, ids, where, number, length, max_streams=32),
         "ours_64": lambda: ours(model, ids, where, number, length, max_streams=64),
         "ours_256": lambda: ours(model, ids, where, number, length, max_streams=256),
         "ours_1024": lambda: ours(model, ids, where, number, length),
@@ -341,12 +342,12 @@ def plain_text(model, ids):
 
 
 def memory(shape):
-    names = ("plain_forward", "ours_64", "ours_256", "ours_1024", "dense_mask")
+    names = ("plain_forward", "ours_32", "ours_64", "ours_256", "ours_1024", "dense_mask")
     peak = {name: peak_megabytes(name, shape) for name in names}
     weights = sum(p.numel() * p.element_size() for p in build(shape[0]).parameters()) / 2**20
     return {
         "above_the_model": peak, "weights": weights,
-        "dense_mask_over_ours": {n: peak["dense_mask"] / peak[n] for n in names[1:4]},
+        "dense_mask_over_ours": {n: peak["dense_mask"] / peak[n] for n in names[1:5]},
         "with_weights_over_plain_forward": {
             n: (weights + peak[n]) / (weights + peak["plain_forward"]) for n in names[1:]},
     }
@@ -358,7 +359,7 @@ def show(title, table):
         cells = row if isinstance(row, dict) else {"": row}
         flat = {k: v for k, v in cells.items() if isinstance(v, float)}
         flat |= {f"{k} s": v for k, v in cells.get("cpu_seconds", {}).items()}
-        print(f"  {name:14s}" + "  ".join(f"{k} {v:.3g}" for k, v in flat.items()))
+        print(f"  {name:32s} " + "  ".join(f"{k} {v:.3g}" for k, v in flat.items()))
 
 
 def main():
