@@ -5,6 +5,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
+
 collect_ignore_glob = ["outputs/*", ".venv/*"]
 
 ROOT = Path(__file__).parent
@@ -19,6 +21,15 @@ os.environ |= {
 }
 os.environ["QS_OUTPUTS"] = SCRATCH
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(autouse=True)
+def environment_as_it_was():
+    """The run driver tells its kernels through the environment; no test may inherit it from another."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def pytest_unconfigure(config):

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from .champion import schedule
 from .evaluate import answer_of, replies
 from .optim import MuonGrokfast
-from .sequences import encode, encode_context, length_batches, mark, marker_spellings, pad
+from .sequences import encode_context, length_batches, mark, marker_spellings, pad
 from .strategies import PROMPTS, strategy_of
 from .tokens import thinking_ids
 

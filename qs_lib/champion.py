@@ -8,12 +8,18 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from . import pocket
 from .optim import MuonGrokfast
-from .stage import find_run
 from .sequences import encode, length_batches, pad
+from .stage import find_run
 from .strategies import LEAD_WORDS, PROMPTS, reply
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}

@@ -1,10 +1,9 @@
 """Checks that a reader can watch: planted faults in worked examples, and the thought engine against plain forwards."""
 
-import copy
 from dataclasses import replace
 
 import torch
-from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers import AutoModelForCausalLM, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from .rescoring import rescore_thoughts
 from .strategies import STRATEGIES, check, result
@@ -64,7 +63,7 @@ def largest_difference(model, input_ids: torch.Tensor, thoughts) -> float:
     for b, p, k in torch.cartesian_prod(*map(torch.arange, thoughts.lengths.shape)).tolist():
         text = input_ids[b, : thoughts.positions[b, p] + 1]
         thought = thoughts.tokens[b, p, k, : thoughts.lengths[b, p, k]]
-        logits = model(input_ids=torch.cat([text, thought])[None]).logits[0, len(text) : -1].float()
+        logits = model(input_ids=torch.cat([text, thought])[None]).logits[0, len(text) : -1].to(thoughts.logprobs.dtype)
         logits[:, list(thoughts.forbid)] = -torch.inf
         plain = (logits / (thoughts.temperature or 1.0)).log_softmax(-1).gather(1, thought[1:, None]).squeeze(1)
         at = (b, p, k, slice(1, len(thought)))
@@ -77,33 +76,45 @@ def visible_keys(model, input_ids: torch.Tensor, thoughts):
     """Which tokens the prediction after each thought token depends on, found by changing one token at a time.
 
     ``input_ids`` (1, length). Returns (seen, rule, queries, keys): ``seen`` bool (queries, keys) as measured, ``rule`` the
-    same by definition (the text up to the position, and the thought's own tokens so far), and names of both axes. In
-    double precision, where even a very sure prediction shows that it moved.
+    same by definition (the text up to the position, and the thought's own tokens so far), and names of both axes. Measured
+    with random words on the same architecture with fresh weights, in double precision: trained attention is so sharp that
+    much of what may be read leaves no trace.
     """
-    model = copy.deepcopy(model).double()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(model.config).double().eval()
     count, number, length = thoughts.tokens.shape[1:]
     sampled = torch.ones_like(thoughts.sampled)
     sampled[..., 0] = False
+    words = thoughts.tokens.clone()
+    words[..., 1:] = torch.randint(2, min(thoughts.think_id, thoughts.end_id), words[..., 1:].shape,
+                                   generator=torch.Generator().manual_seed(0))  # fmt: skip
     thoughts = replace(thoughts, sampled=sampled, lengths=torch.full_like(thoughts.lengths, length))
 
     def predictions(ids, tokens):
         scored = rescore_thoughts(model, ids, replace(thoughts, tokens=tokens), n_true=1)
         last = scored.thought_hidden[0, ..., 0, :].sum(-1, keepdim=True)
-        return torch.cat([scored.thought_entropy[0, ..., 1:], last], -1).flatten()
+        shape = torch.cat([scored.thought_entropy[0, ..., 1:], last], -1)
+        target = torch.cat([scored.thought_logprobs[0, ..., 1:], last], -1)
+        return shape.flatten(), target.flatten()
 
-    base, columns = predictions(input_ids, thoughts.tokens), []
-    for tensor in (input_ids, thoughts.tokens):
+    base, columns = predictions(input_ids, words), []
+    for tensor in (input_ids, words):
         for at in range(tensor.numel()):
             changed = tensor.clone().view(-1)
             changed[at] = changed[at] - 1 if changed[at] > 0 else 1
             changed = changed.view_as(tensor)
-            ids, tokens = (changed, thoughts.tokens) if tensor is input_ids else (input_ids, changed)
-            columns.append(predictions(ids, tokens) != base)
+            ids, tokens = (changed, words) if tensor is input_ids else (input_ids, changed)
+            shape, target = (now != before for now, before in zip(predictions(ids, tokens), base, strict=True))
+            if tensor is words and at % length:
+                target[at - 1] = False  # the changed token is what is predicted here, not what is read
+            columns.append(shape | target)
     place = [(p, k, t) for p in range(count) for k in range(number) for t in range(length)]
     positions = thoughts.positions[0].tolist()
     rule = torch.tensor([
         [j <= positions[p] for j in range(input_ids.shape[1])] + [(q, l) == (p, k) and s <= t for q, l, s in place]
         for p, k, t in place
     ])  # fmt: skip
-    names = [f"after {positions[p]}, thought {k + 1}, token {t + 1}" for p, k, t in place]
-    return torch.stack(columns, 1), rule, names, [f"text {j}" for j in range(input_ids.shape[1])] + names
+    queries = [f"after {positions[p]}, thought {k + 1}, token {t + 1}" for p, k, t in place]
+    keys = [f"text {j}" for j in range(input_ids.shape[1])] + [f"{positions[p]}.{k + 1}.{t + 1}" for p, k, t in place]
+    return torch.stack(columns, 1), rule, queries, keys

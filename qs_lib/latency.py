@@ -1,5 +1,6 @@
 """Latency and memory of a forward pass with thoughts, measured side by side with its alternatives."""
 
+import ctypes
 import gc
 import time
 from dataclasses import asdict, dataclass
@@ -10,19 +11,17 @@ import torch
 from tqdm.auto import tqdm
 
 
-
 @dataclass
 class LatencyReport:
     """``rows``: one dict per setting (positions, num_thoughts, thought_length, median_ms, p95_ms, meets); ``median_ms``,
     ``p95_ms``: the default setting; ``parallel_speedup``: thoughts one after the other / all at once, medians of runs in
-    turn; ``memory_overhead``: (peak with thoughts - peak of a plain forward pass) / what the plain pass adds over the
-    loaded model, None where the system does not tell; ``prefix_ms``: reading the text once."""
+    turn; ``memory_overhead``: (peak with thoughts - peak of a plain forward pass) / what the plain pass adds to the process
+    at rest, None where the system cannot tell; ``plain_ms``: reading the text once, which is all the set-up there is."""
 
     rows: list[dict]
     median_ms: float
     p95_ms: float
     plain_ms: float
-    prefix_ms: float
     parallel_speedup: float
     memory_overhead: float | None
     target_ms: float
@@ -68,7 +67,7 @@ def measure_latency(model, input_ids, positions=(1, 4), num_thoughts=(1, 4, 8), 
     ]  # fmt: skip
     return LatencyReport(
         rows, float(np.median(times[default])), float(np.quantile(times[default], 0.95)), float(np.median(plain)),
-        float(np.median(plain)), float(np.median(one_by_one) / np.median(together)),
+        float(np.median(one_by_one) / np.median(together)),
         memory_overhead(model, input_ids), target_ms,
     )  # fmt: skip
 
@@ -91,30 +90,37 @@ def generate_alone(model, input_ids):
     )  # fmt: skip
 
 
-def memory_overhead(model, input_ids) -> float | None:
-    """Extra peak memory of a pass with the default thoughts over a plain forward pass, as a share of the process's
-    peak in the plain pass; None where the kernel does not report a resettable peak."""
+def memory_overhead(model, input_ids, resolution: int = 2**20) -> float | None:
+    """Extra peak memory of a pass with the default thoughts over a plain forward pass, as a share of what the plain pass
+    adds to the resting process; None where that is less than ``resolution`` bytes (a tiny model on a short text is not
+    seen by the system's accounting) or the kernel does not report a resettable peak."""
     def plain():
         model.lm(input_ids=input_ids)
 
     def with_thoughts():
         forward_with_thoughts(model, input_ids, 1, model.config.num_thoughts, model.config.thought_length)
 
-    peaks = [_peak_bytes(f) for f in (plain, with_thoughts)]
-    return None if None in peaks else (peaks[1] - peaks[0]) / peaks[0]
+    extra = [_extra_bytes(f) for f in (plain, with_thoughts)]
+    return None if None in extra or extra[0] < resolution else (extra[1] - extra[0]) / extra[0]
 
 
-def _peak_bytes(work) -> int | None:
-    """Peak resident memory of the process while ``work`` runs (Linux: VmHWM, reset through clear_refs)."""
+def _extra_bytes(work) -> int | None:
+    """Peak resident memory while ``work`` runs, above the process at rest (Linux: VmHWM, reset by clear_refs)."""
     work()
     gc.collect()
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # give freed memory back, or the pass would run inside it unseen
         Path("/proc/self/clear_refs").write_text("5")
+        before = _status_bytes("VmRSS")
         work()
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
+        return _status_bytes("VmHWM") - before
+    except (OSError, AttributeError):
         return None
-    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM")), None)
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(name + ":"))
 
 
 def _ms(work) -> float:

@@ -160,6 +160,7 @@ def look_ahead(gains: list[list[float]], words: list[str]):
                   label="one thought" if k == 0 else None)  # fmt: skip
     axis.axhline(0, color="black", lw=0.8, ls=":")
     axis.set_xticks(range(len(words)), words, family="monospace")
+    axis.margins(y=0.1)
     axis.set(xlabel="true tokens after the thought, in order", ylabel="gain in log-likelihood (nats)")
     axis.legend(fontsize=8)
     return figure

@@ -176,7 +176,7 @@ def latency_summary(report: LatencyReport) -> dict:
     """Summary of notebook 07, milliseconds for the default setting; ``settings_meeting`` of ``settings`` meet the target."""
     return {
         "latency_ms": report.median_ms, "latency_p95_ms": report.p95_ms, "plain_ms": report.plain_ms,
-        "prefix_ms": report.prefix_ms, "parallel_speedup": report.parallel_speedup,
+        "parallel_speedup": report.parallel_speedup,
         "memory_overhead": report.memory_overhead, "target_ms": report.target_ms,
         "settings_meeting": sum(row["meets"] for row in report.rows), "settings": len(report.rows),
     }  # fmt: skip

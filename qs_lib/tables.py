@@ -155,17 +155,18 @@ def thought_records(thoughts, tokenizer, row: int = 0, position: int = 0) -> lis
     return records
 
 
-def episode_table(episode) -> pd.DataFrame:
-    """The thoughts of a ``qs_lib.Episode``: text, answer, mixing weight, coherence and utility (nats)."""
+def episode_table(episode) -> str:
+    """The thoughts of a ``qs_lib.Episode`` as an HTML table: text, answer, mixing weight, coherence, utility (nats)."""
     rows = [
         {
-            "thought": "".join(t if t.startswith(" ") else f" {t}" for t in thought.tokens).strip(), "answer": thought.answer,
+            "thought": " ".join(t.strip() for t in thought.tokens), "answer": thought.answer.strip(),
             "weight": fixed(thought.weight, 2), "coherence": fixed(thought.coherence.get("composite", 0.0), 2),
             "utility": fixed(thought.utility, 1, True),
         }
         for thought in episode.thoughts
     ]  # fmt: skip
-    return pd.DataFrame(rows, index=[f"thought {k + 1}" for k in range(len(rows))])
+    with pd.option_context("display.max_colwidth", None):
+        return pd.DataFrame(rows, index=[f"thought {k + 1}" for k in range(len(rows))]).to_html()
 
 
 def committed_path(name: str):

@@ -27,7 +27,7 @@ def test_forward_kl_by_hand():
 
 def test_aligned_positions_and_renamed_markers():
     model, tokenizer, item = setup()
-    s, t, targets, _ = b.aligned_log_probs(model, model, [item], tokenizer)
+    _s, t, targets, _ = b.aligned_log_probs(model, model, [item], tokenizer)
     think, end = thinking_ids(tokenizer)[:2]
     assert targets[0] == think and targets[-1] == tokenizer.eos_token_id and end in targets
     # by hand: the teacher's first prediction, from its context alone, with "think" called <think>

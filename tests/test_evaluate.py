@@ -10,7 +10,7 @@ from qs_lib.thoughts import Thoughts
 
 def test_interval_covers_a_known_share_and_resamples_problems_not_thoughts():
     rng = np.random.default_rng(1)
-    mean, low, high = e.interval(rng.random(400) < 0.7)
+    _mean, low, high = e.interval(rng.random(400) < 0.7)
     assert low < 0.7 < high and high - low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 400), rel=0.15)
     repeated = np.repeat(rng.random((50, 1)) < 0.5, 40, axis=1)
     _, low, high = e.interval(repeated)

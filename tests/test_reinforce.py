@@ -49,8 +49,8 @@ def batch(model, tokenizer):
 
 
 def test_answer_batch_thinks_after_the_question_and_truth_follows():
-    model, tokenizer = tiny_quiet_star()
-    ids, mask, positions = r.answer_batch(tokenizer, problems(size=6))
+    _model, tokenizer = tiny_quiet_star()
+    ids, _mask, positions = r.answer_batch(tokenizer, problems(size=6))
     truth = r.true_tokens(ids, positions, 3)
     for row, p in enumerate(problems(size=6)):
         assert tokenizer.decode(ids[row, positions[row, 0]]) == "?"

@@ -117,9 +117,9 @@ def honest(monkeypatch, model, tokenizer, share=0.9):
         true[..., 1:] = 0
         plain = base[..., 0, :].gather(-1, truth[:, :, None]).expand(-1, -1, n_true).clone()
         plain[..., 1:] = 0
-        return type("S", (), dict(true_full=after, base_full=base, true_logprobs=true, base_logprobs=plain,
-                                  valid=torch.ones(b, 1, n_true, dtype=torch.bool), base_hidden=torch.zeros(b, 1, n_true, 32),
-                                  thought_hidden=torch.zeros(b, 1, k, n_true, 32)))  # fmt: skip
+        return type("S", (), {"true_full": after, "base_full": base, "true_logprobs": true, "base_logprobs": plain,
+                                  "valid": torch.ones(b, 1, n_true, dtype=torch.bool), "base_hidden": torch.zeros(b, 1, n_true, 32),
+                                  "thought_hidden": torch.zeros(b, 1, k, n_true, 32)})  # fmt: skip
 
     def decode(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens):
         votes = [row[torch.arange(len(row)), (n - 2).clamp_min(0)].tolist() for row, n in zip(tokens, lengths, strict=True)]
