@@ -84,6 +84,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
 
         for module in lm.modules():
             module._is_hf_initialized = True  # post_init must leave the loaded weights alone
+        lm.config._name_or_path = ""  # nested configurations keep it: the saved model would tell its maker's folders
         config = QuietStarConfig(
             text_config=lm.config, attn_implementation=lm.config._attn_implementation,
             think_token_id=lm.config.think_token_id, end_think_token_id=lm.config.end_think_token_id,

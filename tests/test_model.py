@@ -101,6 +101,14 @@ def test_generation_thinks_again_every_n_true_tokens():
     assert len(out.past_key_values.thoughts) == 3
 
 
+def test_a_saved_model_does_not_tell_the_folder_it_came_from(tmp_path):
+    lm, tokenizer = tiny_lm()
+    lm.save_pretrained(tmp_path / "base")
+    model = QuietStarForCausalLM.from_base(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tokenizer)
+    model.save_pretrained(tmp_path / "wrapped")
+    assert str(tmp_path) not in (tmp_path / "wrapped" / "config.json").read_text()
+
+
 def test_think_false_generates_as_the_base_does():
     model, tokenizer = tiny_quiet_star()
     ids = torch.tensor([tokenizer.encode("ben has 9 pens .")])
