@@ -133,10 +133,10 @@ def thoughts_html(thoughts: list[dict]) -> str:
     cell = "<td style='text-align:center;padding:1px 3px;background:rgba(213,94,0,{shade:.2f})'>{text}<br><small>{note}</small></td>"
     lines = []
     for thought in thoughts:
-        cells = [
-            cell.format(shade=abs(max(-0.75, 0.25 * (x or 0))), text=html.escape(token) or "&nbsp;", note="given" if x is None else f"{x:.2f}".replace("-0.00", "0.00"))
-            for token, x in zip(thought["tokens"], thought["logprobs"], strict=True)
-        ]
+        cells = []
+        for token, x in zip(thought["tokens"], thought["logprobs"], strict=True):
+            note = "given" if x is None else fixed(x, 2)
+            cells.append(cell.format(shade=min(0.75, 0.25 * abs(x or 0)), text=html.escape(token) or "&nbsp;", note=note))
         total = sum(x or 0 for x in thought["logprobs"])
         lines.append(f"<tr><th scope='row'>{html.escape(thought['name'])}<br><small>sum {total:.1f}</small></th>{''.join(cells)}</tr>")
     return f"<div style='overflow-x:auto'><table><tbody>{''.join(lines)}</tbody></table></div>"
