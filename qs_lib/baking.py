@@ -4,6 +4,7 @@ import copy
 import math
 import random
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 from .champion import schedule
 from .evaluate import answer_of, replies
 from .optim import MuonGrokfast
+from .qk_clip import watch_max_logits
 from .sequences import encode_context, length_batches, mark, marker_spellings, pad
 from .strategies import PROMPTS, strategy_of
 from .tokens import thinking_ids
@@ -30,6 +32,7 @@ class BakingItem:
     targets: list[int]
     ce: bool = False  # a worked example: cross-entropy beside the KL
     direct: bool = False  # an answer without thoughts: the thinking tokens are left out of both distributions
+    plain: bool = False  # the teacher reads plain words for thinking tokens; its probabilities are renamed
 
 
 @dataclass
@@ -44,16 +47,19 @@ class BakingResult:
     seconds: float = 0.0
 
 
-def thought_item(tokenizer, prompt: str, question: str, plain: list[int], ce: bool = False) -> BakingItem:
-    """``plain``: reply ids in plain words, end-of-text included. The teacher reads prompt, question and these; the
-    student reads the question and the same reply with thinking tokens. The first reply token and end-of-text are
-    among the trained positions (the paper's own code misses the first)."""
+def thought_item(tokenizer, prompt: str, question: str, plain: list[int], ce: bool = False,
+                 rebake: bool = False) -> BakingItem:
+    """``plain``: reply ids in plain words, end-of-text included. The teacher reads prompt, question and these, or, in
+    a ``rebake``, the thinking tokens that it has learnt itself; the student reads the question and the same reply with
+    thinking tokens. The first reply token and end-of-text are among the trained positions (the paper's own code misses
+    the first)."""
     context, question_ids = encode_context(tokenizer, f"{prompt} {question}"), encode_context(tokenizer, question)
     marked, last = mark(plain, marker_spellings(tokenizer))
+    read, last = (marked, range(len(marked))) if rebake else (plain, last)
     return BakingItem(
-        context + plain, question_ids + marked,
+        context + read, question_ids + marked,
         [len(context) - 1] + [len(context) + k for k in last[:-1]],
-        [len(question_ids) - 1 + j for j in range(len(marked))], marked, ce,
+        [len(question_ids) - 1 + j for j in range(len(marked))], marked, ce, plain=not rebake,
     )  # fmt: skip
 
 
@@ -69,22 +75,21 @@ def aligned_log_probs(student, teacher, items: list[BakingItem], tokenizer) -> t
 
     Returns (student (tokens, vocab), teacher (tokens, vocab), targets (tokens,), item index (tokens,)). The teacher's
     probability of a marker word's first token is moved to the thinking token, whose own it is not asked for: it is
-    exactly the champion's distribution, renamed.
+    exactly the champion's distribution, renamed. A re-baking teacher's is taken as it is.
     """
     tags = torch.tensor(thinking_ids(tokenizer))
     words = torch.tensor([ids[0] for ids in marker_spellings(tokenizer).values()])
+    index = torch.tensor([k for k, i in enumerate(items) for _ in i.targets])
+    direct, plain = (torch.tensor([getattr(i, kind) for i in items])[index] for kind in ("direct", "plain"))
     with torch.no_grad():
         t = _at(teacher, [i.teacher_ids for i in items], [i.teacher_at for i in items], tokenizer)
-        t[:, tags] = -torch.inf
-        t = F.log_softmax(t, -1)
-        index = torch.tensor([k for k, i in enumerate(items) for _ in i.targets])
-        thoughts = ~torch.tensor([i.direct for i in items])[index]
-        renamed = t[thoughts]
-        renamed[:, tags], renamed[:, words] = t[thoughts][:, words], -torch.inf
-        t[thoughts] = renamed
+        no_tags = torch.zeros(t.shape[1]).index_fill_(0, tags, -torch.inf)
+        t = F.log_softmax(t + torch.where((direct | plain)[:, None], no_tags, 0.0), -1)
+        renamed = t[plain]
+        renamed[:, tags], renamed[:, words] = t[plain][:, words], -torch.inf
+        t[plain] = renamed
     s = _at(student, [i.student_ids for i in items], [i.student_at for i in items], tokenizer)
-    no_tags = torch.zeros(s.shape[1]).index_fill_(0, tags, -torch.inf)
-    s = F.log_softmax(s + torch.where(thoughts[:, None], 0.0, no_tags), -1)
+    s = F.log_softmax(s + torch.where(direct[:, None], no_tags, 0.0), -1)
     return s, t, torch.tensor([x for i in items for x in i.targets]), index
 
 
@@ -113,13 +118,14 @@ def baking_loss(student, teacher, items: list[BakingItem], tokenizer, ce_weight:
 
 
 def sample_trajectories(teacher, tokenizer, problems: list[dict], temperature: float = 1.0, seed: int = 0,
-                        max_new_tokens: int = 48) -> list[BakingItem]:
+                        max_new_tokens: int = 48, rebake: bool = False) -> list[BakingItem]:
     """Replies sampled from the prompted teacher, as ids, each prompt naming a strategy that fits its problem.
 
     Replies cut off by the length limit or without a whole thought are kept out: there is nothing to align.
+    ``rebake``: the teacher writes thinking tokens itself.
     """
     prompts = [PROMPTS[(p["fits"] or ["cot"])[0]] for p in problems]
-    forbid = tuple(thinking_ids(tokenizer))
+    forbid = () if rebake else tuple(thinking_ids(tokenizer))
     written = replies(teacher, tokenizer, [f"{u} {p['question']}" for u, p in zip(prompts, problems, strict=True)],
                       max_new_tokens, forbid, temperature, seed=seed, desc="teacher")  # fmt: skip
     start, end = thinking_ids(tokenizer)[:2]
@@ -127,21 +133,47 @@ def sample_trajectories(teacher, tokenizer, problems: list[dict], temperature: f
     for prompt, problem, reply in zip(prompts, problems, written, strict=True):
         marked, _ = mark(reply, marker_spellings(tokenizer))
         if marked and marked[0] == start and end in marked:
-            items.append(thought_item(tokenizer, prompt, problem["question"], reply + [tokenizer.eos_token_id]))
+            reply = reply + [tokenizer.eos_token_id]
+            items.append(thought_item(tokenizer, prompt, problem["question"], reply, rebake=rebake))
     return items
+
+
+def add_adapter(model, tokenizer, rank: int):
+    """A peft LoRA adapter on all hidden linear layers, and the thinking tokens' eight rows beside it, in place.
+
+    alpha = 2 rank: the authors' alpha of 1 at rank 32 makes an adapter barely act. Raises ``ImportError`` without peft.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ImportError("lora_rank needs peft: install it with `pip install peft`, or bake all weights") from None
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    if model.config.tie_word_embeddings:
+        ends = {id(model.get_input_embeddings())}  # peft gives the tied head the same rows
+    rows = {name: thinking_ids(tokenizer) for name, module in model.named_modules() if id(module) in ends}
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
+                                            trainable_token_indices=rows))  # fmt: skip
 
 
 def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batch_size: int = 32,
          muon_lr: float = 6e-3, adamw_lr: float = 1.5e-3, grokfast_lambda: float = 0.2, ce_weight: float = 1.0,
-         trajectories: int = 1800, rehearsal: float = 0.25, target: float | None = None, seed: int = 0,
-         max_new_tokens: int = 48, log=lambda **metrics: None, on_epoch=lambda epoch, model: None) -> BakingResult:
+         trajectories: int = 1800, rehearsal: float = 0.25, patience: int = 0, lora_rank: int = 0,
+         rebake: bool = False, qk_clip_threshold: float | None = None, seed: int = 0, max_new_tokens: int = 48,
+         optimizer=None, log=lambda **metrics: None, on_epoch=lambda epoch, model: None) -> BakingResult:  # fmt: skip
     """Bake the strategies' prompts into ``model`` (in place); the teacher is a frozen copy made first.
 
     ``examples``: worked examples (:func:`qs_lib.reasoning_dataset`), trained by KL and cross-entropy; ``problems``:
     training records for ``trajectories`` sampled from the prompted teacher (KL only) and for ``rehearsal`` x batch
     direct answers (KL to the champion on its own greedy answers, thinking tokens left out), which keep the model able
-    to answer without thoughts; ``validation``: held-out records for the dose curve. ``target`` stops early once
-    unprompted validation accuracy reaches it. ``on_epoch(epoch, model)`` sees every half-baked model.
+    to answer without thoughts; ``validation``: held-out records for the dose curve.
+
+    ``on_epoch(epoch, model)`` sees every half-baked model, with ``lora_rank`` as a peft model whose ``save_pretrained``
+    writes the adapter alone. ``patience``: after so many epochs without a lower held-out KL stop, and go back to the
+    epoch where it was lowest (0: all epochs, the last one stays). ``lora_rank``: train an adapter of that rank
+    and the eight token rows, merged at the end; 0 trains all weights. ``rebake``: ``model`` is baked already, so the
+    teacher, a copy of it, writes and reads thinking tokens itself. ``qk_clip_threshold``: see :class:`MuonGrokfast`;
+    each epoch reports the largest attention logit on held-out text, ``max_logit``. ``optimizer``: made from the model
+    by this function in place of :class:`MuonGrokfast`.
 
     Raises ``ValueError`` when no teacher reply holds a thought, ``FloatingPointError`` on a non-finite loss.
     """
@@ -149,53 +181,69 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     items = [
         thought_item(tokenizer, e["prompt"], e["question"],
-                     tokenizer.encode(" " + e["reply"], add_special_tokens=False) + [tokenizer.eos_token_id], ce=True)
+                     tokenizer.encode(" " + e["reply"], add_special_tokens=False) + [tokenizer.eos_token_id], True, rebake)
         for e in examples
     ]  # fmt: skip
-    asked = list(problems)[:trajectories]
-    items += sample_trajectories(teacher, tokenizer, asked, seed=seed, max_new_tokens=max_new_tokens)
+    sampling = {"max_new_tokens": max_new_tokens, "rebake": rebake}
+    items += sample_trajectories(teacher, tokenizer, list(problems)[:trajectories], seed=seed, **sampling)
     share = max(1, round(batch_size * rehearsal)) if rehearsal else 0
     rehearsed = [p["question"] for p in list(problems)[-(len(items) * share // batch_size + batch_size) :]] if share else []
     answers = replies(teacher, tokenizer, rehearsed, 8, tuple(thinking_ids(tokenizer)), desc="rehearsal") if share else []
     direct = [direct_item(tokenizer, q, a + [tokenizer.eos_token_id]) for q, a in zip(rehearsed, answers, strict=True)]
-    held = sample_trajectories(teacher, tokenizer, list(validation)[:240], seed=seed + 1, max_new_tokens=max_new_tokens)
+    held = sample_trajectories(teacher, tokenizer, list(validation)[:240], seed=seed + 1, **sampling)
     if not held:
         raise ValueError("the prompted teacher writes no thought on held-out questions: train the champion longer")
-    before = unprompted_kl(teacher, tokenizer, held)
+    before = held_out_kl(teacher, teacher, tokenizer, held) if rebake else unprompted_kl(teacher, tokenizer, held)
 
+    trained = add_adapter(model, tokenizer, lora_rank) if lora_rank else model
+    if optimizer is None:
+        optimizer = MuonGrokfast(trained, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=grokfast_lambda,
+                                 qk_clip_threshold=qk_clip_threshold)  # fmt: skip
+    else:
+        optimizer = optimizer(trained)
     lengths = [len(i.student_ids) for i in items]
     steps = epochs * math.ceil(len(items) / (batch_size - share))
-    optimizer = MuonGrokfast(model, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=grokfast_lambda)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps, 20, constant=0.4))
     result = BakingResult(before, math.nan, math.nan)
+    weights = [p for p in trained.parameters() if p.requires_grad]
+    best_epoch, best = 0, []
     bar, step = tqdm(total=steps, desc="bake"), 0
     for epoch in range(1, epochs + 1):
-        model.train()
-        for batch in length_batches(lengths, batch_size - share, rng):
-            chosen = [items[i] for i in batch] + rng.sample(direct, share)
-            loss, kl = baking_loss(model, teacher, chosen, tokenizer, ce_weight)
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"the baking loss is {loss.item()} at step {step}: lower the learning rates")
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            step += 1
-            bar.update()
-            if step % max(1, min(20, steps // 10)) == 0:
-                log(step=step, epoch=epoch, loss=loss.item(), kl=kl.item())
-        model.eval()
-        dose = {"epoch": epoch, "kl": held_out_kl(model, teacher, tokenizer, held)}
-        dose |= habits(model, tokenizer, list(validation), max_new_tokens)
+        trained.train()
+        with nullcontext() if qk_clip_threshold is None else watch_max_logits(trained) as optimizer.watch:
+            for batch in length_batches(lengths, batch_size - share, rng):
+                chosen = [items[i] for i in batch] + rng.sample(direct, share)
+                loss, kl = baking_loss(trained, teacher, chosen, tokenizer, ce_weight)
+                if not math.isfinite(loss.item()):
+                    raise FloatingPointError(f"the baking loss is {loss.item()} at step {step}: lower the learning rates")
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(weights, 1.0)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                step += 1
+                bar.update()
+                if step % max(1, min(20, steps // 10)) == 0:
+                    log(step=step, epoch=epoch, loss=loss.item(), kl=kl.item())
+        trained.eval()
+        with watch_max_logits(trained) as watch:
+            dose = {"epoch": epoch, "kl": held_out_kl(trained, teacher, tokenizer, held)}
+            dose["max_logit"] = max(heads.max().item() for heads in watch.max_logits.values())
+        dose |= habits(trained, tokenizer, list(validation), max_new_tokens)
         result.epochs.append(dose)
         log(step=step, **dose)
         bar.set_postfix(accuracy=f"{dose['accuracy']:.3f}", use=f"{dose['thinking_use']:.2f}")
-        on_epoch(epoch, model)
-        if target is not None and dose["accuracy"] >= target:
+        on_epoch(epoch, trained)
+        if patience and (not best or dose["kl"] < result.epochs[best_epoch - 1]["kl"]):
+            best_epoch, best = epoch, [p.detach().clone() for p in weights]
+        elif patience and epoch - best_epoch >= patience:
             break
     bar.close()
-    result.kl_after = result.epochs[-1]["kl"]
+    for p, kept in zip(weights, best, strict=False):  # none are kept without patience
+        p.data.copy_(kept)
+    if lora_rank:
+        trained.merge_and_unload().requires_grad_(True)
+    result.kl_after = result.epochs[best_epoch - 1]["kl"]
     result.gap_closed, result.seconds = 1 - result.kl_after / before, time.monotonic() - started
     return result
 

@@ -45,7 +45,58 @@ def test_zero_change_has_zero_kl_for_a_direct_answer():
     model, tokenizer, _ = setup()
     item = b.direct_item(tokenizer, "ben has 9 pens .", tokenizer.encode(" 9 .") + [tokenizer.eos_token_id])
     s, t, *_ = b.aligned_log_probs(model, copy.deepcopy(model), [item], tokenizer)
-    assert b.forward_kl(s, t).abs().max() < 1e-6
+    assert torch.equal(b.forward_kl(s, t), torch.zeros(len(t)))
+
+
+def test_zero_change_has_zero_kl_for_a_prompted_thought():
+    """Teacher and student read the same prompt and the same tokens, the student through an adapter that does nothing."""
+    pytest.importorskip("peft")
+    model, tokenizer, _ = setup()
+    plain = tokenizer.encode(" think step 9 + 8 = 17 done 17 .") + [tokenizer.eos_token_id]
+    item = b.thought_item(tokenizer, "doubt it and check again .", "ben has 9 pens .", plain, rebake=True)
+    teacher = copy.deepcopy(model)
+    student = b.add_adapter(model, tokenizer, rank=2).eval()
+    assert item.student_ids != item.teacher_ids
+    item.student_ids, item.student_at = item.teacher_ids, item.teacher_at
+    s, t, *_ = b.aligned_log_probs(student, teacher, [item], tokenizer)
+    assert torch.equal(b.forward_kl(s, t), torch.zeros(len(t)))
+
+
+def test_a_rebaking_teacher_is_read_as_it_is():
+    model, tokenizer, _ = setup()
+    plain = tokenizer.encode(" think step 9 + 8 = 17 done 17 .") + [tokenizer.eos_token_id]
+    item = b.thought_item(tokenizer, "doubt it and check again .", "ben has 9 pens .", plain, rebake=True)
+    start, end = thinking_ids(tokenizer)[:2]
+    assert item.teacher_ids[item.teacher_at[0] + 1] == start and end in item.teacher_ids
+    _s, t, targets, _ = b.aligned_log_probs(model, model, [item], tokenizer)
+    whole = model(torch.tensor([item.teacher_ids])).logits[0].log_softmax(-1)  # nothing moved, nothing forbidden
+    assert t.allclose(whole[item.teacher_at], atol=1e-5) and targets[0] == start
+
+
+def test_adapter_trains_lora_and_eight_rows_and_merges_to_the_same_logits(tmp_path):
+    pytest.importorskip("peft")
+    model, tokenizer = tiny_lm()
+    ids, before = torch.arange(4, 16)[None], {k: v.clone() for k, v in model.state_dict().items()}
+    adapted = b.add_adapter(model, tokenizer, rank=2)
+    optimizer = b.MuonGrokfast(adapted, muon_lr=0.05, adamw_lr=0.05)
+    groups = {g["name"]: g["param_names"] for g in optimizer.param_groups}
+    assert all("lora_B" in name for name in groups["muon"])
+    assert {"lora_A" in n or "trainable_tokens_delta" in n for n in groups["adamw"]} == {True}
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad and p.shape == (8, 32)) == 8 * 32
+    for _ in range(3):
+        adapted(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.eval()
+    expected = adapted(ids).logits
+    merged = adapted.merge_and_unload()
+    assert merged is model and merged(ids).logits.allclose(expected, atol=1e-5)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    rows = (after["model.embed_tokens.weight"] != before["model.embed_tokens.weight"]).any(1)
+    assert set(rows.nonzero().flatten().tolist()) <= set(thinking_ids(tokenizer))
+    model.save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path)(ids).logits.allclose(expected, atol=1e-5)
 
 
 def test_the_first_reply_token_moves_the_loss():
@@ -65,8 +116,6 @@ def test_teacher_is_bit_equal_after_baking_and_the_student_moves():
     model, tokenizer = tiny_lm()
     data = qs.reasoning_dataset(problems(size=600), problems("validation"), cot=8, per_strategy=2)
     kept = []
-
-
     original = {k: v.clone() for k, v in model.state_dict().items()}
     teacher = copy.deepcopy(model)
 
@@ -86,6 +135,71 @@ def test_teacher_is_bit_equal_after_baking_and_the_student_moves():
     assert not all(torch.equal(model.state_dict()[k], v) for k, v in original.items())
     assert seen == [1, 2] and len(result.epochs) == 2 and result.kl_after < result.epochs[0]["kl"] * 1.5
     assert result.gap_closed == pytest.approx(1 - result.kl_after / result.kl_before)
+    assert all(dose["max_logit"] > 0 for dose in result.epochs)
+
+
+def plain_trajectories(teacher, tokenizer, records, rebake=False, **_):
+    """What a champion that knows the task would write; a random one writes no thought."""
+    text = " think step {} done {} ."
+    return [b.thought_item(tokenizer, "doubt it and check again .", p["question"],
+                           tokenizer.encode(text.format(p["steps"][0], p["answer"])) + [tokenizer.eos_token_id],
+                           rebake=rebake) for p in records]  # fmt: skip
+
+
+def small_bake(monkeypatch, model, tokenizer, **settings):
+    monkeypatch.setattr(b, "sample_trajectories", plain_trajectories)
+    settings = {"epochs": 2, "trajectories": 8, "batch_size": 8, "max_new_tokens": 4} | settings
+    return b.bake(model, tokenizer, [], problems(size=40), problems("validation")[:6], **settings)
+
+
+def test_early_stop_goes_back_to_the_best_epoch(monkeypatch):
+    model, tokenizer = tiny_lm()
+    losses, kept = iter([3.0, 1.0, 2.0, 2.5, 0.1]), {}
+    monkeypatch.setattr(b, "held_out_kl", lambda m, *_: m(torch.tensor([[4, 5]])) and next(losses))
+    result = small_bake(monkeypatch, model, tokenizer, epochs=5, patience=2,
+                        on_epoch=lambda e, m: kept.update({e: copy.deepcopy(m.state_dict())}))  # fmt: skip
+    assert list(kept) == [1, 2, 3, 4] and result.kl_after == 1.0
+    assert all(torch.equal(v, kept[2][k]) for k, v in model.state_dict().items())
+    assert not all(torch.equal(v, kept[4][k]) for k, v in model.state_dict().items())
+
+
+def test_lora_baking_leaves_a_plain_model_that_has_moved(monkeypatch):
+    pytest.importorskip("peft")
+    model, tokenizer = tiny_lm()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    seen = []
+    result = small_bake(monkeypatch, model, tokenizer, lora_rank=2, on_epoch=lambda e, m: seen.append(type(m).__name__))
+    after = model.state_dict()
+    assert after.keys() == before.keys() and len(result.epochs) == 2 and set(seen) == {"PeftModel"}
+    moved = [k for k, v in after.items() if not torch.equal(v, before[k])]
+    assert any("q_proj" in k for k in moved) and not any("norm" in k for k in moved)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_baking_clips_the_student_and_never_the_teacher(monkeypatch):
+    model, tokenizer = tiny_lm()
+    original, threshold, teachers = copy.deepcopy(model.state_dict()), 0.05, []
+    real = b.baking_loss
+    monkeypatch.setattr(b, "baking_loss", lambda m, teacher, *rest: teachers.append(teacher) or real(m, teacher, *rest))
+    free, clipped = (small_bake(monkeypatch, tiny_lm()[0], tokenizer, qk_clip_threshold=t).epochs[-1]["max_logit"]
+                     for t in (None, threshold))  # fmt: skip
+    assert clipped < 2 * threshold < free
+    assert all(torch.equal(v, original[k]) for k, v in teachers[-1].state_dict().items())
+
+
+def test_rebaking_measures_the_gap_of_the_baked_model_itself(monkeypatch):
+    model, tokenizer = tiny_lm()
+    held = plain_trajectories(model, tokenizer, problems("validation")[:6], rebake=True)
+    expected = b.held_out_kl(model, copy.deepcopy(model), tokenizer, held)
+    result = small_bake(monkeypatch, model, tokenizer, rebake=True, rehearsal=0)
+    assert result.kl_before == pytest.approx(expected, rel=1e-5) and result.kl_before > 0
+
+
+def test_another_optimizer_can_be_handed_over(monkeypatch):
+    model, tokenizer = tiny_lm()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    small_bake(monkeypatch, model, tokenizer, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_a_teacher_that_never_thinks_is_one_sentence():

@@ -1,0 +1,133 @@
+"""The pocket baking over several seeds, and its optimizer against controls with the same data and the same weight decay."""
+
+from pathlib import Path
+
+import torch
+import yaml
+
+from .baking import bake, habits
+from .champion import load_champion
+from .comparison import direct_accuracy, read_problems
+from .experiments import column, difference, repeat
+from .grokking import matched_momentum
+from .optim import MuonGrokfast
+from .params import check_parameters
+from .problems import load_problems, rarefy
+from .stage import REPOSITORY, read_stage
+from .strategies import reasoning_dataset
+
+LAMBDA, ALPHA, MOMENTUM, BETAS = 0.2, 0.98, 0.95, (0.9, 0.95)
+SUBJECT = "Muon x Grokfast"
+# Centre of each scan: the recipe's rate, and for AdamW what it uses beside Muon; AdamW's share of Muon's rate is fixed.
+CENTRES = {"AdamW": 2e-3, "Muon": 6e-3, "Muon, matched momentum": 6e-3, SUBJECT: 6e-3}
+ADAMW_SHARE = 1 / 6
+# The optimizers' grid is long: fewer examples and trajectories, alike for all.
+SMALLER = {"examples": 900, "trajectories": 900}
+
+
+def make_optimizer(name: str, rate: float):
+    """A function model -> optimizer. Muon's rate is ``rate`` and AdamW's beside it a sixth; weight decay is 0 in all.
+
+    Matched momentum lags behind the gradient as far as the filter does, in Muon and in AdamW.
+    """
+    if name == "AdamW":
+        return lambda model: torch.optim.AdamW(model.parameters(), lr=rate, betas=BETAS, weight_decay=0.0, fused=True)
+    slower = name == "Muon, matched momentum"
+    momentum, beta = (matched_momentum(b, LAMBDA, ALPHA) if slower else b for b in (MOMENTUM, BETAS[0]))
+    strength = LAMBDA if name == SUBJECT else 0.0
+    return lambda model: MuonGrokfast(model, muon_lr=rate, adamw_lr=rate * ADAMW_SHARE, grokfast_lambda=strength,
+                                      grokfast_alpha=ALPHA, momentum=momentum, betas=(beta, BETAS[1]))  # fmt: skip
+
+
+def recipe(variant: str = "pocket") -> dict:
+    """All parameters of notebook 03 as ``params/03_baking/<variant>.yaml`` sets them."""
+    given = yaml.safe_load((REPOSITORY / "params" / "03_baking" / f"{variant}.yaml").read_text(encoding="utf-8"))
+    return check_parameters(REPOSITORY / "notebooks" / "03_baking.ipynb", given)
+
+
+def bake_once(run: Path, settings: dict, seed: int, tested: bool = True) -> dict:
+    """Bake the run's champion as ``settings`` say and measure it on its test (or only on validation) problems.
+
+    ``seed`` draws the training problems, the worked examples, the teacher's samples and the order of the batches; the
+    champion and the held-out problems are the run's own. Shares are exact matches of greedy replies; ``direct_*`` with
+    thinking tokens forbidden, before and after.
+    """
+    made = read_stage(run / "02_dataset_generation")[0]["parameters"]
+    held = {split: read_problems(run / "02_dataset_generation" / f"{split}.parquet") for split in ("validation", "test")}
+    problems = list(load_problems(made["data"] or made["source"], "train", made["train_problems"], seed))
+    worked = list(reasoning_dataset(rarefy(problems, made["hard_share"], seed=seed), held["validation"] + held["test"],
+                                    made["cot_examples"], made["strategy_examples"], seed)["train"])  # fmt: skip
+    used = {e["question"] for e in worked}
+    unseen = rarefy([p for p in problems if p["question"] not in used], settings["hard_share"], seed=seed)
+    model, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))
+    before = direct_accuracy(model, tokenizer, held["test"]) if tested else None
+    names = ("epochs", "batch_size", "muon_lr", "adamw_lr", "grokfast_lambda", "ce_weight", "trajectories", "rehearsal",
+             "max_new_tokens")  # fmt: skip
+    chosen = make_optimizer(settings["optimizer"], settings["rate"]) if "optimizer" in settings else None
+    result = bake(model, tokenizer, worked[: settings["examples"]], unseen, held["validation"], seed=seed,
+                  optimizer=chosen, **{name: settings[name] for name in names})  # fmt: skip
+    last = result.epochs[-1]
+    row = {"validation_accuracy": last["accuracy"], "gap_closed": result.gap_closed, "max_logit": last["max_logit"]}
+    if tested:
+        after = direct_accuracy(model, tokenizer, held["test"])
+        row |= habits(model, tokenizer, held["test"], settings["max_new_tokens"])
+        row |= {"direct_before": before.mean(), "direct_after": after.mean(), "direct_change": (after - before).mean()}
+    return {name: round(float(value), 5) for name, value in row.items()}
+
+
+def baking(run: Path, folder: Path, seeds) -> None:
+    """The recipe of notebook 03, once a seed."""
+    repeat(folder / "baking.csv", {"recipe": recipe()}, seeds, lambda settings, seed: bake_once(run, settings, seed))
+
+
+def optimizers(run: Path, folder: Path, seeds) -> None:
+    """A learning-rate scan per optimizer (seed 0, validation problems), then every optimizer at its best rate on the
+    test problems, on seeds 1, 2, ... so that no run is measured that was chosen."""
+    fixed = recipe() | SMALLER
+    rates = {name: [centre * 2**k for k in (-1, 0, 1, 2)] for name, centre in CENTRES.items()}
+    while True:
+        arms = {f"{name}, rate {rate:g}": fixed | {"optimizer": name, "rate": rate}
+                for name in rates for rate in rates[name]}  # fmt: skip
+        scan = repeat(folder / "optimizers_scan.csv", arms, [0], lambda s, seed: bake_once(run, s, seed, tested=False))
+        best = best_rates(scan)
+        beyond = {name: edge(rates[name], best[name]) for name in rates}
+        if not any(beyond.values()):
+            break
+        rates = {name: rates[name] + ([beyond[name]] if beyond[name] else []) for name in rates}
+    arms = {name: fixed | {"optimizer": name, "rate": rate} for name, rate in best.items()}
+    repeat(folder / "optimizers.csv", arms, [seed + 1 for seed in seeds], lambda s, seed: bake_once(run, s, seed))
+
+
+def best_rates(scan: list[dict]) -> dict[str, float]:
+    """The rate with the best validation accuracy of each optimizer in the scan's rows; the smaller one of equals."""
+    best = {}
+    for row in sorted(scan, key=lambda row: row["settings"]["rate"]):
+        name = row["settings"]["optimizer"]
+        if name not in best or row["validation_accuracy"] > best[name]["validation_accuracy"]:
+            best[name] = row
+    return {name: row["settings"]["rate"] for name, row in best.items()}
+
+
+def edge(rates: list[float], best: float) -> float | None:
+    """The next rate to try when the best one lies at an end of the scan, which is widened at most twice."""
+    if len(rates) < 6 and best in (min(rates), max(rates)):
+        return best / 2 if best == min(rates) else best * 2
+    return None
+
+
+def conclusion(rows: list[dict], key: str = "accuracy") -> str:
+    """What the optimizers' rows say about Grokfast, control by control, in one sentence that may say no."""
+    controls = [name for name in CENTRES if name != SUBJECT]
+    against = {name: difference(rows, SUBJECT, name, key) for name in controls}
+    parts = [f"{name} {100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for name, (mean, low, high) in against.items()]
+    muon, matched = against["Muon"], against["Muon, matched momentum"]
+    if muon[1] > 0 and matched[1] > 0:
+        verdict = "Grokfast helps"
+    elif muon[1] > 0:
+        verdict = "the filter helps, but no more than a slower momentum is shown to"
+    elif muon[2] < 0:
+        verdict = "Grokfast hurts"
+    else:
+        verdict = "no gain from Grokfast is shown"
+    seeds = len(column(rows, SUBJECT, "seed"))
+    return f"{SUBJECT} minus its controls, points of {key} over {seeds} seeds: {'; '.join(parts)}: {verdict}."

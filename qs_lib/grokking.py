@@ -1,0 +1,100 @@
+"""Where Grokfast's own claim lives: a small network learns a + b mod p, by heart long before it understands."""
+
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .experiments import difference, repeat
+
+MODULUS = 47
+SETTINGS = {"steps": 3000, "lr": 3e-3, "weight_decay": 0.3, "every": 50}
+LAMBDA, ALPHA, MOMENTUM = 2.0, 0.98, 0.9  # the authors' own filter, ten times as strong as in baking
+
+
+def matched_momentum(momentum: float, grokfast_lambda: float, alpha: float) -> float:
+    """The momentum whose mean lag is that of ``momentum`` behind a Grokfast filter.
+
+    An average with factor b lags b / (1 - b) steps behind; the filter g + lambda mu adds lambda / (1 + lambda) of its
+    own lag. What Grokfast does beyond a slower momentum must show against this control.
+    """
+    lag = momentum / (1 - momentum) + grokfast_lambda / (1 + grokfast_lambda) * alpha / (1 - alpha)
+    return lag / (1 + lag)
+
+
+def addition_table(seed: int, modulus: int = MODULUS):
+    """All pairs (a, b) (p^2, 2) and their sums mod p (p^2,), split in two halves by ``seed``: (train, validation)."""
+    pairs = torch.cartesian_prod(torch.arange(modulus), torch.arange(modulus))
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
+    halves = order[: len(pairs) // 2], order[len(pairs) // 2 :]
+    return [(pairs[half], pairs[half].sum(1) % modulus) for half in halves]
+
+
+def learn_addition(settings: dict, seed: int) -> dict:
+    """Train on half of the table, full batch, AdamW, the Grokfast-EMA filter before it where ``lambda`` > 0.
+
+    Returns the curves ``steps``, ``train``, ``validation`` (accuracy), and ``learnt``, ``understood``: the first step
+    at which training and validation accuracy are 95 % (None if never).
+    """
+    (pairs, sums), (new_pairs, new_sums) = addition_table(seed)
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.EmbeddingBag(MODULUS, 128, mode="sum"), nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, MODULUS))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings["lr"], betas=(settings["momentum"], 0.98),
+                                  weight_decay=settings["weight_decay"])  # fmt: skip
+    slow = None
+    curves = {"steps": [], "train": [], "validation": []}
+    for step in range(settings["steps"] + 1):
+        logits = model(pairs)
+        if step % settings["every"] == 0:
+            with torch.no_grad():
+                curves["steps"].append(step)
+                curves["train"].append(round((logits.argmax(1) == sums).float().mean().item(), 4))
+                curves["validation"].append(round((model(new_pairs).argmax(1) == new_sums).float().mean().item(), 4))
+        optimizer.zero_grad()
+        F.cross_entropy(logits, sums).backward()
+        if settings["lambda"]:
+            grads = [p.grad for p in model.parameters()]
+            slow = slow or [g.clone() for g in grads]
+            torch._foreach_lerp_(slow, grads, 1 - ALPHA)
+            torch._foreach_add_(grads, slow, alpha=settings["lambda"])
+        optimizer.step()
+    return {"learnt": first(curves, "train"), "understood": first(curves, "validation"), **curves}
+
+
+def first(curves: dict, key: str, level: float = 0.95) -> int | None:
+    """The first step at which a curve is at ``level``."""
+    return next((s for s, x in zip(curves["steps"], curves[key], strict=True) if x >= level), None)
+
+
+def arms() -> dict[str, dict]:
+    """The filter, and what it is held against: nothing, and a first moment in AdamW as slow as the filter makes it."""
+    plain = SETTINGS | {"lambda": 0.0, "momentum": MOMENTUM}
+    return {
+        "AdamW": plain,
+        "AdamW, matched momentum": plain | {"momentum": round(matched_momentum(MOMENTUM, LAMBDA, ALPHA), 4)},
+        "AdamW + Grokfast": plain | {"lambda": LAMBDA},
+    }
+
+
+def grokking(run: Path, folder: Path, seeds) -> None:
+    """All arms at the same rate and weight decay; the models of ``run`` are not read."""
+    repeat(folder / "grokking.csv", arms(), seeds, learn_addition)
+
+
+def conclusion(rows: list[dict]) -> str:
+    """How many steps each arm needs to understand, and whether the filter is faster than its controls."""
+    steps = {name: [r["understood"] for r in rows if r["arm"] == name] for name in arms()}
+    missed = {name: sum(s is None for s in values) for name, values in steps.items()}
+    if any(missed.values()):
+        return f"Not every seed understood in the time given (never: {missed}): nothing is concluded."
+    against = {name: difference(rows, name, "AdamW + Grokfast", "understood") for name in list(arms())[:2]}
+    parts = [f"{name} {mean:+.0f} [{low:+.0f}, {high:+.0f}]" for name, (mean, low, high) in against.items()]
+    if all(low > 0 for _, low, _ in against.values()):
+        verdict = "the filter accelerates, and not only as a slower momentum"
+    elif against["AdamW"][1] > 0:
+        verdict = "the filter accelerates, but no more than a slower momentum is shown to"
+    else:
+        verdict = "no acceleration by the filter is shown"
+    return f"Steps more than with the filter, over {len(steps['AdamW'])} seeds: {'; '.join(parts)}: {verdict}."
