@@ -121,11 +121,12 @@ def _exact(tokenizer, written, answers) -> torch.Tensor:
 
 
 def best_temperature(model, tokenizer, validation: list[dict], temperatures=(0.0, 0.5, 0.7, 1.0), **settings) -> dict:
-    """The sampling temperature with the best mixed accuracy on validation problems (0 = greedy thoughts), and all of
-    them: ``{"temperature", "accuracy", "by_temperature"}``. ``settings`` go to :func:`accuracy_with_thoughts`."""
+    """The sampling temperature with the best mixed accuracy on validation problems (0 = greedy thoughts; of equals the
+    highest, so that thoughts differ), and all of them: ``{"temperature", "accuracy", "by_temperature"}``. ``settings``
+    go to :func:`accuracy_with_thoughts`."""
     by = {t: accuracy_with_thoughts(model, tokenizer, validation, temperature=t, **settings)["mixed"].mean().item()
           for t in temperatures}  # fmt: skip
-    best = max(by, key=by.get)
+    best = max(by, key=lambda t: (by[t], t))
     return {"temperature": best, "accuracy": by[best], "by_temperature": by}
 
 

@@ -15,7 +15,7 @@ class QuietStarConfig(PreTrainedConfig):
     """How a model thinks; ``text_config`` is the wrapped language model's own configuration.
 
     ``think``: thoughts on by default; ``num_thoughts`` per position of at most ``thought_length`` tokens (both tags
-    counted), sampled at ``temperature`` (0 = greedy); each helps predict the next ``n_true`` tokens; ``mixing``:
+    counted), sampled at ``thought_temperature`` (0 = greedy); each helps predict the next ``n_true`` tokens; ``mixing``:
     ``log_probs`` (mix the predictions) or ``hidden`` (mix hidden states before the output head); ``hidden_ids``: tokens
     never written into visible text (the thinking tokens).
     """
@@ -26,7 +26,7 @@ class QuietStarConfig(PreTrainedConfig):
     think: bool = True
     num_thoughts: int = 4
     thought_length: int = 28
-    temperature: float = 1.0
+    thought_temperature: float = 1.0
     n_true: int = 4
     mixing: str = "log_probs"
     hidden_ids: list[int] | None = None
@@ -139,7 +139,8 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     def think(self, input_ids, attention_mask=None, positions=None, generator=None, **settings):
         """Thoughts of the wrapped model at ``positions`` with this configuration's settings unless given."""
         c = self.config
-        defaults = {"num_thoughts": c.num_thoughts, "thought_length": c.thought_length, "temperature": c.temperature}
+        defaults = {"num_thoughts": c.num_thoughts, "thought_length": c.thought_length,
+                    "temperature": c.thought_temperature}  # fmt: skip
         return generate_thoughts(self.lm, input_ids, attention_mask, positions, generator=generator,
                                  think_id=c.think_token_id, end_id=c.end_think_token_id,
                                  **{**defaults, **settings})  # fmt: skip

@@ -222,7 +222,7 @@ class Reinforce(NotebookParams):
     grokfast_lambda: float = Field(default=0.1, ge=0)
     token_scale: float = Field(default=1.0, gt=0)
     reward: Literal["likelihood", "correct"] = "likelihood"
-    objective: Literal["signed", "paper"] = "signed"
+    objective: Literal["signed", "positive", "paper"] = "positive"
     pg_weight: float = Field(default=1.0, ge=0)
     nll_weight: float = Field(default=0.5, ge=0)
     look_ahead_weight: float = Field(default=0.5, ge=0)

@@ -38,11 +38,18 @@ def answer_batch(tokenizer, problems: list[dict]):
 
 
 def advantages(rewards: torch.Tensor, objective: str = "signed") -> torch.Tensor:
-    """Rewards (..., K) minus the mean of the other thoughts'; ``paper``: minus the mean, positive part only."""
-    if objective == "paper":
-        return (rewards - rewards.mean(-1, keepdim=True)).clamp_min(0)
-    k = rewards.shape[-1]
-    return (rewards - rewards.mean(-1, keepdim=True)) * k / max(1, k - 1)
+    """Rewards (..., K) minus the mean of the other thoughts' (leave-one-out): ``signed``.
+
+    ``positive`` keeps the positive part. For rewards of 0 and 1 it still has the mean direction of policy gradient, each
+    problem weighted by its share of failures: of the signed gradient's p dp + (1 - p) dp it is the second term, and it
+    leaves out the noise of the many ways to be wrong. ``paper`` (arXiv 2403.09629 §4.4): minus the mean of all K,
+    positive part.
+    """
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    if objective != "paper":
+        k = rewards.shape[-1]
+        centred = centred * k / max(1, k - 1)
+    return centred if objective == "signed" else centred.clamp_min(0)
 
 
 def policy_gradient_loss(logprobs: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
@@ -129,10 +136,10 @@ def take(thoughts, rows: torch.Tensor):
 
 
 def curriculum(problems: list[dict], progress: float, rng: random.Random, size: int, hard_share: float = 0.4):
-    """``size`` problems, easy to hard: up to the difficulty that ``progress`` (0..1) has reached, all from a quarter on,
+    """``size`` problems, easy to hard: up to the difficulty that ``progress`` (0..1) has reached, all from a tenth on,
     ``hard_share`` of them of the highest difficulty reached."""
     levels = sorted({p["difficulty"] for p in problems})
-    reached = levels[: max(1, math.ceil(min(1.0, 4 * progress + 1e-9) * len(levels)))]
+    reached = levels[: max(1, math.ceil(min(1.0, 10 * progress + 1e-9) * len(levels)))]
     by_level = {level: [p for p in problems if p["difficulty"] == level] for level in reached}
     hard = round(size * hard_share)
     picked = [rng.choice(by_level[reached[-1]]) for _ in range(hard)]

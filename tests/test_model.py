@@ -76,7 +76,7 @@ def reference_reply(model, ids, thoughts, steps):
 
 
 def test_cached_generation_with_thoughts_equals_a_reference_on_left_padded_rows():
-    model, tokenizer = tiny_quiet_star(temperature=0.0, n_true=9)
+    model, tokenizer = tiny_quiet_star(thought_temperature=0.0, n_true=9)
     open_gate(model)
     texts = ["ben has 9 pens . ben finds 8 .", "tom has 3 .", "a box holds 4 red 5 blue cups ."]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
