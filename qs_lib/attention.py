@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 NAME = "parallel_thoughts"
+_WITHOUT_MASK = NAME + "_without_mask"  # transformers makes no mask for a name that has no mask function
 _CPU_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _CPU_FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 _CAUSAL_BLOCK = 128
@@ -197,12 +198,9 @@ def thoughts_attention(
     return work.layer(query, key, value, rule)[..., :value_size], None
 
 
-def _mask_entry(*args, **kwargs):
-    return None if getattr(_local, "work", None) is not None else eager_mask(*args, **kwargs)
-
-
 AttentionInterface.register(NAME, thoughts_attention)
-AttentionMaskInterface.register(NAME, _mask_entry)
+AttentionMaskInterface.register(NAME, eager_mask)
+AttentionInterface.register(_WITHOUT_MASK, thoughts_attention)
 
 
 def backbone(model):
@@ -227,7 +225,7 @@ def thinking(model, own_attention=False):
         for module in training:
             module.training = False
         for config, name in before:
-            config._attn_implementation_internal = name if own_attention else NAME
+            config._attn_implementation_internal = name if own_attention else _WITHOUT_MASK
         yield
     finally:
         _local.work = None
@@ -237,12 +235,15 @@ def thinking(model, own_attention=False):
             module.training = True
 
 
-def forward(model, input_ids, position_ids, work):
-    """Final hidden states (B, Q, hidden) of a pass in which `work.layer` does the attention of each layer."""
+def forward(base, input_ids, position_ids, work):
+    """Final hidden states (B, Q, hidden) of a pass in which `work.layer` does the attention of each layer.
+
+    base: the backbone of a model, inside `thinking`.
+    """
     work.start()
     _local.work = work
     try:
-        result = backbone(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        result = base(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     finally:
         _local.work = None
     return result.last_hidden_state

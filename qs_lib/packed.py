@@ -99,12 +99,13 @@ def packed_pass(model, text, text_real, row, limit, own, own_real):
 
     row, limit (S,): which text each own sequence follows, sorted, and after how many of its tokens.
     """
+    base = backbone(model)
     if not len(own):
-        return backbone(model).get_input_embeddings().weight.new_zeros(0, model.config.get_text_config().hidden_size)
+        return base.get_input_embeddings().weight.new_zeros(0, model.config.get_text_config().hidden_size)
     lengths = own_real.sum(1)
     text_place = torch.arange(text.shape[1], device=text.device).expand_as(text)[text_real]
     own_place = (limit.unsqueeze(1) + torch.arange(own.shape[1], device=own.device))[own_real]
     grid = Grid(row.repeat_interleave(lengths), limit.repeat_interleave(lengths), own_place, _TILE)
     work = PackedPass(Pad(text_real.sum(1)), Pad(lengths), grid)
     ids, places = torch.cat([text[text_real], own[own_real]]), torch.cat([text_place, own_place])
-    return forward(model, ids.unsqueeze(0), places.unsqueeze(0), work)[0]
+    return forward(base, ids.unsqueeze(0), places.unsqueeze(0), work)[0]

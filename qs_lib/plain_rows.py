@@ -12,10 +12,10 @@ from qs_lib.attention import backbone
 _ROWS = 32
 
 
-def plain_rows(model, tokens):
+def plain_rows(base, tokens):
     """Final hidden states (R, L, hidden) of rows of tokens (R, L) padded behind the text."""
     parts = [
-        backbone(model)(input_ids=tokens[i : i + _ROWS], use_cache=False).last_hidden_state
+        base(input_ids=tokens[i : i + _ROWS], use_cache=False).last_hidden_state
         for i in range(0, len(tokens), _ROWS)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -37,12 +37,12 @@ class PlainSteps:
         self.own = ids.new_zeros(len(row), length)
         self.done = 0
 
-    def forward(self, model, tokens, places, width):
+    def forward(self, base, tokens, places, width):
         """Hidden states (S * width, hidden) of the next `width` tokens of each stream."""
         self.own[:, self.done : self.done + width] = tokens.view(-1, width)
         self.done += width
         ids = self.ids[:, : int(self.limit.max())]
-        states = plain_rows(model, spliced(ids, self.row, self.limit, self.own[:, : self.done]))
+        states = plain_rows(base, spliced(ids, self.row, self.limit, self.own[:, : self.done]))
         column = self.limit.unsqueeze(1) + torch.arange(self.done - width, self.done, device=ids.device)
         return states[torch.arange(len(states), device=ids.device).unsqueeze(1), column].flatten(0, 1)
 
@@ -53,7 +53,8 @@ class PlainSteps:
 
 def plain_states(model, text, text_real, row, limit, own, own_real):
     """Flat states of all texts (R, L), then of all own tokens (S, W), where real; as one packed pass gives them."""
-    states = plain_rows(model, spliced(text, row, limit, own))
+    base = backbone(model)
+    states = plain_rows(base, spliced(text, row, limit, own))
     column = (limit.unsqueeze(1) + torch.arange(own.shape[1], device=own.device)).unsqueeze(-1)
     own_states = states.gather(1, column.expand(-1, -1, states.shape[-1]))
-    return torch.cat([plain_rows(model, text)[text_real], own_states[own_real]])
+    return torch.cat([plain_rows(base, text)[text_real], own_states[own_real]])

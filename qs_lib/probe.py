@@ -46,9 +46,9 @@ def _reason(model):
     limit = torch.tensor([_TEXT // 2, _TEXT], device=device)
     rows = [torch.cat([ids[0, :n], ids[1 + i, :_THOUGHT]]) for i, n in enumerate(limit.tolist())]
     with thinking(model, own_attention=True):
-        alone = torch.stack([plain_rows(model, row.unsqueeze(0))[0, -_THOUGHT:] for row in rows])
+        alone = torch.stack([plain_rows(base, row.unsqueeze(0))[0, -_THOUGHT:] for row in rows])
         padded = torch.nn.utils.rnn.pad_sequence([*rows, ids[2]], batch_first=True)
-        beside = plain_rows(model, padded)
+        beside = plain_rows(base, padded)
         beside = torch.stack([beside[i, n : n + _THOUGHT] for i, n in enumerate(limit.tolist())])
         logits = model(input_ids=rows[0].unsqueeze(0), use_cache=False).logits[0, -_THOUGHT:]
     if _differ(alone, beside):
@@ -69,13 +69,13 @@ def _reason(model):
     try:
         with thinking(model):
             prefix = PrefixPass()
-            forward(model, ids[:1], text.unsqueeze(0), prefix)
+            forward(base, ids[:1], text.unsqueeze(0), prefix)
             problem = _windows(config, kinds, prefix.rules)
             if problem:
                 return problem
             step = StepPass(prefix.keys, row, limit, _THOUGHT)
             stepped = torch.stack(
-                [step.forward(model, own[:, t], limit + t, 1) for t in range(_THOUGHT)], 1
+                [step.forward(base, own[:, t], limit + t, 1) for t in range(_THOUGHT)], 1
             )
             packed = packed_pass(
                 model, ids[:1], torch.ones_like(ids[:1], dtype=torch.bool), row, limit, own,

@@ -79,10 +79,10 @@ class StepPass:
                 result.addcmul_(weight, part.to(wide))
         return result.flatten(1, 2).to(query.dtype)
 
-    def forward(self, model, tokens, places, width):
+    def forward(self, base, tokens, places, width):
         """Hidden states (S * width, hidden) of the next `width` tokens of each stream."""
         self.width = width
-        hidden = forward(model, tokens.unsqueeze(0), places.unsqueeze(0), self)[0]
+        hidden = forward(base, tokens.unsqueeze(0), places.unsqueeze(0), self)[0]
         self.done += width
         return hidden
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qs_lib.attention import LanguageHead, forward, thinking
+from qs_lib.attention import LanguageHead, backbone, forward, thinking
 from qs_lib.plain_rows import PlainSteps, spliced
 from qs_lib.prefix import PrefixPass, align_rows
 from qs_lib.probe import shares_prefix
@@ -21,6 +21,7 @@ __all__ = ["Rescored", "Thoughts", "generate_thoughts", "rescore_thoughts"]
 
 _COMPACT_BELOW = 0.85
 _LOGIT_NUMBERS = 2_000_000
+_PER_STREAM = ("tokens", "logprobs", "sampled", "lengths", "hidden")
 
 
 @dataclass
@@ -47,9 +48,7 @@ class Thoughts:
 
     def part(self, rows=slice(None), slots=slice(None)):
         """The thoughts of some rows and some places of `positions` (slices), to re-score a share at a time."""
-        fields = ("tokens", "logprobs", "sampled", "lengths", "hidden", "positions")
-        given = {name: getattr(self, name) for name in fields}
-        return replace(self, **{name: value[rows, slots] for name, value in given.items() if value is not None})
+        return _cut(self, (rows, slots), (*_PER_STREAM, "positions"))
 
     def to_text(self, tokenizer):
         """Nested lists [batch][P][N] of decoded thoughts, tags included; '' where there is no thought."""
@@ -58,6 +57,11 @@ class Thoughts:
             [[tokenizer.decode(t[:n]) if n else "" for t, n in zip(*unit)] for unit in zip(*row)]
             for row in zip(self.tokens.tolist(), lengths)
         ]
+
+
+def _cut(thoughts, index, fields):
+    given = {name: getattr(thoughts, name) for name in fields}
+    return replace(thoughts, **{name: value[index] for name, value in given.items() if value is not None})
 
 
 def end_ids(model, think_id, end_id):
@@ -119,10 +123,12 @@ def generate_thoughts(
     if with_hidden:
         size = model.config.get_text_config().hidden_size
         result.hidden = torch.zeros(streams, size, dtype=model.dtype, device=device)
-    shared = shares_prefix(model)
+    shared, base = shares_prefix(model), backbone(model)
     used, line = rows.row.unique(return_inverse=True)
     ids, limit, first = rows.ids[used], rows.position + 1, None
-    with thinking(model, own_attention=not shared):
+    # Inference mode makes each small operation cheaper. The result was made outside it, so that autograd can use it;
+    # models whose own code keeps things between calls (the unshared ones) must not keep inference tensors.
+    with thinking(model, own_attention=not shared), torch.inference_mode(shared):
         if units and shared:
             ids = ids[:, : int(limit.max())]
             prefix = PrefixPass()
@@ -130,7 +136,7 @@ def generate_thoughts(
             fused = len(used) == units and thought_length > 2
             if fused:
                 ids = spliced(ids, line, limit, torch.full_like(limit, think_id).unsqueeze(1))
-            states = forward(model, ids, torch.arange(ids.shape[1], device=device).expand_as(ids), prefix)
+            states = forward(base, ids, torch.arange(ids.shape[1], device=device).expand_as(ids), prefix)
             first = states[line, limit] if fused else None
         for start, stop in groups(rows.row, max(1, max_streams // num_thoughts)):
             part = slice(start, stop)
@@ -141,8 +147,9 @@ def generate_thoughts(
             if first is not None:
                 step.take_first()
             _generate_group(
-                model, step, line[part], limit[part], rows.row[part], None if first is None else first[part],
-                num_thoughts, seed, top_p, result, start * num_thoughts,
+                base, LanguageHead(model), step, line[part], limit[part], rows.row[part],
+                None if first is None else first[part], num_thoughts, seed, top_p,
+                _cut(result, slice(start * num_thoughts, stop * num_thoughts), _PER_STREAM),
             )
     return _unpacked(result, rows, num_thoughts)
 
@@ -156,40 +163,46 @@ def groups(row, size):
     return [(start, min(start + size, len(row))) for start in range(0, len(row), size)]
 
 
-def _generate_group(model, step, line, limit, row, first, num_thoughts, seed, top_p, result, offset):
+def _generate_group(base, head, step, line, limit, row, first, num_thoughts, seed, top_p, result):
+    """Fills `result`, the flat streams of some units. Running streams are rows `at` of it, all of them at first."""
     states = result.hidden is not None
     length, end_id, device = result.tokens.shape[1], result.end_id, line.device
-    head = LanguageHead(model)
     forbid = forbidden(result.forbid, head.size, device)
     token, place = torch.full_like(line, result.think_id), limit
     # <think> is computed once per position; from then on there is one stream per thought.
     stream = torch.arange(len(line) * num_thoughts, device=device)
-    unit = stream // num_thoughts
+    unit, at = stream // num_thoughts, slice(None)
     line, limit = line[unit], limit[unit]
     uniform = uniforms(seed, row[unit], limit, stream % num_thoughts, length)
     running = torch.ones_like(stream, dtype=torch.bool)
-    result.tokens[offset : offset + len(stream), 0] = result.think_id
+    result.tokens[:, 0] = result.think_id
     left = len(stream)
+
+    def finish(finished, lengths):
+        result.lengths[stream[finished]] = lengths
+        running[finished] = False
+        return left - len(finished)
+
     for t in range(length - 1):
         last = t == length - 2
         if t > 0 and left <= _COMPACT_BELOW * len(stream):
             keep = running.nonzero().squeeze(1)
-            token, stream, running = token[keep], stream[keep], running[keep]
-            place = limit[stream]
+            token, stream, running, place, uniform = (x[keep] for x in (token, stream, running, place, uniform))
+            at = stream
             step.select(keep, line[stream], place)
         if last and not states:
-            result.lengths[offset + stream[running]] = length
+            result.lengths[stream[running]] = length
             return
         ended = token == end_id
         if last:
             # Nothing is sampled after this token, so it and the forced </think> go in one step.
             pairs = torch.stack([token, torch.full_like(token, end_id)], 1).flatten()
-            hidden = step.forward(model, pairs, torch.stack([place + t, place + t + 1], 1).flatten(), 2)
+            hidden = step.forward(base, pairs, torch.stack([place + t, place + t + 1], 1).flatten(), 2)
             hidden = torch.where(ended.unsqueeze(1), hidden[::2], hidden[1::2])
         elif t == 0 and first is not None:
             hidden = first
         else:
-            hidden = step.forward(model, token, place + t, 1)
+            hidden = step.forward(base, token, place + t, 1)
         if t == 0 and last:
             hidden, ended = hidden[unit], ended[unit]
         elif t == 0:
@@ -197,26 +210,22 @@ def _generate_group(model, step, line, limit, row, first, num_thoughts, seed, to
             place = limit
         if states and (t > 0 or last):
             finished = (running if last else running & ended).nonzero().squeeze(1)
-            result.hidden[offset + stream[finished]] = hidden[finished]
-            left = _finish(result, offset + stream, running, finished, torch.where(ended[finished], t + 1, t + 2))
+            if len(finished):
+                result.hidden[stream[finished]] = hidden[finished]
+                left = finish(finished, torch.where(ended[finished], t + 1, t + 2))
             if not left:
                 return
-        token, logprob = _draw(head, hidden, uniform[stream, t + 1], result, top_p, forbid)
-        index = offset + stream
-        token = result.tokens[index, t + 1] = torch.where(running, token, end_id)
-        result.logprobs[index, t + 1] = logprob.masked_fill(~running, 0).to(result.logprobs.dtype)
-        result.sampled[index, t + 1] = running
+        token, logprob = _draw(head, hidden, uniform[:, t + 1], result, top_p, forbid)
+        if left < len(stream):
+            token, logprob = torch.where(running, token, end_id), logprob.masked_fill(~running, 0)
+        result.tokens[at, t + 1], result.sampled[at, t + 1] = token, running
+        result.logprobs[at, t + 1] = logprob.to(result.logprobs.dtype)
         if not states:
             finished = (running & (token == end_id)).nonzero().squeeze(1)
-            left = _finish(result, index, running, finished, t + 2)
+            if len(finished):
+                left = finish(finished, t + 2)
             if not left:
                 return
-
-
-def _finish(result, index, running, finished, length):
-    result.lengths[index[finished]] = length
-    running[finished] = False
-    return int(running.sum())
 
 
 def _draw(head, hidden, uniform, result, top_p, forbid):

@@ -92,8 +92,8 @@ def think(model, ids, mask=None, positions=None, seed=3, **options):
     return generate_thoughts(model, ids, mask, positions, generator=generator, **options)
 
 
-def close(found, expected, tolerance, name=""):
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=1e-5, msg=lambda text: f"{name}: {text}")
+def close(found, expected, tolerance, name="", relative=1e-5):
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=relative, msg=lambda text: f"{name}: {text}")
 
 
 SUBSET = torch.tensor([[10, 5], [3, -1], [-1, 2]])
@@ -106,10 +106,13 @@ def check(model, ids, mask, positions, **options):
     with torch.no_grad():
         expected = naive.rescore(model, ids, thoughts, mask, forbid_true=(THINK, END))
         result = rescore_thoughts(model, ids, thoughts, mask, forbid_true=(THINK, END), true_logits=True)
-    close(thoughts.logprobs, expected["thought_logprobs"], 2e-5)
+    close(thoughts.logprobs, expected["thought_logprobs"], 2e-5, relative=0)
     close(thoughts.hidden, expected["thought_hidden"][..., 0, :], 1e-4)
     for name, value in expected.items():
-        close(getattr(result, name), value, 1e-4 if "hidden" in name else 2e-5, name)
+        if "hidden" in name:
+            close(getattr(result, name), value, 1e-4, name)
+        else:
+            close(getattr(result, name), value, 2e-5, name, relative=0)
     return thoughts
 
 
@@ -185,25 +188,89 @@ def test_gradients_equal_plain_forward(family):
             assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9, name
 
 
-@pytest.mark.parametrize("shift", [-1, 1])
-def test_wrong_prefix_limit_is_noticed(shift, monkeypatch):
-    model = build("llama")
-    ids, _ = batch()
+def wrong_limit(shift):
     before = prefix.Grid.__init__
 
     def wrong(self, row, limit, place, tile):
-        before(self, row, (limit + shift).clamp(max=limit.max()), place, tile)
+        before(self, row, (limit + shift).clamp(1, limit.max()), place, tile)
 
-    monkeypatch.setattr(prefix.Grid, "__init__", wrong)
+    return prefix.Grid, "__init__", wrong
+
+
+def wrong_place(shift):
+    before = stepping.StepPass.forward
+    return stepping.StepPass, "forward", lambda self, base, tokens, places, width: before(
+        self, base, tokens, places + shift, width
+    )
+
+
+def without_own_past(shift):
+    before = stepping.StepPass._own
+    return stepping.StepPass, "_own", staticmethod(
+        lambda query, own, *rest: before(query, own[:, shift:] if own.shape[1] > shift else own, *rest)
+    )
+
+
+@pytest.mark.parametrize("fault, shift", [(wrong_limit, -1), (wrong_limit, 1), (wrong_place, 1), (without_own_past, 1)])
+def test_planted_faults_are_noticed(fault, shift, monkeypatch):
+    """Each fault turns the equality check red, sampling and re-scoring apart, and the probe as well."""
+    model = build("llama")
+    ids, mask = batch()
+    sound = check(model, ids, mask, SUBSET)
+    with torch.no_grad():
+        expected = naive.rescore(model, ids, sound, mask)["thought_logprobs"]
+    monkeypatch.setattr(*fault(shift))
     monkeypatch.setattr("qs_lib.thoughts.shares_prefix", lambda model: True)
     monkeypatch.setattr("qs_lib.rescoring.shares_prefix", lambda model: True)
-    thoughts = think(model, ids, None, SUBSET)
-    with torch.no_grad():
-        expected = naive.rescore(model, ids, thoughts)
-        result = rescore_thoughts(model, ids, thoughts)
-    assert (thoughts.logprobs - expected["thought_logprobs"]).abs().max() > 0.1
-    assert (result.thought_logprobs - expected["thought_logprobs"]).abs().max() > 0.1
+    with pytest.raises(AssertionError):
+        check(model, ids, mask, SUBSET)
+    if fault is wrong_limit:
+        with torch.no_grad():
+            result = rescore_thoughts(model, ids, sound, mask)
+        assert (result.thought_logprobs - expected).abs().max() > 0.1
     assert probe._reason(model) == "the result differs from a plain forward"
+
+
+def test_training_goes_on_after_sampling():
+    """Sampling in inference mode leaves nothing in the model or its results that autograd cannot use.
+
+    Dynamic rotary embeddings change their buffer when a text is longer than any before.
+    """
+    config, _ = FAMILIES["llama"]
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(
+        config(**SMALL | {"max_position_embeddings": 16, "rope_parameters": rope})
+    ).train()
+    ids, mask = batch()
+    thoughts = think(model, ids, mask, SUBSET)
+    assert not any(x.is_inference() for x in (thoughts.hidden, thoughts.tokens, thoughts.logprobs))
+    assert not any(p.is_inference() for p in model.parameters())
+    result = rescore_thoughts(model, ids, thoughts, mask)
+    weight = torch.ones_like(thoughts.hidden, requires_grad=True)
+    (result.thought_logprobs.sum() + (weight * thoughts.hidden).sum() + model(ids, labels=ids).loss).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None) and weight.grad.any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_oss", "mistral_sliding"])
+def test_cuda_equals_cpu(family):
+    """The path without the fused CPU operation, on the device: log-probs of the CPU's thoughts, and its own thoughts."""
+    model, (ids, mask) = build(family), batch()
+    there = copy.deepcopy(model).cuda()
+    thoughts = think(model, ids, mask)
+    moved = copy.copy(thoughts)
+    for name, value in vars(thoughts).items():
+        if isinstance(value, torch.Tensor):
+            setattr(moved, name, value.cuda())
+    with torch.no_grad():
+        expected = rescore_thoughts(model, ids, thoughts, mask)
+        found = rescore_thoughts(there, ids.cuda(), moved, mask.cuda())
+        drawn = think(there, ids.cuda(), mask.cuda())
+        again = rescore_thoughts(there, ids.cuda(), drawn, mask.cuda())
+    close(found.thought_logprobs.cpu(), expected.thought_logprobs, 1e-3)
+    close(found.true_logprobs.cpu(), expected.true_logprobs, 1e-3)
+    close(drawn.logprobs, again.thought_logprobs, 1e-3)
 
 
 def test_tokens_do_not_depend_on_the_batch():
