@@ -1,17 +1,27 @@
-"""Side-by-side cost of generating and re-scoring thoughts; writes a JSON file and prints the same as a table.
+"""Side-by-side cost of generating and re-scoring thoughts; prints bars and values, writes them to a JSON file.
 
-    python tests/benchmarks/bench_thoughts.py [outputs/bench/thoughts.json] [--only NAME ...] [--quick]
+    python tests/benchmarks/bench_thoughts.py [outputs/bench/thoughts.json] [--only NAME ...] [--repeats 3] [--quick]
 
-One thread, CPU seconds of the process (not wall time), random weights, medians of interleaved repetitions. The
-methods beside ours: `generate` of transformers with left-padded rows of similar length; the dense diagonal mask
-over all positions, with our sampler; one thought at a time with a cache. The slow ones run on an even selection of
-rows or positions and are scaled up; "share" says how much ran. `generate` returns no log-probs and no state.
+One thread, CPU seconds of the process (not wall time), random weights, medians of repetitions in which the methods take
+turns after a short warm-up. Beside ours:
+
+generate_32, generate_128: `generate` of transformers, so many rows at a time, rows of similar length, left-padded; the
+    better of the two counts. It returns neither log-probs nor states.
+copied_prefix: what an expert builds by hand: the text read once (not counted), its cache copied to every thought's row.
+dense_mask: all positions in one pass per step under the paper's diagonal mask, text and <think> read once, our sampler.
+one_by_one: one thought at a time with a cache.
+rows_8, rows_32 (re-scoring): text + thought + true tokens as plain rows; the better one counts.
+
+Slow methods run on an even selection and are scaled by the share of their tokens that ran ("share_run"). What was
+measured is kept beside the file until all is done: an interrupted run continues.
 """
 
 import argparse
 import copy
 import ctypes
+import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -22,8 +32,10 @@ from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from qs_lib.files import write_bytes
 from qs_lib.prefix import Grid
 from qs_lib.sampler import sample, uniforms
 from qs_lib.thoughts import generate_thoughts, rescore_thoughts
@@ -36,22 +48,53 @@ MODELS = {  # hidden, intermediate, layers, heads, key heads, vocabulary
     "100M": (768, 2048, 12, 12, 4, 32000),
 }
 SHAPES = {  # model, batch, length, positions (None: all), thoughts, thought length
-    "1M_L64": ("1M", 4, 64, None, 4, 10),
-    "1M_L256": ("1M", 4, 256, None, 4, 16),
-    "1M_L512": ("1M", 1, 512, None, 4, 16),
-    "1M_L1024": ("1M", 1, 1024, None, 4, 16),
     "10M_L64": ("10M", 4, 64, None, 4, 10),
     "10M_L256": ("10M", 1, 256, None, 4, 16),
-    "10M_L256_M8": ("10M", 4, 256, 8, 4, 16),
-    "100M_L64": ("100M", 1, 64, None, 4, 10),
+    "1M_L256_M8": ("1M", 4, 256, 8, 4, 16),
+    "1M_L512": ("1M", 1, 512, None, 4, 16),
+    "1M_L1024": ("1M", 1, 1024, None, 4, 16),
+}
+LARGE = {"100M_L64": ("100M", 1, 64, None, 4, 10)}  # only when asked for with --only
+RESCORE = {
+    "1M_L64": ("1M", 1, 64, None, 4, 10), "10M_L64": ("10M", 1, 64, None, 4, 10),
+    "1M_L256": ("1M", 1, 256, None, 4, 16), "10M_L256_M8": ("10M", 1, 256, 8, 4, 16),
 }
 LATENCY = {"10M_L64_N1": ("10M", 1, 64, 1, 1, 10), "10M_L64_N4": ("10M", 1, 64, 1, 4, 10)}
-RESCORE = {
-    "1M_L64": ("1M", 4, 64, None, 4, 10), "10M_L64": ("10M", 4, 64, None, 4, 10),
-    "1M_L256": ("1M", 1, 256, None, 4, 16), "10M_L256_M8": ("10M", 4, 256, 8, 4, 16),
-}
-MEMORY = ("10M", 1, 256, None, 4, 16)
+MEMORY = {"10M_L256": ("10M", 1, 256, None, 4, 16)}
+PEAKS = ("plain_forward", "ours_32", "ours_64", "ours_256", "ours_1024", "generate_32", "dense_mask")
 N_TRUE = 4
+
+# What was promised (bar) and what was hoped for (aim): claim, section, shape, value, direction, bound.
+LINES = (
+    ("bar", "generate / ours", "generation", "10M_L64", "generate_over_ours", ">=", 4),
+    ("bar", "generate / ours", "generation", "10M_L256", "generate_over_ours", ">=", 7),
+    ("bar", "generate / ours", "generation", "1M_L512", "generate_over_ours", ">=", 18),
+    ("bar", "dense mask / ours", "generation", "10M_L64", "dense_mask_over_ours", ">=", 1.25),
+    ("bar", "dense mask / ours", "generation", "10M_L256", "dense_mask_over_ours", ">=", 1.8),
+    ("bar", "dense mask / ours", "generation", "1M_L512", "dense_mask_over_ours", ">=", 4),
+    ("bar", "one by one / ours", "generation", "10M_L64", "one_by_one_over_ours", ">=", 25),
+    ("bar", "one by one / ours", "generation", "10M_L256", "one_by_one_over_ours", ">=", 25),
+    ("bar", "re-scoring, rows / ours", "rescoring", "1M_L64", "rows_over_ours", ">=", 2.3),
+    ("bar", "re-scoring, rows / ours", "rescoring", "10M_L64", "rows_over_ours", ">=", 2.3),
+    ("bar", "re-scoring, rows / ours", "rescoring", "1M_L256", "rows_over_ours", ">=", 5),
+    ("bar", "re-scoring, rows / ours", "rescoring", "10M_L256_M8", "rows_over_ours", ">=", 5),
+    ("bar", "thought token / plain token", "generation", "10M_L64", "token_over_plain_token", "<=", 1.15),
+    ("bar", "thought token / plain token", "generation", "10M_L256", "token_over_plain_token", "<=", 1.15),
+    ("bar", "mask set-up, ms", "masks", "L1024", "milliseconds", "<=", 5),
+    ("bar", "peak memory, dense mask / ours (256 streams)", "memory", "10M_L256", "dense_mask_over_ours_256", ">=", 5),
+    ("bar", "peak memory, ours (32 streams) / plain forward", "memory", "10M_L256", "ours_32_over_plain", "<=", 1.33),
+    ("aim", "generate / ours", "generation", "1M_L512", "generate_over_ours", ">=", 25),
+    ("aim", "generate / ours", "generation", "1M_L1024", "generate_over_ours", ">=", 40),
+    ("aim", "bfloat16 thought token / plain token", "generation", "10M_L64", "bf16_token_over_plain_token", "<=", 0.6),
+    ("aim", "matrix products at full speed / ours, rate", "generation", "10M_L64", "roofline", "<=", 1.3),
+    ("aim", "re-scoring, rows / ours", "rescoring", "1M_L256", "rows_over_ours", ">=", 8),
+    ("aim", "one thought, ours / generate", "latency", "10M_L64_N1", "ours_over_generate", "<=", 1),
+    ("seen", "copied prefix / ours", "generation", "10M_L64", "copied_prefix_over_ours", "", None),
+    ("seen", "copied prefix / ours", "generation", "10M_L256", "copied_prefix_over_ours", "", None),
+    ("seen", "copied prefix / ours", "generation", "1M_L512", "copied_prefix_over_ours", "", None),
+    ("seen", "generate / ours, 8 positions", "generation", "1M_L256_M8", "generate_over_ours", "", None),
+    ("seen", "four thoughts, generate / ours", "latency", "10M_L64_N4", "generate_over_ours", "", None),
+)
 
 
 def build(name):
@@ -67,63 +110,89 @@ def build(name):
 def texts(model, batch, length, positions):
     ids = torch.randint(3, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
     if positions is None:
-        return ids, None
+        return ids, torch.arange(length).expand(batch, -1)
     step = length // positions
     return ids, torch.arange(step - 1, length, step).expand(batch, -1)
 
 
 def ours(model, ids, positions, number, length, **options):
-    # The random model would end some thoughts early; END cannot win against these logits.
+    # A random model ends few thoughts early; those stay in the batch until 15 % have ended, so nothing is saved.
     return generate_thoughts(
         model, ids, None, positions, number, length, generator=torch.Generator().manual_seed(0), think_id=THINK,
         end_id=END, **options,
     )
 
 
-def plain_forward(model, length=256):
-    ids = torch.full((4, length), 5)
-    with torch.no_grad():
-        model(ids, use_cache=False)
-    return ids.numel()
-
-
 def units(ids, positions):
     """All (row, position) pairs, longest text last."""
-    if positions is None:
-        positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
-    pairs = [(row, int(p)) for row in range(len(ids)) for p in positions[row]]
-    return sorted(pairs, key=lambda pair: pair[1])
+    return sorted(((r, int(p)) for r in range(len(ids)) for p in positions[r]), key=lambda pair: pair[1])
 
 
-def left_padded(ids, pairs):
-    width = pairs[-1][1] + 2
-    rows, mask = torch.zeros(len(pairs), width, dtype=torch.long), torch.zeros(len(pairs), width, dtype=torch.long)
-    for i, (row, p) in enumerate(pairs):
-        rows[i, width - p - 2 : -1], rows[i, -1] = ids[row, : p + 1], THINK
-        mask[i, width - p - 2 :] = 1
-    return rows, mask
+def spread(items, kept):
+    """The middles of `kept` equal parts of a list."""
+    return [items[i] for i in sorted({(2 * k + 1) * len(items) // (2 * kept) for k in range(kept)})]
+
+
+def batches(ids, positions, number, rows, kept, new):
+    """`kept` batches of about `rows` rows, and the share of all tokens that is theirs; new: tokens a row is given."""
+    pairs, size = units(ids, positions), max(1, rows // number)
+    everything = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    chosen = spread(everything, kept)
+    tokens = [sum(len(part) * (part[-1][1] + new) for part in parts) for parts in (chosen, everything)]
+    return chosen, tokens[0] / tokens[1]
 
 
 @torch.no_grad()
-def by_generate(model, ids, positions, number, length, rows, every=1):
-    """transformers' generate, `rows` sequences at a time; every: only each so-many-th batch. Returns the share."""
-    pairs, size = units(ids, positions), max(1, rows // number)
-    starts = list(range(0, len(pairs), size))
-    chosen = starts[every // 2 :: every] or starts[-1:]
-    for start in chosen:
-        inputs, mask = left_padded(ids, pairs[start : start + size])
+def by_generate(model, ids, positions, number, length, rows, kept):
+    chosen, share = batches(ids, positions, number, rows, kept, length)
+    for part in chosen:
+        width = part[-1][1] + 2
+        inputs, mask = torch.zeros(2, len(part), width, dtype=torch.long)
+        for i, (row, p) in enumerate(part):
+            inputs[i, width - p - 2 : -1], inputs[i, -1], mask[i, width - p - 2 :] = ids[row, : p + 1], THINK, 1
         model.generate(
             inputs, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, num_return_sequences=number,
             max_new_tokens=length - 2, min_new_tokens=length - 2, pad_token_id=0,
         )
-    return len(chosen) / len(starts)
+    return share
 
 
 @torch.no_grad()
-def one_by_one(model, ids, positions, number, length, count=6):
+def read(model, ids):
+    cache = DynamicCache()
+    model.model(ids, past_key_values=cache, use_cache=True)
+    return cache
+
+
+@torch.no_grad()
+def copied_prefix(model, text, ids, positions, number, length, rows, kept):
+    chosen, share = batches(ids, positions, number, rows, kept, length)
+    for part in chosen:
+        width = part[-1][1] + 1
+        row, limit = (torch.tensor(x).repeat_interleave(number) for x in zip(*part))
+        limit = limit + 1
+        cache = DynamicCache()
+        for layer, kept_keys in enumerate(text.layers):
+            cache.update(kept_keys.keys[row, :, :width], kept_keys.values[row, :, :width], layer)
+        mask = (torch.arange(width) < limit.unsqueeze(1)).long()
+        uniform = uniforms(0, row, limit, torch.arange(number).repeat(len(part)), length)
+        tokens = torch.full((len(row), 1), THINK)
+        for t in range(length):
+            mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+            hidden = model.model(
+                tokens, attention_mask=mask, position_ids=(limit + t).unsqueeze(1), past_key_values=cache, use_cache=True
+            ).last_hidden_state[:, -1]
+            if t < length - 2:
+                tokens = sample(model.lm_head(hidden), uniform[:, t + 1], forbid=torch.tensor([THINK]))[0].unsqueeze(1)
+            else:
+                tokens = torch.full_like(tokens, END)
+    return share
+
+
+@torch.no_grad()
+def one_by_one(model, ids, positions, number, length, kept=6):
     pairs = units(ids, positions)
-    step = max(1, len(pairs) // count)
-    chosen = pairs[step // 2 :: step]
+    chosen = spread(pairs, kept)
     for row, p in chosen:
         cache, tokens = DynamicCache(), torch.cat([ids[row : row + 1, : p + 1], torch.tensor([[THINK]])], 1)
         for t in range(length - 1):
@@ -133,24 +202,23 @@ def one_by_one(model, ids, positions, number, length, count=6):
             else:
                 tokens = torch.tensor([[END]])
         model(tokens, past_key_values=cache, use_cache=True)
-    return len(chosen) / (len(pairs) * number)
+    done, everything = (sum(p + 1 + length for _, p in some) for some in (chosen, pairs))
+    return done / (everything * number)
 
 
 @torch.no_grad()
 def dense(model, ids, number, length):
     """All positions with one mask over the text and every thought: position i sees text <= i and its own thought."""
     batch, size = ids.shape
-    rows = ids.repeat_interleave(number, 0)
     eye = torch.full((size, size), -torch.inf).fill_diagonal_(0)
     mask = torch.full((size, size), -torch.inf).triu(1)
     cache = DynamicCache()
-    model.model(rows, attention_mask=mask[None, None], past_key_values=cache, use_cache=True)
+    model.model(ids, attention_mask=mask[None, None], past_key_values=cache, use_cache=True)
     row = torch.arange(batch).repeat_interleave(number * size)
     place = torch.arange(size).repeat(batch * number)
     thought = torch.arange(number).repeat_interleave(size).repeat(batch)
     uniform = uniforms(0, row, place + 1, thought, length)
-    tokens = torch.full_like(rows, THINK)
-    forbid = torch.tensor([THINK])
+    tokens, forbid = torch.full_like(ids, THINK), torch.tensor([THINK])
     for t in range(length):
         mask = torch.cat([mask, eye], 1)
         places = torch.arange(1, size + 1).unsqueeze(0) + t
@@ -158,158 +226,197 @@ def dense(model, ids, number, length):
             tokens, attention_mask=mask[None, None], position_ids=places, past_key_values=cache, use_cache=True
         ).last_hidden_state
         if t < length - 2:
-            tokens, _ = sample(model.lm_head(hidden).flatten(0, 1), uniform[:, t + 1], forbid=forbid)
-            tokens = tokens.view(rows.shape)
+            logits = model.lm_head(hidden)
+            if t == 0:
+                cache.batch_repeat_interleave(number)
+                logits = logits.repeat_interleave(number, 0)
+            tokens = sample(logits.flatten(0, 1), uniform[:, t + 1], forbid=forbid)[0].view(batch * number, size)
         else:
-            tokens = torch.full_like(rows, END)
-    return hidden
+            tokens = torch.full_like(tokens, END)
+
+
+@torch.no_grad()
+def plain_forward(model, ids):
+    model(ids, use_cache=False)
+
+
+def multiply(a):
+    for _ in range(4):
+        a @ a
 
 
 def rescore_ours(model, ids, thoughts):
-    parts = range(0, thoughts.positions.shape[1], 64)
-    for row in range(len(ids)):
-        for start in parts:
-            part = thoughts.part(slice(row, row + 1), slice(start, start + 64))
-            result = rescore_thoughts(model, ids[row : row + 1], part, n_true=N_TRUE)
-            (result.thought_logprobs.sum() + result.true_logprobs.sum()).backward()
+    for start in range(0, thoughts.positions.shape[1], 64):
+        result = rescore_thoughts(model, ids, thoughts.part(slots=slice(start, start + 64)), n_true=N_TRUE)
+        (result.thought_logprobs.sum() + result.true_logprobs.sum()).backward()
 
 
-def rescore_rows(model, ids, thoughts, every=1, rows=32):
-    """Plain rows text + thought + true tokens, left-padded, `rows` at a time. Returns the share that ran."""
+def rescore_rows(model, ids, thoughts, rows, kept):
+    """Text + thought + true tokens of one text, left-padded, `rows` at a time."""
     number, length = thoughts.tokens.shape[2:]
-    jobs = sorted(
-        ((int(thoughts.positions[r, p]), r, p, n) for r in range(len(ids)) for p in range(thoughts.positions.shape[1])
-         for n in range(number)),
-    )
-    starts = list(range(0, len(jobs), rows))
-    chosen = starts[every // 2 :: every] or starts[-1:]
     tail = length + N_TRUE
-    for start in chosen:
-        sequences = [
-            torch.cat([ids[r, : at + 1], thoughts.tokens[r, p, n], ids[r, at + 1 : at + 1 + N_TRUE]])
-            for at, r, p, n in jobs[start : start + rows]
-        ]
-        # Texts that end early get other true tokens, so that all rows end in the same columns.
-        sequences = [torch.cat([s, ids[0, : at + 1 + tail - len(s)]]) for s, (at, *_) in zip(
-            sequences, jobs[start : start + rows])]
-        width = max(map(len, sequences))
-        batch = torch.stack([torch.cat([s.new_zeros(width - len(s)), s]) for s in sequences])
-        mask = torch.stack([torch.arange(width) >= width - len(s) for s in sequences]).long()
-        places = (mask.cumsum(1) - 1).clamp(min=0)
+    jobs = [(p, i, n) for i, p in enumerate(thoughts.positions[0].tolist()) for n in range(number)]
+    everything = [jobs[i : i + rows] for i in range(0, len(jobs), rows)]
+    chosen = spread(everything, kept)
+    for part in chosen:
+        width = part[-1][0] + 1 + tail
+        batch = torch.zeros(len(part), width, dtype=torch.long)
+        for line, (p, i, n) in zip(batch, part):
+            # Texts that end early get other true tokens, so that all rows end in the same columns.
+            true = torch.cat([ids[0, p + 1 : p + 1 + N_TRUE], ids[0, :N_TRUE]])[:N_TRUE]
+            line[width - p - 1 - tail :] = torch.cat([ids[0, : p + 1], thoughts.tokens[0, i, n], true])
+        lengths = torch.tensor([p + 1 + tail for p, _, _ in part])
+        mask = (torch.arange(width) >= width - lengths.unsqueeze(1)).long()
         logits = model(
-            batch, attention_mask=mask, position_ids=places, logits_to_keep=tail, use_cache=False
+            batch, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=tail,
+            use_cache=False,
         ).logits[:, :-1]
         logits.log_softmax(-1).gather(-1, batch[:, 1 - tail :, None]).sum().backward()
-    return len(chosen) / len(starts)
+    tokens = [sum(len(part) * (part[-1][0] + 1 + tail) for part in parts) for parts in (chosen, everything)]
+    return tokens[0] / tokens[1]
 
 
-def cpu_seconds(run, *arguments, **options):
-    start = time.process_time()
-    share = run(*arguments, **options)
-    return (time.process_time() - start) / (share if isinstance(share, float) else 1.0), share
+def medians(jobs, repeats, small, large):
+    """CPU seconds of jobs (name -> call of an input) on the large input, taking turns, after one call on the small one.
 
-
-def medians(jobs, repeats):
-    """jobs: name -> call. Interleaved; the first round only warms up. Returns seconds and what the calls returned."""
+    A job that returns a float did that share of the work. Returns seconds and shares.
+    """
     times, shares = {name: [] for name in jobs}, {}
-    for number in range(repeats + 1):
+    for job in jobs.values():
+        job(*small)
+    for _ in tqdm(range(repeats), desc="    repeats", leave=False, file=sys.stderr):
         for name, job in jobs.items():
-            seconds, shares[name] = cpu_seconds(job)
-            if number:
-                times[name].append(seconds)
+            start = time.process_time()
+            share = job(*large)
+            seconds = time.process_time() - start
+            if isinstance(share, float):
+                shares[name] = share
+            times[name].append(seconds / shares.get(name, 1.0))
     return {name: statistics.median(found) for name, found in times.items()}, shares
 
 
-def generation(name, shape, repeats):
+def described(shape):
+    kind, batch, size, positions, number, length = shape
+    return {"model": kind, "batch": batch, "length": size, "positions": positions or "all", "thoughts": number,
+            "thought_length": length}
+
+
+def generation(shape, repeats):
     kind, batch, size, positions, number, length = shape
     model = build(kind)
-    ids, where = texts(model, batch, size, positions)
-    count = batch * (positions or size) * number
-    every = max(1, count // number // 8 // 8)
-    half = copy.deepcopy(model).to(torch.bfloat16)
+    half, tokens = copy.deepcopy(model).to(torch.bfloat16), batch * (positions or size) * number * length
+    square, plain = torch.randn(1024, 1024), texts(model, 4, 256, 1)[0]
+    small, large = (texts(model, 1, 16, None), texts(model, batch, size, positions))
+    caches = {len(ids[0]): read(model, ids) for ids, _ in (small, large)}
     jobs = {
-        "ours": lambda: ours(model, ids, where, number, length),
-        "ours_tokens_only": lambda: ours(model, ids, where, number, length, with_hidden=False),
-        "ours_256_streams": lambda: ours(model, ids, where, number, length, max_streams=256),
-        "ours_bf16": lambda: ours(half, ids, where, number, length),
-        "generate_32": lambda: by_generate(model, ids, where, number, length, 32, every),
-        "generate_128": lambda: by_generate(model, ids, where, number, length, 128, max(1, every // 2)),
-        "one_by_one": lambda: one_by_one(model, ids, where, number, length),
-        "plain_4x256": lambda: plain_forward(model),
+        "ours": lambda ids, at: ours(model, ids, at, number, length),
+        "matrix_product": lambda *_: multiply(square),
+        "plain_4x256": lambda *_: plain_forward(model, plain),
+        "ours_bf16": lambda ids, at: ours(half, ids, at, number, length),
+        "generate_32": lambda ids, at: by_generate(model, ids, at, number, length, 32, 4),
+        "generate_128": lambda ids, at: by_generate(model, ids, at, number, length, 128, 1),
+        "copied_prefix": lambda ids, at: copied_prefix(model, caches[len(ids[0])], ids, at, number, length, 128, 1),
+        "one_by_one": lambda ids, at: one_by_one(model, ids, at, number, length),
     }
-    if positions is None:
-        jobs["dense_mask"] = lambda: dense(model, ids, number, length)
-    seconds, shares = medians(jobs, repeats)
-    generate = min(seconds["generate_32"], seconds["generate_128"])
-    mine, tokens = seconds["ours"], count * length
+    if positions is None and size <= 512:
+        jobs["dense_mask"] = lambda ids, _: dense(model, ids, number, length)
+    seconds, shares = medians(jobs, repeats, small, large)
+    mine, plain_token = seconds["ours"], seconds["plain_4x256"] / plain.numel()
     flops = 2 * sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)
     flops += 2 * model.lm_head.weight.numel() * (length - 2) / length
-    result = {
-        "shape": {"model": kind, "batch": batch, "length": size, "positions": positions or "all",
-                  "thoughts": number, "thought_length": length},
-        "cpu_seconds": seconds,
-        "share_run": {n: s for n, s in shares.items() if isinstance(s, float)},
-        "generate_over_ours": generate / mine,
-        "generate_over_tokens_only": generate / seconds["ours_tokens_only"],
-        "one_by_one_over_ours": seconds["one_by_one"] / mine,
-        "thought_token_over_plain_token": mine / tokens / (seconds["plain_4x256"] / 1024),
-        "bf16_token_over_plain_token": seconds["ours_bf16"] / tokens / (seconds["plain_4x256"] / 1024),
-        "gflops_without_attention": flops * tokens / mine / 1e9,
+    rate = 4 * 2 * 1024**3 / seconds["matrix_product"]
+    return {
+        "shape": described(shape), "cpu_seconds": seconds, "share_run": shares,
+        "generate_over_ours": min(seconds["generate_32"], seconds["generate_128"]) / mine,
+        **{f"{name}_over_ours": seconds[name] / mine for name in ("copied_prefix", "one_by_one", "dense_mask")
+           if name in seconds},
+        "token_over_plain_token": mine / tokens / plain_token,
+        "bf16_token_over_plain_token": seconds["ours_bf16"] / tokens / plain_token,
+        # Ours counts no attention, so this is a little worse than the truth.
+        "roofline": rate / (flops * tokens / mine),
     }
-    if positions is None:
-        result["dense_mask_over_ours"] = seconds["dense_mask"] / mine
-    return result
 
 
-def rescoring(name, shape, repeats):
+def rescoring(shape, repeats):
     kind, batch, size, positions, number, length = shape
     model = build(kind)
-    ids, where = texts(model, batch, size, positions)
-    thoughts = ours(model, ids, where, number, length)
-    every = max(1, thoughts.lengths.numel() // 32 // 8)
+    small, large = (
+        (ids, ours(model, ids, at, number, length))
+        for ids, at in (texts(model, 1, 16, None), texts(model, batch, size, positions))
+    )
     seconds, shares = medians({
-        "ours": lambda: rescore_ours(model, ids, thoughts),
-        "rows_32": lambda: rescore_rows(model, ids, thoughts, every),
-    }, repeats)
-    return {"cpu_seconds": seconds, "share_run": {"rows_32": shares["rows_32"]},
-            "rows_over_ours": seconds["rows_32"] / seconds["ours"]}
+        "ours": lambda ids, thoughts: rescore_ours(model, ids, thoughts),
+        "rows_8": lambda ids, thoughts: rescore_rows(model, ids, thoughts, 8, 4),
+        "rows_32": lambda ids, thoughts: rescore_rows(model, ids, thoughts, 32, 2),
+    }, repeats, small, large)
+    return {"shape": described(shape), "cpu_seconds": seconds, "share_run": shares,
+            "rows_over_ours": min(seconds["rows_8"], seconds["rows_32"]) / seconds["ours"]}
 
 
-def latency(name, shape, repeats):
+def latency(shape, repeats):
     kind, batch, size, positions, number, length = shape
     model = build(kind)
-    ids, where = texts(model, batch, size, positions)
+    given = texts(model, batch, size, positions)
     seconds, _ = medians({
-        "ours": lambda: ours(model, ids, where, number, length),
-        "ours_tokens_only": lambda: ours(model, ids, where, number, length, with_hidden=False),
-        "generate": lambda: by_generate(model, ids, where, number, length, number),
-    }, 3 * repeats)
-    return {"cpu_seconds": seconds, "ours_over_generate": seconds["ours"] / seconds["generate"],
+        "ours": lambda ids, at: ours(model, ids, at, number, length),
+        "ours_tokens_only": lambda ids, at: ours(model, ids, at, number, length, with_hidden=False),
+        "generate": lambda ids, at: by_generate(model, ids, at, number, length, number, 1),
+    }, 5 * repeats, given, given)
+    return {"shape": described(shape), "cpu_seconds": seconds,
+            "ours_over_generate": seconds["ours"] / seconds["generate"],
+            "generate_over_ours": seconds["generate"] / seconds["ours"],
             "tokens_only_over_generate": seconds["ours_tokens_only"] / seconds["generate"]}
 
 
-def mask_setup(repeats):
-    """Milliseconds to make all masks of one step at every position, 4 thoughts each, one row."""
-    result = {}
-    for size in (64, 256, 512, 1024):
-        def make(size=size):
-            limit = torch.arange(1, size + 1).repeat_interleave(4)
-            grid = Grid(torch.zeros_like(limit), limit, limit, 256)
-            for number in range(len(grid.tiles)):
-                grid._tile(number, None, 0, torch.float32)
-        result[str(size)] = 1000 * medians({"make": make}, 10 * repeats)[0]["make"]
-    return result
+def masks(size, repeats):
+    """Making all masks of one step at every position, 4 thoughts each, one row."""
+    def make(_):
+        limit = torch.arange(1, size + 1).repeat_interleave(4)
+        grid = Grid(torch.zeros_like(limit), limit, limit, 256)
+        for number in range(len(grid.tiles)):
+            grid._tile(number, None, 0, torch.float32)
+
+    return {"milliseconds": 1000 * medians({"make": make}, 10 * repeats, (0,), (0,))[0]["make"]}
 
 
-def gemm_rate():
-    a = torch.randn(1024, 1024)
-    return 2 * 1024**3 / medians({"mm": lambda: (a @ a).sum()}, 9)[0]["mm"] / 1e9
+def memory(shape, _):
+    """Peak resident megabytes of one call above the loaded model, each in a process of its own."""
+    kind, batch, size, positions, number, length = shape
+    model = build(kind)
+    ids, at = texts(model, batch, size, positions)
 
+    def run(method, ids, at):
+        if method == "plain_forward":
+            plain_forward(model, ids)
+        elif method == "generate_32":
+            by_generate(model, ids, at[:, -8:], number, length, 32, 1)  # the batch with the longest texts
+        elif method == "dense_mask":
+            dense(model, ids, number, length)
+        else:
+            ours(model, ids, at, number, length, max_streams=int(method.split("_")[1]))
 
-def peak_megabytes(method, shape):
-    """Peak resident memory of one call above the loaded model, in a fresh process."""
-    call = [sys.executable, __file__, "--memory", method, "--shape", json.dumps(shape)]
-    return float(subprocess.run(call, check=True, capture_output=True, text=True).stdout.split()[-1])
+    def child(pipe, method):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        run(method, ids, at)
+        pipe.send(resident("VmHWM") - before)
+
+    for method in PEAKS:  # what a first call sets up once is no part of it
+        run(method, ids[:, :8], at[:, :8])
+    peak, forked = {}, multiprocessing.get_context("fork")
+    for method in PEAKS:
+        receiver, sender = forked.Pipe(duplex=False)
+        process = forked.Process(target=child, args=(sender, method))
+        process.start()
+        peak[method] = receiver.recv()
+        process.join()
+    return {
+        "shape": described(shape), "megabytes_above_the_model": peak,
+        "dense_mask_over_ours_256": peak["dense_mask"] / peak["ours_256"],
+        "generate_over_ours_256": peak["generate_32"] / peak["ours_256"],
+        **{f"{name}_over_plain": peak[name] / peak["plain_forward"] for name in PEAKS[1:5]},
+    }
 
 
 def resident(field):
@@ -317,89 +424,80 @@ def resident(field):
         return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
 
 
-def measure_memory(method, shape):
-    kind, batch, size, positions, number, length = shape
-    model = build(kind)
-    ids, where = texts(model, batch, size, positions)
-    jobs = {
-        "plain_forward": lambda: plain_text(model, ids),
-        "ours_32": lambda: ours(model, ids, where, number, length, max_streams=32),
-        "ours_64": lambda: ours(model, ids, where, number, length, max_streams=64),
-        "ours_256": lambda: ours(model, ids, where, number, length, max_streams=256),
-        "ours_1024": lambda: ours(model, ids, where, number, length),
-        "dense_mask": lambda: dense(model, ids, number, length),
-    }
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    jobs[method]()
-    print(resident("VmHWM") - before)
+def lines(result):
+    """The promises beside what was measured; value and reached are None for what was not."""
+    found = []
+    for kind, claim, section, shape, key, direction, bound in LINES:
+        value = result.get(section, {}).get(shape, {}).get(key)
+        reached = None
+        if value is not None and bound is not None:
+            reached = value >= bound if direction == ">=" else value <= bound
+        found.append({"kind": kind, "claim": claim, "shape": shape, "direction": direction, "bound": bound,
+                      "value": value, "reached": reached})
+    return found
 
 
-def plain_text(model, ids):
-    with torch.no_grad():
-        model(ids, use_cache=False)
+def show(table):
+    words = {True: "reached", False: "NOT REACHED", None: ""}
+    print(f"\n{'':5} {'':47} {'shape':12} {'bound':>8} {'measured':>9}")
+    for line in table:
+        bound = "" if line["bound"] is None else f"{line['direction']} {line['bound']:g}"
+        value = "not run" if line["value"] is None else f"{line['value']:.3g}"
+        print(f"{line['kind']:5} {line['claim']:47} {line['shape']:12} {bound:>8} {value:>9} {words[line['reached']]}")
 
 
-def memory(shape):
-    names = ("plain_forward", "ours_32", "ours_64", "ours_256", "ours_1024", "dense_mask")
-    peak = {name: peak_megabytes(name, shape) for name in names}
-    weights = sum(p.numel() * p.element_size() for p in build(shape[0]).parameters()) / 2**20
-    return {
-        "above_the_model": peak, "weights": weights,
-        "dense_mask_over_ours": {n: peak["dense_mask"] / peak[n] for n in names[1:5]},
-        "with_weights_over_plain_forward": {
-            n: (weights + peak[n]) / (weights + peak["plain_forward"]) for n in names[1:]},
-    }
-
-
-def show(title, table):
-    print(f"\n{title}")
-    for name, row in table.items():
-        cells = row if isinstance(row, dict) else {"": row}
-        flat = {k: v for k, v in cells.items() if isinstance(v, float)}
-        flat |= {f"{k} s": v for k, v in cells.get("cpu_seconds", {}).items()}
-        print(f"  {name:32s} " + "  ".join(f"{k} {v:.3g}" for k, v in flat.items()))
+def conditions(repeats):
+    root = Path(__file__).parents[2]
+    names = "attention packed prefix rescoring sampler stepping thoughts".split()
+    sources = [Path(__file__), *(root / "qs_lib" / f"{name}.py" for name in names)]
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return {"command": "make bench", "repeats": repeats, "unit": "CPU seconds of one thread, medians",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
+            "transformers": transformers.__version__, "commit": git.stdout.strip() or None,
+            "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", nargs="?", default="outputs/bench/thoughts.json")
-    parser.add_argument("--only", nargs="*", help="names of shapes, or: memory, masks")
+    parser.add_argument("output", nargs="?", type=Path, default="outputs/bench/thoughts.json")
+    parser.add_argument("--only", nargs="*", help="names of shapes, or: generation rescoring latency masks memory")
     parser.add_argument("--quick", action="store_true", help="a tiny model only, to see that the file runs")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
-    parser.add_argument("--shape", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    if options.memory:
-        return measure_memory(options.memory, options.shape)
-    tiny = {"tiny": ("tiny", 2, 16, None, 2, 5)}
-    shapes, rescore, fast, large = (tiny,) * 3 + (tiny["tiny"],) if options.quick else (
-        SHAPES, RESCORE, LATENCY, MEMORY)
-
-    def chosen(name):
-        return not options.only or name in options.only
-
-    result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, 1 thread",
-              "torch": torch.__version__, "transformers": transformers.__version__,
-              "repeats": options.repeats, "command": "make bench", "gemm_gflops": gemm_rate()}
-    for title, job, table in (("generation", generation, shapes), ("rescoring", rescoring, rescore),
-                              ("latency", latency, fast)):
-        result[title] = {n: job(n, shape, options.repeats) for n, shape in table.items() if chosen(n)}
-        show(title, result[title])
-    if chosen("masks"):
-        result["mask_setup_ms"] = mask_setup(options.repeats)
-        show("mask set-up, ms", result["mask_setup_ms"])
-    if chosen("memory"):
-        result["peak_megabytes"] = memory(large)
-        show("peak memory, MB", result["peak_megabytes"])
-    path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(result, indent=1))
-    path.with_suffix(".tmp").replace(path)
-    print(f"\nwritten to {path}")
+    # Memory first, while this process is still small.
+    sections = {"memory": (memory, MEMORY), "masks": (masks, {f"L{n}": n for n in (64, 256, 512, 1024)}),
+                "latency": (latency, LATENCY), "rescoring": (rescoring, RESCORE), "generation": (generation, SHAPES)}
+    if options.quick:
+        tiny = {"tiny": ("tiny", 1, 16, None, 2, 5)}
+        sections = {name: (job, {"L16": 16} if name == "masks" else tiny) for name, (job, _) in sections.items()}
+    elif options.only:
+        sections["generation"] = generation, SHAPES | LARGE
+        sections = {
+            section: (job, {n: s for n, s in shapes.items() if {section, n} & set(options.only)})
+            for section, (job, shapes) in sections.items()
+        }
+    else:
+        print("about seven minutes on an idle core")
+    now = conditions(options.repeats)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    partial = options.output.with_name(f".{options.output.name}.partial")
+    result = json.loads(partial.read_text()) if partial.exists() else {}
+    if result.get("code") != now["code"] or result.get("repeats") != options.repeats:
+        result = now | {"load_at_start": os.getloadavg()[0]}
+    todo = [(section, name) for section, (_, shapes) in sections.items() for name in shapes
+            if name not in result.get(section, {})]
+    for section, name in (bar := tqdm(todo, file=sys.stderr)):
+        bar.set_description(f"{section} {name}")
+        job, shapes = sections[section]
+        result.setdefault(section, {})[name] = job(shapes[name], options.repeats)
+        write_bytes(partial, json.dumps(result).encode())
+    result |= {"load_at_end": os.getloadavg()[0], "lines": lines(result)}
+    write_bytes(options.output, (json.dumps(result, indent=1) + "\n").encode())
+    partial.unlink(missing_ok=True)
+    show(result["lines"])
+    print(f"\nwritten to {options.output}")
 
 
 if __name__ == "__main__":
