@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+import pandas as pd
 import torch
 import yaml
 
 from .baking import bake, habits
 from .champion import load_champion
-from .comparison import direct_accuracy, read_problems
-from .experiments import column, difference, repeat
+from .comparison import direct_accuracy, fixed, read_problems, shown
+from .experiments import column, difference, repeat, seed_interval
 from .grokking import matched_momentum
 from .optim import MuonGrokfast
 from .params import check_parameters
@@ -16,10 +17,16 @@ from .problems import load_problems, rarefy
 from .stage import REPOSITORY, read_stage
 from .strategies import reasoning_dataset
 
+# What the baked model must reach on test problems, as a mean over seeds.
+TARGETS = {"accuracy": 0.85, "thinking_use": 0.95, "strategy_fit": 0.9, "gap_closed": 0.8, "direct_change": -0.05}
+# Parameters of notebook 03: which data it takes, what `bake` is called with, and what an optimizer of one's own replaces.
+DATA = ("examples", "hard_share")
+BAKED_WITH = ("epochs", "batch_size", "ce_weight", "trajectories", "rehearsal", "max_new_tokens")
+OPTIMIZED_WITH = ("muon_lr", "adamw_lr", "grokfast_lambda")
 LAMBDA, ALPHA, MOMENTUM, BETAS = 0.2, 0.98, 0.95, (0.9, 0.95)
 SUBJECT = "Muon x Grokfast"
-# Centre of each scan: the recipe's rate, and for AdamW what it uses beside Muon; AdamW's share of Muon's rate is fixed.
-CENTRES = {"AdamW": 2e-3, "Muon": 6e-3, "Muon, matched momentum": 6e-3, SUBJECT: 6e-3}
+# The lowest rate of each scan, which goes on in steps of 2 around the recipe's; AdamW's share of Muon's rate is fixed.
+LOWEST = {"AdamW": 1e-3, "Muon": 3e-3, "Muon, matched momentum": 3e-3, SUBJECT: 3e-3}
 ADAMW_SHARE = 1 / 6
 # The optimizers' grid is long: fewer examples and trajectories, alike for all.
 SMALLER = {"examples": 900, "trajectories": 900}
@@ -40,16 +47,18 @@ def make_optimizer(name: str, rate: float):
 
 
 def recipe(variant: str = "pocket") -> dict:
-    """All parameters of notebook 03 as ``params/03_baking/<variant>.yaml`` sets them."""
+    """What notebook 03 bakes with under ``params/03_baking/<variant>.yaml``."""
     given = yaml.safe_load((REPOSITORY / "params" / "03_baking" / f"{variant}.yaml").read_text(encoding="utf-8"))
-    return check_parameters(REPOSITORY / "notebooks" / "03_baking.ipynb", given)
+    values = check_parameters(REPOSITORY / "notebooks" / "03_baking.ipynb", given)
+    return {name: values[name] for name in (*DATA, *BAKED_WITH, *OPTIMIZED_WITH)}
 
 
 def bake_once(run: Path, settings: dict, seed: int, tested: bool = True) -> dict:
     """Bake the run's champion as ``settings`` say and measure it on its test (or only on validation) problems.
 
     ``seed`` draws the training problems, the worked examples, the teacher's samples and the order of the batches; the
-    champion and the held-out problems are the run's own. Shares are exact matches of greedy replies; ``direct_*`` with
+    champion and the held-out problems are the run's own. ``settings``: those of :func:`recipe`, or ``optimizer`` and
+    ``rate`` (:func:`make_optimizer`) in place of its rates. Shares are exact matches of greedy replies; ``direct_*`` with
     thinking tokens forbidden, before and after.
     """
     made = read_stage(run / "02_dataset_generation")[0]["parameters"]
@@ -61,11 +70,10 @@ def bake_once(run: Path, settings: dict, seed: int, tested: bool = True) -> dict
     unseen = rarefy([p for p in problems if p["question"] not in used], settings["hard_share"], seed=seed)
     model, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))
     before = direct_accuracy(model, tokenizer, held["test"]) if tested else None
-    names = ("epochs", "batch_size", "muon_lr", "adamw_lr", "grokfast_lambda", "ce_weight", "trajectories", "rehearsal",
-             "max_new_tokens")  # fmt: skip
-    chosen = make_optimizer(settings["optimizer"], settings["rate"]) if "optimizer" in settings else None
-    result = bake(model, tokenizer, worked[: settings["examples"]], unseen, held["validation"], seed=seed,
-                  optimizer=chosen, **{name: settings[name] for name in names})  # fmt: skip
+    given = {name: settings[name] for name in (*BAKED_WITH, *OPTIMIZED_WITH) if name in settings}
+    if "optimizer" in settings:
+        given["optimizer"] = make_optimizer(settings["optimizer"], settings["rate"])
+    result = bake(model, tokenizer, worked[: settings["examples"]], unseen, held["validation"], seed=seed, **given)
     last = result.epochs[-1]
     row = {"validation_accuracy": last["accuracy"], "gap_closed": result.gap_closed, "max_logit": last["max_logit"]}
     if tested:
@@ -83,10 +91,10 @@ def baking(run: Path, folder: Path, seeds) -> None:
 def optimizers(run: Path, folder: Path, seeds) -> None:
     """A learning-rate scan per optimizer (seed 0, validation problems), then every optimizer at its best rate on the
     test problems, on seeds 1, 2, ... so that no run is measured that was chosen."""
-    fixed = recipe() | SMALLER
-    rates = {name: [centre * 2**k for k in (-1, 0, 1, 2)] for name, centre in CENTRES.items()}
+    alike = {name: value for name, value in (recipe() | SMALLER).items() if name not in OPTIMIZED_WITH}
+    rates = {name: [lowest * 2**k for k in range(4)] for name, lowest in LOWEST.items()}
     while True:
-        arms = {f"{name}, rate {rate:g}": fixed | {"optimizer": name, "rate": rate}
+        arms = {f"{name}, rate {rate:g}": alike | {"optimizer": name, "rate": rate}
                 for name in rates for rate in rates[name]}  # fmt: skip
         scan = repeat(folder / "optimizers_scan.csv", arms, [0], lambda s, seed: bake_once(run, s, seed, tested=False))
         best = best_rates(scan)
@@ -94,7 +102,7 @@ def optimizers(run: Path, folder: Path, seeds) -> None:
         if not any(beyond.values()):
             break
         rates = {name: rates[name] + ([beyond[name]] if beyond[name] else []) for name in rates}
-    arms = {name: fixed | {"optimizer": name, "rate": rate} for name, rate in best.items()}
+    arms = {name: alike | {"optimizer": name, "rate": rate} for name, rate in best.items()}
     repeat(folder / "optimizers.csv", arms, [seed + 1 for seed in seeds], lambda s, seed: bake_once(run, s, seed))
 
 
@@ -117,7 +125,7 @@ def edge(rates: list[float], best: float) -> float | None:
 
 def conclusion(rows: list[dict], key: str = "accuracy") -> str:
     """What the optimizers' rows say about Grokfast, control by control, in one sentence that may say no."""
-    controls = [name for name in CENTRES if name != SUBJECT]
+    controls = [name for name in LOWEST if name != SUBJECT]
     against = {name: difference(rows, SUBJECT, name, key) for name in controls}
     parts = [f"{name} {100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for name, (mean, low, high) in against.items()]
     muon, matched = against["Muon"], against["Muon, matched momentum"]
@@ -131,3 +139,31 @@ def conclusion(rows: list[dict], key: str = "accuracy") -> str:
         verdict = "no gain from Grokfast is shown"
     seeds = len(column(rows, SUBJECT, "seed"))
     return f"{SUBJECT} minus its controls, points of {key} over {seeds} seeds: {'; '.join(parts)}: {verdict}."
+
+
+def seeds_table(rows: list[dict]) -> pd.DataFrame:
+    """Mean and interval over seeds of every number with a target, and whether the mean reaches it."""
+    table = {}
+    for key, target in TARGETS.items():
+        values = seed_interval([row[key] for row in rows])
+        table[key] = {"mean [95 % over seeds]": shown(values, key == "direct_change"), "target": f">= {target}",
+                      "reached": "yes" if values[0] >= target else "no"}  # fmt: skip
+    return pd.DataFrame(table).T
+
+
+def optimizer_table(rows: list[dict]) -> pd.DataFrame:
+    """Each optimizer at its own best rate: mean and interval over seeds on test problems."""
+    table = {}
+    for name in LOWEST:
+        table[name] = {key: shown(seed_interval(column(rows, name, key))) for key in ("accuracy", "gap_closed")}
+        table[name]["rate"] = f"{next(r for r in rows if r['arm'] == name)['settings']['rate']:g}"
+        table[name]["seconds"] = fixed(sum(column(rows, name, "seconds")) / len(column(rows, name, "seconds")), 0)
+    return pd.DataFrame(table).T
+
+
+def scan_lines(scan: list[dict]) -> dict[str, list[tuple[float, float]]]:
+    """Optimizer -> (rate, validation accuracy) points of its scan, by rate."""
+    points = {name: [] for name in LOWEST}
+    for row in sorted(scan, key=lambda row: row["settings"]["rate"]):
+        points[row["settings"]["optimizer"]].append((row["settings"]["rate"], row["validation_accuracy"]))
+    return points

@@ -25,8 +25,11 @@ def matched_momentum(momentum: float, grokfast_lambda: float, alpha: float) -> f
 
 
 def addition_table(seed: int, modulus: int = MODULUS):
-    """All pairs (a, b) (p^2, 2) and their sums mod p (p^2,), split in two halves by ``seed``: (train, validation)."""
-    pairs = torch.cartesian_prod(torch.arange(modulus), torch.arange(modulus))
+    """Pairs a <= b, (n, 2), and their sums mod p, (n,), in two halves by ``seed``: (train, validation).
+
+    Only one of (a, b) and (b, a) is there: the network adds their embeddings, so the other would be given away.
+    """
+    pairs = torch.combinations(torch.arange(modulus), with_replacement=True)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
     halves = order[: len(pairs) // 2], order[len(pairs) // 2 :]
     return [(pairs[half], pairs[half].sum(1) % modulus) for half in halves]
@@ -98,3 +101,12 @@ def conclusion(rows: list[dict]) -> str:
     else:
         verdict = "no acceleration by the filter is shown"
     return f"Steps more than with the filter, over {len(steps['AdamW'])} seeds: {'; '.join(parts)}: {verdict}."
+
+
+def mean_curves(rows: list[dict]) -> dict[str, list[tuple[float, float]]]:
+    """Validation accuracy of each arm, and training accuracy of the plain one, as (step, mean over seeds)."""
+    def mean(arm, key):
+        own = [row for row in rows if row["arm"] == arm]
+        return [(s, sum(values) / len(own)) for s, *values in zip(own[0]["steps"], *(r[key] for r in own), strict=True)]
+
+    return {"AdamW, training half": mean("AdamW", "train"), **{arm: mean(arm, "validation") for arm in arms()}}

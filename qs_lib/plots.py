@@ -63,6 +63,19 @@ def curves(runs: dict[str, list[dict]], x: str, panels: dict[str, str], xlabel: 
     return figure
 
 
+def lines(series: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str, log: bool = False):
+    """One line of (x, y) points per name, told apart by mark and dash; ``log``: logarithmic x axis."""
+    figure, axis = _axes(6.8, 3.4)
+    looks = ((GREY, "--", "s"), ("black", ":", "D"), (BLUE, "-.", "^"), (ORANGE, "-", "o"))
+    for (name, points), (colour, dash, marker) in zip(series.items(), looks[-len(series) :], strict=True):
+        every = max(1, len(points) // 12)
+        axis.plot(*zip(*points, strict=True), dash, color=colour, marker=marker, markevery=every, ms=5, label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
 def row_norms(real: list[float], new: dict[str, float]):
     """Histogram of the norms of the rows a model has, with each new row marked and named."""
     figure, axis = _axes(6.8, 3.2)

@@ -82,7 +82,7 @@ def test_differences_are_paired_by_seed_in_any_order():
 
 def optimizer_rows(**accuracy):
     """Three seeds an arm, with the same noise in all of them, so that only the difference of the means is left."""
-    arms = dict(zip(controls.CENTRES, accuracy.values(), strict=True))
+    arms = dict(zip(controls.LOWEST, accuracy.values(), strict=True))
     noise = {"AdamW": (0, 0.001, -0.001), "Muon": (0.001, 0, 0), "Muon, matched momentum": (0, 0, 0.001)}
     return [{"arm": a, "seed": s, "accuracy": m + noise.get(a, (0, 0, 0))[s]} for a, m in arms.items() for s in range(3)]
 
@@ -98,7 +98,7 @@ def optimizer_rows(**accuracy):
 )
 def test_the_conclusion_follows_from_the_rows(accuracy, verdict):
     sentence = controls.conclusion(optimizer_rows(**accuracy))
-    assert verdict in sentence and "3 seeds" in sentence and all(n in sentence for n in controls.CENTRES)
+    assert verdict in sentence and "3 seeds" in sentence and all(n in sentence for n in controls.LOWEST)
 
 
 def test_scan_takes_the_best_rate_and_widens_at_an_edge():
@@ -124,10 +124,11 @@ def test_matched_momentum_has_the_mean_lag_of_the_filter(momentum, strength, alp
     assert matched / (1 - matched) == pytest.approx(lag, rel=1e-6)
 
 
-def test_halves_of_the_addition_table_share_nothing():
+def test_halves_of_the_addition_table_share_no_sum():
     (train, sums), (held, _) = grokking.addition_table(0, 7)
-    assert {tuple(p) for p in train.tolist()} | {tuple(p) for p in held.tolist()} == {(a, b) for a in range(7) for b in range(7)}
-    assert len(train) + len(held) == 49 and all((a + b) % 7 == s for (a, b), s in zip(train.tolist(), sums.tolist(), strict=True))
+    both = [frozenset(p) for p in train.tolist() + held.tolist()]
+    assert len(set(both)) == len(both) == 28 and len(train) == 14
+    assert all((a + b) % 7 == s for (a, b), s in zip(train.tolist(), sums.tolist(), strict=True))
 
 
 def test_grokking_command_writes_curves(tmp_path, monkeypatch):
@@ -157,18 +158,48 @@ def test_the_grokking_conclusion_follows_from_the_rows(plain, matched, filtered,
 
 def test_one_small_baking_run_of_the_committed_champion(monkeypatch):
     monkeypatch.setattr(controls, "read_problems", lambda path: read_problems(path)[:6])
-    settings = controls.recipe() | {"examples": 4, "trajectories": 4, "epochs": 1, "optimizer": "Muon", "rate": 1e-3}
+    settings = controls.recipe() | {"examples": 4, "trajectories": 4, "epochs": 1}
     row = controls.bake_once(find_run(""), settings, 1)
     assert row["direct_change"] == pytest.approx(row["direct_after"] - row["direct_before"], abs=1e-4)
     assert {"validation_accuracy", "gap_closed", "accuracy", "thinking_use", "strategy_fit"} <= row.keys()
+    settings |= {"optimizer": "AdamW", "rate": 1e-3}
     assert "accuracy" not in controls.bake_once(find_run(""), settings, 1, tested=False)
 
 
 def test_arms_differ_in_what_their_names_say():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-    made = {name: controls.make_optimizer(name, 0.006)(model) for name in controls.CENTRES}
+    made = {name: controls.make_optimizer(name, 0.006)(model) for name in controls.LOWEST}
     assert {g["weight_decay"] for o in made.values() for g in o.param_groups} == {0.0}
     muon, matched, subject = (o.param_groups for n, o in made.items() if n != "AdamW")
     assert [g["lr"] for g in muon] == [g["lr"] for g in matched] == [g["lr"] for g in subject] == [0.006, 0.001]
     assert [o[0]["grokfast_lambda"] for o in (muon, matched, subject)] == [0, 0, 0.2]
     assert [round(o[0]["momentum"], 4) for o in (muon, matched, subject)] == [0.95, 0.9645, 0.95]
+
+
+def test_optimizers_scan_widens_and_measures_other_seeds(tmp_path, monkeypatch):
+    """AdamW's planted best rate lies below its scan, the others' inside it; the chosen rates run on seeds 1 and 2."""
+    best, calls = {"AdamW": 0.5e-3}, []
+
+    def planted(run, settings, seed, tested=True):
+        name, rate = settings["optimizer"], settings["rate"]
+        calls.append((name, rate, seed, tested))
+        return {"validation_accuracy": -abs(np.log2(rate / best.get(name, 6e-3)))} | ({"accuracy": 0.8} if tested else {})
+
+    monkeypatch.setattr(controls, "bake_once", planted)
+    controls.optimizers(tmp_path, tmp_path, [0, 1])
+    scan, tested = ([c[:3] for c in calls if c[3] is kind] for kind in (False, True))
+    assert {seed for *_, seed in scan} == {0} and {seed for *_, seed in tested} == {1, 2}
+    assert sorted(rate for name, rate, _ in scan if name == "AdamW") == [0.25e-3, 0.5e-3, 1e-3, 2e-3, 4e-3, 8e-3]
+    assert {(name, rate) for name, rate, _ in tested} == {
+        ("AdamW", 0.5e-3), *((name, 6e-3) for name in controls.LOWEST if name != "AdamW")}  # fmt: skip
+    points = controls.scan_lines(experiments.read_rows(tmp_path / "optimizers_scan.csv"))
+    assert points["Muon"] == sorted(points["Muon"]) and len(points["Muon"]) == 4
+
+
+def test_tables_of_seeds_and_optimizers():
+    rows = [{"arm": a, "seed": s, "accuracy": 0.86, "thinking_use": 1, "strategy_fit": 1, "gap_closed": 0.9 + s / 100,
+             "direct_change": -0.06, "settings": {"rate": 0.006}, "seconds": 10} for a in controls.LOWEST for s in range(3)]  # fmt: skip
+    table = controls.seeds_table([r for r in rows if r["arm"] == "Muon"])
+    assert table.loc["accuracy", "reached"] == "yes" and table.loc["direct_change", "reached"] == "no"
+    assert table.loc["direct_change", "mean [95 % over seeds]"].startswith("-0.060")
+    assert controls.optimizer_table(rows).loc["AdamW", "rate"] == "0.006"
