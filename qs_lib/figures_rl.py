@@ -126,6 +126,36 @@ def latency(rows: list[dict], target_ms: float):
     return _finished(figure)
 
 
+def model_latency(rows: list[dict], target_ms: float):
+    """Rows of ``latency.measure_models``: left, median to 95th percentile by setting; right, what each setting of the
+    longest text is made of (shares of the median)."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    for model, marker, colour in zip(models, "os^D", (BLUE, GREY, ORANGE, "black"), strict=False):
+        own = [r for r in rows if r["model"] == model]
+        median, p95 = (np.array([r[key] for r in own]) for key in ("median_ms", "p95_ms"))
+        left.errorbar(range(len(own)), median, yerr=[0 * median, np.maximum(p95 - median, 0)], fmt=marker, ms=6, capsize=3,
+                      color=colour, label=f"{model} parameters")  # fmt: skip
+    own = [r for r in rows if r["model"] == models[0]]
+    names = [f"L{r['text_length']} {r['positions']}x{r['num_thoughts']}x{r['thought_length']}" for r in own]
+    left.set_xticks(range(len(own)), names, rotation=40, ha="right", fontsize=8)
+    left.axhline(target_ms, color="black", ls="--", lw=1, label=f"target {target_ms:g} ms")
+    left.set(yscale="log", ylabel="forward pass (ms)", xlabel="text length, positions x thoughts x tokens")
+    left.legend(fontsize=8)
+    shown = [r for r in rows if r["text_length"] == max(r["text_length"] for r in rows)]
+    below = np.zeros(len(shown))
+    for part, colour, hatch in zip(shown[0]["shares"], (GREY, ORANGE, "white", BLUE), ("//", "..", "xx", ""), strict=True):
+        share = np.array([r["shares"][part] for r in shown])
+        right.barh(range(len(shown)), share, left=below, color=colour, hatch=hatch, edgecolor="black", lw=0.5, label=part)
+        below += share
+    right.set_yticks(range(len(shown)), [f"{r['model']} {r['positions']}x{r['num_thoughts']}x{r['thought_length']}" for r in shown],
+                     fontsize=8)  # fmt: skip
+    right.invert_yaxis()
+    right.set(xlabel=f"share of the median, text of {shown[0]['text_length']} tokens", xlim=(0, 1))
+    right.legend(fontsize=8, ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return _finished(figure)
+
+
 def ladder(steps: dict[str, tuple]):
     """Accuracy (value, low, high) of each stage of the workbook; low and high may be None."""
     figure, axis = plt.subplots(figsize=(7.5, 0.6 + 0.5 * len(steps)), layout="constrained")

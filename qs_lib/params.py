@@ -252,6 +252,9 @@ class Latency(NotebookParams):
 
     repeats: int = Field(default=2, ge=1)
     target_ms: float = Field(default=200.0, gt=0)
+    random_models: list[Literal["10M", "30M", "100M"]] = Field(default=["10M"], min_length=1)
+    random_repeats: int = Field(default=1, ge=1)
+    random_seconds: float = Field(default=0.0, ge=0)
 
 
 class Scoreboard(NotebookParams):

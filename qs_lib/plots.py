@@ -150,6 +150,24 @@ def visible_keys(seen, queries: list[str], keys: list[str]):
     return figure
 
 
+def bench(lines: list[dict]):
+    """Ratios "another way / ours" of a bench file as bars on a log axis, each with its bound as a vertical stroke."""
+    claims = ("one by one / ours", "generate / ours", "copied prefix / ours", "dense mask / ours")
+    rows = [(claim, line) for claim in claims for line in lines if line["claim"] == claim and line["value"]
+            and line["kind"] != "aim"]  # fmt: skip
+    figure, axis = _axes(7.6, 0.34 * len(rows) + 1.2)
+    looks = dict(zip(claims, ((GREY, "//"), (BLUE, ""), (ORANGE, ".."), ("white", "xx")), strict=True))
+    for i, (claim, line) in enumerate(rows):
+        axis.barh(i, line["value"], 0.7, color=looks[claim][0], hatch=looks[claim][1], edgecolor="black", lw=0.5)
+        axis.text(line["value"] * 1.05, i, f"{line['value']:.3g}", va="center", fontsize=8)
+        if line["bound"]:
+            axis.plot([line["bound"]] * 2, [i - 0.42, i + 0.42], color="black", lw=2.5)
+    axis.set_yticks(range(len(rows)), [f"{claim.split(' / ')[0]}, {line['shape']}" for claim, line in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.set(xscale="log", xlabel="CPU time / ours (stroke: bound)", xlim=(0.7, 2 * max(line["value"] for _, line in rows)))
+    return figure
+
+
 def hard_positions(tokens: list[str], entropy: list[float], chosen: list[int]):
     """Entropy of the next-token prediction after each token of a text; the chosen positions are hatched and marked."""
     figure, axis = _axes(max(7.0, 0.24 * len(tokens)), 3.2)

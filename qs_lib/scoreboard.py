@@ -163,12 +163,13 @@ def _short(value: float) -> str:
 
 def coherence_summary(scale: Scale, report: TheaterReport) -> dict:
     """``coherence.json``: the scale of the score, its weights, and how well it tells utility on test problems."""
-    r = report.checks[-1]
+    r = report.check("coherence_utility_r")
     parts = {n: [row["coherence"][n] for row in report.table] for n in ("composite", *WEIGHTS)}
     return {
         "scale": scale.to_dict(), "weights": WEIGHTS, "thoughts": len(report.table),
         "mean": {n: sum(values) / len(values) for n, values in parts.items()},
-        "utility_r": r.value, "utility_r_low": r.low, "utility_r_high": r.high, "utility_r_within": report.within_r,
+        "utility_r": r.value, "utility_r_low": r.low, "utility_r_high": r.high, "utility_r_within": report.within_r[0],
+        "utility_r_within_low": report.within_r[1], "utility_r_within_high": report.within_r[2],
     }  # fmt: skip
 
 
@@ -176,7 +177,7 @@ def latency_summary(report: LatencyReport) -> dict:
     """Summary of notebook 07, milliseconds for the default setting; ``settings_meeting`` of ``settings`` meet the target."""
     return {
         "latency_ms": report.median_ms, "latency_p95_ms": report.p95_ms, "plain_ms": report.plain_ms,
-        "parallel_speedup": report.parallel_speedup,
+        "parallel_speedup": report.parallel_speedup, "parallel_speedup_all": report.parallel_speedup_all,
         "memory_overhead": report.memory_overhead, "target_ms": report.target_ms,
         "settings_meeting": sum(row["meets"] for row in report.rows), "settings": len(report.rows),
     }  # fmt: skip

@@ -169,6 +169,39 @@ def episode_table(episode) -> str:
         return pd.DataFrame(rows, index=[f"thought {k + 1}" for k in range(len(rows))]).to_html()
 
 
+def model_latency(rows: list[dict]) -> pd.DataFrame:
+    """Rows of ``latency.measure_models`` as a table: milliseconds, what dominates, and whether the target is met."""
+    if not rows:
+        return pd.DataFrame()
+    keep = ("model", "text_length", "positions", "num_thoughts", "thought_length", "plain_ms", "median_ms", "p95_ms", "repeats")
+    table = pd.DataFrame([{key: row[key] for key in keep} for row in rows]).round(1)
+    table["dominates"] = [f"{part} ({row['shares'][part]:.0%})" for row in rows
+                          for part in [max(row["shares"], key=row["shares"].get)]]  # fmt: skip
+    table["outcome"] = ["meets the target" if row["meets"] else "does not" for row in rows]
+    return table
+
+
+def bench() -> dict:
+    """The committed file of `make bench`, empty where there is none."""
+    path = find_run("").parent / "bench" / "thoughts.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def bench_lines(result: dict) -> pd.DataFrame:
+    """The promises of a bench file beside what was measured; what was missed says so."""
+    words = {True: "reached", False: "NOT reached", None: "-"}
+    rows = [
+        {
+            "claim": line["claim"], "shape": line["shape"], "kind": line["kind"],
+            "bound": "-" if line["bound"] is None else f"{line['direction']} {line['bound']:g}",
+            "measured": "not measured" if line["value"] is None else f"{line['value']:.3g}",
+            "outcome": words[line["reached"]],
+        }
+        for line in result.get("lines", [])
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def committed_path(name: str):
     """The path of something in the committed pocket run. Raises ``UpstreamError`` where it is not there."""
     path = find_run("") / name
