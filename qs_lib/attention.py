@@ -106,7 +106,8 @@ def visibility(limits, places, window, start, stop, dtype):
     if window is not None:
         seen = seen & (index > places[:, None, :, None] - window)
         blind = ~seen.any(-1)
-    return torch.zeros(seen.shape, dtype=dtype, device=limits.device).masked_fill_(~seen, -math.inf), blind
+    zero = torch.zeros((), dtype=dtype, device=limits.device)
+    return torch.where(seen, zero, zero - math.inf), blind
 
 
 def causal_blocks(length, rule, query):

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_thoughts.py [outputs/bench/thoughts.json] [--only NAME ...] [--repeats 3] [--quick]
 
-One thread, CPU seconds of the process (not wall time), random weights, medians of repetitions in which the methods take
-turns after a short warm-up. Beside ours:
+One thread, CPU seconds of the process (not wall time), random weights, medians of repetitions. In each repetition every
+model and shape is measured once and the methods take turns, after a short warm-up. Beside ours:
 
 generate_32, generate_128: `generate` of transformers, so many rows at a time, rows of similar length, left-padded; the
     better of the two counts. It returns neither log-probs nor states.
@@ -12,8 +12,8 @@ dense_mask: all positions in one pass per step under the paper's diagonal mask, 
 one_by_one: one thought at a time with a cache.
 rows_8, rows_32 (re-scoring): text + thought + true tokens as plain rows; the better one counts.
 
-Slow methods run on an even selection and are scaled by the share of their tokens that ran ("share_run"). What was
-measured is kept beside the file until all is done: an interrupted run continues.
+Slow methods run on an even selection and are scaled by the share of their tokens that ran ("share_run"). After each
+repetition the file is written with what there is; "repeats" says how many it holds, and an interrupted run continues.
 """
 
 import argparse
@@ -82,6 +82,7 @@ LINES = (
     ("bar", "thought token / plain token", "generation", "10M_L256", "token_over_plain_token", "<=", 1.15),
     ("bar", "mask set-up, ms", "masks", "L1024", "milliseconds", "<=", 5),
     ("bar", "peak memory, dense mask / ours (256 streams)", "memory", "10M_L256", "dense_mask_over_ours_256", ">=", 5),
+    ("bar", "peak memory, dense mask / ours (64 streams)", "memory", "10M_L256", "dense_mask_over_ours_64", ">=", 5),
     ("bar", "peak memory, ours (32 streams) / plain forward", "memory", "10M_L256", "ours_32_over_plain", "<=", 1.33),
     ("aim", "generate / ours", "generation", "1M_L512", "generate_over_ours", ">=", 25),
     ("aim", "generate / ours", "generation", "1M_L1024", "generate_over_ours", ">=", 40),
@@ -93,6 +94,7 @@ LINES = (
     ("seen", "copied prefix / ours", "generation", "10M_L256", "copied_prefix_over_ours", "", None),
     ("seen", "copied prefix / ours", "generation", "1M_L512", "copied_prefix_over_ours", "", None),
     ("seen", "generate / ours, 8 positions", "generation", "1M_L256_M8", "generate_over_ours", "", None),
+    ("seen", "peak memory, dense mask / ours (1024 streams)", "memory", "10M_L256", "dense_mask_over_ours_1024", "", None),
     ("seen", "four thoughts, generate / ours", "latency", "10M_L64_N4", "generate_over_ours", "", None),
 )
 
@@ -276,15 +278,15 @@ def rescore_rows(model, ids, thoughts, rows, kept):
     return tokens[0] / tokens[1]
 
 
-def medians(jobs, repeats, small, large):
+def timed(jobs, small, large, turns=1):
     """CPU seconds of jobs (name -> call of an input) on the large input, taking turns, after one call on the small one.
 
-    A job that returns a float did that share of the work. Returns seconds and shares.
+    A job that returns a float did that share of the work. Returns median seconds and shares.
     """
     times, shares = {name: [] for name in jobs}, {}
     for job in jobs.values():
         job(*small)
-    for _ in tqdm(range(repeats), desc="    repeats", leave=False, file=sys.stderr):
+    for _ in range(turns):
         for name, job in jobs.items():
             start = time.process_time()
             share = job(*large)
@@ -292,7 +294,7 @@ def medians(jobs, repeats, small, large):
             if isinstance(share, float):
                 shares[name] = share
             times[name].append(seconds / shares.get(name, 1.0))
-    return {name: statistics.median(found) for name, found in times.items()}, shares
+    return {"cpu_seconds": {name: statistics.median(found) for name, found in times.items()}, "share_run": shares}
 
 
 def described(shape):
@@ -301,10 +303,9 @@ def described(shape):
             "thought_length": length}
 
 
-def generation(shape, repeats):
+def generation(shape):
     kind, batch, size, positions, number, length = shape
     model = build(kind)
-    half, tokens = copy.deepcopy(model).to(torch.bfloat16), batch * (positions or size) * number * length
     square, plain = torch.randn(1024, 1024), texts(model, 4, 256, 1)[0]
     small, large = (texts(model, 1, 16, None), texts(model, batch, size, positions))
     caches = {len(ids[0]): read(model, ids) for ids, _ in (small, large)}
@@ -312,7 +313,6 @@ def generation(shape, repeats):
         "ours": lambda ids, at: ours(model, ids, at, number, length),
         "matrix_product": lambda *_: multiply(square),
         "plain_4x256": lambda *_: plain_forward(model, plain),
-        "ours_bf16": lambda ids, at: ours(half, ids, at, number, length),
         "generate_32": lambda ids, at: by_generate(model, ids, at, number, length, 32, 4),
         "generate_128": lambda ids, at: by_generate(model, ids, at, number, length, 128, 1),
         "copied_prefix": lambda ids, at: copied_prefix(model, caches[len(ids[0])], ids, at, number, length, 128, 1),
@@ -320,55 +320,68 @@ def generation(shape, repeats):
     }
     if positions is None and size <= 512:
         jobs["dense_mask"] = lambda ids, _: dense(model, ids, number, length)
-    seconds, shares = medians(jobs, repeats, small, large)
-    mine, plain_token = seconds["ours"], seconds["plain_4x256"] / plain.numel()
+    if size == 64:
+        half = copy.deepcopy(model).to(torch.bfloat16)
+        jobs["ours_bf16"] = lambda ids, at: ours(half, ids, at, number, length)
+    return timed(jobs, small, large)
+
+
+def generation_ratios(shape, seconds):
+    kind, batch, size, positions, number, length = shape
+    with torch.device("meta"):
+        model = build(kind)
     flops = 2 * sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)
     flops += 2 * model.lm_head.weight.numel() * (length - 2) / length
-    rate = 4 * 2 * 1024**3 / seconds["matrix_product"]
-    return {
-        "shape": described(shape), "cpu_seconds": seconds, "share_run": shares,
+    mine, tokens = seconds["ours"], batch * (positions or size) * number * length
+    rate, plain_token = 4 * 2 * 1024**3 / seconds["matrix_product"], seconds["plain_4x256"] / 1024
+    found = {f"{name}_over_ours": seconds[name] / mine for name in ("copied_prefix", "one_by_one", "dense_mask")
+             if name in seconds}
+    if "ours_bf16" in seconds:
+        found["bf16_token_over_plain_token"] = seconds["ours_bf16"] / tokens / plain_token
+    return found | {
         "generate_over_ours": min(seconds["generate_32"], seconds["generate_128"]) / mine,
-        **{f"{name}_over_ours": seconds[name] / mine for name in ("copied_prefix", "one_by_one", "dense_mask")
-           if name in seconds},
         "token_over_plain_token": mine / tokens / plain_token,
-        "bf16_token_over_plain_token": seconds["ours_bf16"] / tokens / plain_token,
         # Ours counts no attention, so this is a little worse than the truth.
         "roofline": rate / (flops * tokens / mine),
     }
 
 
-def rescoring(shape, repeats):
+def rescoring(shape):
     kind, batch, size, positions, number, length = shape
     model = build(kind)
     small, large = (
         (ids, ours(model, ids, at, number, length))
         for ids, at in (texts(model, 1, 16, None), texts(model, batch, size, positions))
     )
-    seconds, shares = medians({
+    return timed({
         "ours": lambda ids, thoughts: rescore_ours(model, ids, thoughts),
         "rows_8": lambda ids, thoughts: rescore_rows(model, ids, thoughts, 8, 4),
         "rows_32": lambda ids, thoughts: rescore_rows(model, ids, thoughts, 32, 2),
-    }, repeats, small, large)
-    return {"shape": described(shape), "cpu_seconds": seconds, "share_run": shares,
-            "rows_over_ours": min(seconds["rows_8"], seconds["rows_32"]) / seconds["ours"]}
+    }, small, large)
 
 
-def latency(shape, repeats):
+def rescoring_ratios(_, seconds):
+    return {"rows_over_ours": min(seconds["rows_8"], seconds["rows_32"]) / seconds["ours"]}
+
+
+def latency(shape):
     kind, batch, size, positions, number, length = shape
     model = build(kind)
     given = texts(model, batch, size, positions)
-    seconds, _ = medians({
+    return timed({
         "ours": lambda ids, at: ours(model, ids, at, number, length),
         "ours_tokens_only": lambda ids, at: ours(model, ids, at, number, length, with_hidden=False),
         "generate": lambda ids, at: by_generate(model, ids, at, number, length, number, 1),
-    }, 5 * repeats, given, given)
-    return {"shape": described(shape), "cpu_seconds": seconds,
-            "ours_over_generate": seconds["ours"] / seconds["generate"],
+    }, given, given, turns=5)
+
+
+def latency_ratios(_, seconds):
+    return {"ours_over_generate": seconds["ours"] / seconds["generate"],
             "generate_over_ours": seconds["generate"] / seconds["ours"],
             "tokens_only_over_generate": seconds["ours_tokens_only"] / seconds["generate"]}
 
 
-def masks(size, repeats):
+def masks(size):
     """Making all masks of one step at every position, 4 thoughts each, one row."""
     def make(_):
         limit = torch.arange(1, size + 1).repeat_interleave(4)
@@ -376,10 +389,14 @@ def masks(size, repeats):
         for number in range(len(grid.tiles)):
             grid._tile(number, None, 0, torch.float32)
 
-    return {"milliseconds": 1000 * medians({"make": make}, 10 * repeats, (0,), (0,))[0]["make"]}
+    return timed({"make": make}, (0,), (0,), turns=10)
 
 
-def memory(shape, _):
+def mask_ratios(_, seconds):
+    return {"milliseconds": 1000 * seconds["make"]}
+
+
+def memory(shape):
     """Peak resident megabytes of one call above the loaded model, each in a process of its own."""
     kind, batch, size, positions, number, length = shape
     model = build(kind)
@@ -411,17 +428,28 @@ def memory(shape, _):
         process.start()
         peak[method] = receiver.recv()
         process.join()
+    return {"megabytes_above_the_model": peak}
+
+
+def memory_ratios(_, peak):
     return {
-        "shape": described(shape), "megabytes_above_the_model": peak,
-        "dense_mask_over_ours_256": peak["dense_mask"] / peak["ours_256"],
-        "generate_over_ours_256": peak["generate_32"] / peak["ours_256"],
+        **{f"dense_mask_over_{name}": peak["dense_mask"] / peak[name] for name in PEAKS[1:5]},
         **{f"{name}_over_plain": peak[name] / peak["plain_forward"] for name in PEAKS[1:5]},
+        "generate_over_ours_256": peak["generate_32"] / peak["ours_256"],
     }
 
 
 def resident(field):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
+
+
+def summary(shape, rounds, ratios):
+    """Medians over the rounds of one shape, and the ratios of those medians."""
+    (unit,) = {key for key in rounds[0] if key != "share_run"}
+    medians = {name: statistics.median(r[unit][name] for r in rounds) for name in rounds[0][unit]}
+    found = {"shape": described(shape)} if isinstance(shape, tuple) else {}
+    return found | {unit: medians, "share_run": rounds[0].get("share_run", {})} | ratios(shape, medians)
 
 
 def lines(result):
@@ -446,13 +474,12 @@ def show(table):
         print(f"{line['kind']:5} {line['claim']:47} {line['shape']:12} {bound:>8} {value:>9} {words[line['reached']]}")
 
 
-def conditions(repeats):
+def conditions():
     root = Path(__file__).parents[2]
     names = "attention packed prefix rescoring sampler stepping thoughts".split()
     sources = [Path(__file__), *(root / "qs_lib" / f"{name}.py" for name in names)]
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return {"command": "make bench", "repeats": repeats, "unit": "CPU seconds of one thread, medians",
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
+    return {"command": "make bench", "unit": "CPU seconds of one thread, medians over repeats", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
             "transformers": transformers.__version__, "commit": git.stdout.strip() or None,
             "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()}
 
@@ -467,35 +494,46 @@ def main():
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     # Memory first, while this process is still small.
-    sections = {"memory": (memory, MEMORY), "masks": (masks, {f"L{n}": n for n in (64, 256, 512, 1024)}),
-                "latency": (latency, LATENCY), "rescoring": (rescoring, RESCORE), "generation": (generation, SHAPES)}
+    sections = {
+        "memory": (memory, memory_ratios, MEMORY),
+        "masks": (masks, mask_ratios, {f"L{size}": size for size in (64, 256, 512, 1024)}),
+        "latency": (latency, latency_ratios, LATENCY), "rescoring": (rescoring, rescoring_ratios, RESCORE),
+        "generation": (generation, generation_ratios, SHAPES | (LARGE if options.only else {})),
+    }
     if options.quick:
         tiny = {"tiny": ("tiny", 1, 16, None, 2, 5)}
-        sections = {name: (job, {"L16": 16} if name == "masks" else tiny) for name, (job, _) in sections.items()}
+        sections = {name: (*jobs, {"L16": 16} if name == "masks" else tiny) for name, (*jobs, _) in sections.items()}
     elif options.only:
-        sections["generation"] = generation, SHAPES | LARGE
         sections = {
-            section: (job, {n: s for n, s in shapes.items() if {section, n} & set(options.only)})
-            for section, (job, shapes) in sections.items()
+            section: (*jobs, {n: s for n, s in shapes.items() if {section, n} & set(options.only)})
+            for section, (*jobs, shapes) in sections.items()
         }
     else:
         print("about seven minutes on an idle core")
-    now = conditions(options.repeats)
+    work = [(section, name) for section, (*_, shapes) in sections.items() for name in shapes]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     partial = options.output.with_name(f".{options.output.name}.partial")
-    result = json.loads(partial.read_text()) if partial.exists() else {}
-    if result.get("code") != now["code"] or result.get("repeats") != options.repeats:
-        result = now | {"load_at_start": os.getloadavg()[0]}
-    todo = [(section, name) for section, (_, shapes) in sections.items() for name in shapes
-            if name not in result.get(section, {})]
-    for section, name in (bar := tqdm(todo, file=sys.stderr)):
-        bar.set_description(f"{section} {name}")
-        job, shapes = sections[section]
-        result.setdefault(section, {})[name] = job(shapes[name], options.repeats)
-        write_bytes(partial, json.dumps(result).encode())
-    result |= {"load_at_end": os.getloadavg()[0], "lines": lines(result)}
-    write_bytes(options.output, (json.dumps(result, indent=1) + "\n").encode())
-    partial.unlink(missing_ok=True)
+    now, done = conditions(), json.loads(partial.read_text()) if partial.exists() else {}
+    if done.get("code") != now["code"]:
+        done = now | {"rounds": {}}
+    rounds = done["rounds"]
+    with tqdm(total=options.repeats * len(work), file=sys.stderr) as bar:
+        for number in range(1, options.repeats + 1):
+            for section, name in work:
+                bar.set_description(f"{section} {name}")
+                measure, _, shapes = sections[section]
+                found = rounds.setdefault(f"{section} {name}", [])
+                if len(found) < number:
+                    found.append(measure(shapes[name]))
+                    write_bytes(partial, json.dumps(done).encode())
+                bar.update()
+            result = now | {"repeats": number}
+            for section, name in work:
+                _, ratios, shapes = sections[section]
+                result.setdefault(section, {})[name] = summary(shapes[name], rounds[f"{section} {name}"][:number], ratios)
+            result["lines"] = lines(result)
+            write_bytes(options.output, (json.dumps(result, indent=1) + "\n").encode())
+    partial.unlink()
     show(result["lines"])
     print(f"\nwritten to {options.output}")
 
