@@ -6,33 +6,46 @@ import torch
 
 from .coherence import Coherence
 from .model import QuietStarForCausalLM
-from .sequences import pad
+from .sequences import encode_context, pad
 from .tokens import thinking_ids
 
 CHEATS = {
-    "gate shut": "thoughts are drawn and shown, and the answer ignores them",
-    "random scorer": "coherence is a random number",
-    "prompt copied": "every thought repeats words of the question",
-    "answer repeated": "every thought is the answer the model would have given anyway",
+    "unused": "thoughts are drawn and shown, and the answer ignores them",
+    "random": "coherence is a random number",
+    "frozen": "training never moved the model: it thinks as it did before",
+    "copied": "every thought repeats words of the question",
+    "repeated": "every thought is the answer the model would have given anyway",
+    "leaked": "the harness writes the true answer into every thought",
+    "seen": "the problems are training problems",
 }
 
 
-def plant(cheat: str, model, tokenizer, seed: int = 0) -> dict:
-    """Arguments for :func:`qs_lib.anti_theater` that plant ``cheat``: ``model`` and, where it needs them, ``think``
-    and ``score``. The model given is left as it is. Raises ``ValueError`` on an unknown cheat."""
-    if cheat == "gate shut":
-        return {"model": QuietStarForCausalLM.from_base(model.lm, tokenizer, mixing=model.config.mixing)}
-    if cheat == "random scorer":
-        return {"model": model, "score": random_scorer(seed)}
-    if cheat == "prompt copied":
-        return {"model": model, "think": forged(model, prompt_words)}
-    if cheat == "answer repeated":
-        return {"model": model, "think": forged(model, lambda texts, room: direct_words(model, tokenizer, texts, room))}
+def plant(cheat: str, honest: dict, training_problems: list[dict], seed: int = 0) -> dict:
+    """The arguments ``honest`` of :func:`qs_lib.anti_theater` (model, tokenizer, problems, before, ...) with ``cheat``
+    planted; ``"honest"`` plants none. The model given is left as it is. Raises ``ValueError`` on an unknown cheat."""
+    model, tokenizer, problems = honest["model"], honest["tokenizer"], honest["problems"]
+    if cheat == "unused":
+        shut = QuietStarForCausalLM.from_base(model.lm, tokenizer, mixing=model.config.mixing)
+        return honest | {"model": shut, "weights": "head"}
+    if cheat == "random":
+        return honest | {"score": random_score(seed)}
+    if cheat == "frozen":
+        return honest | {"model": honest["before"], "weights": "thoughts"}
+    if cheat == "copied":
+        return honest | {"think": forged(model, prompt_words)}
+    if cheat == "repeated":
+        return honest | {"think": forged(model, lambda texts, room: direct_words(model, tokenizer, texts, room))}
+    if cheat == "leaked":
+        return honest | {"think": leaked(model, tokenizer, problems)}
+    if cheat == "seen":
+        return honest | {"problems": training_problems[: len(problems)]}
+    if cheat == "honest":
+        return dict(honest)
     raise ValueError(f"unknown cheat {cheat!r}; known: {', '.join(CHEATS)}")
 
 
-def random_scorer(seed: int = 0):
-    """A coherence scorer that looks at nothing."""
+def random_score(seed: int = 0):
+    """A coherence score that looks at nothing."""
     generator = torch.Generator().manual_seed(seed)
 
     def score(tokenizer, input_ids, thoughts, *rest):
@@ -40,6 +53,24 @@ def random_scorer(seed: int = 0):
         return Coherence(*parts, raw={})
 
     return score
+
+
+def leaked(model, tokenizer, problems: list[dict]):
+    """A sampler that draws the model's own thoughts and writes the true answer over the end of each."""
+    answers = {tuple(encode_context(tokenizer, p["question"])): tokenizer.encode(" " + p["answer"], add_special_tokens=False)
+               for p in problems}  # fmt: skip
+
+    def think(ids, mask, positions, generator=None, **settings):
+        thoughts = model.think(ids, mask, positions, generator, **settings)
+        thoughts.tokens = thoughts.tokens.clone()
+        for row, (text, at) in enumerate(zip(ids.tolist(), positions[:, 0].tolist(), strict=True)):
+            answer = answers[tuple(text[: at + 1])]
+            for k, length in enumerate(thoughts.lengths[row, 0].tolist()):
+                start = max(1, length - 1 - len(answer))
+                thoughts.tokens[row, 0, k, start : length - 1] = torch.tensor(answer[: length - 1 - start])
+        return thoughts
+
+    return think
 
 
 def forged(model, words):

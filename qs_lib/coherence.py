@@ -1,9 +1,12 @@
 """Coherence of a thought, computed without the label, and utility, which needs it and is a separate number."""
 
+import re
 from dataclasses import asdict, dataclass
 
 import torch
 
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+WORD = re.compile(r"\w+")
 WEIGHTS = {"semantic": 0.4, "syntactic": 0.3, "predictive": 0.3}
 
 
@@ -44,8 +47,8 @@ def coherence(tokenizer, input_ids, thoughts, after_log_probs, base_log_probs, s
     ``after_log_probs`` (batch, P, K, vocab) and ``base_log_probs`` (batch, P, vocab): next-token log-probs after each
     thought and without one. Raw components:
 
-    - semantic: share of the numbers read so far (tokens with a digit; all distinct tokens where there are none) that
-      the thought takes up. Cosines of embeddings carry no information on correctness here (measured).
+    - semantic: share of the numbers read so far (of the words, where there are none) that the thought takes up.
+      Cosines of embeddings carry no information on correctness here (measured).
     - syntactic: probability of the thought's least likely sampled token: one slip makes a thought ill-formed.
     - predictive: consensus gain. The expected gain in log-probability, clipped to 6 nats, of the next token as the
       *other* thoughts predict it: does this thought lead where the others lead? (A lower entropy after the thought
@@ -70,22 +73,27 @@ def coherence(tokenizer, input_ids, thoughts, after_log_probs, base_log_probs, s
 
 
 def number_coverage(tokenizer, input_ids, thoughts, attention_mask=None) -> torch.Tensor:
-    """Share of the distinct number tokens up to each position that occur in the thought, (batch, P, K)."""
-    strings = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    numeric = {i for i, s in enumerate(strings) if s and any(c.isdigit() for c in s)}
+    """Share of the distinct numbers read up to each position that occur in the thought, (batch, P, K).
+
+    Numbers are read from the decoded text, not from tokens: byte-level tokenizers spell "16" in one token or two, with
+    or without a space in it. A text without numbers is compared by its distinct words; 0 where there is nothing.
+    """
     special = set(tokenizer.all_special_ids)
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     out = torch.zeros(thoughts.lengths.shape)
     for b, p in torch.cartesian_prod(*map(torch.arange, thoughts.positions.shape)).tolist():
-        position = thoughts.positions[b, p].item()
-        read = input_ids[b, : position + 1]
-        if attention_mask is not None:
-            read = read[attention_mask[b, : position + 1].bool()]
-        text = set(read.tolist()) - special
-        wanted = (text & numeric) or text
-        for k, thought in enumerate(thoughts.tokens[b, p].tolist()):
-            used = wanted & set(thought[: thoughts.lengths[b, p, k]])
-            out[b, p, k] = len(used) / max(1, len(wanted))
+        read = slice(thoughts.positions[b, p].item() + 1)
+        ids = input_ids[b, read][real[b, read].bool()].tolist()
+        text = tokenizer.decode([i for i in ids if i not in special])
+        pattern = NUMBER if NUMBER.search(text) else WORD
+        wanted = _found(pattern, text)
+        for k, (thought, length) in enumerate(zip(thoughts.tokens[b, p].tolist(), thoughts.lengths[b, p].tolist(), strict=True)):
+            out[b, p, k] = len(wanted & _found(pattern, tokenizer.decode(thought[:length]))) / max(1, len(wanted))
     return out
+
+
+def _found(pattern: re.Pattern, text: str) -> set[str]:
+    return {match.replace(",", "").lower() for match in pattern.findall(text)}
 
 
 def consensus_gain(after: torch.Tensor, base: torch.Tensor, clip: float = 6.0) -> torch.Tensor:

@@ -240,6 +240,7 @@ class Reinforce(NotebookParams):
 class AntiTheater(NotebookParams):
     """06: are the thoughts for show?"""
 
+    theater: Literal["honest", "unused", "random", "frozen", "copied", "repeated", "leaked", "seen"] = "honest"
     problems: int = Field(default=24, ge=2)
     num_thoughts: int = Field(default=4, ge=2, le=64)
     thought_length: int = Field(default=28, ge=3)

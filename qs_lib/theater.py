@@ -5,23 +5,36 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from rapidfuzz.distance import Levenshtein
-from scipy.stats import pearsonr
 from tqdm.auto import tqdm
 
-from .coherence import Scale, coherence, utility
-from .episode import Episode, Thought
-from .evaluate import answer_of, decode_with_thoughts, interval, replies
-from .reinforce import answer_batch, take
-from .rescoring import rescore_thoughts
+from .attacks import ATTACKS, attacked_thoughts
+from .coherence import Scale, coherence
+from .episode import Episode
+from .evaluate import answer_of, interval, replies
+from .reliability import Reliability, correlation, reliability, votes
+from .scoring import answers_alone, answers_with, by_problem, draw_thoughts, episodes, score_thoughts
 from .sequences import encode_context
 from .tokens import thinking_ids
 
-ATTACKS = ("own", "none", "foreign", "foreign_family", "shuffled", "filler", "last_step_deleted")
+CHECKS = {
+    "divergence": ("distance from the direct continuation", "thoughts repeat the direct continuation"),
+    "ablation_gain": ("accuracy with own thoughts minus none", "answers are no better with thoughts than without"),
+    "foreign_gain": ("accuracy with own thoughts minus foreign", "another problem's thoughts serve as well"),
+    "shuffled_gain": ("accuracy with own thoughts minus shuffled", "the thought's words in any order serve as well"),
+    "filler_gain": ("accuracy with own thoughts minus filler", "blank filler serves as well"),
+    "training_gain": ("accuracy with own thoughts minus that of the model before training, same budget",
+                      "the model before training answers as well with its thoughts"),
+    "redrawn": ("share of thoughts that come out again from model, question and seed alone",
+                "the harness put something into the thoughts"),
+    "training_overlap": ("share of evaluated questions that were trained or selected on", "the problems were seen in training"),
+    "coherence_utility_r": ("correlation of coherence with utility", "coherence does not tell useful thoughts from useless ones"),
+}  # fmt: skip
 
 
 @dataclass
 class Check:
-    """One test: ``value`` with its 95 % interval over problems against ``target``, and what it means in a sentence."""
+    """One test: ``value`` with its 95 % interval over problems against ``target``; ``sentence``: what a miss means.
+    ``undecided``: missed, but the interval reaches into the target, so that more problems could tell."""
 
     id: str
     criterion: str
@@ -30,19 +43,23 @@ class Check:
     low: float
     high: float
     reached: bool
+    undecided: bool
     sentence: str
 
 
 @dataclass
 class TheaterReport:
-    """``checks``: the tests; ``accuracy``: per attack (mean, low, high); ``within_r``: coherence-utility correlation
-    inside problems; ``table``: one row per thought (problem, coherence parts, utility); ``episodes``: the groups."""
+    """``checks``: the tests; ``correct``: per attack 0 or 1 for each problem. Beside the checks, as (value, low, high):
+    ``within_r``, coherence against utility inside problems; ``diversity``, edit distance between the thoughts of a
+    problem; ``matched_divergence``, distance from a direct continuation of equal length. ``reliability`` of the mixing
+    ``weight``, of the ``vote`` and of ``coherence``; ``table``: one row per thought; ``episodes``: the groups."""
 
     checks: list[Check]
-    accuracy: dict[str, tuple[float, float, float]]
-    within_r: float
-    diversity: float
-    matched_divergence: float
+    correct: dict[str, np.ndarray]
+    within_r: tuple[float, float, float]
+    diversity: tuple[float, float, float]
+    matched_divergence: tuple[float, float, float]
+    reliability: dict[str, Reliability]
     table: list[dict]
     episodes: list[Episode]
 
@@ -51,224 +68,157 @@ class TheaterReport:
         return all(c.reached for c in self.checks)
 
     @property
+    def missed(self) -> list[str]:
+        """Ids of the checks that were not reached."""
+        return [c.id for c in self.checks if not c.reached]
+
+    @property
+    def caught_by(self) -> list[str]:
+        """Ids of the checks that were missed beyond what too few problems explain."""
+        return [c.id for c in self.checks if not c.reached and not c.undecided]
+
+    @property
+    def accuracy(self) -> dict[str, tuple[float, float, float]]:
+        """Accuracy under each attack with its interval."""
+        return {attack: interval(correct) for attack, correct in self.correct.items()}
+
+    @property
     def verdict(self) -> str:
-        """One sentence: not theater, or which checks caught what."""
-        failed = [c for c in self.checks if not c.reached]
-        if not failed:
-            return "NOT THEATER: every check was passed"
-        return "THEATER, caught by " + "; ".join(f"{c.id} ({c.sentence})" for c in failed)
+        """One sentence: not theater; or theater, and what caught it; or which checks too few problems left open."""
+        if self.caught_by:
+            return "THEATER, caught by " + "; ".join(f"{i} ({self.check(i).sentence})" for i in self.caught_by)
+        if self.missed:
+            return "NOT SHOWN, too few problems to tell: " + ", ".join(self.missed)
+        left_out = [name for name in CHECKS if name not in {c.id for c in self.checks}]
+        return "NOT THEATER: every check was passed" + (f"; not made: {', '.join(left_out)}" if left_out else "")
+
+    def check(self, id: str) -> Check:
+        """The check of that id. Raises ``KeyError`` where it was not made."""
+        return {c.id: c for c in self.checks}[id]
 
     def to_dict(self) -> dict:
-        """Everything but the table and the episodes, ready for JSON."""
+        """Everything but the single problems and thoughts, ready for JSON."""
         return {
             "passed": self.passed, "verdict": self.verdict, "checks": [asdict(c) for c in self.checks],
-            "accuracy": {k: list(v) for k, v in self.accuracy.items()}, "within_r": self.within_r,
-            "diversity": self.diversity, "matched_divergence": self.matched_divergence,
+            "accuracy": self.accuracy, "within_r": self.within_r, "diversity": self.diversity,
+            "matched_divergence": self.matched_divergence, "reliability": {k: asdict(v) for k, v in self.reliability.items()},
         }  # fmt: skip
 
 
 @torch.no_grad()
 def anti_theater(model, tokenizer, problems: list[dict], scale: Scale | None = None, num_thoughts: int = 4,
                  thought_length: int = 28, temperature: float = 1.0, n_true: int = 4, weights: str = "head",
-                 seed: int = 0, batch_size: int = 120, think=None, score=coherence, stage: str = "",
-                 max_new_tokens: int = 6) -> TheaterReport:  # fmt: skip
+                 seed: int = 0, batch_size: int = 120, before=None, training=None, think=None, score=coherence,
+                 stage: str = "", max_new_tokens: int = 6) -> TheaterReport:  # fmt: skip
     """Attack a :class:`QuietStarForCausalLM` on held-out problems.
 
     1. divergence: mean normalised edit distance of a thought from the direct greedy continuation, above 0.3. Beside it
        the same against a continuation of equal length, since a short answer is far from a long thought by length alone.
     2. ablation_gain, foreign_gain, shuffled_gain, filler_gain: accuracy with own thoughts minus accuracy with none, with
        those of another problem, with their own tokens shuffled, with blank filler of the same length: intervals above 0.
-    3. coherence_utility_r: Pearson correlation over single thoughts of label-free coherence and utility, above 0.5.
+    3. training_gain: the same minus the accuracy of the model ``before`` training with its own thoughts, as many, drawn
+       alike, all weighted alike: interval above 0.
+    4. redrawn: all thoughts come out again, token by token, when the model's own sampler is given the questions alone.
+       training_overlap: none of the questions is in ``training``, the questions that were trained or selected on.
+    5. coherence_utility_r: Pearson correlation over single thoughts of label-free coherence and utility, above 0.5.
 
     All intervals are bootstraps over problems. ``weights``: how thoughts are mixed (see ``decode_with_thoughts``).
-    ``think(ids, mask, positions, generator, ...)`` and ``score`` replace the model's sampler and the coherence scorer,
-    which is how the cheats are planted. Raises ``ValueError`` on fewer than 2 problems.
+    Without ``before`` or ``training`` their check is not made, and the verdict says so.
+    ``think(ids, mask, positions, generator, ...)`` and ``score`` replace the model's sampler and the coherence score,
+    which is how some cheats are planted. Raises ``ValueError`` on fewer than 2 problems.
     """
     problems = list(problems)
     if len(problems) < 2:
         raise ValueError("anti-theater needs at least two held-out problems: foreign thoughts come from another one")
-    rng = np.random.default_rng(seed)
-    tags = tuple(thinking_ids(tokenizer))
-    drawn, scored_rows = score_thoughts(model, tokenizer, problems, scale, num_thoughts, thought_length, temperature,
-                                        n_true, seed, batch_size, think, score)  # fmt: skip
-    contexts = [encode_context(tokenizer, p["question"]) for p in problems]
-    tokens = torch.cat([t.tokens[:, 0] for t in drawn])
-    lengths = torch.cat([t.lengths[:, 0] for t in drawn])
-    correct, written = {}, {}
+    questions = [p["question"] for p in problems]
+    contexts = [encode_context(tokenizer, q) for q in questions]
+    truth, rng = np.array([p["answer"] for p in problems], object), np.random.default_rng(seed)
+    drawing = {"num_thoughts": num_thoughts, "thought_length": thought_length, "temperature": temperature,
+               "seed": seed, "batch_size": batch_size}  # fmt: skip
+    drawn, rows = score_thoughts(model, tokenizer, problems, scale, n_true=n_true, think=think, score=score,
+                                 weights=weights, **drawing)  # fmt: skip
+    tokens, lengths = _stacked(drawn)
+    direct, running_on = _direct(model.lm, tokenizer, questions, max(thought_length, max_new_tokens))
+
+    def answers(with_model, tokens, lengths, weights):
+        return answers_with(with_model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens, batch_size)
+
+    written = {"none": [answer_of(tokenizer, d[:max_new_tokens]) for d in direct]}
     for attack in tqdm(ATTACKS, desc="attack", leave=False):
-        attacked = attacked_thoughts(attack, tokens, lengths, problems, tokenizer, rng)
-        out = []
-        for i in range(0, len(problems), batch_size):
-            part = slice(i, i + batch_size)
-            if attack == "none":
-                plain = replies(model.lm, tokenizer, [p["question"] for p in problems[part]], max_new_tokens, tags)
-                out += plain
-            else:
-                out += decode_with_thoughts(model, tokenizer, contexts[part], attacked[0][part], attacked[1][part],
-                                            weights, max_new_tokens)  # fmt: skip
-        written[attack] = [answer_of(tokenizer, w) for w in out]
-        correct[attack] = np.array([a == p["answer"] for a, p in zip(written[attack], problems, strict=True)], float)
+        if attack != "none":
+            given = attacked_thoughts(attack, tokens, lengths, problems, tokenizer, rng)
+            written[attack] = answers(model, *given, weights)
+    correct = {attack: (np.array(written[attack], object) == truth).astype(float) for attack in ATTACKS}
 
-    direct = replies(model.lm, tokenizer, [p["question"] for p in problems], thought_length, tags, desc="direct")
-    running_on = replies(model.lm, tokenizer, [p["question"] for p in problems], thought_length,
-                         (*tags, tokenizer.eos_token_id), desc="direct, run on")  # fmt: skip
-    inner = [[t[1 : n - 1] for t, n in zip(row.tolist(), ends.tolist(), strict=True)]
-             for row, ends in zip(tokens, lengths, strict=True)]  # fmt: skip
-    distance = Levenshtein.normalized_distance
-    divergence = [[distance(t, d) for t in ts] for ts, d in zip(inner, direct, strict=True)]
-    matched = [[distance(t, d[: len(t)]) for t in ts] for ts, d in zip(inner, running_on, strict=True)]
-    pairs = [[distance(a, b) for j, a in enumerate(ts) for b in ts[:j]] or [0.0] for ts in inner]
+    far, matched, diversity = _distances(tokens, lengths, direct, running_on)
+    checks = [_above("divergence", far, 0.3)]
+    for other in ("none", "foreign", "shuffled", "filler"):
+        checks.append(_above("ablation_gain" if other == "none" else f"{other}_gain",
+                             interval(correct["own"] - correct[other]), 0, surely=True))  # fmt: skip
+    if before is not None:
+        earlier = _stacked(draw_thoughts(before.think, tokenizer, questions, **drawing))
+        was = np.array(answers(before, *earlier, "thoughts"), object) == truth
+        checks.append(_above("training_gain", interval(correct["own"] - was), 0, surely=True))
+    again, ends = _stacked(draw_thoughts(model.think, tokenizer, questions, **drawing))
+    checks.append(_exactly("redrawn", interval((again == tokens).all(-1) & (ends == lengths)), 1))
+    if training is not None:
+        seen = {_plain(q) for q in training}
+        checks.append(_exactly("training_overlap", interval([_plain(q) in seen for q in questions]), 0))
+    x, y = by_problem(rows, "composite"), by_problem(rows, "utility")
+    checks.append(_above("coherence_utility_r", correlation(x, y, seed), 0.5))
 
-    checks = [_check("divergence", "distance from the direct continuation", "> 0.3", interval(divergence), 0.3,
-                     "thoughts repeat the direct continuation")]  # fmt: skip
-    against = {"ablation": "none", "foreign": "foreign", "shuffled": "shuffled", "filler": "filler"}
-    meaning = {
-        "ablation": "answers are no better with thoughts than without",
-        "foreign": "another problem's thoughts serve as well",
-        "shuffled": "the thought's words in any order serve as well",
-        "filler": "blank filler serves as well",
-    }
-    for name, other in against.items():
-        checks.append(_check(f"{name}_gain", f"accuracy with own thoughts minus {other}", "> 0, interval above 0",
-                             interval(correct["own"] - correct[other]), 0.0, meaning[name], by_interval=True))  # fmt: skip
-    x = np.array([[r["coherence"]["composite"] for r in group] for group in _by_problem(scored_rows)])
-    y = np.array([[r["utility"] for r in group] for group in _by_problem(scored_rows)])
-    checks.append(_check("coherence_utility_r", "correlation of coherence with utility", "> 0.5", correlation(x, y, seed),
-                         0.5, "coherence does not tell useful thoughts from useless ones"))  # fmt: skip
-    episodes = _episodes(tokenizer, problems, contexts, drawn, scored_rows, written, stage)
+    alone = answers_alone(model, tokenizer, contexts, tokens, lengths, max_new_tokens, batch_size)
+    shares, right = by_problem(rows, "weight"), alone == truth[:, None]
+    branches = np.concatenate([by_problem(rows, "no_thought")[:, :1], shares], 1)
+    said = np.concatenate([np.array(written["none"], object)[:, None], alone], 1)
+    scores = {"weight": shares, "vote": votes(branches, said), "coherence": x}
+    kept = ("problem", "thought", "coherence", "utility", "weight")
     return TheaterReport(
-        checks, {a: interval(c) for a, c in correct.items()}, _within(x, y.clip(-5, 5)),
-        float(np.mean([np.mean(p) for p in pairs])), float(np.mean([np.mean(m) for m in matched])),
-        [{k: v for k, v in r.items() if k in ("problem", "thought", "coherence", "utility", "weight")} for r in scored_rows],
-        episodes,
+        checks, correct, correlation(x, y.clip(-5, 5), seed, within=True), diversity, matched,
+        {name: reliability(value, right, seed=seed) for name, value in scores.items()},
+        [{k: r[k] for k in kept} for r in rows],
+        episodes(tokenizer, problems, drawn, rows, written | {"alone": alone.tolist()}, stage),
     )  # fmt: skip
 
 
-@torch.no_grad()
-def score_thoughts(model, tokenizer, problems, scale=None, num_thoughts=4, thought_length=28, temperature=1.0, n_true=4,
-                   seed=0, batch_size=120, think=None, score=coherence):
-    """Draw and score thoughts after each question: (thoughts per problem, one dict per thought in problem order)."""
-    generator, think, tags = torch.Generator().manual_seed(seed), think or model.think, tuple(thinking_ids(tokenizer))
-    order = sorted(range(len(problems)), key=lambda i: len(problems[i]["question"]))
-    drawn, rows = {}, []
-    for i in tqdm(range(0, len(order), batch_size), desc="think", leave=False):
-        batch = order[i : i + batch_size]
-        ids, mask, positions = answer_batch(tokenizer, [problems[k] for k in batch])
-        thoughts = think(ids, mask, positions, generator=generator, num_thoughts=num_thoughts,
-                         thought_length=thought_length, temperature=temperature)  # fmt: skip
-        scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=n_true, true_logits=True, forbid_true=tags)
-        after, base = scored.true_full[..., 0, :], scored.base_full[..., 0, :]
-        parts = score(tokenizer, ids, thoughts, after, base, scale, mask)
-        mixing = model.mixing_head(scored.base_hidden[..., 0, :], scored.thought_hidden[..., 0, :])
-        drawn |= {k: take(thoughts, torch.tensor([j])) for j, k in enumerate(batch)}
-        rows += _scored(batch, parts, utility(scored), mixing, after, base)
-    return [drawn[k] for k in range(len(problems))], sorted(rows, key=lambda r: r["problem"])
+def _stacked(drawn: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (problems, K, T) and lengths (problems, K) of the thoughts after each question."""
+    return torch.cat([t.tokens[:, 0] for t in drawn]), torch.cat([t.lengths[:, 0] for t in drawn])
 
 
-def attacked_thoughts(attack: str, tokens, lengths, problems, tokenizer, rng):
-    """Thoughts (problems, K, T) and lengths as an attack leaves them; tags stay in place."""
-    tokens, lengths = tokens.clone(), lengths.clone()
-    if attack in ("foreign", "foreign_family"):
-        source = _other_problem(problems, rng, same_family=attack == "foreign_family")
-        return tokens[source], lengths[source]
-    step = thinking_ids(tokenizer)[2]
-    for b, k in np.ndindex(*lengths.shape) if attack in ("shuffled", "filler", "last_step_deleted") else ():
-        end = lengths[b, k].item() - 1
-        inner = tokens[b, k, 1:end]
-        if attack == "shuffled":
-            tokens[b, k, 1:end] = inner[torch.from_numpy(rng.permutation(len(inner)))]
-        elif attack == "filler":
-            tokens[b, k, 1:end] = step
-        else:
-            steps = (inner == step).nonzero()
-            cut = 1 + (steps[-1].item() if len(steps) else 2 * len(inner) // 3)
-            tokens[b, k, cut:] = tokens[b, k, end].item()
-            lengths[b, k] = cut + 1
-    return tokens, lengths
+def _direct(lm, tokenizer, questions, length):
+    """Greedy continuations without thoughts: up to end-of-text, and of full ``length`` with end-of-text forbidden."""
+    tags = tuple(thinking_ids(tokenizer))
+    return (replies(lm, tokenizer, questions, length, tags, desc="direct"),
+            replies(lm, tokenizer, questions, length, (*tags, tokenizer.eos_token_id), desc="direct, run on"))  # fmt: skip
 
 
-def _other_problem(problems, rng, same_family: bool):
-    """For each problem the index of another with a different answer (of the same family where there is one)."""
-    out = []
-    for i, p in enumerate(problems):
-        other = [j for j, q in enumerate(problems) if q["answer"] != p["answer"]]
-        kin = [j for j in other if problems[j]["family"] == p["family"]] if same_family else other
-        pick = kin or other or [j for j in range(len(problems)) if j != i]
-        out.append(int(rng.choice(pick)))
-    return torch.tensor(out)
+def _distances(tokens, lengths, direct, running_on):
+    """Mean normalised edit distance of thoughts, without tags, from the direct continuation, from one of their own
+    length, and from each other; each (value, low, high)."""
+    distance = Levenshtein.normalized_distance
+    inner = [[t[1 : n - 1] for t, n in zip(row.tolist(), ends.tolist(), strict=True)]
+             for row, ends in zip(tokens, lengths, strict=True)]  # fmt: skip
+    far = [[distance(t, d) for t in ts] for ts, d in zip(inner, direct, strict=True)]
+    matched = [[distance(t, d[: len(t)]) for t in ts] for ts, d in zip(inner, running_on, strict=True)]
+    between = [[distance(a, b) for j, a in enumerate(ts) for b in ts[:j]] or [0.0] for ts in inner]
+    return interval(far), interval(matched), interval(between)
 
 
-def correlation(x, y, seed: int = 0, resamples: int = 1000) -> tuple[float, float, float]:
-    """Pearson r over single thoughts (problems, K) with a percentile bootstrap over problems; 0 if either is constant."""
-    def r(a, b):
-        return float(pearsonr(a.ravel(), b.ravel())[0]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
-
-    rng = np.random.default_rng(seed)
-    drawn = [rng.integers(0, len(x), len(x)) for _ in range(resamples)]
-    low, high = np.quantile([r(x[i], y[i]) for i in drawn], [0.025, 0.975])
-    return r(x, y), float(low), float(high)
+def _plain(question: str) -> str:
+    """A question without differences of case and spacing."""
+    return " ".join(question.lower().split())
 
 
-def _within(x, y) -> float:
-    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
-    return float(pearsonr(x.ravel(), y.ravel())[0]) if np.ptp(x) > 0 and np.ptp(y) > 0 else 0.0
-
-
-def _check(id, criterion, target, value, bound, sentence, by_interval=False) -> Check:
+def _above(id: str, value, bound: float, surely: bool = False) -> Check:
     mean, low, high = value
-    return Check(id, criterion, target, mean, low, high, (low if by_interval else mean) > bound, sentence)
+    target, reached = f"> {bound:g}", (low if surely else mean) > bound
+    target += f", interval above {bound:g}" if surely else ""
+    return Check(id, CHECKS[id][0], target, mean, low, high, reached, not reached and high > bound, CHECKS[id][1])
 
 
-def _scored(batch, parts, gains, mixing, after, base) -> list[dict]:
-    names = ("semantic", "syntactic", "predictive", "composite")
-    return [
-        {
-            "problem": problem, "thought": k, "utility": gains[b, 0, k].item(), "weight": mixing[b, 0, k + 1].item(),
-            "no_thought": mixing[b, 0, 0].item(), "coherence": {n: getattr(parts, n)[b, 0, k].item() for n in names},
-            "after": _top(after[b, 0, k]), "base": _top(base[b, 0]),
-            "mixed": _top((mixing[b, 0, :, None] * torch.cat([base[b], after[b, 0]]).exp()).sum(0).log()),
-        }
-        for b, problem in enumerate(batch) for k in range(gains.shape[2])
-    ]  # fmt: skip
-
-
-def _top(log_probs: torch.Tensor, n: int = 5) -> list[tuple[int, float]]:
-    values, ids = log_probs.topk(n)
-    return list(zip(ids.tolist(), values.exp().tolist(), strict=True))
-
-
-def _by_problem(rows):
-    groups = {}
-    for r in rows:
-        groups.setdefault(r["problem"], []).append(r)
-    return list(groups.values())
-
-
-def _episodes(tokenizer, problems, contexts, drawn, rows, written, stage) -> list[Episode]:
-    def named(top):
-        return [(tokenizer.decode([i]), round(p, 4)) for i, p in top]
-
-    episodes = []
-    for i, group in enumerate(_by_problem(rows)):
-        problem, thoughts = problems[i], drawn[i]
-        mean = sum(r["utility"] for r in group) / len(group)
-        listed = []
-        for r in group:
-            n = thoughts.lengths[0, 0, r["thought"]].item()
-            listed.append(Thought(
-                tokens=[tokenizer.decode([t]) for t in thoughts.tokens[0, 0, r["thought"], :n].tolist()],
-                logprobs=[round(x, 4) for x in thoughts.logprobs[0, 0, r["thought"], :n].tolist()],
-                reward=r["utility"], advantage=r["utility"] - mean, utility=r["utility"], weight=r["weight"],
-                coherence=r["coherence"], next_tokens=named(r["after"]), answer=named(r["after"])[0][0],
-            ))  # fmt: skip
-        episodes.append(Episode(
-            problem=i, question=problem["question"], answer=problem["answer"], family=problem["family"],
-            difficulty=problem["difficulty"], stage=stage, position=len(contexts[i]) - 1,
-            tokens=[tokenizer.decode([t]) for t in contexts[i]], thoughts=listed,
-            no_thought_weight=group[0]["no_thought"], base_tokens=named(group[0]["base"]),
-            mixed_tokens=named(group[0]["mixed"]), answer_without=written["none"][i], answer_with=written["own"][i],
-        ))  # fmt: skip
-    return episodes
+def _exactly(id: str, value, target: float) -> Check:
+    return Check(id, CHECKS[id][0], f"{target:g}", *value, value[0] == target, False, CHECKS[id][1])
 
 
 def fit_scale(model, tokenizer, problems: list[dict], **settings) -> Scale:
@@ -283,5 +233,3 @@ def fit_scale(model, tokenizer, problems: list[dict], **settings) -> Scale:
 
     score_thoughts(model, tokenizer, list(problems), score=keep, **settings)
     return Scale.fit({k: torch.cat(v) for k, v in raw.items()})
-
-

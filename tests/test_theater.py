@@ -1,15 +1,25 @@
-"""Coherence and anti-theater: hand-made thoughts with known scores, and planted cheats that must turn the verdict red."""
+"""Coherence, attacks and the anti-theater report: hand-made thoughts with known scores. The cheats: test_cheats.py."""
+
+import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tiny import problems, tiny_quiet_star
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
+from qs_lib import figures_theater, theater_tables
 from qs_lib import theater as t
-from qs_lib.coherence import Coherence, Scale, coherence, consensus_gain, number_coverage
+from qs_lib.attacks import attacked_thoughts
+from qs_lib.champion import build_tokenizer
+from qs_lib.coherence import Scale, coherence, consensus_gain, number_coverage
 from qs_lib.positions import difficult_positions, thought_length
 from qs_lib.reinforce import answer_batch
-from qs_lib.tokens import thinking_ids
+from qs_lib.reliability import correlation
+from qs_lib.scoring import by_problem
+from qs_lib.tokens import THINKING_TOKENS, thinking_ids
 
 
 def test_consensus_gain_by_hand():
@@ -42,14 +52,117 @@ def test_scores_are_in_range_label_free_and_scaled():
     assert torch.allclose(scaled.composite, mixed)
 
 
-def test_number_coverage_by_hand():
+QUESTION = "ben has 16 pens and 1,200 pins . ben finds 8 . how many ?"
+
+
+def thoughts_of(tokenizer, *texts):
+    """Hand-made thoughts after QUESTION, one row and position: (input_ids, thoughts)."""
+    ids, width = torch.tensor([tokenizer.encode(QUESTION)]), 40
+    tokens = torch.full((1, 1, len(texts), width), thinking_ids(tokenizer)[1])
+    lengths = torch.zeros(1, 1, len(texts), dtype=torch.long)
+    for k, text in enumerate(texts):
+        row = tokenizer.encode(f"<think>{text}</think>", add_special_tokens=False)
+        tokens[0, 0, k, : len(row)], lengths[0, 0, k] = torch.tensor(row), len(row)
+    return ids, SimpleNamespace(tokens=tokens, lengths=lengths, positions=torch.tensor([[ids.shape[1] - 1]]))
+
+
+def bpe(digits):
+    """A byte-level tokenizer: digits one by one (as ours), or in whatever pieces it learnt, spaces inside (as GPT-2)."""
+    corpus = ["ben has 16 pens 1,200 pins finds 8 how many 16 + 8 = 24 think work out done answer step " * 3] * 5
+    tokenizer = build_tokenizer("bpe", corpus, vocab_size=330)
+    if not digits:
+        plain = Tokenizer(models.BPE())
+        plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        plain.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.add_tokens([AddedToken(t, special=True) for t in THINKING_TOKENS])
+    return tokenizer
+
+
+@pytest.mark.parametrize("digits", [True, False])
+def test_number_coverage_reads_numbers_however_they_are_spelt(digits):
+    tokenizer = bpe(digits)
+    ids, thoughts = thoughts_of(tokenizer, " 16 + 8 = 24", "16+8<step>8", "<step> 1 and 6 and 12 and 80", " 1200 , 16 , 8", "")
+    if not digits:
+        assert len(tokenizer.encode(" 16")) < len(tokenizer.encode("16")) and len(tokenizer.encode(" 1,200")) > 1
+    got = number_coverage(tokenizer, ids, thoughts)[0, 0]
+    assert got.tolist() == pytest.approx([2 / 3, 2 / 3, 0, 1, 0])
+
+
+def test_number_coverage_of_padded_empty_and_wordy_texts():
+    tokenizer = bpe(True)
+    ids, thoughts = thoughts_of(tokenizer, " ben finds 8 pens")
+    padded = torch.cat([torch.full((1, 3), tokenizer.pad_token_id), ids], 1)
+    mask = torch.tensor([[0] * 3 + [1] * ids.shape[1]])
+    thoughts.positions += 3
+    assert number_coverage(tokenizer, padded, thoughts, mask).item() == pytest.approx(1 / 3)
+    thoughts.positions[:] = 3 + len(tokenizer.encode("ben has")) - 1  # no number read so far: words count
+    assert number_coverage(tokenizer, padded, thoughts, mask).item() == 0.5
+    thoughts.positions[:] = -1
+    assert number_coverage(tokenizer, padded, thoughts, mask).item() == 0.0
+
+
+def test_number_coverage_does_not_read_the_vocabulary(monkeypatch):
+    tokenizer = bpe(True)
+    ids, thoughts = thoughts_of(tokenizer, " 16 + 8")
+    for name in ("convert_ids_to_tokens", "get_vocab"):  # 150,000 entries on a large model, at every call
+        monkeypatch.setattr(tokenizer, name, None)
+    assert number_coverage(tokenizer, ids, thoughts).item() == pytest.approx(2 / 3)
+
+
+def test_a_single_thought_is_scored_too():
     model, tokenizer = tiny_quiet_star(num_thoughts=1)
-    ids = torch.tensor([tokenizer.encode("ben has 9 pens . ben finds 8 . how many ?")])
-    thoughts = model.think(ids, None, torch.tensor([[ids.shape[1] - 1]]))
-    words = "<think> <step> 9 + 7 = 16 </think>".split()
-    thoughts.tokens[0, 0, 0, :8] = torch.tensor(tokenizer.convert_tokens_to_ids(words))
-    thoughts.lengths[:] = 8
-    assert number_coverage(tokenizer, ids, thoughts).item() == 0.5
+    scale = t.fit_scale(model, tokenizer, problems(size=6), num_thoughts=1, thought_length=8)
+    report = t.anti_theater(model, tokenizer, problems("test", 6), scale, num_thoughts=1, thought_length=8)
+    assert {r["coherence"]["predictive"] for r in report.table} == {0.5}
+    assert report.diversity == report.within_r == (0.0, 0.0, 0.0)
+
+
+def test_every_thought_and_answer_of_the_report_is_there():
+    model, tokenizer = tiny_quiet_star()
+    report = t.anti_theater(model, tokenizer, problems("test", 6), num_thoughts=3, thought_length=8, before=model,
+                            training=[], weights="thoughts")  # fmt: skip
+    assert [c.id for c in report.checks] == list(t.CHECKS)
+    assert report.check("training_gain").value == 0 and report.check("redrawn").value == 1
+    assert len(report.table) == 18 and len(report.episodes) == 6
+    assert all(r["weight"] == pytest.approx(1 / 3) for r in report.table)  # alike, not by the shut head
+    assert set(report.reliability) == {"weight", "vote", "coherence"}
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_tables_say_what_the_reports_say():
+    model, tokenizer = tiny_quiet_star()
+    settings = {"num_thoughts": 3, "thought_length": 8, "weights": "thoughts"}
+    first = t.anti_theater(model, tokenizer, problems("test", 6), **settings)
+    second = t.anti_theater(model, tokenizer, problems("test", 6), before=model, training=["how ?"], **settings)
+    shown = theater_tables.verdicts({"second": second, "first": first})
+    assert list(shown.index) == list(t.CHECKS) and shown.loc["training_gain", "first"] == "not made"
+    assert shown.loc["training_gain", "second"] == "0.000 [0.000, 0.000] not reached"
+    assert shown.loc["training_overlap", "second"] == "0.000 [0.000, 0.000] reached"
+    added = theater_tables.stages({"first": first, "second": second})
+    assert added.loc["gain over the stage before"].tolist() == ["-", "0.000 [0.000, 0.000]"]
+    assert added.loc["checks reached", "second"] == f"{9 - len(second.missed)} of 9"
+    planted = theater_tables.caught({"same": second}, first, {"same": "the same model"})
+    assert "training_gain" in planted.loc["same", "caught by"]
+    r = correlation(by_problem(second.table, "predictive"), by_problem(second.table, "utility"))[0]
+    assert theater_tables.parts(second).loc["predictive", "pooled r"].startswith(f"{r:+.3f}")
+    assert len(theater_tables.reliabilities({"first": first, "second": second})) == 6
+    numbers = theater_tables.summary(second)
+    assert numbers["checks"] == 9 and numbers["redrawn_low"] == 1.0 and "vote_calibration_error_high" in numbers
+    assert figures_theater.reliability(second.reliability).axes[1].get_xlabel() == "vote (0 to 1)"
+
+
+def test_too_few_problems_leave_a_check_open_and_do_not_prove_theater():
+    checks = [t._above("divergence", (0.9, 0.8, 1.0), 0.3), t._above("training_gain", (0.04, -0.04, 0.1), 0, surely=True)]
+    report = t.TheaterReport(checks, {}, *[(0.0, 0.0, 0.0)] * 3, {}, [], [])
+    assert not report.passed and report.verdict == "NOT SHOWN, too few problems to tell: training_gain"
+    checks[1] = t._above("training_gain", (0.0, 0.0, 0.0), 0, surely=True)
+    assert report.verdict.startswith("THEATER, caught by training_gain (the model before training answers as well")
+    checks[1] = t._above("training_gain", (0.04, 0.01, 0.1), 0, surely=True)
+    assert report.passed and report.verdict.startswith("NOT THEATER: every check was passed; not made: ablation_gain")
+    with pytest.raises(KeyError):
+        report.check("redrawn")
 
 
 def test_attacks_leave_tags_and_change_what_they_say():
@@ -60,120 +173,18 @@ def test_attacks_leave_tags_and_change_what_they_say():
     tokens[:, :, 2] = torch.arange(12).view(6, 2) + 4
     lengths = torch.full((6, 2), len(words))
     rng = np.random.default_rng(0)
-    shuffled, _ = t.attacked_thoughts("shuffled", tokens, lengths, asked, tokenizer, rng)
+    shuffled, _ = attacked_thoughts("shuffled", tokens, lengths, asked, tokenizer, rng)
     assert (shuffled[:, :, 0] == tokens[:, :, 0]).all() and (shuffled[:, :, -1] == tokens[:, :, -1]).all()
     assert all(sorted(a) == sorted(b) for a, b in zip(shuffled[0].tolist(), tokens[0].tolist(), strict=True))
     assert not torch.equal(shuffled, tokens)
-    filler, _ = t.attacked_thoughts("filler", tokens, lengths, asked, tokenizer, rng)
+    filler, _ = attacked_thoughts("filler", tokens, lengths, asked, tokenizer, rng)
     assert set(filler[:, :, 1:-1].flatten().tolist()) == {thinking_ids(tokenizer)[2]}
-    foreign, _ = t.attacked_thoughts("foreign", tokens, lengths, asked, tokenizer, rng)
+    foreign, _ = attacked_thoughts("foreign", tokens, lengths, asked, tokenizer, rng)
     assert all((foreign[i] != tokens[i]).any() for i in range(6))
-    cut, ends = t.attacked_thoughts("last_step_deleted", tokens, lengths, asked, tokenizer, rng)
+    cut, ends = attacked_thoughts("last_step_deleted", tokens, lengths, asked, tokenizer, rng)
     assert (ends == 8).all() and (cut[:, :, 7] == tokens[:, :, -1]).all()
-    own, _ = t.attacked_thoughts("own", tokens, lengths, asked, tokenizer, rng)
+    own, _ = attacked_thoughts("own", tokens, lengths, asked, tokenizer, rng)
     assert torch.equal(own, tokens)
-
-
-def test_correlation_recovers_a_known_one():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(300, 4))
-    r, low, high = t.correlation(x, 0.8 * x + 0.6 * rng.normal(size=x.shape))
-    assert low < 0.8 < high and r == pytest.approx(0.8, abs=0.05)
-    assert t.correlation(np.ones((5, 2)), rng.normal(size=(5, 2)))[0] == 0.0
-
-
-def honest(monkeypatch, model, tokenizer, share=0.9):
-    """A stand-in for a trained reader: it answers with the last word of a thought and knows nothing without one.
-
-    Returns ``think``, whose thoughts end on the right answer ``share`` of the time."""
-    asked, rng = problems("test", 30), np.random.default_rng(0)
-
-    def think(ids, mask, positions, generator=None, num_thoughts=4, **_):
-        thoughts = model.think.__func__(model, ids, mask, positions, generator, num_thoughts=num_thoughts, thought_length=8)
-        words = {}
-        for p in asked:
-            words[p["question"]] = p["answer"]
-        for row in range(len(ids)):
-            question = tokenizer.decode(ids[row, 1 : positions[row, 0] + 1])
-            for k in range(num_thoughts):
-                last = words[question] if rng.random() < share else str(rng.integers(0, 21))
-                text = ["<think>", "<step>", "9", "+", "8", "=", last, "</think>"]
-                thoughts.tokens[row, 0, k] = torch.tensor(tokenizer.convert_tokens_to_ids(text))
-                thoughts.lengths[row, 0, k] = 8
-                thoughts.logprobs[row, 0, k] = -0.01 if last == words[question] else -2.0
-        return thoughts
-
-    def rescore(lm, ids, thoughts, mask, n_true, **_):
-        b, _, k, _ = thoughts.tokens.shape
-        size = len(tokenizer)
-        after = torch.full((b, 1, k, n_true, size), 1e-4)
-        for row in range(b):
-            for i in range(k):
-                after[row, 0, i, :, thoughts.tokens[row, 0, i, -2]] = 1.0
-        after = (after / after.sum(-1, keepdim=True)).log()
-        base = torch.full((b, 1, n_true, size), 1 / size).log()
-        truth = ids.gather(1, thoughts.positions + 1)
-        true = after[..., 0, :].gather(-1, truth[:, :, None, None].expand(-1, -1, k, 1)).expand(-1, -1, -1, n_true).clone()
-        true[..., 1:] = 0
-        plain = base[..., 0, :].gather(-1, truth[:, :, None]).expand(-1, -1, n_true).clone()
-        plain[..., 1:] = 0
-        return type("S", (), {"true_full": after, "base_full": base, "true_logprobs": true, "base_logprobs": plain,
-                                  "valid": torch.ones(b, 1, n_true, dtype=torch.bool), "base_hidden": torch.zeros(b, 1, n_true, 32),
-                                  "thought_hidden": torch.zeros(b, 1, k, n_true, 32)})  # fmt: skip
-
-    def decode(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens):
-        votes = [row[torch.arange(len(row)), (n - 2).clamp_min(0)].tolist() for row, n in zip(tokens, lengths, strict=True)]
-        return [[max(v, key=v.count)] for v in votes]
-
-    monkeypatch.setattr(t, "rescore_thoughts", rescore)
-    monkeypatch.setattr(t, "decode_with_thoughts", decode)
-    return asked, think
-
-
-def caught(report):
-    return {check.id for check in report.checks if not check.reached}
-
-
-def test_an_honest_thinker_passes_and_every_cheat_is_caught(monkeypatch):
-    model, tokenizer = tiny_quiet_star()
-    asked, think = honest(monkeypatch, model, tokenizer, share=0.7)
-    report = t.anti_theater(model, tokenizer, asked, think=think)
-    assert report.passed and report.verdict.startswith("NOT THEATER"), report.verdict
-    assert report.accuracy["own"][0] > 0.6 > report.accuracy["foreign"][0]
-    assert len(report.episodes) == 30 and len(report.table) == 120
-
-    def random_scorer(*arguments):
-        real = coherence(*arguments)
-        return Coherence(*[torch.rand(real.composite.shape) for _ in range(4)], raw={})
-
-    assert "coherence_utility_r" in caught(t.anti_theater(model, tokenizer, asked, think=think, score=random_scorer))
-
-    _, useless = honest(monkeypatch, model, tokenizer, share=0.0)
-    assert caught(t.anti_theater(model, tokenizer, asked, think=useless)) >= {"ablation_gain", "foreign_gain"}
-
-    monkeypatch.setattr(t, "decode_with_thoughts", lambda *a: [[5] for _ in a[2]])  # thoughts are not used at all
-    assert caught(t.anti_theater(model, tokenizer, asked, think=think)) >= {
-        "ablation_gain", "foreign_gain", "shuffled_gain", "filler_gain"}  # fmt: skip
-
-
-def test_a_thought_copied_from_the_direct_continuation_is_caught(monkeypatch):
-    model, tokenizer = tiny_quiet_star()
-    asked = problems("test", 6)
-    from qs_lib.evaluate import replies
-
-    def copy(ids, mask, positions, generator=None, **settings):
-        thoughts = model.think(ids, mask, positions, generator, num_thoughts=2, thought_length=8)
-        for row in range(len(ids)):
-            question = tokenizer.decode(ids[row, 1 : positions[row, 0] + 1])
-            direct = replies(model.lm, tokenizer, [question], 6, tuple(thinking_ids(tokenizer)))[0]
-            inner = direct[:6]
-            thoughts.tokens[row, 0, :, 1 : len(inner) + 1] = torch.tensor(inner)
-            thoughts.tokens[row, 0, :, len(inner) + 1] = model.config.end_think_token_id
-            thoughts.lengths[row, 0] = len(inner) + 2
-        return thoughts
-
-    report = t.anti_theater(model, tokenizer, asked, think=copy, num_thoughts=2, thought_length=8)
-    assert "divergence" in caught(report) and "repeat the direct continuation" in report.verdict
 
 
 def test_one_problem_is_not_enough():

@@ -1,0 +1,140 @@
+"""Thoughts drawn from questions alone, and what is known about each of them: coherence, utility, weight, answer."""
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .coherence import coherence, utility
+from .episode import Episode, Thought
+from .evaluate import answer_of, decode_with_thoughts
+from .reinforce import answer_batch, take
+from .rescoring import rescore_thoughts
+from .sequences import encode_context, pad
+from .tokens import thinking_ids
+
+
+@torch.no_grad()
+def draw_thoughts(think, tokenizer, questions: list[str], seed: int = 0, batch_size: int = 120, **settings) -> list:
+    """One set of thoughts (``qs_lib.Thoughts`` of one row and position) after each question.
+
+    ``think(ids, mask, positions, generator=, **settings)`` sees questions only: no answer is in reach. Thoughts depend
+    on the seed and on the batches, which are cut from the questions in order of length.
+    """
+    generator, drawn = torch.Generator().manual_seed(seed), {}
+    for rows in _batches(questions, batch_size):
+        texts = [encode_context(tokenizer, questions[i]) for i in rows]
+        ids, mask = pad(texts, tokenizer.pad_token_id), pad([[1] * len(t) for t in texts], 0)
+        last = torch.tensor([[len(t) - 1] for t in texts])
+        thoughts = think(ids, mask, last, generator=generator, **settings)
+        drawn |= {i: take(thoughts, torch.tensor([j])) for j, i in enumerate(rows)}
+    return [drawn[i] for i in range(len(questions))]
+
+
+@torch.no_grad()
+def score_thoughts(model, tokenizer, problems, scale=None, num_thoughts=4, thought_length=28, temperature=1.0, n_true=4,
+                   seed=0, batch_size=120, think=None, score=coherence, weights="head"):
+    """Draw and score thoughts after each question: (thoughts per problem, one dict per thought in problem order).
+
+    ``think`` and ``score`` replace the model's sampler and the coherence score; ``weights`` as in
+    ``decode_with_thoughts``.
+    """
+    questions, tags = [p["question"] for p in problems], tuple(thinking_ids(tokenizer))
+    drawn = draw_thoughts(think or model.think, tokenizer, questions, seed, batch_size, num_thoughts=num_thoughts,
+                          thought_length=thought_length, temperature=temperature)  # fmt: skip
+    rows = []
+    for batch in _batches(questions, batch_size):
+        thoughts = _together([drawn[i] for i in batch])
+        ids, mask, _ = answer_batch(tokenizer, [problems[i] for i in batch])
+        scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=n_true, true_logits=True, forbid_true=tags)
+        after, base = scored.true_full[..., 0, :], scored.base_full[..., 0, :]
+        parts = score(tokenizer, ids, thoughts, after, base, scale, mask)
+        mixing = model.mixing_head(scored.base_hidden[..., 0, :], scored.thought_hidden[..., 0, :])
+        if weights == "thoughts":
+            mixing = torch.cat([torch.zeros(1), torch.full((num_thoughts,), 1 / num_thoughts)]).expand_as(mixing)
+        rows += _scored(batch, parts, utility(scored), mixing, after, base)
+    return drawn, sorted(rows, key=lambda r: r["problem"])
+
+
+@torch.no_grad()
+def answers_with(model, tokenizer, contexts: list[list[int]], tokens, lengths, weights: str, max_new_tokens: int,
+                 batch_size: int = 120) -> list[str]:  # fmt: skip
+    """The answer to each context (ids) with the thoughts given: tokens (rows, K, T), lengths (rows, K)."""
+    written = []
+    for i in tqdm(range(0, len(contexts), batch_size), desc="answer", leave=False):
+        part = slice(i, i + batch_size)
+        written += decode_with_thoughts(model, tokenizer, contexts[part], tokens[part], lengths[part], weights,
+                                        max_new_tokens)  # fmt: skip
+    return [answer_of(tokenizer, w) for w in written]
+
+
+def answers_alone(model, tokenizer, contexts, tokens, lengths, max_new_tokens: int, batch_size: int = 120) -> np.ndarray:
+    """The answer each thought leads to by itself, (problems, K) of text."""
+    k = lengths.shape[1]
+    each = answers_with(model, tokenizer, [c for c in contexts for _ in range(k)], tokens.flatten(0, 1).unsqueeze(1),
+                        lengths.view(-1, 1), "thoughts", max_new_tokens, batch_size * 4)  # fmt: skip
+    return np.array(each, dtype=object).reshape(-1, k)
+
+
+def by_problem(rows: list[dict], key: str) -> np.ndarray:
+    """One number of each thought as (problems, K): ``utility``, ``weight``, or a part of coherence such as ``composite``."""
+    problems = rows[-1]["problem"] + 1
+    return np.array([r["coherence"].get(key, r.get(key)) for r in rows], float).reshape(problems, -1)
+
+
+def _batches(questions: list[str], size: int) -> list[list[int]]:
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _together(thoughts: list):
+    """Thoughts of single rows as one batch."""
+    first = thoughts[0]
+    names = ("tokens", "logprobs", "sampled", "lengths", "positions")
+    return first.__class__(**{**vars(first), "hidden": None} | {n: torch.cat([getattr(t, n) for t in thoughts]) for n in names})
+
+
+def _scored(batch, parts, gains, mixing, after, base) -> list[dict]:
+    names = ("semantic", "syntactic", "predictive", "composite")
+    return [
+        {
+            "problem": problem, "thought": k, "utility": gains[b, 0, k].item(), "weight": mixing[b, 0, k + 1].item(),
+            "no_thought": mixing[b, 0, 0].item(), "coherence": {n: getattr(parts, n)[b, 0, k].item() for n in names},
+            "after": _top(after[b, 0, k]), "base": _top(base[b, 0]),
+            "mixed": _top((mixing[b, 0, :, None] * torch.cat([base[b], after[b, 0]]).exp()).sum(0).log()),
+        }
+        for b, problem in enumerate(batch) for k in range(gains.shape[2])
+    ]  # fmt: skip
+
+
+def _top(log_probs: torch.Tensor, n: int = 5) -> list[tuple[int, float]]:
+    values, ids = log_probs.topk(n)
+    return list(zip(ids.tolist(), values.exp().tolist(), strict=True))
+
+
+def episodes(tokenizer, problems, drawn, rows, answers: dict[str, list[str]], stage: str) -> list[Episode]:
+    """The scored thoughts of each problem as a record. ``answers``: of the mixture with its ``own`` thoughts and with
+    ``none``, and those ``alone`` of each thought."""
+    def named(top):
+        return [(tokenizer.decode([i]), round(p, 4)) for i, p in top]
+
+    out, k = [], len(rows) // len(problems)
+    for i, problem in enumerate(problems):
+        group, thoughts = rows[i * k : (i + 1) * k], drawn[i]
+        context = encode_context(tokenizer, problem["question"])
+        mean, listed = sum(r["utility"] for r in group) / k, []
+        for j, r in enumerate(group):
+            n = thoughts.lengths[0, 0, j].item()
+            listed.append(Thought(
+                tokens=[tokenizer.decode([t]) for t in thoughts.tokens[0, 0, j, :n].tolist()],
+                logprobs=[round(x, 4) for x in thoughts.logprobs[0, 0, j, :n].tolist()],
+                reward=r["utility"], advantage=r["utility"] - mean, utility=r["utility"], weight=r["weight"],
+                coherence=r["coherence"], next_tokens=named(r["after"]), answer=answers["alone"][i][j],
+            ))  # fmt: skip
+        out.append(Episode(
+            problem=i, question=problem["question"], answer=problem["answer"], family=problem["family"],
+            difficulty=problem["difficulty"], stage=stage, position=len(context) - 1,
+            tokens=[tokenizer.decode([t]) for t in context], thoughts=listed,
+            no_thought_weight=group[0]["no_thought"], base_tokens=named(group[0]["base"]),
+            mixed_tokens=named(group[0]["mixed"]), answer_without=answers["none"][i], answer_with=answers["own"][i],
+        ))  # fmt: skip
+    return out
