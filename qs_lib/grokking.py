@@ -10,7 +10,7 @@ from torch import nn
 from .experiments import difference, repeat
 
 MODULUS = 47
-SETTINGS = {"steps": 3000, "lr": 3e-3, "weight_decay": 0.3, "every": 50}
+SETTINGS = {"steps": 3000, "lr": 3e-3, "weight_decay": 1.0, "every": 50}
 LAMBDA, ALPHA, MOMENTUM = 2.0, 0.98, 0.9  # the authors' own filter, ten times as strong as in baking
 
 
