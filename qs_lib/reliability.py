@@ -11,12 +11,13 @@ import numpy as np
 @dataclass
 class Reliability:
     """``bins``: per bin of the score its mean ``score``, the share ``right`` with ``low`` and ``high``, and the
-    ``count`` of thoughts; ``error``: expected calibration error; ``preference``: see :func:`reliability`. The last two
-    as (value, low, high)."""
+    ``count`` of thoughts; ``error``: expected calibration error; ``preference``: see :func:`reliability`, both as
+    (value, low, high); ``disputed``: number of problems with right and wrong thoughts, which alone make it."""
 
     bins: list[dict]
     error: tuple[float, float, float]
     preference: tuple[float, float, float]
+    disputed: int
 
 
 def correlation(x, y, seed: int = 0, resamples: int = 1000, within: bool = False) -> tuple[float, float, float]:
@@ -65,7 +66,8 @@ def reliability(score, right, bins: int = 10, seed: int = 0, resamples: int = 10
         ratios = (times @ wins)[again > 0] / again[again > 0]
         preference = (float(wins.sum() / pairs.sum()), *map(float, np.quantile(ratios, [0.025, 0.975])))
     low, high = np.quantile(errors, [0.025, 0.975])
-    return Reliability(rows, (float(np.abs(s - h).sum() / score.size), float(low), float(high)), preference)
+    return Reliability(rows, (float(np.abs(s - h).sum() / score.size), float(low), float(high)), preference,
+                       int((pairs > 0).sum()))  # fmt: skip
 
 
 def votes(weights, answers: list[list[str]]) -> np.ndarray:

@@ -24,6 +24,8 @@ CHECKS = {
     "filler_gain": ("accuracy with own thoughts minus filler", "blank filler serves as well"),
     "training_gain": ("accuracy with own thoughts minus that of the model before training, same budget",
                       "the model before training answers as well with its thoughts"),
+    "moved": ("share of thoughts that differ from those of the model before training, same seed",
+              "training never moved the thoughts"),
     "redrawn": ("share of thoughts that come out again from model, question and seed alone",
                 "the harness put something into the thoughts"),
     "training_overlap": ("share of evaluated questions that were trained or selected on", "the problems were seen in training"),
@@ -33,8 +35,8 @@ CHECKS = {
 
 @dataclass
 class Check:
-    """One test: ``value`` with its 95 % interval over problems against ``target``; ``sentence``: what a miss means.
-    ``undecided``: missed, but the interval reaches into the target, so that more problems could tell."""
+    """One test: ``value`` with its 95 % interval over problems against ``target``; ``sentence``: what it would mean if it
+    were missed. ``undecided``: missed, but the interval reaches into the target, so that more problems could tell."""
 
     id: str
     criterion: str
@@ -73,11 +75,6 @@ class TheaterReport:
         return [c.id for c in self.checks if not c.reached]
 
     @property
-    def caught_by(self) -> list[str]:
-        """Ids of the checks that were missed beyond what too few problems explain."""
-        return [c.id for c in self.checks if not c.reached and not c.undecided]
-
-    @property
     def accuracy(self) -> dict[str, tuple[float, float, float]]:
         """Accuracy under each attack with its interval."""
         return {attack: interval(correct) for attack, correct in self.correct.items()}
@@ -85,10 +82,10 @@ class TheaterReport:
     @property
     def verdict(self) -> str:
         """One sentence: not theater; or theater, and what caught it; or which checks too few problems left open."""
-        if self.caught_by:
-            return "THEATER, caught by " + "; ".join(f"{i} ({self.check(i).sentence})" for i in self.caught_by)
         if self.missed:
-            return "NOT SHOWN, too few problems to tell: " + ", ".join(self.missed)
+            certain = not all(self.check(i).undecided for i in self.missed)
+            listed = "; ".join(f"{i} ({self.check(i).sentence})" for i in self.missed)
+            return f"THEATER, caught by {listed}" if certain else f"NOT SHOWN, too few problems to tell: {listed}"
         left_out = [name for name in CHECKS if name not in {c.id for c in self.checks}]
         return "NOT THEATER: every check was passed" + (f"; not made: {', '.join(left_out)}" if left_out else "")
 
@@ -117,13 +114,13 @@ def anti_theater(model, tokenizer, problems: list[dict], scale: Scale | None = N
     2. ablation_gain, foreign_gain, shuffled_gain, filler_gain: accuracy with own thoughts minus accuracy with none, with
        those of another problem, with their own tokens shuffled, with blank filler of the same length: intervals above 0.
     3. training_gain: the same minus the accuracy of the model ``before`` training with its own thoughts, as many, drawn
-       alike, all weighted alike: interval above 0.
+       alike, all weighted alike: interval above 0. moved: some thoughts differ from those it draws with the same seed.
     4. redrawn: all thoughts come out again, token by token, when the model's own sampler is given the questions alone.
        training_overlap: none of the questions is in ``training``, the questions that were trained or selected on.
     5. coherence_utility_r: Pearson correlation over single thoughts of label-free coherence and utility, above 0.5.
 
     All intervals are bootstraps over problems. ``weights``: how thoughts are mixed (see ``decode_with_thoughts``).
-    Without ``before`` or ``training`` their check is not made, and the verdict says so.
+    Without ``before`` or ``training`` their checks are not made, and the verdict says so.
     ``think(ids, mask, positions, generator, ...)`` and ``score`` replace the model's sampler and the coherence score,
     which is how some cheats are planted. Raises ``ValueError`` on fewer than 2 problems.
     """
@@ -153,14 +150,14 @@ def anti_theater(model, tokenizer, problems: list[dict], scale: Scale | None = N
     far, matched, diversity = _distances(tokens, lengths, direct, running_on)
     checks = [_above("divergence", far, 0.3)]
     for other in ("none", "foreign", "shuffled", "filler"):
-        checks.append(_above("ablation_gain" if other == "none" else f"{other}_gain",
-                             interval(correct["own"] - correct[other]), 0, surely=True))  # fmt: skip
+        checks.append(_gain("ablation_gain" if other == "none" else f"{other}_gain", correct["own"] - correct[other]))
     if before is not None:
         earlier = _stacked(draw_thoughts(before.think, tokenizer, questions, **drawing))
         was = np.array(answers(before, *earlier, "thoughts"), object) == truth
-        checks.append(_above("training_gain", interval(correct["own"] - was), 0, surely=True))
-    again, ends = _stacked(draw_thoughts(model.think, tokenizer, questions, **drawing))
-    checks.append(_exactly("redrawn", interval((again == tokens).all(-1) & (ends == lengths)), 1))
+        checks.append(_gain("training_gain", correct["own"] - was))
+        checks.append(_above("moved", interval(~_same(earlier, (tokens, lengths))), 0, surely=True))
+    again = _stacked(draw_thoughts(model.think, tokenizer, questions, **drawing))
+    checks.append(_exactly("redrawn", interval(_same(again, (tokens, lengths))), 1))
     if training is not None:
         seen = {_plain(q) for q in training}
         checks.append(_exactly("training_overlap", interval([_plain(q) in seen for q in questions]), 0))
@@ -184,6 +181,11 @@ def anti_theater(model, tokenizer, problems: list[dict], scale: Scale | None = N
 def _stacked(drawn: list) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens (problems, K, T) and lengths (problems, K) of the thoughts after each question."""
     return torch.cat([t.tokens[:, 0] for t in drawn]), torch.cat([t.lengths[:, 0] for t in drawn])
+
+
+def _same(drawn, others) -> torch.Tensor:
+    """Which of two draws of stacked thoughts are equal, (problems, K)."""
+    return (drawn[0] == others[0]).all(-1) & (drawn[1] == others[1])
 
 
 def _direct(lm, tokenizer, questions, length):
@@ -215,6 +217,15 @@ def _above(id: str, value, bound: float, surely: bool = False) -> Check:
     target, reached = f"> {bound:g}", (low if surely else mean) > bound
     target += f", interval above {bound:g}" if surely else ""
     return Check(id, CHECKS[id][0], target, mean, low, high, reached, not reached and high > bound, CHECKS[id][1])
+
+
+def _gain(id: str, difference: np.ndarray) -> Check:
+    """A difference of accuracies. Where no problem differs, resampling finds an interval of no width; differences may
+    still be as frequent as 3 / n (the rule of three, 95 %)."""
+    mean, low, high = interval(difference)
+    if not difference.any():
+        low, high = -3 / len(difference), 3 / len(difference)
+    return _above(id, (mean, low, high), 0, surely=True)
 
 
 def _exactly(id: str, value, target: float) -> Check:

@@ -27,7 +27,8 @@ def parts(report: TheaterReport, seed: int = 0) -> pd.DataFrame:
 
 def reliabilities(reports: dict[str, TheaterReport]) -> pd.DataFrame:
     """Calibration error and preference for right thoughts of each score of each model."""
-    rows = {(model, score): {"calibration error": shown(r.error), "right before wrong": shown(r.preference)}
+    rows = {(model, score): {"calibration error": shown(r.error), "right before wrong": shown(r.preference),
+                              "problems with both": r.disputed}
             for model, one in reports.items() for score, r in one.reliability.items()}  # fmt: skip
     return pd.DataFrame(rows).T
 
@@ -48,14 +49,10 @@ def stages(reports: dict[str, TheaterReport]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def caught(planted: dict[str, TheaterReport], honest: TheaterReport, cheats: dict[str, str]) -> pd.DataFrame:
-    """Which checks caught each planted cheat (name -> what it does), and which of them ``honest`` passes."""
-    passed, rows = {c.id for c in honest.checks if c.reached}, {}
-    for name, what in cheats.items():
-        by = planted[name].caught_by
-        rows[name] = {"what it does": what, "caught by": ", ".join(by) or "NOT CAUGHT",
-                      "of these, the honest model passes": ", ".join(i for i in by if i in passed) or "none"}  # fmt: skip
-    return pd.DataFrame(rows).T
+def turned_red(planted: TheaterReport, honest: TheaterReport) -> list[str]:
+    """Ids of the checks that a planted cheat misses and the honest model passes: what caught it."""
+    passed = {c.id for c in honest.checks if c.reached}
+    return [i for i in planted.missed if i in passed]
 
 
 def summary(report: TheaterReport) -> dict[str, float]:

@@ -23,7 +23,7 @@ GAINS = {"ablation_gain", "foreign_gain", "shuffled_gain", "filler_gain", "train
 CAUGHT_BY = {
     "unused": GAINS | {"coherence_utility_r"},  # the stand-in's thoughts go with it, which only a real model keeps
     "random": {"coherence_utility_r"},
-    "frozen": {"training_gain"},
+    "frozen": {"training_gain", "moved"},
     "copied": GAINS | {"redrawn", "coherence_utility_r"},
     "repeated": GAINS | {"divergence", "redrawn", "coherence_utility_r"},
     "leaked": {"redrawn"},
@@ -110,7 +110,7 @@ def test_a_cheat_is_caught_and_without_its_checks_it_would_not_be(honest, cheat)
     report = t.anti_theater(**plant(cheat, honest, TRAINED_ON))
     assert not report.passed and set(report.missed) == CAUGHT_BY[cheat]
     assert report.verdict.startswith("THEATER, caught by")
-    for name in report.caught_by:
+    for name in report.missed:
         assert name in report.verdict and t.CHECKS[name][1] in report.verdict
     blind = replace(report, checks=[c for c in report.checks if c.id not in CAUGHT_BY[cheat]])
     assert blind.passed and blind.verdict.startswith("NOT THEATER")
@@ -154,4 +154,4 @@ def test_cheats_on_a_real_model_leave_it_as_it_is():
     for cheat in CHEATS:
         assert not t.anti_theater(**plant(cheat, few, TRAINED_ON)).passed
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert "divergence" in t.anti_theater(**plant("repeated", few, TRAINED_ON)).caught_by
+    assert "divergence" in t.anti_theater(**plant("repeated", few, TRAINED_ON)).missed

@@ -44,12 +44,12 @@ def test_calibration_and_preference_by_hand():
     assert [(round(b["score"], 3), b["right"], b["count"]) for b in got.bins] == [
         (0.1, 0, 1), (0.2, 1, 1), (0.3, 0, 1), (0.9, 2 / 3, 3)]  # fmt: skip
     assert got.error[0] == pytest.approx((0.1 + 0.8 + 0.3 + 3 * (0.9 - 2 / 3)) / 6)
-    assert got.preference[0] == 0.5  # one won, one tied, one lost
+    assert got.preference[0] == 0.5 and got.disputed == 3  # one won, one tied, one lost
 
 
 def test_without_right_and_wrong_thoughts_of_one_problem_nothing_is_known():
     got = reliability(np.full((4, 3), 1.0), np.ones((4, 3)))
-    assert got.preference == (0.5, 0.0, 1.0) and got.error[0] == 0.0
+    assert got.preference == (0.5, 0.0, 1.0) and got.disputed == 0 and got.error[0] == 0.0
 
 
 def test_votes_are_those_of_all_branches_that_agree():

@@ -1,6 +1,7 @@
 """Coherence, attacks and the anti-theater report: hand-made thoughts with known scores. The cheats: test_cheats.py."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -138,26 +139,30 @@ def test_tables_say_what_the_reports_say():
     second = t.anti_theater(model, tokenizer, problems("test", 6), before=model, training=["how ?"], **settings)
     shown = theater_tables.verdicts({"second": second, "first": first})
     assert list(shown.index) == list(t.CHECKS) and shown.loc["training_gain", "first"] == "not made"
-    assert shown.loc["training_gain", "second"] == "0.000 [0.000, 0.000] not reached"
+    assert shown.loc["training_gain", "second"] == "0.000 [-0.500, 0.500] open"
+    assert shown.loc["moved", "second"] == "0.000 [0.000, 0.000] not reached"
     assert shown.loc["training_overlap", "second"] == "0.000 [0.000, 0.000] reached"
     added = theater_tables.stages({"first": first, "second": second})
-    assert added.loc["gain over the stage before"].tolist() == ["-", "0.000 [0.000, 0.000]"]
-    assert added.loc["checks reached", "second"] == f"{9 - len(second.missed)} of 9"
-    planted = theater_tables.caught({"same": second}, first, {"same": "the same model"})
-    assert "training_gain" in planted.loc["same", "caught by"]
+    assert added.loc["gain over the stage before"].tolist() == ["-", "0.000 [-0.500, 0.500]"]
+    assert added.loc["checks reached", "second"] == f"{10 - len(second.missed)} of 10"
+    assert theater_tables.turned_red(second, first) == []  # what `first` was not asked, it did not pass
+    honest = replace(first, checks=[replace(c, reached=True) for c in second.checks])
+    assert theater_tables.turned_red(second, honest) == second.missed
     r = correlation(by_problem(second.table, "predictive"), by_problem(second.table, "utility"))[0]
     assert theater_tables.parts(second).loc["predictive", "pooled r"].startswith(f"{r:+.3f}")
     assert len(theater_tables.reliabilities({"first": first, "second": second})) == 6
     numbers = theater_tables.summary(second)
-    assert numbers["checks"] == 9 and numbers["redrawn_low"] == 1.0 and "vote_calibration_error_high" in numbers
+    assert numbers["checks"] == 10 and numbers["redrawn_low"] == 1.0 and "vote_calibration_error_high" in numbers
     assert figures_theater.reliability(second.reliability).axes[1].get_xlabel() == "vote (0 to 1)"
 
 
 def test_too_few_problems_leave_a_check_open_and_do_not_prove_theater():
     checks = [t._above("divergence", (0.9, 0.8, 1.0), 0.3), t._above("training_gain", (0.04, -0.04, 0.1), 0, surely=True)]
     report = t.TheaterReport(checks, {}, *[(0.0, 0.0, 0.0)] * 3, {}, [], [])
-    assert not report.passed and report.verdict == "NOT SHOWN, too few problems to tell: training_gain"
-    checks[1] = t._above("training_gain", (0.0, 0.0, 0.0), 0, surely=True)
+    assert not report.passed and report.verdict.startswith("NOT SHOWN, too few problems to tell: training_gain (the ")
+    checks[1] = t._gain("training_gain", np.zeros(60))  # not one problem differs: 3 in 60 may
+    assert (checks[1].low, checks[1].high) == (-0.05, 0.05) and report.verdict.startswith("NOT SHOWN")
+    checks[1] = t._above("training_gain", (-0.2, -0.3, -0.1), 0, surely=True)
     assert report.verdict.startswith("THEATER, caught by training_gain (the model before training answers as well")
     checks[1] = t._above("training_gain", (0.04, 0.01, 0.1), 0, surely=True)
     assert report.passed and report.verdict.startswith("NOT THEATER: every check was passed; not made: ablation_gain")
