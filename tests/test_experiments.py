@@ -135,9 +135,11 @@ def test_grokking_command_writes_curves(tmp_path, monkeypatch):
     monkeypatch.setattr(grokking, "SETTINGS", grokking.SETTINGS | {"steps": 4, "every": 2})
     experiments.main(["grokking", "--upstream", str(tmp_path), "--seeds", "3"])
     rows = experiments.read_rows(tmp_path / "experiments" / "grokking.csv")
-    assert [r["arm"] for r in rows] == list(grokking.arms()) and {r["seed"] for r in rows} == {3}
+    assert len(rows) == len(grokking.methods()) * len(grokking.RATES) and {r["seed"] for r in rows} == {3}
     assert all(r["steps"] == [0, 2, 4] and len(r["validation"]) == 3 for r in rows)
     assert rows[0]["train"][0] == rows[2]["train"][0] and rows[0]["understood"] is None
+    curves = grokking.mean_curves(grokking.best_rows(rows))
+    assert [x for x, _ in curves["AdamW, training half"]] == [0, 2, 4] and len(curves) == 4
 
 
 @pytest.mark.parametrize(
@@ -146,14 +148,17 @@ def test_grokking_command_writes_curves(tmp_path, monkeypatch):
         (900, 800, 400, "accelerates, and not only"),
         (900, 400, 400, "accelerates, but no more"),
         (400, 400, 400, "no acceleration"),
-        (400, 400, None, "nothing is concluded"),
+        (400, 400, None, "the filter delays"),
     ],
 )
-def test_the_grokking_conclusion_follows_from_the_rows(plain, matched, filtered, verdict):
-    steps = dict(zip(grokking.arms(), (plain, matched, filtered), strict=True))
-    rows = [{"arm": a, "seed": s, "understood": v and v + 10 * (s if a == "AdamW" else 0)}
-            for a, v in steps.items() for s in range(3)]  # fmt: skip
-    assert verdict in grokking.conclusion(rows)
+def test_the_grokking_conclusion_follows_from_each_method_at_its_best_rate(plain, matched, filtered, verdict):
+    steps = dict(zip(grokking.methods(), (plain, matched, filtered), strict=True))
+    rows = [{"arm": f"{a}, rate {lr:g}", "seed": s, "settings": {"lr": lr, "steps": 3000},
+             "understood": v and v + 10 * (s if a == "AdamW" else 0) + (lr != 0.01) * 50}
+            for a, v in steps.items() for s in range(3) for lr in (3e-3, 0.01)]  # fmt: skip
+    best = grokking.best_rows(rows)
+    assert len(best) == 9 and {r["settings"]["lr"] for r in best if r["understood"]} == {0.01}
+    assert verdict in grokking.conclusion(best)
 
 
 def test_one_small_baking_run_of_the_committed_champion(monkeypatch):
