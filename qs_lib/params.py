@@ -192,6 +192,8 @@ class Baking(NotebookParams):
     grokfast_lambda: float = Field(default=0.2, ge=0)
     ce_weight: float = Field(default=1.0, ge=0)
     rehearsal: float = Field(default=0.25, ge=0, lt=1)
+    patience: int = Field(default=0, ge=0)
+    lora_rank: int = Field(default=0, ge=0)
     hard_share: float = Field(default=1.0, ge=0, le=1)
     max_new_tokens: int = Field(default=48, ge=2)
     eval_problems: int = Field(default=48, ge=2)
