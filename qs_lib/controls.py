@@ -14,7 +14,7 @@ from .grokking import matched_momentum
 from .optim import MuonGrokfast
 from .params import check_parameters
 from .problems import load_problems, rarefy
-from .stage import REPOSITORY, read_stage
+from .stage import REPOSITORY, read_stage, stage_digest
 from .strategies import reasoning_dataset
 
 # What the baked model must reach on test problems, as a mean over seeds.
@@ -62,7 +62,8 @@ def bake_once(run: Path, settings: dict, seed: int, tested: bool = True) -> dict
     ``rate`` (:func:`make_optimizer`) in place of its rates. Shares are exact matches of greedy replies; ``direct_*`` with
     thinking tokens forbidden, before and after.
     """
-    made = read_stage(run / "02_dataset_generation")[0]["parameters"]
+    record = read_stage(run / "02_dataset_generation")[0]
+    made = record["parameters"]
     held = {split: read_problems(run / "02_dataset_generation" / f"{split}.parquet") for split in ("validation", "test")}
     problems = list(load_problems(made["data"] or made["source"], "train", made["train_problems"], seed))
     worked = list(reasoning_dataset(rarefy(problems, made["hard_share"], seed=seed), held["validation"] + held["test"],
@@ -81,7 +82,7 @@ def bake_once(run: Path, settings: dict, seed: int, tested: bool = True) -> dict
         after = direct_accuracy(model, tokenizer, held["test"])
         row |= habits(model, tokenizer, held["test"], settings["max_new_tokens"])
         row |= {"direct_before": before.mean(), "direct_after": after.mean(), "direct_change": (after - before).mean()}
-    return {name: round(float(value), 5) for name, value in row.items()}
+    return {name: round(float(value), 5) for name, value in row.items()} | {"data": stage_digest(record)[:12]}
 
 
 def baking(run: Path, folder: Path, seeds) -> None:
@@ -157,7 +158,8 @@ def optimizer_table(rows: list[dict]) -> pd.DataFrame:
     """Each optimizer at its own best rate: mean and interval over seeds on test problems."""
     table = {}
     for name in LOWEST:
-        table[name] = {key: shown(seed_interval(column(rows, name, key))) for key in ("accuracy", "gap_closed")}
+        table[name] = {key: shown(seed_interval(column(rows, name, key)), key == "direct_change")
+                       for key in ("accuracy", "gap_closed", "direct_change")}  # fmt: skip
         table[name]["rate"] = f"{next(r for r in rows if r['arm'] == name)['settings']['rate']:g}"
         table[name]["seconds"] = fixed(sum(column(rows, name, "seconds")) / len(column(rows, name, "seconds")), 0)
     return pd.DataFrame(table).T

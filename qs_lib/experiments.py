@@ -95,9 +95,14 @@ def column(rows: list[dict], arm: str, key: str) -> list[float]:
 
 
 def difference(rows: list[dict], arm: str, control: str, key: str) -> tuple[float, float, float]:
-    """``arm`` minus ``control``, paired by seed, with :func:`seed_interval`. Raises ``ValueError`` if seeds differ."""
-    if column(rows, arm, "seed") != column(rows, control, "seed"):
-        raise ValueError(f"{arm} and {control} were not run on the same seeds")
+    """``arm`` minus ``control``, paired by seed, with :func:`seed_interval`.
+
+    Raises ``ValueError`` unless both were run on the same seeds and on the same ``data``, where rows name them: the
+    run they read from may have been made anew between two rows.
+    """
+    ran = [sorted((r["seed"], r.get("data", "")) for r in rows if r["arm"] == name) for name in (arm, control)]
+    if ran[0] != ran[1]:
+        raise ValueError(f"{arm} and {control} were not run on the same seeds and data")
     return seed_interval(np.subtract(column(rows, arm, key), column(rows, control, key)))
 
 

@@ -78,6 +78,8 @@ def test_differences_are_paired_by_seed_in_any_order():
     assert experiments.difference(rows, "new", "old", "accuracy") == pytest.approx((0.1, 0.1, 0.1))
     with pytest.raises(ValueError, match="same seeds"):
         experiments.difference(rows[1:], "new", "old", "accuracy")
+    with pytest.raises(ValueError, match="same seeds and data"):
+        experiments.difference([rows[0] | {"data": "made anew"}, *rows[1:]], "new", "old", "accuracy")
 
 
 def optimizer_rows(**accuracy):
