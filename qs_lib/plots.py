@@ -159,7 +159,7 @@ def bench(lines: list[dict]):
     looks = dict(zip(claims, ((GREY, "//"), (BLUE, ""), (ORANGE, ".."), ("white", "xx")), strict=True))
     for i, (claim, line) in enumerate(rows):
         axis.barh(i, line["value"], 0.7, color=looks[claim][0], hatch=looks[claim][1], edgecolor="black", lw=0.5)
-        axis.text(line["value"] * 1.05, i, f"{line['value']:.3g}", va="center", fontsize=8)
+        axis.text(1.08 * max(line["value"], line["bound"] or 0), i, f"{line['value']:.3g}", va="center", fontsize=8)
         if line["bound"]:
             axis.plot([line["bound"]] * 2, [i - 0.42, i + 0.42], color="black", lw=2.5)
     axis.set_yticks(range(len(rows)), [f"{claim.split(' / ')[0]}, {line['shape']}" for claim, line in rows], fontsize=8)
