@@ -9,7 +9,7 @@ import yaml
 from .baking import bake, habits
 from .champion import load_champion
 from .comparison import direct_accuracy, fixed, read_problems, shown
-from .experiments import column, difference, repeat, seed_interval
+from .experiments import column, difference, repeat, seed_interval, verdict
 from .grokking import matched_momentum
 from .optim import MuonGrokfast
 from .params import check_parameters
@@ -132,16 +132,12 @@ def conclusion(rows: list[dict], key: str = "accuracy") -> str:
     against = {name: difference(rows, SUBJECT, name, key) for name in controls}
     parts = [f"{name} {100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for name, (mean, low, high) in against.items()]
     muon, matched = against["Muon"], against["Muon, matched momentum"]
-    if muon[1] > 0 and matched[1] > 0:
-        verdict = "Grokfast helps"
-    elif muon[1] > 0:
-        verdict = "the filter helps, but no more than a slower momentum is shown to"
-    elif muon[2] < 0:
-        verdict = "Grokfast hurts"
-    else:
-        verdict = "no gain from Grokfast is shown"
+    found = verdict(muon, matched, (
+        "Grokfast helps", "the filter helps, but no more than a slower momentum is shown to", "Grokfast hurts",
+        "no gain from Grokfast is shown",
+    ))  # fmt: skip
     seeds = len(column(rows, SUBJECT, "seed"))
-    return f"{SUBJECT} minus its controls, points of {key} over {seeds} seeds: {'; '.join(parts)}: {verdict}."
+    return f"{SUBJECT} minus its controls, points of {key} over {seeds} seeds: {'; '.join(parts)}: {found}."
 
 
 def seeds_table(rows: list[dict]) -> pd.DataFrame:

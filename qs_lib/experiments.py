@@ -17,7 +17,7 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from .files import lock_run, to_json, write_bytes
-from .stage import _git_commit, find_run
+from .stage import find_run, git_commit
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -62,7 +62,7 @@ def repeat(path: Path, arms: dict[str, dict], seeds, measure) -> list[dict]:
                 row = {"arm": arm, "seed": seed, "settings": settings, **measure(settings, seed)}
                 row |= {"seconds": round(time.monotonic() - started, 1), "threads": torch.get_num_threads()}
                 others = [r for r in read_rows(path) if (r["arm"], r["seed"]) != (arm, seed)]
-                write_rows(path, [*others, row | {"commit": _git_commit()}])
+                write_rows(path, [*others, row | {"commit": git_commit()}])
         rows = read_rows(path)
         return [row_of(rows, arm, seed, settings) for arm, settings in arms.items() for seed in seeds]
     finally:
@@ -104,6 +104,15 @@ def difference(rows: list[dict], arm: str, control: str, key: str) -> tuple[floa
     if ran[0] != ran[1]:
         raise ValueError(f"{arm} and {control} were not run on the same seeds and data")
     return seed_interval(np.subtract(column(rows, arm, key), column(rows, control, key)))
+
+
+def verdict(plain, matched, verdicts: tuple[str, str, str, str]) -> str:
+    """Which of four verdicts the filter's gains, as (value, low, high), over its control without a filter and over the
+    one with a momentum as slow bear out: a gain over both, over the plain one alone, a loss, nothing shown."""
+    both, plain_only, loss, nothing = verdicts
+    if plain[1] > 0:
+        return both if matched[1] > 0 else plain_only
+    return loss if plain[2] < 0 else nothing
 
 
 def main(arguments: list[str] | None = None) -> None:

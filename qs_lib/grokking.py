@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .experiments import difference, repeat
+from .experiments import difference, repeat, verdict
 
 MODULUS = 47
 SETTINGS = {"steps": 3000, "weight_decay": 1.0, "every": 50}
@@ -114,16 +114,13 @@ def conclusion(rows: list[dict]) -> str:
     against = {name: difference(rows, name, FILTERED, "needed") for name in methods() if name != FILTERED}
     parts = [f"{name} {mean:+.0f} [{low:+.0f}, {high:+.0f}]" for name, (mean, low, high) in against.items()]
     plain, matched = against.values()
-    if plain[1] > 0 and matched[1] > 0:
-        verdict = "the filter accelerates, and not only as a slower momentum"
-    elif plain[1] > 0:
-        verdict = "the filter accelerates, but no more than a slower momentum is shown to"
-    elif plain[2] < 0:
-        verdict = "the filter delays"
-    else:
-        verdict = "no acceleration by the filter is shown"
+    found = verdict(plain, matched, (
+        "the filter accelerates, and not only as a slower momentum",
+        "the filter accelerates, but no more than a slower momentum is shown to",
+        "the filter delays", "no acceleration by the filter is shown",
+    ))  # fmt: skip
     seeds = len({row["seed"] for row in rows})
-    return f"Steps to understand minus the filter's, over {seeds} seeds: {'; '.join(parts)}: {verdict}."
+    return f"Steps to understand minus the filter's, over {seeds} seeds: {'; '.join(parts)}: {found}."
 
 
 def mean_curves(rows: list[dict]) -> dict[str, list[tuple[float, float]]]:

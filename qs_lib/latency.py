@@ -51,7 +51,7 @@ def measure_latency(model, input_ids, positions=(1, 4), num_thoughts=(1, 4, 8), 
     (the last so many), thoughts per position and tokens per thought, interleaved, ``repeats`` times after a warm-up.
 
     A forward pass with thoughts reads the text, samples the thoughts, reads the states after them and mixes. The default
-    setting is the model's configuration at the last position. Thoughts may end early; ``full`` rows forbid that.
+    setting is the model's configuration at the last position. Thoughts may end early.
     """
     model.eval()
     c, length = model.config, input_ids.shape[1]

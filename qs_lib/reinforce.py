@@ -129,12 +129,6 @@ def disagreement(thoughts) -> torch.Tensor:
     return torch.tensor([len(set(row)) for row in ends.tolist()])
 
 
-def take(thoughts, rows: torch.Tensor):
-    """The thoughts of some rows of a batch."""
-    picked = {k: getattr(thoughts, k)[rows] for k in ("tokens", "logprobs", "sampled", "lengths", "hidden", "positions")}
-    return copy.copy(thoughts).__class__(**{**vars(thoughts), **picked})
-
-
 def curriculum(problems: list[dict], progress: float, rng: random.Random, size: int, hard_share: float = 0.4):
     """``size`` problems, easy to hard: up to the difficulty that ``progress`` (0..1) has reached, all from a tenth on,
     ``hard_share`` of them of the highest difficulty reached."""
@@ -181,7 +175,7 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
         if over > 1:
             noise = torch.rand(len(ids), generator=generator)
             keep = (disagreement(thoughts) + noise).topk(batch_size).indices.sort().values
-            ids, mask, thoughts = ids[keep], mask[keep], take(thoughts, keep)
+            ids, mask, thoughts = ids[keep], mask[keep], thoughts.part(keep)
         loss, parts = quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, **objective)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower the learning rates")

@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 from .coherence import coherence, utility
 from .episode import Episode, Thought
 from .evaluate import answer_of, decode_with_thoughts
-from .reinforce import answer_batch, take
+from .reinforce import answer_batch
 from .rescoring import rescore_thoughts
 from .sequences import encode_context, pad
 from .tokens import thinking_ids
@@ -26,7 +26,7 @@ def draw_thoughts(think, tokenizer, questions: list[str], seed: int = 0, batch_s
         ids, mask = pad(texts, tokenizer.pad_token_id), pad([[1] * len(t) for t in texts], 0)
         last = torch.tensor([[len(t) - 1] for t in texts])
         thoughts = think(ids, mask, last, generator=generator, **settings)
-        drawn |= {i: take(thoughts, torch.tensor([j])) for j, i in enumerate(rows)}
+        drawn |= {i: thoughts.part(torch.tensor([j])) for j, i in enumerate(rows)}
     return [drawn[i] for i in range(len(questions))]
 
 

@@ -260,7 +260,7 @@ class Stage:
             },
             "outputs": outputs,
             "versions": _versions(),
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
             "code_sha256": code_hash(),
             "notebook_sha256": self._notebook_hash(),
             **_machine(),
@@ -321,7 +321,7 @@ def _versions() -> dict:
     return versions
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """HEAD, with "-dirty" where code, notebooks or parameters differ from it; None outside a git checkout."""
 
     def git(*words):

@@ -47,7 +47,7 @@ class Thoughts:
     end_id: int
 
     def part(self, rows=slice(None), slots=slice(None)):
-        """The thoughts of some rows and some places of `positions` (slices), to re-score a share at a time."""
+        """The thoughts of some rows and some places of `positions` (slices or indices), to re-score a share at a time."""
         return _cut(self, (rows, slots), (*_PER_STREAM, "positions"))
 
     def to_text(self, tokenizer):
