@@ -24,6 +24,7 @@ _WITHOUT_MASK = NAME + "_without_mask"  # transformers makes no mask for a name 
 _CPU_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _CPU_FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 _CAUSAL_BLOCK = 128
+_FEW_QUERIES = 8  # below this many per row the fused kernel is slower than two matrix products
 _local = threading.local()
 
 
@@ -40,9 +41,19 @@ def _fused(query, softcap):
     return query.device.type == "cpu" and softcap is None and _CPU_FLASH is not None
 
 
+def _fold(x, heads):
+    """(R, H, Q, ...) to (R, Hkv, Q H / Hkv, ...): the query heads that share a key head are more queries of it."""
+    return x.unflatten(1, (heads, -1)).flatten(2, 3)
+
+
+def _unfold(x, groups):
+    """The inverse of `_fold`, for groups = H / Hkv."""
+    return x.unflatten(2, (groups, -1)).flatten(1, 2)
+
+
 def _scores(query, key, scale, mask, causal, softcap):
-    groups = query.shape[1] // key.shape[1]
-    scores = torch.matmul(query, key.repeat_interleave(groups, 1).transpose(-1, -2)) * scale
+    heads, groups = key.shape[1], query.shape[1] // key.shape[1]
+    scores = _unfold(torch.matmul(_fold(query, heads), key.transpose(-1, -2)), groups) * scale
     slope = None
     if softcap is not None:
         tanh = torch.tanh(scores / softcap)
@@ -58,16 +69,17 @@ def _scores(query, key, scale, mask, causal, softcap):
 def attend(query, key, value, scale, mask=None, causal=False, softcap=None):
     """Softmax attention of query (R, H, Q, D) over key, value (R, Hkv, K, D); additive mask or none.
 
-    Returns the output (R, H, Q, D) and the LSE (R, H, Q). A query that sees no key returns zeros; its LSE is
-    undefined and must be overwritten by the caller, who knows which queries those are.
+    Returns the output (R, H, Q, D) and the LSE (R, H, Q). For a query that sees no key both are undefined and must
+    be overwritten by the caller, who knows which queries those are.
     """
-    if _fused(query, softcap):
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if _fused(query, softcap) and (query.shape[2] > _FEW_QUERIES or query.dtype != wide):
         return _CPU_FLASH(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
-    scores, _ = _scores(query.float() if query.dtype != torch.float64 else query,
-                        key.float() if key.dtype != torch.float64 else key, scale, mask, causal, softcap)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.clamp(min=torch.finfo(lse.dtype).min).unsqueeze(-1)).exp().to(value.dtype)
-    return torch.matmul(weights, value.repeat_interleave(query.shape[1] // key.shape[1], 1)), lse
+    scores, _ = _scores(query.to(wide), key.to(wide), scale, mask, causal, softcap)
+    weights = scores.softmax(-1)
+    lse = scores.amax(-1) - weights.amax(-1).log()
+    output = torch.matmul(_fold(weights, key.shape[1]).to(value.dtype), value)
+    return _unfold(output, query.shape[1] // key.shape[1]), lse
 
 
 def attend_backward(grad, query, key, value, output, lse, scale, mask=None, causal=False, softcap=None):
@@ -81,18 +93,19 @@ def attend_backward(grad, query, key, value, output, lse, scale, mask=None, caus
             grad, query, key, value, output, lse, 0.0, causal, attn_mask=mask, scale=scale
         )
     wide = torch.promote_types(query.dtype, torch.float32)
-    groups = query.shape[1] // key.shape[1]
-    q, k, g = query.to(wide), key.to(wide).repeat_interleave(groups, 1), grad.to(wide)
-    v = value.to(wide).repeat_interleave(groups, 1)
-    scores, slope = _scores(query.to(wide), key.to(wide), scale, mask, causal, softcap)
+    heads, groups = key.shape[1], query.shape[1] // key.shape[1]
+    q, k, v, g = (x.to(wide) for x in (query, key, value, grad))
+    scores, slope = _scores(q, k, scale, mask, causal, softcap)
     weights = (scores - lse.unsqueeze(-1)).exp()
     delta = (g * output.to(wide)).sum(-1, keepdim=True)
-    grad_scores = weights * (torch.matmul(g, v.transpose(-1, -2)) - delta) * scale
+    grad_weights = _unfold(torch.matmul(_fold(g, heads), v.transpose(-1, -2)), groups)
+    grad_scores = weights * (grad_weights - delta) * scale
     if slope is not None:
         grad_scores = grad_scores * slope
-    grad_key = torch.matmul(grad_scores.transpose(-1, -2), q).unflatten(1, (key.shape[1], groups)).sum(2)
-    grad_value = torch.matmul(weights.transpose(-1, -2), g).unflatten(1, (key.shape[1], groups)).sum(2)
-    return torch.matmul(grad_scores, k).to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+    grad_scores, weights = _fold(grad_scores, heads), _fold(weights, heads)
+    grad_query = _unfold(torch.matmul(grad_scores, k), groups).to(query.dtype)
+    grad_key = torch.matmul(grad_scores.transpose(-1, -2), _fold(q, heads)).to(key.dtype)
+    return grad_query, grad_key, torch.matmul(weights.transpose(-1, -2), _fold(g, heads)).to(value.dtype)
 
 
 def visibility(limits, places, window, start, stop, dtype):

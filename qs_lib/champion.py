@@ -129,7 +129,7 @@ def pretrain(model, tokenizer, documents: list[tuple[str, str]], steps: int, bat
         chosen = [sequences[i] for i in queue.pop()]
         ids = pad([s.ids for s in chosen], tokenizer.pad_token_id)
         weights = pad([[context_weight] * s.start + [1.0] * (len(s.ids) - s.start) for s in chosen], 0.0)[:, 1:]
-        logits = model(input_ids=ids, attention_mask=attention_mask_of(chosen, ids)).logits[:, :-1]
+        logits = model(input_ids=ids).logits[:, :-1]  # causal, and padded behind the text: no mask is needed
         nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(weights)
         loss = (nll * weights).sum() / weights.sum()
         if not math.isfinite(loss.item()):

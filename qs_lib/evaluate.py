@@ -58,12 +58,25 @@ def interval(values, confidence: float = 0.95, seed: int = 0, resamples: int = 2
 
 @torch.no_grad()
 def decode_with_thoughts(model, tokenizer, contexts: list[list[int]], tokens, lengths, weights: str = "head",
-                         max_new_tokens: int = 4) -> list[list[int]]:
+                         max_new_tokens: int = 4, max_streams: int = 320) -> list[list[int]]:
     """Greedy replies (ids, without end-of-text) of a :class:`QuietStarForCausalLM` to contexts (ids) with given thoughts.
 
     ``tokens`` (rows, K, T) and ``lengths`` (rows, K), any thoughts at all: own, foreign, shuffled. ``weights``:
-    ``"head"`` (the mixing head), ``"thoughts"`` (every thought alike, no vote for the plain prediction).
+    ``"head"`` (the mixing head), ``"thoughts"`` (every thought alike, no vote for the plain prediction). ``max_streams``:
+    texts with a thought that are read together, rows of like length first.
     """
+    whole = [len(c) + longest for c, longest in zip(contexts, lengths.amax(1).tolist(), strict=True)]
+    order = sorted(range(len(contexts)), key=whole.__getitem__)
+    out, size = [None] * len(contexts), max(1, max_streams // (1 + tokens.shape[1]))
+    for i in tqdm(range(0, len(order), size), desc="answer", leave=False, delay=2):
+        rows = order[i : i + size]
+        replies = _decode(model, tokenizer, [contexts[r] for r in rows], tokens[rows], lengths[rows], weights, max_new_tokens)
+        for row, written in zip(rows, replies, strict=True):
+            out[row] = written
+    return out
+
+
+def _decode(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens) -> list[list[int]]:
     ids = pad(contexts, tokenizer.pad_token_id, "left")
     mask = pad([[1] * len(c) for c in contexts], 0, "left")
     cache = ThinkingCache(ids, mask)

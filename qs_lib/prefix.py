@@ -184,7 +184,7 @@ class PrefixPass:
         self.keys, self.rules = [], []
 
     def layer(self, query, key, value, rule):
-        self.keys.append((key, value))
+        self.keys.append((key.contiguous(), value.contiguous()))  # every step of every thought reads them
         self.rules.append(rule)
         output, lse = causal_attend(query, key, value, rule)
         output, lse = output.transpose(1, 2), lse.transpose(1, 2)

@@ -171,7 +171,7 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
         ids, mask, positions = answer_batch(tokenizer, chosen)
         with torch.no_grad():
             thoughts = generate_thoughts(model.lm, ids, mask, positions, num_thoughts, thought_length, temperature,
-                                         generator=generator)  # fmt: skip
+                                         generator=generator, with_hidden=False)  # fmt: skip
         if over > 1:
             noise = torch.rand(len(ids), generator=generator)
             keep = (disagreement(thoughts) + noise).topk(batch_size).indices.sort().values

@@ -55,23 +55,18 @@ def score_thoughts(model, tokenizer, problems, scale=None, num_thoughts=4, thoug
     return drawn, sorted(rows, key=lambda r: r["problem"])
 
 
-@torch.no_grad()
-def answers_with(model, tokenizer, contexts: list[list[int]], tokens, lengths, weights: str, max_new_tokens: int,
-                 batch_size: int = 120) -> list[str]:  # fmt: skip
+def answers_with(model, tokenizer, contexts: list[list[int]], tokens, lengths, weights: str,
+                 max_new_tokens: int) -> list[str]:  # fmt: skip
     """The answer to each context (ids) with the thoughts given: tokens (rows, K, T), lengths (rows, K)."""
-    written = []
-    for i in tqdm(range(0, len(contexts), batch_size), desc="answer", leave=False):
-        part = slice(i, i + batch_size)
-        written += decode_with_thoughts(model, tokenizer, contexts[part], tokens[part], lengths[part], weights,
-                                        max_new_tokens)  # fmt: skip
+    written = decode_with_thoughts(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens)
     return [answer_of(tokenizer, w) for w in written]
 
 
-def answers_alone(model, tokenizer, contexts, tokens, lengths, max_new_tokens: int, batch_size: int = 120) -> np.ndarray:
+def answers_alone(model, tokenizer, contexts, tokens, lengths, max_new_tokens: int) -> np.ndarray:
     """The answer each thought leads to by itself, (problems, K) of text."""
     k = lengths.shape[1]
     each = answers_with(model, tokenizer, [c for c in contexts for _ in range(k)], tokens.flatten(0, 1).unsqueeze(1),
-                        lengths.view(-1, 1), "thoughts", max_new_tokens, batch_size * 4)  # fmt: skip
+                        lengths.view(-1, 1), "thoughts", max_new_tokens)  # fmt: skip
     return np.array(each, dtype=object).reshape(-1, k)
 
 

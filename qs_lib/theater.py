@@ -138,7 +138,7 @@ def anti_theater(model, tokenizer, problems: list[dict], scale: Scale | None = N
     direct, running_on = _direct(model.lm, tokenizer, questions, max(thought_length, max_new_tokens))
 
     def answers(with_model, tokens, lengths, weights):
-        return answers_with(with_model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens, batch_size)
+        return answers_with(with_model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens)
 
     written = {"none": [answer_of(tokenizer, d[:max_new_tokens]) for d in direct]}
     for attack in tqdm(ATTACKS, desc="attack", leave=False):
@@ -164,7 +164,7 @@ def anti_theater(model, tokenizer, problems: list[dict], scale: Scale | None = N
     x, y = by_problem(rows, "composite"), by_problem(rows, "utility")
     checks.append(_above("coherence_utility_r", correlation(x, y, seed), 0.5))
 
-    alone = answers_alone(model, tokenizer, contexts, tokens, lengths, max_new_tokens, batch_size)
+    alone = answers_alone(model, tokenizer, contexts, tokens, lengths, max_new_tokens)
     shares, right = by_problem(rows, "weight"), alone == truth[:, None]
     branches = np.concatenate([by_problem(rows, "no_thought")[:, :1], shares], 1)
     said = np.concatenate([np.array(written["none"], object)[:, None], alone], 1)
