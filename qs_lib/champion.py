@@ -108,18 +108,19 @@ def corpus(problems: list[dict], seed: int = 0, direct: float = 0.25, facts: flo
 
 
 def pretrain(model, tokenizer, documents: list[tuple[str, str]], steps: int, batch_size: int = 32,
-             muon_lr: float = 0.02, adamw_lr: float = 3e-3, context_weight: float = 0.1, seed: int = 0,
-             log=lambda **metrics: None):  # fmt: skip
+             muon_lr: float = 0.02, adamw_lr: float = 3e-3, weight_decay: float = 0.1, context_weight: float = 0.1,
+             seed: int = 0, log=lambda **metrics: None):  # fmt: skip
     """Train ``model`` in place on the documents for a fixed number of steps; returns the mean loss of the last tenth.
 
     Next-token cross-entropy, context tokens weighted by ``context_weight``. Muon + AdamW, 50 steps of warm-up, constant
-    to half, then linear to 2 %. Raises ``ValueError`` on an empty corpus, ``FloatingPointError`` on a non-finite loss.
+    to half, then linear to 2 %; without ``weight_decay`` (decoupled) attention logits grow into the thousands. Raises ``ValueError`` on an empty corpus, ``FloatingPointError`` on a non-finite loss.
     """
     if not documents:
         raise ValueError("the champion's corpus is empty: give at least one document")
     sequences = [encode(tokenizer, *d) for d in tqdm(documents, desc="tokenise", leave=False)]
     lengths = [len(s.ids) for s in sequences]
-    optimizer = MuonGrokfast(model, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=0.0)
+    optimizer = MuonGrokfast(model, muon_lr=muon_lr, adamw_lr=adamw_lr, weight_decay=weight_decay,
+                             grokfast_lambda=0.0)  # fmt: skip
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps))
     rng, queue, losses, every = random.Random(seed), [], [], max(1, min(50, steps // 10))
     model.train()

@@ -117,9 +117,10 @@ def verdict(plain, matched, verdicts: tuple[str, str, str, str]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one experiment on the models and problems of a run."""
-    from . import controls, grokking  # they read the rows with the functions above
+    from . import chain_seeds, controls, grokking  # they read the rows with the functions above
 
-    experiments = {"baking": controls.baking, "optimizers": controls.optimizers, "grokking": grokking.grokking}
+    experiments = {"baking": controls.baking, "chain": chain_seeds.chain, "optimizers": controls.optimizers,
+                   "grokking": grokking.grokking}  # fmt: skip
     parser = argparse.ArgumentParser(prog="python -m qs_lib.experiments", description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=experiments)
     parser.add_argument("--upstream", default="pocket", help="run whose models and problems are read")

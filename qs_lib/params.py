@@ -164,6 +164,7 @@ class TokenSetup(Source):
     batch_size: int = Field(default=32, ge=1)
     muon_lr: float = Field(default=0.02, ge=0)
     adamw_lr: float = Field(default=3e-3, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0, le=1)
     direct_share: float = Field(default=0.25, ge=0, le=1)
     hard_worked: float = Field(default=1.0, ge=0, le=1)
     eval_problems: int = Field(default=48, ge=2)

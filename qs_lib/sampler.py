@@ -90,12 +90,11 @@ def sample(logits, uniform, temperature=1.0, top_p=1.0, forbid=None):
         logits.index_fill_(1, forbid, -math.inf)
     if temperature not in (0, 1):
         logits.div_(temperature)
-    best = logits.max(-1)
-    weights = logits.sub_(best.values.unsqueeze(1)).exp_()
-    total = weights.sum(-1)
     if temperature == 0:
-        tokens = best.indices
-    else:
+        tokens = logits.argmax(-1)
+    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+    total = weights.sum(-1)
+    if temperature != 0:
         drawn = nucleus(weights, top_p) if top_p < 1 else weights
         uniform = uniform.to(weights.dtype)
         if weights.shape[1] > 8 * _BLOCK:

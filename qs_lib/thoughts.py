@@ -20,7 +20,7 @@ from qs_lib.stepping import StepPass
 __all__ = ["Rescored", "Thoughts", "generate_thoughts", "rescore_thoughts"]
 
 _COMPACT_BELOW = 0.85
-_LOGIT_NUMBERS = 2_000_000
+_LOGIT_NUMBERS = 8_000_000
 _PER_STREAM = ("tokens", "logprobs", "sampled", "lengths", "hidden")
 
 

@@ -6,9 +6,12 @@ One thread, CPU seconds of the process (not wall time), random weights, medians 
 model and shape is measured once and the methods take turns, after a short warm-up. Beside ours:
 
 generate_32, generate_128: `generate` of transformers, so many rows at a time, rows of similar length, left-padded; the
-    better of the two counts. It returns neither log-probs nor states.
+    better of the two counts. It returns tokens alone, so it is held against `ours_tokens` (tokens and log-probs, without the
+    state after </think>); "with states" is what the others are held against.
 copied_prefix: what an expert builds by hand: the text read once (not counted), its cache copied to every thought's row.
 dense_mask: all positions in one pass per step under the paper's diagonal mask, text and <think> read once, our sampler.
+official: the same as the paper's code goes about it: a mask for every thought's row, the output head on every token,
+    Gumbel-softmax, one-hot vectors times the embedding (memory only).
 one_by_one: one thought at a time with a cache.
 rows_8, rows_32 (re-scoring): text + thought + true tokens as plain rows; the better one counts.
 
@@ -61,7 +64,7 @@ RESCORE = {
 }
 LATENCY = {"10M_L64_N1": ("10M", 1, 64, 1, 1, 10), "10M_L64_N4": ("10M", 1, 64, 1, 4, 10)}
 MEMORY = {"10M_L256": ("10M", 1, 256, None, 4, 16)}
-PEAKS = ("plain_forward", "ours_32", "ours_64", "ours_256", "ours_1024", "generate_32", "dense_mask")
+PEAKS = ("plain_forward", "ours_32", "ours_64", "ours_256", "ours_1024", "generate_32", "dense_mask", "official")
 N_TRUE = 4
 
 # What was promised (bar) and what was hoped for (aim): claim, section, shape, value, direction, bound.
@@ -81,6 +84,7 @@ LINES = (
     ("bar", "thought token / plain token", "generation", "10M_L64", "token_over_plain_token", "<=", 1.15),
     ("bar", "thought token / plain token", "generation", "10M_L256", "token_over_plain_token", "<=", 1.15),
     ("bar", "mask set-up, ms", "masks", "L1024", "milliseconds", "<=", 5),
+    ("bar", "peak memory, official mask / ours (256 streams)", "memory", "10M_L256", "official_over_ours_256", ">=", 5),
     ("bar", "peak memory, dense mask / ours (256 streams)", "memory", "10M_L256", "dense_mask_over_ours_256", ">=", 5),
     ("bar", "peak memory, dense mask / ours (64 streams)", "memory", "10M_L256", "dense_mask_over_ours_64", ">=", 5),
     ("bar", "peak memory, ours (32 streams) / plain forward", "memory", "10M_L256", "ours_32_over_plain", "<=", 1.33),
@@ -90,6 +94,9 @@ LINES = (
     ("aim", "matrix products at full speed / ours, rate", "generation", "10M_L64", "roofline", "<=", 1.3),
     ("aim", "re-scoring, rows / ours", "rescoring", "1M_L256", "rows_over_ours", ">=", 8),
     ("aim", "one thought, ours / generate", "latency", "10M_L64_N1", "ours_over_generate", "<=", 1),
+    ("seen", "generate / ours with states", "generation", "10M_L64", "generate_over_ours_with_states", "", None),
+    ("seen", "generate / ours with states", "generation", "10M_L256", "generate_over_ours_with_states", "", None),
+    ("seen", "generate / ours with states", "generation", "1M_L512", "generate_over_ours_with_states", "", None),
     ("seen", "copied prefix / ours", "generation", "10M_L64", "copied_prefix_over_ours", "", None),
     ("seen", "copied prefix / ours", "generation", "10M_L256", "copied_prefix_over_ours", "", None),
     ("seen", "copied prefix / ours", "generation", "1M_L512", "copied_prefix_over_ours", "", None),
@@ -238,6 +245,25 @@ def dense(model, ids, number, length):
 
 
 @torch.no_grad()
+def official(model, ids, number, length):
+    """`dense` with a mask per row of thoughts, all logits, Gumbel-softmax and one-hot inputs, as in the paper's code."""
+    (batch, size), table = ids.shape, model.get_input_embeddings().weight
+    eye = torch.full((batch * number, 1, size, size), -torch.inf)
+    eye.diagonal(dim1=2, dim2=3).fill_(0)
+    mask = torch.full((batch * number, 1, size, size), -torch.inf).triu(1)
+    cache = DynamicCache()
+    model(ids.repeat_interleave(number, 0), attention_mask=mask, past_key_values=cache, use_cache=True)
+    inputs = torch.nn.functional.one_hot(torch.full((batch * number, size), THINK), len(table)).float()
+    for t in range(length):
+        mask = torch.cat([mask, eye], 3)
+        places = torch.arange(1, size + 1).unsqueeze(0) + t
+        logits = model(
+            inputs_embeds=inputs @ table, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
+        ).logits
+        inputs = torch.nn.functional.gumbel_softmax(logits, hard=True)
+
+
+@torch.no_grad()
 def plain_forward(model, ids):
     model(ids, use_cache=False)
 
@@ -311,6 +337,7 @@ def generation(shape):
     caches = {len(ids[0]): read(model, ids) for ids, _ in (small, large)}
     jobs = {
         "ours": lambda ids, at: ours(model, ids, at, number, length),
+        "ours_tokens": lambda ids, at: ours(model, ids, at, number, length, with_hidden=False),
         "matrix_product": lambda *_: multiply(square),
         "plain_4x256": lambda *_: plain_forward(model, plain),
         "generate_32": lambda ids, at: by_generate(model, ids, at, number, length, 32, 4),
@@ -339,7 +366,8 @@ def generation_ratios(shape, seconds):
     if "ours_bf16" in seconds:
         found["bf16_token_over_plain_token"] = seconds["ours_bf16"] / tokens / plain_token
     return found | {
-        "generate_over_ours": min(seconds["generate_32"], seconds["generate_128"]) / mine,
+        "generate_over_ours": min(seconds["generate_32"], seconds["generate_128"]) / seconds["ours_tokens"],
+        "generate_over_ours_with_states": min(seconds["generate_32"], seconds["generate_128"]) / mine,
         "token_over_plain_token": mine / tokens / plain_token,
         # Ours counts no attention, so this is a little worse than the truth.
         "roofline": rate / (flops * tokens / mine),
@@ -409,6 +437,8 @@ def memory(shape):
             by_generate(model, ids, at[:, -8:], number, length, 32, 1)  # the batch with the longest texts
         elif method == "dense_mask":
             dense(model, ids, number, length)
+        elif method == "official":
+            official(model, ids, number, length)
         else:
             ours(model, ids, at, number, length, max_streams=int(method.split("_")[1]))
 
@@ -433,7 +463,7 @@ def memory(shape):
 
 def memory_ratios(_, peak):
     return {
-        **{f"dense_mask_over_{name}": peak["dense_mask"] / peak[name] for name in PEAKS[1:5]},
+        **{f"{dense}_over_{name}": peak[dense] / peak[name] for dense in PEAKS[-2:] for name in PEAKS[1:5]},
         **{f"{name}_over_plain": peak[name] / peak["plain_forward"] for name in PEAKS[1:5]},
         "generate_over_ours_256": peak["generate_32"] / peak["ours_256"],
     }

@@ -1,0 +1,83 @@
+"""The whole chain, champion included, once per seed: one row of numbers each, and what they say together."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from .comparison import shown
+from .experiments import column, repeat, seed_interval
+from .stage import REPOSITORY, UpstreamError, read_stage
+
+# Stage -> what is kept of its summary. Those of GAINS come with the ends of their interval over problems.
+KEPT = {
+    "01_token_setup": ("prompted_accuracy", "direct_accuracy"),
+    "03_baking": ("baking_accuracy", "thinking_use", "strategy_fit", "gap_closed", "direct_accuracy_champion",
+                  "direct_accuracy_baked"),
+    "05_rl": ("accuracy_baseline", "accuracy_with", "accuracy_gain", "greedy_baseline", "greedy_with"),
+    "06_anti_theater": ("divergence", "ablation_gain", "foreign_gain", "shuffled_gain", "filler_gain", "training_gain",
+                        "coherence_utility_r", "within_r", "accuracy_own", "accuracy_none", "checks_reached", "checks",
+                        "cheats_caught"),
+}  # fmt: skip
+GAINS = ("accuracy_gain", "divergence", "ablation_gain", "foreign_gain", "shuffled_gain", "filler_gain", "training_gain",
+         "coherence_utility_r", "within_r")  # fmt: skip
+# What a mean over seeds must reach; where it is 0, the interval over problems of every single seed must lie above it.
+TARGETS = {
+    "baking_accuracy": 0.85, "thinking_use": 0.95, "strategy_fit": 0.9, "gap_closed": 0.8, "direct_change": -0.05,
+    "accuracy_gain": 0.05, "divergence": 0.3, "ablation_gain": 0, "foreign_gain": 0, "shuffled_gain": 0, "filler_gain": 0,
+    "training_gain": 0, "coherence_utility_r": 0.6, "within_r": 0.5,
+}  # fmt: skip
+
+
+def chain_row(run: str | Path) -> dict:
+    """What the stages of one run measured, as in ``KEPT``, and ``direct_change``: direct answers of the baked model minus
+    the champion's. Raises ``UpstreamError`` where a stage is not finished or too old."""
+    row = {}
+    for stage, names in KEPT.items():
+        record, reason = read_stage(Path(run) / stage)
+        if record is None:
+            raise UpstreamError(f"{Path(run).name} has no {stage} ({reason}); make it with `make run RUN={Path(run).name}`")
+        keys = [f"{name}{end}" for name in names for end in (("", "_low", "_high") if name in GAINS else ("",))]
+        missing = [key for key in keys if key not in record["summary"]]
+        if missing:
+            raise UpstreamError(f"{Path(run).name} was made by an older version, without {missing[0]}; make its {stage} again")
+        row |= {key: record["summary"][key] for key in keys}
+    return row | {"direct_change": row["direct_accuracy_baked"] - row["direct_accuracy_champion"]}
+
+
+def make_run(name: str, seed: int) -> None:
+    """``make run`` of the pocket variant; what is finished of it is kept. Raises ``CalledProcessError``."""
+    command = ["--variant", "pocket", "--run", name, "--seed", str(seed), "--keep"]
+    subprocess.run([sys.executable, "-m", "qs_lib.run", *command], check=True, cwd=REPOSITORY)
+
+
+def chain(run: Path, folder: Path, seeds) -> None:
+    """``make run`` for every seed into a folder of its own beside ``run``, then its row. The seed draws everything: the
+    champion's weights and corpus, worked examples, held-out problems, thoughts."""
+    settings = {path.parent.name: yaml.safe_load(path.read_text(encoding="utf-8"))
+                for path in sorted((REPOSITORY / "params").glob("*/pocket.yaml"))}  # fmt: skip
+
+    def measure(_, seed: int) -> dict:
+        made = run.with_name(f"{run.name}-seed{seed}")
+        make_run(made.name, seed)
+        return {name: round(float(value), 5) for name, value in chain_row(made).items()}
+
+    repeat(folder / "chain.csv", {"pocket": settings}, seeds, measure)
+
+
+def chain_table(rows: list[dict], arm: str = "pocket") -> pd.DataFrame:
+    """Each number with a target: mean with Student's t interval over seeds, the least of the seeds, the least lower end
+    over problems, the target and whether it is reached. Raises ``ValueError`` below two seeds."""
+    table = {}
+    for name, target in TARGETS.items():
+        values = column(rows, arm, name)
+        lows = column(rows, arm, f"{name}_low") if name in GAINS else []
+        reached = min(lows) > 0 if target == 0 else seed_interval(values)[0] >= target
+        table[name] = {
+            "mean over seeds": shown(seed_interval(values), signed=target <= 0), "least": round(min(values), 3),
+            "least lower end": round(min(lows), 3) if lows else "",
+            "target": "every seed above 0" if target == 0 else f">= {target}", "reached": "yes" if reached else "no",
+        }  # fmt: skip
+    return pd.DataFrame(table).T
