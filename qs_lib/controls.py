@@ -28,7 +28,7 @@ SUBJECT = "Muon x Grokfast"
 # The lowest rate of each scan, which goes on in steps of 2 around the recipe's; AdamW's share of Muon's rate is fixed.
 LOWEST = {"AdamW": 1e-3, "Muon": 3e-3, "Muon, matched momentum": 3e-3, SUBJECT: 3e-3}
 ADAMW_SHARE = 1 / 6
-SMALLER_STEPS = {"epochs": 3, "muon_lr": 8e-3, "adamw_lr": 1.5e-3}
+ALL_SHOWN = {"hard_share": 1.0, "hard_examples": 1.0}
 # The optimizers' grid is long: fewer examples and trajectories, alike for all.
 SMALLER = {"examples": 900, "trajectories": 900}
 
@@ -59,14 +59,15 @@ def bake_once(run: Path, settings: dict, seed: int, tested: bool = True) -> dict
 
     ``seed`` draws the training problems, the worked examples, the teacher's samples and the order of the batches; the
     champion and the held-out problems are the run's own. ``settings``: those of :func:`recipe`, or ``optimizer`` and
-    ``rate`` (:func:`make_optimizer`) in place of its rates. Shares are exact matches of greedy replies; ``direct_*`` with
+    ``rate`` (:func:`make_optimizer`) in place of its rates; ``hard_examples`` in place of the run's own ``hard_share``. Shares are exact matches of greedy replies; ``direct_*`` with
     thinking tokens forbidden, before and after.
     """
     record = read_stage(run / "02_dataset_generation")[0]
     made = record["parameters"]
     held = {split: read_problems(run / "02_dataset_generation" / f"{split}.parquet") for split in ("validation", "test")}
     problems = list(load_problems(made["data"] or made["source"], "train", made["train_problems"], seed))
-    worked = list(reasoning_dataset(rarefy(problems, made["hard_share"], seed=seed), held["validation"] + held["test"],
+    share = settings.get("hard_examples", made["hard_share"])
+    worked = list(reasoning_dataset(rarefy(problems, share, seed=seed), held["validation"] + held["test"],
                                     made["cot_examples"], made["strategy_examples"], seed)["train"])  # fmt: skip
     used = {e["question"] for e in worked}
     unseen = rarefy([p for p in problems if p["question"] not in used], settings["hard_share"], seed=seed)
@@ -86,8 +87,8 @@ def bake_once(run: Path, settings: dict, seed: int, tested: bool = True) -> dict
 
 
 def baking(run: Path, folder: Path, seeds) -> None:
-    """The recipe of notebook 03, and smaller steps for longer."""
-    arms = {f"Muon {s['muon_lr']:g}, {s['epochs']} epochs": s for s in (recipe(), recipe() | SMALLER_STEPS)}
+    """The recipe of notebook 03, which shows few hard problems, and the same with all of them shown."""
+    arms = {"recipe": recipe(), "all hard problems shown": recipe() | ALL_SHOWN}
     repeat(folder / "baking.csv", arms, seeds, lambda settings, seed: bake_once(run, settings, seed))
 
 
