@@ -53,15 +53,24 @@ def make_run(name: str, seed: int) -> None:
     subprocess.run([sys.executable, "-m", "qs_lib.run", *command], check=True, cwd=REPOSITORY)
 
 
+def made_with(run: Path, settings: dict[str, dict], seed: int) -> bool:
+    """Whether all stages of a run that are named in ``settings`` are finished, with that seed and those parameters."""
+    records = {stage: read_stage(run / stage)[0] for stage in settings}
+    return all(record is not None and record["seed"] == seed and record["parameters"].items() >= settings[stage].items()
+               for stage, record in records.items())  # fmt: skip
+
+
 def chain(run: Path, folder: Path, seeds) -> None:
-    """``make run`` for every seed into a folder of its own beside ``run``, then its row. The seed draws everything: the
-    champion's weights and corpus, worked examples, held-out problems, thoughts."""
+    """``make run`` for every seed into a folder of its own beside ``run``, then its row; ``run`` itself stands for its own
+    seed if it was made with the same parameters. The seed draws everything: the champion's weights and corpus, worked
+    examples, held-out problems, thoughts."""
     settings = {path.parent.name: yaml.safe_load(path.read_text(encoding="utf-8"))
                 for path in sorted((REPOSITORY / "params").glob("*/pocket.yaml"))}  # fmt: skip
 
     def measure(_, seed: int) -> dict:
-        made = run.with_name(f"{run.name}-seed{seed}")
-        make_run(made.name, seed)
+        made = run if made_with(run, settings, seed) else run.with_name(f"{run.name}-seed{seed}")
+        if made != run:
+            make_run(made.name, seed)
         return {name: round(float(value), 5) for name, value in chain_row(made).items()}
 
     repeat(folder / "chain.csv", {"pocket": settings}, seeds, measure)

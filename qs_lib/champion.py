@@ -113,7 +113,8 @@ def pretrain(model, tokenizer, documents: list[tuple[str, str]], steps: int, bat
     """Train ``model`` in place on the documents for a fixed number of steps; returns the mean loss of the last tenth.
 
     Next-token cross-entropy, context tokens weighted by ``context_weight``. Muon + AdamW, 50 steps of warm-up, constant
-    to half, then linear to 2 %; without ``weight_decay`` (decoupled) attention logits grow into the thousands. Raises ``ValueError`` on an empty corpus, ``FloatingPointError`` on a non-finite loss.
+    to half, then linear to 2 %. Without ``weight_decay`` (decoupled) attention logits grow to a thousand. Raises
+    ``ValueError`` on an empty corpus, ``FloatingPointError`` on a non-finite loss.
     """
     if not documents:
         raise ValueError("the champion's corpus is empty: give at least one document")

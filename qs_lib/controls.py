@@ -59,8 +59,9 @@ def bake_once(run: Path, settings: dict, seed: int, tested: bool = True) -> dict
 
     ``seed`` draws the training problems, the worked examples, the teacher's samples and the order of the batches; the
     champion and the held-out problems are the run's own. ``settings``: those of :func:`recipe`, or ``optimizer`` and
-    ``rate`` (:func:`make_optimizer`) in place of its rates; ``hard_examples`` in place of the run's own ``hard_share``. Shares are exact matches of greedy replies; ``direct_*`` with
-    thinking tokens forbidden, before and after.
+    ``rate`` (:func:`make_optimizer`) in place of its rates; ``hard_examples`` replaces the run's share of hard problems
+    among worked examples. Shares are exact matches of greedy replies; ``direct_*`` with thinking tokens forbidden, before
+    and after.
     """
     record = read_stage(run / "02_dataset_generation")[0]
     made = record["parameters"]

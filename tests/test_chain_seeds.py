@@ -60,6 +60,14 @@ def test_the_table_by_hand(rows):
         chain_table(rows[:1])
 
 
+def test_a_run_stands_for_its_own_seed_and_parameters_only(outputs):
+    folder = finish("pocket", 3)
+    assert chain_seeds.made_with(folder, {"03_baking": {}, "05_rl": {"run_name": "pocket"}}, 3)
+    assert not chain_seeds.made_with(folder, {"03_baking": {}}, 4)
+    assert not chain_seeds.made_with(folder, {"05_rl": {"steps": -1}}, 3)
+    assert not chain_seeds.made_with(folder, {"07_latency": {}}, 3)
+
+
 def test_an_unfinished_or_old_run_is_refused(outputs):
     with pytest.raises(UpstreamError, match="s9 has no 01_token_setup .not run yet.; make it with `make run RUN=s9`"):
         chain_row(outputs / "s9")
