@@ -66,9 +66,9 @@ def measure_latency(model, input_ids, positions=(1, 4), num_thoughts=(1, 4, 8), 
     for repeat in tqdm(range(repeats + 1), desc="latency"):
         timed = {s: _ms(lambda s=s: forward_with_thoughts(model, input_ids, *s)) for s in grid}
         bare = _ms(lambda: model.lm(input_ids=input_ids, logits_to_keep=1))
-        side = _ms(lambda: model.think(input_ids, None, last, temperature=1.0, **settings))
+        side = _ms(lambda: model.think(input_ids, None, last, temperature=1.0, **settings, with_hidden=False))
         alone = sum(_ms(lambda: generate_alone(model, input_ids)) for _ in range(c.num_thoughts))
-        everywhere = _ms(lambda: model.think(input_ids, temperature=1.0, **settings))
+        everywhere = _ms(lambda: model.think(input_ids, temperature=1.0, **settings, with_hidden=False))
         each = sum(_ms(lambda p=p: generate_alone(model, input_ids[:, : p + 1])) for p in some)
         if repeat == 0:
             continue  # warm-up
@@ -102,7 +102,7 @@ def forward_with_thoughts(model, input_ids, positions: int, num_thoughts: int, t
 def generate_alone(model, input_ids):
     """One thought by the library's own ``generate`` with a cache: what parallel thoughts are compared with.
 
-    It samples as many tokens as ours at most and does not read ``</think>``, which ours does.
+    It samples as many tokens as ours at most; neither reads ``</think>`` after them.
     """
     c = model.config
     start = torch.cat([input_ids, torch.tensor([[c.think_token_id]])], 1)
