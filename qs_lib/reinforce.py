@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
+from .attention import LanguageHead
+from .baking import forward_kl
 from .champion import schedule
 from .evaluate import accuracy_with_thoughts
 from .optim import MuonGrokfast
@@ -71,7 +73,8 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, *, n_true=
 
     loss = pg_weight REINFORCE + nll_weight (NLL of the mixture at the next token + ``look_ahead_weight`` x at the
     following ``n_true`` - 1 true tokens, teacher-forced) + kl_coefficient KL(thoughts || ``reference``) + base_kl
-    KL(reference || policy) of the prediction without thoughts - entropy_bonus x entropy.
+    KL(reference || policy) of the prediction without thoughts - entropy_bonus x entropy. The last KL is taken twice:
+    over visible tokens, which keeps the direct answers, and at the first token over all, which keeps the habit to think.
 
     Reward of a thought: gain in log-likelihood of the next n_true true tokens over no thought, not below
     ``reward_floor`` nats (``"likelihood"``), or 1 if the likeliest next token is the true one (``"correct"``). Unlike
@@ -106,11 +109,12 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, *, n_true=
         with torch.no_grad():
             ref = rescore_thoughts(reference, ids, thoughts, mask, n_true=n_true, true_logits=True, forbid_true=tags)
         kl = sampled_kl(scored.thought_logprobs, ref.thought_logprobs)
-        allowed = torch.isfinite(ref.base_full)
-        difference = (ref.base_full - scored.base_full).masked_fill(~allowed, 0)
-        drift = ((ref.base_full.exp() * difference).sum(-1) * scored.valid).sum() / scored.valid.sum().clamp_min(1)
-        loss = loss + kl_coefficient * kl + base_kl * drift
-        parts |= {"kl": kl.item(), "base_kl": drift.item()}
+        drift = (forward_kl(scored.base_full, ref.base_full) * scored.valid).sum() / scored.valid.sum().clamp_min(1)
+        first, ours = (LanguageHead(lm)(r.base_hidden[..., 0, :]).log_softmax(-1)
+                       for lm, r in ((reference, ref), (model.lm, scored)))  # fmt: skip
+        habit = forward_kl(ours, first)[thoughts.positions >= 0].mean()
+        loss = loss + kl_coefficient * kl + base_kl * (drift + habit)
+        parts |= {"kl": kl.item(), "base_kl": drift.item(), "habit_kl": habit.item()}
     if entropy_bonus:
         loss = loss - entropy_bonus * scored.thought_entropy.sum(-1).mean()
     return loss, parts

@@ -120,7 +120,26 @@ def test_kl_to_itself_is_zero():
     model, tokenizer = tiny_quiet_star()
     ids, mask, thoughts = batch(model, tokenizer)
     _, parts = r.quiet_star_loss(model, copy.deepcopy(model.lm), tokenizer, ids, mask, thoughts, n_true=3)
-    assert parts["kl"] == pytest.approx(0, abs=1e-6) and parts["base_kl"] == pytest.approx(0, abs=1e-6)
+    assert all(parts[name] == pytest.approx(0, abs=1e-6) for name in ("kl", "base_kl", "habit_kl"))
+
+
+def test_habit_kl_sees_a_model_that_no_longer_begins_to_think():
+    """The plain distribution after the question, recomputed row by row; the direct answers' KL is blind to it."""
+    import copy
+
+    model, tokenizer = tiny_quiet_star()
+    ids, mask, thoughts = batch(model, tokenizer)
+    reference = copy.deepcopy(model.lm)
+    with torch.no_grad():
+        head = model.lm.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.clone())  # untied: only the output changes
+        head.weight[thoughts.think_id] *= -3
+    _, parts = r.quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, n_true=3)
+    at = thoughts.positions[:, 0]
+    true, mine = (lm(ids, attention_mask=mask).logits[torch.arange(6), at].log_softmax(-1) for lm in (reference, model.lm))
+    expected = (true.exp() * (true - mine)).sum(-1).mean().item()
+    assert expected > 1e-3 and parts["habit_kl"] == pytest.approx(expected, abs=1e-4)
+    assert parts["base_kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_training_repeats_itself_and_keeps_the_best_weights():
