@@ -147,6 +147,7 @@ def execute(notebook: Path, folder: Path, parameters: dict, debug: bool = False)
                 stdout_file=sys.stdout if debug else None,
                 stderr_file=terminal,
                 kernel_manager_class=Kernel,
+                start_timeout=300,  # a busy machine may take minutes to start a kernel
             )
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 (told by the main thread)
             failures.append(error)
