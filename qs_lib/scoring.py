@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from .coherence import coherence, utility
 from .episode import Episode, Thought
