@@ -52,7 +52,7 @@ bench: setup
 	$(BIN)/python tests/benchmarks/bench_thoughts.py
 
 evidence: setup
-	$(SMALL) $(BIN)/python -m qs_lib.experiments $(X) $(if $(RUN),--upstream $(RUN)) $(if $(SEEDS),--seeds $(SEEDS))
+	$(SMALL) $(BIN)/python -m qs_lib.evidence $(X) $(if $(RUN),--upstream $(RUN)) $(if $(SEEDS),--seeds $(SEEDS))
 
 refresh: setup
 	$(BIN)/python -m qs_lib.run --variant pocket --run pocket $(if $(FRESH),--fresh)

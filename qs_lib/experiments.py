@@ -1,10 +1,8 @@
 """Experiments: arms x seeds, every finished run one row of a CSV, and what the rows say.
 
-``python -m qs_lib.experiments NAME`` writes ``outputs/<run>/experiments/NAME.csv``. A run that has its row is not
-repeated, so an experiment can be stopped and started again at any time.
+A run that has its row is not repeated, so an experiment can be stopped and started again at any time.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -17,7 +15,7 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from .files import lock_run, to_json, write_bytes
-from .stage import find_run, git_commit
+from .stage import git_commit
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -113,24 +111,3 @@ def verdict(plain, matched, verdicts: tuple[str, str, str, str]) -> str:
     if plain[1] > 0:
         return both if matched[1] > 0 else plain_only
     return loss if plain[2] < 0 else nothing
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run one experiment on the models and problems of a run."""
-    from . import chain_seeds, controls, grokking  # they read the rows with the functions above
-
-    experiments = {"baking": controls.baking, "chain": chain_seeds.chain, "optimizers": controls.optimizers,
-                   "grokking": grokking.grokking}  # fmt: skip
-    parser = argparse.ArgumentParser(prog="python -m qs_lib.experiments", description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=experiments)
-    parser.add_argument("--upstream", default="pocket", help="run whose models and problems are read")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    run = find_run(given.upstream)
-    experiments[given.name](run, run / "experiments", given.seeds)
-
-
-if __name__ == "__main__":
-    main()

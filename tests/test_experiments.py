@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from qs_lib import controls, experiments, grokking
+from qs_lib import controls, evidence, experiments, grokking
 from qs_lib.comparison import read_problems
 from qs_lib.files import StageError
 from qs_lib.stage import find_run
@@ -135,7 +135,7 @@ def test_halves_of_the_addition_table_share_no_sum():
 
 def test_grokking_command_writes_curves(tmp_path, monkeypatch):
     monkeypatch.setattr(grokking, "SETTINGS", grokking.SETTINGS | {"steps": 4, "every": 2})
-    experiments.main(["grokking", "--upstream", str(tmp_path), "--seeds", "3"])
+    evidence.main(["grokking", "--upstream", str(tmp_path), "--seeds", "3"])
     rows = experiments.read_rows(tmp_path / "experiments" / "grokking.csv")
     assert len(rows) == len(grokking.methods()) * len(grokking.RATES) and {r["seed"] for r in rows} == {3}
     assert all(r["steps"] == [0, 2, 4] and len(r["validation"]) == 3 for r in rows)

@@ -1,0 +1,31 @@
+"""``python -m qs_lib.evidence NAME``: run an experiment on the models and problems of a run; see ``experiments``.
+
+It writes ``outputs/<run>/experiments/NAME.csv`` and goes on where it was stopped.
+"""
+
+import argparse
+
+import torch
+
+from . import chain_seeds, controls, grokking
+from .stage import find_run
+
+EXPERIMENTS = {"baking": controls.baking, "chain": chain_seeds.chain, "optimizers": controls.optimizers,
+               "grokking": grokking.grokking}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one experiment; its options are on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m qs_lib.evidence", description="Run one experiment: arms x seeds.")
+    parser.add_argument("name", choices=EXPERIMENTS)
+    parser.add_argument("--upstream", default="pocket", help="run whose models and problems are read")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    run = find_run(given.upstream)
+    EXPERIMENTS[given.name](run, run / "experiments", given.seeds)
+
+
+if __name__ == "__main__":
+    main()
