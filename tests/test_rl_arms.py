@@ -1,0 +1,78 @@
+"""Arms of the reinforcement experiment, on the committed run and a handful of problems."""
+
+import inspect
+
+import pytest
+import torch
+from tiny import tiny_quiet_star
+
+from qs_lib import pocket, rl_arms
+from qs_lib.experiments import read_rows
+from qs_lib.reinforce import quiet_star_loss, train_quiet_star
+from qs_lib.stage import find_run
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """The committed models, and eight problems of each split."""
+    whole = rl_arms._load
+
+    def load(run, start):
+        model, tokenizer, data = whole(run, start)
+        return model, tokenizer, {split: problems[:8] for split, problems in data.items()}
+
+    monkeypatch.setattr(rl_arms, "_load", load)
+    monkeypatch.setattr(rl_arms, "start_of", lambda run, seed: run)
+    rl_arms.baseline.cache_clear()
+    yield rl_arms.recipe() | {"steps": 2, "batch_size": 4, "evaluate_every": 1}
+    rl_arms.baseline.cache_clear()
+
+
+def test_every_arm_changes_something_that_training_knows():
+    known = set(inspect.signature(train_quiet_star).parameters) | set(inspect.signature(quiet_star_loss).parameters)
+    recipe = rl_arms.recipe()
+    assert set(recipe) <= known
+    for name, settings in rl_arms.ARMS.items():
+        assert all(k in ("start", "think") or (k in recipe and recipe[k] != v) for k, v in settings.items()), name
+    starts = {s.get("start", "03_baking/baked") for s in rl_arms.ARMS.values()}
+    assert all((find_run("") / start / "model.safetensors").is_file() for start in starts)
+
+
+def test_an_arm_is_measured_against_the_model_it_started_from(few):
+    row = rl_arms.train_once(find_run(""), few, 0)
+    again = rl_arms.baseline(find_run(""), "03_baking/baked", 0)
+    assert row["baseline"] == again.mixed.mean() and row["gain"] == pytest.approx(row["accuracy"] - row["baseline"])
+    assert row["gain_low"] <= row["gain"] <= row["gain_high"] and len(row["validation"]) == 2
+    half = rl_arms.train_once(find_run(""), few | {"start": "03_baking/epochs/1"}, 0)
+    assert half["baseline"] == rl_arms.baseline(find_run(""), "03_baking/epochs/1", 0).mixed.mean()
+
+
+def test_direct_training_makes_the_answers_likelier_and_needs_no_thought(few):
+    model, tokenizer = tiny_quiet_star()
+    problems = pocket.generate("train", 4, 0)
+    ids, mask, positions = rl_arms.answer_batch(tokenizer, problems)
+
+    def answer_nll():
+        model.lm.eval()
+        with torch.no_grad():
+            logits = model.lm(ids, attention_mask=mask).logits.clone()
+        logits[..., model.config.hidden_ids] = -torch.inf
+        at = positions[:, 0]
+        return -logits[torch.arange(4), at].log_softmax(-1).gather(1, ids[torch.arange(4), at + 1, None]).mean().item()
+
+    before = answer_nll()
+    found = rl_arms.train_direct(model.lm, tokenizer, problems, problems, 40, 4, 2e-2, 1e-2, 0.4, 20)
+    assert answer_nll() < before / 2 and len(found) == 2
+    row = rl_arms.train_once(find_run(""), few | {"think": False}, 0)
+    assert row["without"] == row["accuracy"]
+
+
+def test_rows_are_kept(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(rl_arms, "ARMS", {"full": {}, "pg off": {"pg_weight": 0.0}, "n_true 1": {"n_true": 1}})
+    monkeypatch.setattr(rl_arms, "train_once", lambda run, settings, seed: {"gain": 0.1 + settings["pg_weight"], "v": [0.123456]})
+    rl_arms.reinforcement(find_run(""), tmp_path, [0, 1, 2, 3])
+    rows = read_rows(tmp_path / "rl.csv")
+    assert sorted((r["arm"], r["seed"]) for r in rows) == sorted(
+        [(a, s) for a in ("full", "pg off") for s in range(4)] + [("n_true 1", s) for s in range(3)]
+    )
+    assert rows[0]["v"] == [0.12346]
