@@ -32,9 +32,9 @@ TARGETS = {
 
 
 def chain_row(run: str | Path) -> dict:
-    """What the stages of one run measured, as in ``KEPT``, and ``direct_change``: direct answers of the baked model minus
-    the champion's. Raises ``UpstreamError`` where a stage is not finished or too old."""
-    row = {}
+    """What the stages of one run measured, as in ``KEPT``, ``direct_change``: direct answers of the baked model minus the
+    champion's, and ``chain_seconds``, which they took. Raises ``UpstreamError`` where a stage is not finished or too old."""
+    row, seconds = {}, 0.0
     for stage, names in KEPT.items():
         record, reason = read_stage(Path(run) / stage)
         if record is None:
@@ -44,7 +44,9 @@ def chain_row(run: str | Path) -> dict:
         if missing:
             raise UpstreamError(f"{Path(run).name} was made by an older version, without {missing[0]}; make its {stage} again")
         row |= {key: record["summary"][key] for key in keys}
-    return row | {"direct_change": row["direct_accuracy_baked"] - row["direct_accuracy_champion"]}
+        seconds += record["wall_s"]
+    change = row["direct_accuracy_baked"] - row["direct_accuracy_champion"]
+    return row | {"direct_change": change, "chain_seconds": seconds}
 
 
 def make_run(name: str, seed: int, stages=("01", "02", "03", "05", "06")) -> None:
@@ -64,7 +66,7 @@ def chain(run: Path, folder: Path, seeds) -> None:
     """``make run`` for every seed into a folder of its own beside ``run``, then its row; ``run`` itself stands for its own
     seed if it was made with the same parameters. The seed draws everything: the champion's weights and corpus, worked
     examples, held-out problems, thoughts."""
-    settings = {path.parent.name: yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings = {path.parent.name: yaml.safe_load(path.read_text(encoding="utf-8")) or {}
                 for path in sorted((REPOSITORY / "params").glob("*/pocket.yaml"))}  # fmt: skip
 
     def measure(_, seed: int) -> dict:

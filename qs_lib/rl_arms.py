@@ -45,7 +45,7 @@ def recipe(variant: str = "pocket") -> dict:
 def start_of(run: Path, seed: int) -> Path:
     """The run that holds champion, problems and baked models of a seed: ``run`` itself or ``<run>-seed<seed>``, whose
     first three stages are made where they are missing."""
-    settings = {path.parent.name: yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings = {path.parent.name: yaml.safe_load(path.read_text(encoding="utf-8")) or {}
                 for path in sorted((REPOSITORY / "params").glob("0[123]_*/pocket.yaml"))}  # fmt: skip
     if made_with(run, settings, seed):
         return run
