@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from .comparison import shown
 from .experiments import column, repeat, seed_interval
 from .stage import REPOSITORY, UpstreamError, read_stage
+from .variants import stages_of
 
 # Stage -> what is kept of its summary. Those of GAINS come with the ends of their interval over problems.
 KEPT = {
@@ -49,7 +49,7 @@ def chain_row(run: str | Path) -> dict:
     return row | {"direct_change": change, "chain_seconds": seconds}
 
 
-def make_run(name: str, seed: int, stages=("01", "02", "03", "05", "06")) -> None:
+def make_run(name: str, seed: int, stages) -> None:
     """``make run`` of some stages of the pocket variant; what is finished of it is kept. Raises ``CalledProcessError``."""
     command = ["--variant", "pocket", "--run", name, "--seed", str(seed), "--keep", "--only", *stages]
     subprocess.run([sys.executable, "-m", "qs_lib.run", *command], check=True, cwd=REPOSITORY)
@@ -63,19 +63,24 @@ def made_with(run: Path, settings: dict[str, dict], seed: int) -> bool:
 
 
 def chain(run: Path, folder: Path, seeds) -> None:
-    """``make run`` for every seed into a folder of its own beside ``run``, then its row; ``run`` itself stands for its own
-    seed if it was made with the same parameters. The seed draws everything: the champion's weights and corpus, worked
-    examples, held-out problems, thoughts."""
-    settings = {path.parent.name: yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-                for path in sorted((REPOSITORY / "params").glob("*/pocket.yaml"))}  # fmt: skip
+    """Every seed's run, and its row. The seed draws everything: the champion's weights and corpus, worked examples,
+    held-out problems, thoughts."""
 
     def measure(_, seed: int) -> dict:
-        made = run if made_with(run, settings, seed) else run.with_name(f"{run.name}-seed{seed}")
-        if made != run:
-            make_run(made.name, seed)
-        return {name: round(float(value), 5) for name, value in chain_row(made).items()}
+        return {name: round(float(value), 5) for name, value in chain_row(seed_run(run, seed)).items()}
 
-    repeat(folder / "chain.csv", {"pocket": settings}, seeds, measure)
+    repeat(folder / "chain.csv", {"pocket": stages_of("pocket")}, seeds, measure)
+
+
+def seed_run(run: Path, seed: int, stages=("01", "02", "03", "05", "06")) -> Path:
+    """The pocket run of a seed: ``run`` itself if its stages were made with that seed and today's parameters, else
+    ``<run>-seed<seed>`` beside it, whose ``stages`` are made where they are missing."""
+    settings = {name: given for name, given in stages_of("pocket").items() if name[:2] in stages}
+    if made_with(run, settings, seed):
+        return run
+    made = run.with_name(f"{run.name}-seed{seed}")
+    make_run(made.name, seed, stages)
+    return made
 
 
 def chain_table(rows: list[dict], arm: str = "pocket") -> pd.DataFrame:

@@ -151,12 +151,6 @@ def pretrain(model, tokenizer, documents: list[tuple[str, str]], steps: int, bat
     return sum(tail) / len(tail)
 
 
-def attention_mask_of(sequences, ids: torch.Tensor) -> torch.Tensor:
-    """Attention mask of right-padded sequences, (rows, longest)."""
-    lengths = torch.tensor([len(s.ids) for s in sequences])
-    return (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-
-
 def schedule(step: int, steps: int, warm_up: int = 50, floor: float = 0.02, constant: float = 0.5) -> float:
     """Factor on the learning rate: linear warm-up, constant up to ``constant`` of the steps, linear to ``floor``."""
     if step < min(warm_up, steps // 10):

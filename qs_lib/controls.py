@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import yaml
 
 from .baking import bake, habits
 from .champion import load_champion
@@ -12,10 +11,10 @@ from .comparison import direct_accuracy, fixed, read_problems, shown
 from .experiments import column, difference, repeat, seed_interval, verdict
 from .grokking import matched_momentum
 from .optim import MuonGrokfast
-from .params import check_parameters
 from .problems import load_problems, rarefy
-from .stage import REPOSITORY, read_stage, stage_digest
+from .stage import read_stage, stage_digest
 from .strategies import reasoning_dataset
+from .variants import recipe
 
 # What the baked model must reach on test problems, as a mean over seeds.
 TARGETS = {"accuracy": 0.85, "thinking_use": 0.95, "strategy_fit": 0.9, "gap_closed": 0.8, "direct_change": -0.05}
@@ -47,10 +46,9 @@ def make_optimizer(name: str, rate: float):
                                       grokfast_alpha=ALPHA, momentum=momentum, betas=(beta, BETAS[1]))  # fmt: skip
 
 
-def recipe(variant: str = "pocket") -> dict:
-    """What notebook 03 bakes with under ``params/03_baking/<variant>.yaml``."""
-    given = yaml.safe_load((REPOSITORY / "params" / "03_baking" / f"{variant}.yaml").read_text(encoding="utf-8"))
-    values = check_parameters(REPOSITORY / "notebooks" / "03_baking.ipynb", given)
+def baking_recipe() -> dict:
+    """What notebook 03 bakes the pocket model with."""
+    values = recipe("03_baking")
     return {name: values[name] for name in (*DATA, *BAKED_WITH, *OPTIMIZED_WITH)}
 
 
@@ -58,7 +56,7 @@ def bake_once(run: Path, settings: dict, seed: int, tested: bool = True) -> dict
     """Bake the run's champion as ``settings`` say and measure it on its test (or only on validation) problems.
 
     ``seed`` draws the training problems, the worked examples, the teacher's samples and the order of the batches; the
-    champion and the held-out problems are the run's own. ``settings``: those of :func:`recipe`, or ``optimizer`` and
+    champion and the held-out problems are the run's own. ``settings``: those of :func:`baking_recipe`, or ``optimizer`` and
     ``rate`` (:func:`make_optimizer`) in place of its rates; ``hard_examples`` replaces the run's share of hard problems
     among worked examples. Shares are exact matches of greedy replies; ``direct_*`` with thinking tokens forbidden, before
     and after.
@@ -89,14 +87,14 @@ def bake_once(run: Path, settings: dict, seed: int, tested: bool = True) -> dict
 
 def baking(run: Path, folder: Path, seeds) -> None:
     """The recipe of notebook 03, which shows few hard problems, and the same with all of them shown."""
-    arms = {"recipe": recipe(), "all hard problems shown": recipe() | ALL_SHOWN}
+    arms = {"recipe": baking_recipe(), "all hard problems shown": baking_recipe() | ALL_SHOWN}
     repeat(folder / "baking.csv", arms, seeds, lambda settings, seed: bake_once(run, settings, seed))
 
 
 def optimizers(run: Path, folder: Path, seeds) -> None:
     """A learning-rate scan per optimizer (seed 0, validation problems), then every optimizer at its best rate on the
     test problems, on seeds 1, 2, ... so that no run is measured that was chosen."""
-    alike = {name: value for name, value in (recipe() | SMALLER).items() if name not in OPTIMIZED_WITH}
+    alike = {name: value for name, value in (baking_recipe() | SMALLER).items() if name not in OPTIMIZED_WITH}
     rates = {name: [lowest * 2**k for k in range(4)] for name, lowest in LOWEST.items()}
     while True:
         arms = {f"{name}, rate {rate:g}": alike | {"optimizer": name, "rate": rate}

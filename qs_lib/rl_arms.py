@@ -5,21 +5,19 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-import yaml
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from .chain_seeds import made_with, make_run
+from .chain_seeds import seed_run
 from .champion import load_champion, schedule
 from .comparison import direct_accuracy, measure, read_problems
 from .evaluate import interval
 from .experiments import repeat
 from .model import QuietStarForCausalLM
 from .optim import MuonGrokfast
-from .params import check_parameters
 from .reinforce import answer_batch, curriculum, train_quiet_star
-from .stage import REPOSITORY
 from .tokens import thinking_ids
+from .variants import recipe
 
 # Arm -> what differs from the recipe. ``start``: the folder of the model below a run's stages.
 ARMS = {
@@ -35,23 +33,9 @@ BUDGET = {"num_thoughts": 4, "thought_length": 28}
 ELSEWHERE = {"seed", "run_name", "upstream", "mixing", "eval_problems", "test_problems"}
 
 
-def recipe(variant: str = "pocket") -> dict:
-    """What notebook 05 trains with under ``params/05_rl/<variant>.yaml``, validated every 25 steps."""
-    given = yaml.safe_load((REPOSITORY / "params" / "05_rl" / f"{variant}.yaml").read_text(encoding="utf-8"))
-    values = check_parameters(REPOSITORY / "notebooks" / "05_rl.ipynb", given)
-    return {k: v for k, v in values.items() if k not in ELSEWHERE} | {"evaluate_every": 25}
-
-
-def start_of(run: Path, seed: int) -> Path:
-    """The run that holds champion, problems and baked models of a seed: ``run`` itself or ``<run>-seed<seed>``, whose
-    first three stages are made where they are missing."""
-    settings = {path.parent.name: yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-                for path in sorted((REPOSITORY / "params").glob("0[123]_*/pocket.yaml"))}  # fmt: skip
-    if made_with(run, settings, seed):
-        return run
-    made = run.with_name(f"{run.name}-seed{seed}")
-    make_run(made.name, seed, stages=("01", "02", "03"))
-    return made
+def rl_recipe() -> dict:
+    """What notebook 05 trains the pocket model with, validated every 25 steps."""
+    return {k: v for k, v in recipe("05_rl").items() if k not in ELSEWHERE} | {"evaluate_every": 25}
 
 
 @lru_cache(maxsize=4)
@@ -79,7 +63,7 @@ def train_once(run: Path, settings: dict, seed: int) -> dict:
     """
     settings = dict(settings)
     start, think = settings.pop("start", "03_baking/baked"), settings.pop("think", True)
-    source = start_of(run, seed)
+    source = seed_run(run, seed, ("01", "02", "03"))
     before = baseline(source, start, seed)
     model, tokenizer, data = _load(source, start)
     if not think:
@@ -128,11 +112,12 @@ def train_direct(lm, tokenizer, problems, validation, steps: int, batch_size: in
 
 def reinforcement(run: Path, folder: Path, seeds) -> None:
     """All arms; the main ones on all ``seeds``, the others on the first three."""
-    rounded = {name: recipe() | settings for name, settings in ARMS.items()}
+    arms = {name: rl_recipe() | settings for name, settings in ARMS.items()}
 
     def once(settings: dict, seed: int) -> dict:
         row = train_once(run, settings, seed)
         return {k: [round(x, 5) for x in v] if isinstance(v, list) else round(float(v), 5) for k, v in row.items()}
 
-    repeat(folder / "rl.csv", {name: rounded[name] for name in MAIN}, seeds, once)
-    repeat(folder / "rl.csv", {name: rounded[name] for name in ARMS if name not in MAIN}, list(seeds)[:3], once)
+    others = {name: settings for name, settings in arms.items() if name not in MAIN}
+    repeat(folder / "rl.csv", {name: arms[name] for name in MAIN}, seeds, once)
+    repeat(folder / "rl.csv", others, list(seeds)[:3], once)

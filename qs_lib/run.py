@@ -5,56 +5,18 @@ Each notebook is executed by papermill into ``outputs/<run>/<stage>/``. A stage 
 """
 
 import argparse
-import asyncio
 import json
-import logging
 import os
 import shlex
-import signal
 import sys
-import threading
-import time
 import traceback
 from pathlib import Path
 
-import yaml
-
+from .execute import execute, shown_path
 from .files import StageError, lock_run
 from .params import ParameterError, WorkbookError, check_parameters, notebook_parameters, unknown_name
-from .stage import (
-    REPOSITORY,
-    find_run,
-    notebook_hash,
-    read_stage,
-    run_folder,
-    stage_finished,
-    start_stage,
-)
-
-__all__ = ["execute", "given_parameters", "main", "print_scoreboard", "run_stages", "start_stage"]
-
-# tqdm.auto draws a widget in a kernel, which a terminal cannot show: text bars there, passed on by _Terminal
-TEXT_BARS = "import tqdm.auto as _a, tqdm.std as _s; _a.tqdm, _a.trange = _s.tqdm, _s.trange; del _a, _s"
-
-
-class _Terminal:
-    """Where notebooks' progress bars go: redrawn in place on a terminal, their last state only in a log file."""
-
-    def __init__(self, stream):
-        self.stream = stream
-        self.live = stream.isatty()
-        self.line = ""
-
-    def write(self, text: str) -> None:
-        if self.live:
-            self.stream.write(text.replace("\r", "\r\x1b[K"))  # two bars of different length share the line
-            return
-        *lines, self.line = (self.line + text).split("\n")
-        for line in lines:
-            self.stream.write(line.rsplit("\r", 1)[-1] + "\n")
-
-    def flush(self) -> None:
-        self.stream.flush()
+from .stage import REPOSITORY, find_run, notebook_hash, read_stage, run_folder, stage_finished
+from .variants import check_variant, read_variant
 
 
 def stage_notebooks(folder: Path) -> list[Path]:
@@ -67,15 +29,7 @@ def given_parameters(notebook: Path, variant: str, run_name: str, data: str | No
 
     Raises ParameterError if the file is not a flat YAML mapping or there is nothing at ``data``.
     """
-    path = notebook.parent.parent / "params" / notebook.stem / f"{variant}.yaml"
-    given = {}
-    if path.is_file():
-        try:
-            given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ParameterError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(given, dict):
-            raise ParameterError(f"{path} must hold lines of the form 'name: value'")
+    given = read_variant(notebook.stem, variant, notebook.parent.parent)
     given |= {"run_name": run_name, "upstream": run_name}
     if seed is not None:
         given["seed"] = seed
@@ -85,130 +39,6 @@ def given_parameters(notebook: Path, variant: str, run_name: str, data: str | No
             raise ParameterError(f"there is no file or folder {path} to read data from")
         given["data"] = str(path)
     return given
-
-
-def check_variant(variant: str, folder: Path) -> None:
-    """Raises ParameterError if no notebook has a parameter file of this name."""
-    known = {path.stem for path in (folder.parent / "params").glob("*/*.yaml")} | {"defaults"}
-    if variant not in known:
-        raise ParameterError(unknown_name(variant, known).replace("parameter", "variant", 1))
-
-
-def execute(notebook: Path, folder: Path, parameters: dict, debug: bool = False) -> None:
-    """Execute one notebook into ``folder`` with this Python as its kernel, in the notebook's own folder.
-
-    Raises StageError with the message of the failed cell; KeyboardInterrupt or SystemExit(143) when stopped.
-    """
-    import papermill
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-    from jupyter_core.paths import jupyter_runtime_dir
-    from nbclient.exceptions import DeadKernelError
-
-    class Kernel(AsyncKernelManager):
-        started = None
-        # sockets in the user's own folder instead of open ports; their path may have 107 letters
-        transport = "ipc" if os.name == "posix" and len(jupyter_runtime_dir()) < 55 else "tcp"
-        kernel_spec = KernelSpec(
-            argv=[
-                *(sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"),
-                f"--IPKernelApp.exec_lines={TEXT_BARS}",
-            ],
-            language="python",
-        )
-
-        def __init__(self, **options):
-            super().__init__(**options)
-            Kernel.started = self
-
-        def signal(self, number):
-            process = self.provisioner and self.provisioner.process
-            if process and process.poll() is None:
-                process.send_signal(number)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{notebook.name}"  # papermill writes in place
-    final = folder / notebook.name
-    terminal = _Terminal(sys.stderr)
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what went wrong is said below, once
-    failures = []
-
-    def work():
-        try:
-            papermill.execute_notebook(
-                *(
-                    str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, aside)
-                ),  # it formats paths
-                parameters=parameters,
-                kernel_name="python3",
-                language="python",
-                cwd=str(notebook.parent),
-                progress_bar={"desc": notebook.stem, "file": terminal, "leave": False, "ncols": 80},
-                stdout_file=sys.stdout if debug else None,
-                stderr_file=terminal,
-                kernel_manager_class=Kernel,
-                start_timeout=300,  # a busy machine may take minutes to start a kernel
-            )
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 (told by the main thread)
-            failures.append(error)
-
-    # papermill works in a thread, so that signals reach us; its own handlers end the kernel and hide the reason
-    stopped = []
-
-    def stop(number, frame):
-        if not stopped or time.monotonic() - stopped[0][1] > 0.5:  # `timeout` sends every signal twice
-            stopped.append((number, time.monotonic()))
-
-    thread = threading.Thread(target=work, daemon=True)
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        thread.start()
-        while thread.is_alive() and not stopped:
-            thread.join(0.2)
-        if stopped:
-            _stop(thread, Kernel, stopped)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if aside.is_file():
-            os.replace(aside, final)
-    if stopped:
-        raise KeyboardInterrupt if stopped[0][0] == signal.SIGINT else SystemExit(143)
-    if failures:
-        raise _failure(failures[0], final, DeadKernelError) from failures[0]
-
-
-def _stop(thread: threading.Thread, kernel, stopped: list) -> None:
-    """Let the running cell save and leave within five seconds; a second signal ends it at once."""
-    if kernel.started:
-        kernel.started.signal(signal.SIGINT)
-    end = time.monotonic() + 5
-    while thread.is_alive() and time.monotonic() < end and len(stopped) == 1:
-        thread.join(0.1)
-    if kernel.started:
-        kernel.started.signal(signal.SIGKILL)
-    thread.join(1)
-
-
-def _failure(error: BaseException, notebook: Path, dead_kernel: type) -> StageError:
-    """What to tell about a notebook that did not run to its end."""
-    if isinstance(error, dead_kernel):
-        return StageError(
-            "the kernel died, most often for lack of memory; run the same command again to continue"
-        )
-    message = str(error)
-    if hasattr(error, "evalue"):
-        own = [kind.__name__ for kind in _subclasses(WorkbookError)]
-        message = error.evalue if error.ename in own else f"{error.ename}: {error.evalue}"
-    return StageError(f"{message.strip()}\n  the executed notebook is {_shown(notebook)}")
-
-
-def _subclasses(kind: type) -> list[type]:
-    return [kind, *(further for child in kind.__subclasses__() for further in _subclasses(child))]
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def run_stages(
@@ -233,7 +63,7 @@ def run_stages(
     chosen = stage_notebooks(notebooks)
     if not chosen:
         raise StageError(f"there are no notebooks in {notebooks}")
-    check_variant(variant, notebooks)
+    check_variant(variant, notebooks.parent)
     for name in only or []:
         if not any(path.stem == name or path.stem.split("_")[0] == name for path in chosen):
             raise ParameterError(
@@ -248,7 +78,7 @@ def run_stages(
     run = run_folder(run_name)
     lock = lock_run(run, "make run", ".driver.lock")
     try:
-        print(f"run {run_name}: {len(chosen)} stages into {_shown(run)}", flush=True)
+        print(f"run {run_name}: {len(chosen)} stages into {shown_path(run)}", flush=True)
         for path in chosen:
             source = notebook_hash(path)
             upstream = find_run(values[path]["upstream"])

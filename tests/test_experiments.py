@@ -165,7 +165,7 @@ def test_the_grokking_conclusion_follows_from_each_method_at_its_best_rate(plain
 
 def test_one_small_baking_run_of_the_committed_champion(monkeypatch):
     monkeypatch.setattr(controls, "read_problems", lambda path: read_problems(path)[:6])
-    settings = controls.recipe() | {"examples": 4, "trajectories": 4, "epochs": 1}
+    settings = controls.baking_recipe() | {"examples": 4, "trajectories": 4, "epochs": 1}
     row = controls.bake_once(find_run(""), settings, 1)
     assert row["direct_change"] == pytest.approx(row["direct_after"] - row["direct_before"], abs=1e-4)
     assert {"validation_accuracy", "gap_closed", "accuracy", "thinking_use", "strategy_fit"} <= row.keys()

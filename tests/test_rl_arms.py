@@ -22,15 +22,15 @@ def few(monkeypatch):
         return model, tokenizer, {split: problems[:8] for split, problems in data.items()}
 
     monkeypatch.setattr(rl_arms, "_load", load)
-    monkeypatch.setattr(rl_arms, "start_of", lambda run, seed: run)
+    monkeypatch.setattr(rl_arms, "seed_run", lambda run, seed, stages: run)
     rl_arms.baseline.cache_clear()
-    yield rl_arms.recipe() | {"steps": 2, "batch_size": 4, "evaluate_every": 1}
+    yield rl_arms.rl_recipe() | {"steps": 2, "batch_size": 4, "evaluate_every": 1}
     rl_arms.baseline.cache_clear()
 
 
 def test_every_arm_changes_something_that_training_knows():
     known = set(inspect.signature(train_quiet_star).parameters) | set(inspect.signature(quiet_star_loss).parameters)
-    recipe = rl_arms.recipe()
+    recipe = rl_arms.rl_recipe()
     assert set(recipe) <= known
     for name, settings in rl_arms.ARMS.items():
         assert all(k in ("start", "think") or (k in recipe and recipe[k] != v) for k, v in settings.items()), name

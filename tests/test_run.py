@@ -16,9 +16,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qs_lib import stage as stage_module
+from qs_lib.execute import Terminal
 from qs_lib.files import StageError, write_bytes, write_error
 from qs_lib.params import NotebookParams, ParameterError
-from qs_lib.run import _Terminal, main, print_scoreboard, run_stages
+from qs_lib.run import main, print_scoreboard, run_stages
 from qs_lib.stage import (
     UpstreamError,
     code_hash,
@@ -514,7 +515,7 @@ def test_scoreboard_table(tmp_path, capsys):
 
 
 def test_bars_are_redrawn_on_a_terminal_and_kept_short_in_a_file(capsys):
-    bars = _Terminal(sys.stderr)
+    bars = Terminal(sys.stderr)
     bars.write("\r 10%")
     bars.write("\r100%\nnext\n")
     bars.flush()
