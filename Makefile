@@ -18,7 +18,7 @@ help:
 	@echo "make test        all tests and notebooks, with coverage of qs_lib"
 	@echo "make lab         open JupyterLab"
 	@echo "make bench       side-by-side timings of thought generation"
-	@echo "make evidence    X=baking, chain, rl, optimizers or grokking: an experiment over arms and seeds; repeat it to continue"
+	@echo "make evidence    X=baking, chain, rl, look_ahead, optimizers or grokking: an experiment over arms and seeds; repeat it to continue"
 	@echo "make refresh     remake outputs/pocket and the committed notebook outputs"
 	@echo "make lint        ruff, and notebooks free of machine metadata"
 	@echo "make clean-run   delete outputs/$(RUN_NAME)/ (RUN=name for another)"

@@ -49,9 +49,9 @@ def chain_row(run: str | Path) -> dict:
     return row | {"direct_change": change, "chain_seconds": seconds}
 
 
-def make_run(name: str, seed: int, stages) -> None:
-    """``make run`` of some stages of the pocket variant; what is finished of it is kept. Raises ``CalledProcessError``."""
-    command = ["--variant", "pocket", "--run", name, "--seed", str(seed), "--keep", "--only", *stages]
+def make_run(name: str, seed: int, stages, variant: str = "pocket") -> None:
+    """``make run`` of some stages of a variant; what is finished of it is kept. Raises ``CalledProcessError``."""
+    command = ["--variant", variant, "--run", name, "--seed", str(seed), "--keep", "--only", *stages]
     subprocess.run([sys.executable, "-m", "qs_lib.run", *command], check=True, cwd=REPOSITORY)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -42,24 +42,24 @@ def load_champion(source: str = "pocket", dtype=torch.float32):
     return model.eval(), tokenizer
 
 
-def build_tokenizer(source: str, questions: list[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """The pocket task's word-level tokenizer, or a byte-level BPE trained on ``questions``, which may be any text.
+def build_tokenizer(source: str, texts: list[str], vocab_size: int = 2048, byte_level: bool = False) -> PreTrainedTokenizerFast:
+    """The pocket task's word-level tokenizer, or a byte-level BPE trained on ``texts`` in which every digit is a token.
 
-    The words of the strategy prompts and marker words are kept whole in both.
+    The pocket task's knows the words of the strategy prompts and the marker words; ``byte_level`` replaces it too.
     """
     words = [*LEAD_WORDS, *" ".join(PROMPTS.values()).split()]
-    if source == "pocket":
+    if source == "pocket" and not byte_level:
         return pocket.build_tokenizer(words)
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Split(Regex(r" ?\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    raw.train_from_iterator(questions, trainer)
+    raw.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left",
         model_max_length=512,

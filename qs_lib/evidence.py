@@ -11,7 +11,7 @@ from . import chain_seeds, controls, grokking, rl_arms
 from .stage import find_run
 
 EXPERIMENTS = {"baking": controls.baking, "chain": chain_seeds.chain, "optimizers": controls.optimizers,
-               "grokking": grokking.grokking, "rl": rl_arms.reinforcement}  # fmt: skip
+               "grokking": grokking.grokking, "look_ahead": rl_arms.look_ahead, "rl": rl_arms.reinforcement}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -160,6 +160,7 @@ class TokenSetup(Source):
     heads: int = Field(default=4, ge=1)
     intermediate_size: int = Field(default=384, ge=8)
     vocab_size: int = Field(default=2048, ge=300)
+    byte_level: bool = False
     steps: int = Field(default=30, ge=1)
     batch_size: int = Field(default=32, ge=1)
     muon_lr: float = Field(default=0.02, ge=0)

@@ -4,7 +4,7 @@ import copy
 import math
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from tqdm.auto import tqdm
@@ -18,6 +18,8 @@ from .sequences import encode, pad
 from .strategies import reply
 from .thoughts import generate_thoughts, rescore_thoughts
 from .tokens import thinking_ids
+
+PAPER_TEMPERATURE = 3.0
 
 
 @dataclass
@@ -79,8 +81,11 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, *, n_true=
     Reward of a thought: gain in log-likelihood of the next n_true true tokens over no thought, not below
     ``reward_floor`` nats (``"likelihood"``), or 1 if the likeliest next token is the true one (``"correct"``). Unlike
     the paper's it does not pass through the mixing head, so it is not 0 while the gate is shut. ``reference`` None
-    leaves both KLs out.
+    leaves both KLs out. With ``objective`` ``"paper"`` log-probs, entropy and KL of thoughts are those at temperature 3,
+    whatever they were sampled at (appendix A).
     """
+    if objective == "paper":
+        thoughts = replace(thoughts, temperature=PAPER_TEMPERATURE)
     tags = tuple(thinking_ids(tokenizer))
     scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=n_true, true_logits=True, forbid_true=tags)
     valid = scored.valid.unsqueeze(2)

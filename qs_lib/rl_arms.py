@@ -8,16 +8,17 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from .chain_seeds import seed_run
+from .chain_seeds import made_with, make_run, seed_run
 from .champion import load_champion, schedule
-from .comparison import direct_accuracy, measure, read_problems
+from .comparison import direct_accuracy, measure, named, read_problems
 from .evaluate import interval
 from .experiments import repeat
 from .model import QuietStarForCausalLM
 from .optim import MuonGrokfast
+from .probability import SHARPENINGS, answer_probability, fitted
 from .reinforce import answer_batch, curriculum, train_quiet_star
 from .tokens import thinking_ids
-from .variants import recipe
+from .variants import recipe, stages_of
 
 # Arm -> what differs from the recipe. ``start``: the folder of the model below a run's stages.
 ARMS = {
@@ -28,62 +29,84 @@ ARMS = {
     "without thoughts": {"think": False},
 }  # fmt: skip
 MAIN = ("full", "pg off")
-BUDGET = {"num_thoughts": 4, "thought_length": 28}
+# Where numbers are spelt in digits, the token after a thought is only the first of the answer's.
+LOOK_AHEAD = {"n_true 4": {}, "n_true 1": {"n_true": 1}}
+THOUGHTS = 4
+STAGES = ("01", "02", "03")
 # Parameters of notebook 05 that `train_quiet_star` is not called with.
 ELSEWHERE = {"seed", "run_name", "upstream", "mixing", "eval_problems", "test_problems"}
 
 
-def rl_recipe() -> dict:
-    """What notebook 05 trains the pocket model with, validated every 25 steps."""
-    return {k: v for k, v in recipe("05_rl").items() if k not in ELSEWHERE} | {"evaluate_every": 25}
+def rl_recipe(variant: str = "pocket") -> dict:
+    """What notebook 05 trains a variant's model with, validated every 25 steps."""
+    return {k: v for k, v in recipe("05_rl", variant).items() if k not in ELSEWHERE} | {"evaluate_every": 25}
 
 
 @lru_cache(maxsize=4)
-def baseline(run: Path, start: str, seed: int):
-    """Performance of a start model before any training: ``measure`` with all its thoughts weighted alike."""
-    model, tokenizer, data = _load(run, start)
-    return measure(model, tokenizer, data["validation"], data["test"], weights="thoughts", seed=seed, **BUDGET)
+def baseline(run: Path, start: str, length: int, seed: int):
+    """What a start model does before any training, with all its thoughts weighted alike: :func:`measured`."""
+    return measured(*_load(run, start), "thoughts", length, seed)
+
+
+def measured(model, tokenizer, data, weights: str, length: int, seed: int):
+    """Performance on test problems, and the probability of their true answers: (:class:`Performance`, name -> array).
+
+    Of the probabilities ``with`` and ``without`` thoughts, ``with fitted`` and ``without fitted`` are at the sharpening of
+    the predictions that is best on validation problems.
+    """
+    budget = {"weights": weights, "seed": seed, "num_thoughts": THOUGHTS, "thought_length": length}
+    found = measure(model, tokenizer, data["validation"], data["test"], max_new_tokens=length + 20, **budget)
+    validation, test = (answer_probability(model, tokenizer, data[split], temperature=found.temperature, **budget)
+                        for split in ("validation", "test"))
+    plain = SHARPENINGS.index(1.0)
+    return found, {name: test[name][plain] for name in test} | {
+        f"{name} fitted": test[name][fitted(validation[name])] for name in test
+    }
 
 
 def _load(run: Path, start: str):
     _, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))  # half-baked models come without one
     lm = AutoModelForCausalLM.from_pretrained(run / start).eval()
-    model = QuietStarForCausalLM.from_base(lm, tokenizer, **BUDGET)
+    model = QuietStarForCausalLM.from_base(lm, tokenizer, num_thoughts=THOUGHTS)
     folder = run / "02_dataset_generation"
     return model, tokenizer, {s: read_problems(folder / f"{s}.parquet") for s in ("train", "validation", "test")}
 
 
 def train_once(run: Path, settings: dict, seed: int) -> dict:
-    """Train one arm and measure it on test problems, with the same budget of thoughts for all arms.
+    """Train one arm from a model of ``run`` and measure it on test problems, with the same budget of thoughts for all arms.
 
     ``gain``: mixed accuracy minus that of the model it started from, each at its own best temperature, with its interval over
-    problems; ``greedy_gain``: the same with one greedy thought; ``validation``: accuracy after every ``evaluate_every`` steps.
+    problems; ``greedy_gain``: the same with one greedy thought; ``probability``: the paper's metric, ``_fitted`` of the start
+    model with one fitted temperature on its predictions, and ``beyond_temperature`` the trained model's minus that;
+    ``validation``: accuracy after every ``evaluate_every`` steps.
     ``think`` False trains direct answers on the same problems (:func:`train_direct`), answers directly, and is compared with
     the same baseline.
     """
     settings = dict(settings)
     start, think = settings.pop("start", "03_baking/baked"), settings.pop("think", True)
-    source = seed_run(run, seed, ("01", "02", "03"))
-    before = baseline(source, start, seed)
-    model, tokenizer, data = _load(source, start)
+    length = settings["thought_length"]
+    before, likely = baseline(run, start, length, seed)
+    model, tokenizer, data = _load(run, start)
     if not think:
         validation = train_direct(model.lm, tokenizer, data["train"], data["validation"], seed=seed, **{
             k: settings[k] for k in ("steps", "batch_size", "muon_lr", "adamw_lr", "hard_share", "evaluate_every")})  # fmt: skip
         after = direct_accuracy(model.lm, tokenizer, data["test"])
-        gain = interval(after - before.mixed)
-        return {"baseline": before.mixed.mean(), "accuracy": after.mean(), "gain": gain[0], "gain_low": gain[1],
-                "gain_high": gain[2], "without": after.mean(), "validation": validation}  # fmt: skip
+        return {"baseline": before.mixed.mean(), "accuracy": after.mean(), "without": after.mean(), "validation": validation,
+                **named("gain", interval(after - before.mixed))}  # fmt: skip
     result = train_quiet_star(model, tokenizer, data["train"], data["validation"], seed=seed, **settings)
-    after = measure(model, tokenizer, data["validation"], data["test"], weights="head", seed=seed, **BUDGET)
-    gain, greedy = interval(after.mixed - before.mixed), interval(after.greedy - before.greedy)
-    last = result.history[-1]
+    after, likelier = measured(model, tokenizer, data, "head", length, seed)
     return {
-        "baseline": before.mixed.mean(), "accuracy": after.mixed.mean(), "gain": gain[0], "gain_low": gain[1],
-        "gain_high": gain[2], "greedy_baseline": before.greedy.mean(), "greedy": after.greedy.mean(), "greedy_gain": greedy[0],
-        "greedy_gain_low": greedy[1], "greedy_gain_high": greedy[2], "single_baseline": before.single.mean(),
-        "single": after.single.mean(), "without_baseline": before.without.mean(), "without": after.without.mean(),
-        "thinking_use": after.habits["thinking_use"], "temperature": after.temperature, "entropy": last["entropy"],
-        "training_seconds": result.seconds,
+        "baseline": before.mixed.mean(), "accuracy": after.mixed.mean(), **named("gain", interval(after.mixed - before.mixed)),
+        "greedy_baseline": before.greedy.mean(), "greedy": after.greedy.mean(),
+        **named("greedy_gain", interval(after.greedy - before.greedy)),
+        "single_baseline": before.single.mean(), "single": after.single.mean(),
+        "without_baseline": before.without.mean(), "without": after.without.mean(),
+        "probability_baseline": likely["with"].mean(), "probability": likelier["with"].mean(),
+        "probability_fitted": likely["with fitted"].mean(), "probability_without": likely["without"].mean(),
+        "probability_without_fitted": likely["without fitted"].mean(),
+        **named("beyond_temperature", interval(likelier["with"] - likely["with fitted"])),
+        "thinking_use": after.habits["thinking_use"], "temperature_baseline": before.temperature,
+        "temperature": after.temperature, "entropy": result.history[-1]["entropy"], "training_seconds": result.seconds,
         "validation": [h["validation_accuracy"] for h in result.history if "validation_accuracy" in h],
     }  # fmt: skip
 
@@ -115,9 +138,23 @@ def reinforcement(run: Path, folder: Path, seeds) -> None:
     arms = {name: rl_recipe() | settings for name, settings in ARMS.items()}
 
     def once(settings: dict, seed: int) -> dict:
-        row = train_once(run, settings, seed)
-        return {k: [round(x, 5) for x in v] if isinstance(v, list) else round(float(v), 5) for k, v in row.items()}
+        return rounded(train_once(seed_run(run, seed, STAGES), settings, seed))
 
     others = {name: settings for name, settings in arms.items() if name not in MAIN}
     repeat(folder / "rl.csv", {name: arms[name] for name in MAIN}, seeds, once)
     repeat(folder / "rl.csv", others, list(seeds)[:3], once)
+
+
+def look_ahead(run: Path, folder: Path, seeds) -> None:
+    """Rewards over four true tokens and over one, from one model that spells numbers in digits; seeds draw the training."""
+    digits = run.with_name(f"{run.name}-digits")
+    settings = {name: given for name, given in stages_of("pocket-digits").items() if name[:2] in STAGES}
+    if not made_with(digits, settings, 0):
+        make_run(digits.name, 0, STAGES, "pocket-digits")
+    arms = {name: rl_recipe("pocket-digits") | changed for name, changed in LOOK_AHEAD.items()}
+    repeat(folder / "look_ahead.csv", arms, seeds, lambda settings, seed: rounded(train_once(digits, settings, seed)))
+
+
+def rounded(row: dict) -> dict:
+    """Numbers of a row, and lists of them, to five decimals."""
+    return {k: [round(x, 5) for x in v] if isinstance(v, list) else round(float(v), 5) for k, v in row.items()}

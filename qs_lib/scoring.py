@@ -20,7 +20,7 @@ def draw_thoughts(think, tokenizer, questions: list[str], seed: int = 0, batch_s
     on the seed and on the batches, which are cut from the questions in order of length.
     """
     generator, drawn = torch.Generator().manual_seed(seed), {}
-    for rows in _batches(questions, batch_size):
+    for rows in batches(questions, batch_size):
         texts = [encode_context(tokenizer, questions[i]) for i in rows]
         ids, mask = pad(texts, tokenizer.pad_token_id), pad([[1] * len(t) for t in texts], 0)
         last = torch.tensor([[len(t) - 1] for t in texts])
@@ -41,17 +41,25 @@ def score_thoughts(model, tokenizer, problems, scale=None, num_thoughts=4, thoug
     drawn = draw_thoughts(think or model.think, tokenizer, questions, seed, batch_size, num_thoughts=num_thoughts,
                           thought_length=thought_length, temperature=temperature)  # fmt: skip
     rows = []
-    for batch in _batches(questions, batch_size):
-        thoughts = _together([drawn[i] for i in batch])
+    for batch in batches(questions, batch_size):
+        thoughts = together([drawn[i] for i in batch])
         ids, mask, _ = answer_batch(tokenizer, [problems[i] for i in batch])
         scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=n_true, true_logits=True, forbid_true=tags)
         after, base = scored.true_full[..., 0, :], scored.base_full[..., 0, :]
         parts = score(tokenizer, ids, thoughts, after, base, scale, mask)
-        mixing = model.mixing_head(scored.base_hidden[..., 0, :], scored.thought_hidden[..., 0, :])
-        if weights == "thoughts":
-            mixing = torch.cat([torch.zeros(1), torch.full((num_thoughts,), 1 / num_thoughts)]).expand_as(mixing)
+        mixing = mixing_weights(model, scored, weights)[..., 0, :]
         rows += _scored(batch, parts, utility(scored), mixing, after, base)
     return drawn, sorted(rows, key=lambda r: r["problem"])
+
+
+def mixing_weights(model, scored, weights: str = "head") -> torch.Tensor:
+    """Weight of no thought and of each thought at every true token, (B, P, n_true, 1 + K): the mixing head's, or with
+    ``weights`` = ``"thoughts"`` the same for all thoughts and none for the plain prediction."""
+    mixing = model.mixing_head(scored.base_hidden, scored.thought_hidden.transpose(2, 3))
+    if weights == "thoughts":
+        k = mixing.shape[-1] - 1
+        mixing = torch.cat([torch.zeros(1), torch.full((k,), 1 / k)]).expand_as(mixing)
+    return mixing
 
 
 def answers_with(model, tokenizer, contexts: list[list[int]], tokens, lengths, weights: str,
@@ -75,12 +83,13 @@ def by_problem(rows: list[dict], key: str) -> np.ndarray:
     return np.array([r["coherence"].get(key, r.get(key)) for r in rows], float).reshape(problems, -1)
 
 
-def _batches(questions: list[str], size: int) -> list[list[int]]:
+def batches(questions: list[str], size: int) -> list[list[int]]:
+    """Indices of the questions in batches of like length."""
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def _together(thoughts: list):
+def together(thoughts: list):
     """Thoughts of single rows as one batch."""
     first = thoughts[0]
     names = ("tokens", "logprobs", "sampled", "lengths", "positions")

@@ -173,3 +173,24 @@ def test_bad_input_is_one_sentence():
         patch.setattr(r, "quiet_star_loss", lambda *a, **k: (torch.tensor(float("nan"), requires_grad=True), {}))
         r.train_quiet_star(model, tokenizer, problems(), problems("validation"), steps=1, batch_size=4, num_thoughts=2,
                            thought_length=6)  # fmt: skip
+
+
+def test_the_paper_scores_thoughts_at_its_own_temperature():
+    """Positive advantage x log-probs at temperature 3, again from the logits after text + thought so far."""
+    model, tokenizer = tiny_quiet_star()
+    ids, mask, thoughts = batch(model, tokenizer)
+    only_pg = {"nll_weight": 0.0, "kl_coefficient": 0.0, "base_kl": 0.0, "n_true": 3, "reward_floor": -1e9}
+    loss, _ = r.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, objective="paper", **only_pg)
+    scored = r.rescore_thoughts(model.lm, ids, thoughts, mask, n_true=3, forbid_true=tuple(model.config.hidden_ids))
+    rewards = (scored.true_logprobs - scored.base_logprobs.unsqueeze(2)).sum(-1)
+    expected = 0.0
+    for row, k in itertools.product(range(6), range(3)):
+        text = ids[row, : thoughts.positions[row, 0] + 1].tolist()
+        n = thoughts.lengths[row, 0, k].item()
+        thought = thoughts.tokens[row, 0, k, :n].tolist()
+        logits = model.lm(torch.tensor([text + thought])).logits[0, len(text) :] / 3
+        logits[:, thoughts.think_id] = -torch.inf
+        chosen = thought[1:] if thoughts.sampled[row, 0, k, n - 1] else thought[1:-1]
+        summed = sum(logits[i].log_softmax(-1)[token].item() for i, token in enumerate(chosen))
+        expected -= r.advantages(rewards, "paper")[row, 0, k].item() * summed / 18
+    assert loss.item() == pytest.approx(expected, rel=1e-4)

@@ -40,11 +40,12 @@ def test_every_arm_changes_something_that_training_knows():
 
 def test_an_arm_is_measured_against_the_model_it_started_from(few):
     row = rl_arms.train_once(find_run(""), few, 0)
-    again = rl_arms.baseline(find_run(""), "03_baking/baked", 0)
+    again, likely = rl_arms.baseline(find_run(""), "03_baking/baked", 28, 0)
     assert row["baseline"] == again.mixed.mean() and row["gain"] == pytest.approx(row["accuracy"] - row["baseline"])
     assert row["gain_low"] <= row["gain"] <= row["gain_high"] and len(row["validation"]) == 2
+    assert row["probability_baseline"] == likely["with"].mean() <= likely["with fitted"].mean()
     half = rl_arms.train_once(find_run(""), few | {"start": "03_baking/epochs/1"}, 0)
-    assert half["baseline"] == rl_arms.baseline(find_run(""), "03_baking/epochs/1", 0).mixed.mean()
+    assert half["baseline"] == rl_arms.baseline(find_run(""), "03_baking/epochs/1", 28, 0)[0].mixed.mean()
 
 
 def test_direct_training_makes_the_answers_likelier_and_needs_no_thought(few):
@@ -76,3 +77,14 @@ def test_rows_are_kept(few, tmp_path, monkeypatch):
         [(a, s) for a in ("full", "pg off") for s in range(4)] + [("n_true 1", s) for s in range(3)]
     )
     assert rows[0]["v"] == [0.12346]
+
+
+def test_look_ahead_makes_its_run_once_and_only_where_it_is_missing(tmp_path, monkeypatch):
+    made, trained = [], []
+    monkeypatch.setattr(rl_arms, "made_with", lambda run, settings, seed: bool(made))
+    monkeypatch.setattr(rl_arms, "make_run", lambda *given: made.append(given))
+    monkeypatch.setattr(rl_arms, "train_once", lambda run, settings, seed: trained.append((run.name, settings["n_true"])) or {"gain": 0})
+    for _ in range(2):
+        rl_arms.look_ahead(tmp_path / "pocket", tmp_path / "experiments", [0, 1])
+    assert made == [("pocket-digits", 0, ("01", "02", "03"), "pocket-digits")]
+    assert trained == [("pocket-digits", 4), ("pocket-digits", 1)] * 2
