@@ -43,7 +43,9 @@ def test_an_arm_is_measured_against_the_model_it_started_from(few):
     again, likely = rl_arms.baseline(find_run(""), "03_baking/baked", 28, 0)
     assert row["baseline"] == again.mixed.mean() and row["gain"] == pytest.approx(row["accuracy"] - row["baseline"])
     assert row["gain_low"] <= row["gain"] <= row["gain_high"] and len(row["validation"]) == 2
-    assert row["probability_baseline"] == likely["with"].mean() <= likely["with fitted"].mean()
+    assert row["probability_baseline"] == likely["with"].mean()
+    beyond = row["probability"] - likely["with fitted"].mean()
+    assert row["beyond_temperature"] == pytest.approx(beyond)
     half = rl_arms.train_once(find_run(""), few | {"start": "03_baking/epochs/1"}, 0)
     assert half["baseline"] == rl_arms.baseline(find_run(""), "03_baking/epochs/1", 28, 0)[0].mixed.mean()
 
