@@ -10,7 +10,7 @@ STRIP = --keep-output --keep-count --keep-id --extra-keys \
 	"metadata.widgets metadata.language_info.version metadata.papermill cell.metadata.execution cell.metadata.papermill"
 
 .DEFAULT_GOAL = help
-.PHONY: help setup run test lab bench evidence refresh lint clean-run
+.PHONY: help setup run test lab bench chaos evidence refresh lint clean-run
 
 help:
 	@echo "make run         notebooks 01-08 into outputs/$(RUN_NAME)/, ends with the scoreboard; repeat it to continue"
@@ -18,6 +18,7 @@ help:
 	@echo "make test        all tests and notebooks, with coverage of qs_lib"
 	@echo "make lab         open JupyterLab"
 	@echo "make bench       side-by-side timings of thought generation"
+	@echo "make chaos       KILLS=300: kill trainings at random instants, resume them, compare to the bit"
 	@echo "make evidence    X=baking, chain, rl, look_ahead, optimizers or grokking: an experiment over arms and seeds; repeat it to continue"
 	@echo "make refresh     remake outputs/pocket and the committed notebook outputs"
 	@echo "make lint        ruff, and notebooks free of machine metadata"
@@ -50,6 +51,9 @@ lab: setup
 
 bench: setup
 	$(BIN)/python tests/benchmarks/bench_thoughts.py
+
+chaos: setup
+	$(SMALL) $(BIN)/python tests/chaos.py $(KILLS)
 
 evidence: setup
 	$(SMALL) $(BIN)/python -m qs_lib.evidence $(X) $(if $(RUN),--upstream $(RUN)) $(if $(SEEDS),--seeds $(SEEDS))

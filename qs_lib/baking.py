@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .champion import schedule
+from .checkpoint import Checkpoint
 from .evaluate import answer_of, replies
 from .optim import MuonGrokfast
 from .qk_clip import watch_max_logits
@@ -159,7 +160,8 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
          muon_lr: float = 6e-3, adamw_lr: float = 1.5e-3, grokfast_lambda: float = 0.2, ce_weight: float = 1.0,
          trajectories: int = 1800, rehearsal: float = 0.25, patience: int = 0, lora_rank: int = 0,
          rebake: bool = False, qk_clip_threshold: float | None = None, seed: int = 0, max_new_tokens: int = 48,
-         optimizer=None, log=lambda **metrics: None, on_epoch=lambda epoch, model: None) -> BakingResult:  # fmt: skip
+         optimizer=None, log=lambda **metrics: None, on_epoch=lambda epoch, model: None,
+         checkpoint: Checkpoint | None = None) -> BakingResult:  # fmt: skip
     """Bake the strategies' prompts into ``model`` (in place); the teacher is a frozen copy made first.
 
     ``examples``: worked examples (:func:`qs_lib.reasoning_dataset`), trained by KL and cross-entropy; ``problems``:
@@ -173,7 +175,8 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
     and the eight token rows, merged at the end; 0 trains all weights. ``rebake``: ``model`` is baked already, so the
     teacher, a copy of it, writes and reads thinking tokens itself. ``qk_clip_threshold``: see :class:`MuonGrokfast`;
     each epoch reports the largest attention logit on held-out text, ``max_logit``. ``optimizer``: made from the model
-    by this function in place of :class:`MuonGrokfast`.
+    by this function in place of :class:`MuonGrokfast`. With a ``checkpoint``, whose log then counts, a stopped training
+    goes on where it was; finished epochs are not shown to ``on_epoch`` again.
 
     Raises ``ValueError`` when no teacher reply holds a thought, ``FloatingPointError`` on a non-finite loss.
     """
@@ -202,48 +205,59 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
     else:
         optimizer = optimizer(trained)
     lengths = [len(i.student_ids) for i in items]
-    steps = epochs * math.ceil(len(items) / (batch_size - share))
+    batches = math.ceil(len(items) / (batch_size - share))
+    steps = epochs * batches
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps, 20, constant=0.4))
     result = BakingResult(before, math.nan, math.nan)
     weights = [p for p in trained.parameters() if p.requires_grad]
-    best_epoch, best = 0, []
-    bar, step = tqdm(total=steps, desc="bake"), 0
-    for epoch in range(1, epochs + 1):
-        trained.train()
-        with nullcontext() if qk_clip_threshold is None else watch_max_logits(trained) as optimizer.watch:
-            for batch in length_batches(lengths, batch_size - share, rng):
-                chosen = [items[i] for i in batch] + rng.sample(direct, share)
-                loss, kl = baking_loss(trained, teacher, chosen, tokenizer, ce_weight)
-                if not math.isfinite(loss.item()):
-                    raise FloatingPointError(f"the baking loss is {loss.item()} at step {step}: lower the learning rates")
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(weights, 1.0)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-                step += 1
-                bar.update()
-                if step % max(1, min(20, steps // 10)) == 0:
-                    log(step=step, epoch=epoch, loss=loss.item(), kl=kl.item())
-        trained.eval()
-        with watch_max_logits(trained) as watch:
-            dose = {"epoch": epoch, "kl": held_out_kl(trained, teacher, tokenizer, held)}
-            dose["max_logit"] = max(heads.max().item() for heads in watch.max_logits.values())
-        dose |= habits(trained, tokenizer, list(validation), max_new_tokens)
-        result.epochs.append(dose)
-        log(step=step, **dose)
-        bar.set_postfix(accuracy=f"{dose['accuracy']:.3f}", use=f"{dose['thinking_use']:.2f}")
-        on_epoch(epoch, trained)
-        if patience and (not best or dose["kl"] < result.epochs[best_epoch - 1]["kl"]):
-            best_epoch, best = epoch, [p.detach().clone() for p in weights]
-        elif patience and epoch - best_epoch >= patience:
-            break
-    bar.close()
-    for p, kept in zip(weights, best, strict=False):  # none are kept without patience
+    order, best = [], {"epoch": 0, "weights": [], "stop": False}
+    parts = {"model": trained, "optimizer": optimizer, "scheduler": scheduler, "rng": rng, "order": order,
+             "epochs": result.epochs, "best": best}  # fmt: skip
+    with checkpoint or Checkpoint(log=log) as saving:
+        step = saving.resume(parts)
+        bar = tqdm(total=steps, initial=step, desc="bake")
+        while step < steps and not best["stop"]:
+            epoch = step // batches + 1
+            trained.train()
+            with nullcontext() if qk_clip_threshold is None else watch_max_logits(trained) as optimizer.watch:
+                for at in range(step % batches, batches):
+                    if at == 0:
+                        order[:] = length_batches(lengths, batch_size - share, rng)
+                    chosen = [items[i] for i in order[at]] + rng.sample(direct, share)
+                    loss, kl = baking_loss(trained, teacher, chosen, tokenizer, ce_weight)
+                    if not math.isfinite(loss.item()):
+                        raise FloatingPointError(f"the baking loss is {loss.item()} at step {step}: lower the learning rates")
+                    loss.backward()
+                    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+                    step += 1
+                    bar.update()
+                    if step % max(1, min(20, steps // 10)) == 0:
+                        saving.log(step=step, epoch=epoch, loss=loss.item(), kl=kl.item())
+                    if at + 1 < batches:
+                        saving.after(step, parts)
+            trained.eval()
+            with watch_max_logits(trained) as watch:
+                dose = {"epoch": epoch, "kl": held_out_kl(trained, teacher, tokenizer, held)}
+                dose["max_logit"] = max(heads.max().item() for heads in watch.max_logits.values())
+            dose |= habits(trained, tokenizer, list(validation), max_new_tokens)
+            result.epochs.append(dose)
+            saving.log(step=step, **dose)
+            bar.set_postfix(accuracy=f"{dose['accuracy']:.3f}", use=f"{dose['thinking_use']:.2f}")
+            on_epoch(epoch, trained)
+            if patience and (not best["epoch"] or dose["kl"] < result.epochs[best["epoch"] - 1]["kl"]):
+                best.update(epoch=epoch, weights=[p.detach().clone() for p in weights])
+            best["stop"] = bool(patience) and epoch - best["epoch"] >= patience
+            saving.after(step, parts, last=best["stop"] or step == steps)
+        bar.close()
+    trained.eval()
+    for p, kept in zip(weights, best["weights"], strict=False):  # none are kept without patience
         p.data.copy_(kept)
     if lora_rank:
         trained.merge_and_unload().requires_grad_(True)
-    result.kl_after = result.epochs[best_epoch - 1]["kl"]
+    result.kl_after = result.epochs[best["epoch"] - 1]["kl"]
     result.gap_closed, result.seconds = 1 - result.kl_after / before, time.monotonic() - started
     return result
 

@@ -76,9 +76,10 @@ def seed_run(run: Path, seed: int, stages=("01", "02", "03", "05", "06")) -> Pat
     """The pocket run of a seed: ``run`` itself if its stages were made with that seed and today's parameters, else
     ``<run>-seed<seed>`` beside it, whose ``stages`` are made where they are missing."""
     settings = {name: given for name, given in stages_of("pocket").items() if name[:2] in stages}
-    if made_with(run, settings, seed):
-        return run
     made = run.with_name(f"{run.name}-seed{seed}")
+    for finished in (run, made):
+        if made_with(finished, settings, seed):
+            return finished
     make_run(made.name, seed, stages)
     return made
 

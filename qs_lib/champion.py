@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from . import pocket
+from .checkpoint import Checkpoint
 from .optim import MuonGrokfast
 from .sequences import encode, length_batches, pad
 from .stage import find_run
@@ -109,8 +110,9 @@ def corpus(problems: list[dict], seed: int = 0, direct: float = 0.25, facts: flo
 
 def pretrain(model, tokenizer, documents: list[tuple[str, str]], steps: int, batch_size: int = 32,
              muon_lr: float = 0.02, adamw_lr: float = 3e-3, weight_decay: float = 0.1, context_weight: float = 0.1,
-             seed: int = 0, log=lambda **metrics: None):  # fmt: skip
+             seed: int = 0, log=lambda **metrics: None, checkpoint: Checkpoint | None = None):  # fmt: skip
     """Train ``model`` in place on the documents for a fixed number of steps; returns the mean loss of the last tenth.
+    With a ``checkpoint``, whose log then counts, a stopped training goes on where it was.
 
     Next-token cross-entropy, context tokens weighted by ``context_weight``. Muon + AdamW, 50 steps of warm-up, constant
     to half, then linear to 2 %. Without ``weight_decay`` (decoupled) attention logits grow to a thousand. Raises
@@ -125,27 +127,30 @@ def pretrain(model, tokenizer, documents: list[tuple[str, str]], steps: int, bat
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps))
     rng, queue, losses, every = random.Random(seed), [], [], max(1, min(50, steps // 10))
     model.train()
-    bar = tqdm(range(steps), desc="champion")
-    for step in bar:
-        queue = queue or length_batches(lengths, batch_size, rng)
-        chosen = [sequences[i] for i in queue.pop()]
-        ids = pad([s.ids for s in chosen], tokenizer.pad_token_id)
-        weights = pad([[context_weight] * s.start + [1.0] * (len(s.ids) - s.start) for s in chosen], 0.0)[:, 1:]
-        logits = model(input_ids=ids).logits[:, :-1]  # causal, and padded behind the text: no mask is needed
-        nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(weights)
-        loss = (nll * weights).sum() / weights.sum()
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the champion's loss is {loss.item()} at step {step}: lower the learning rates")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if (step + 1) % every == 0 or step == steps - 1:
-            recent = sum(losses[-every:]) / len(losses[-every:])
-            bar.set_postfix(loss=f"{recent:.3f}")
-            log(step=step + 1, loss=recent, lr=scheduler.get_last_lr()[0])
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "order": rng, "queue": queue, "losses": losses}
+    with checkpoint or Checkpoint(log=log) as saving:
+        first = saving.resume(parts)
+        for step in (bar := tqdm(range(first, steps), desc="champion", initial=first, total=steps)):
+            queue[:] = queue or length_batches(lengths, batch_size, rng)
+            chosen = [sequences[i] for i in queue.pop()]
+            ids = pad([s.ids for s in chosen], tokenizer.pad_token_id)
+            weights = pad([[context_weight] * s.start + [1.0] * (len(s.ids) - s.start) for s in chosen], 0.0)[:, 1:]
+            logits = model(input_ids=ids).logits[:, :-1]  # causal, and padded behind the text: no mask is needed
+            nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(weights)
+            loss = (nll * weights).sum() / weights.sum()
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"the champion's loss is {loss.item()} at step {step}: lower the learning rates")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            if (step + 1) % every == 0 or step == steps - 1:
+                recent = sum(losses[-every:]) / len(losses[-every:])
+                bar.set_postfix(loss=f"{recent:.3f}")
+                saving.log(step=step + 1, loss=recent, lr=scheduler.get_last_lr()[0])
+            saving.after(step + 1, parts, last=step == steps - 1)
     model.eval()
     tail = losses[-max(1, steps // 10) :]
     return sum(tail) / len(tail)

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import torch
 
 from .baking import habits
+from .curriculum import answer_batch
 from .evaluate import accuracy_with_thoughts, answer_of, best_temperature, interval, replies
-from .reinforce import answer_batch
 from .sequences import encode
 from .strategies import reply, strategy_of
 from .tokens import thinking_ids

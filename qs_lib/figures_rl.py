@@ -1,7 +1,11 @@
 """Figures of notebooks 05 to 08. Each function returns a matplotlib Figure; marks differ by shape, not only by colour."""
 
+import os
+import time
+
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import display
 from matplotlib.ticker import MaxNLocator
 
 from .evaluate import interval
@@ -10,7 +14,8 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 PANELS = (
     ("reward", "reward (nats)"), ("validation_accuracy", "validation accuracy (share)"),
     ("no_thought_weight", "weight of no thought (share)"), ("kl", "KL to the baked model (nats)"),
-    ("length", "length (tokens)"), ("entropy", "entropy (nats per token)"),
+    ("length", "length (tokens)"), ("entropy", "entropy (nats per token)"), ("diversity", "different answers per problem"),
+    ("max_logit", "largest attention logit"),
 )  # fmt: skip
 
 
@@ -33,8 +38,8 @@ def first_and_last(rows: list[dict], key: str) -> tuple[float, float]:
 
 
 def training_curves(live: list[dict], pocket: list[dict] = ()):
-    """Six curves of RL: this run's (solid, circles) and the committed pocket run's (dashed), where there is one."""
-    figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
+    """Curves of RL: this run's (solid, circles) and the committed pocket run's (dashed), where there is one."""
+    figure, axes = plt.subplots(2, 4, figsize=(14, 5.5), layout="constrained")
     for axis, (key, label) in zip(axes.flat, PANELS, strict=True):
         for rows, name, colour, style in ((pocket, "pocket run", GREY, "--"), (live, "this run", BLUE, "-")):
             points = [(r["step"], r[key]) for r in rows if key in r]
@@ -46,8 +51,30 @@ def training_curves(live: list[dict], pocket: list[dict] = ()):
                           label=name + (" (mean of 10)" if dense else ""))  # fmt: skip
         axis.set(xlabel="RL step", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axes[0, 0].legend(fontsize=8)
+    if live or pocket:
+        axes[0, 0].legend(fontsize=8)
     return _finished(figure)
+
+
+def live_curves(log, every: float = 3.0):
+    """A function that passes metrics on to ``log`` and, in JupyterLab, redraws :func:`training_curves` while training runs.
+
+    Nothing is drawn where nobody watches: by papermill, nbconvert or tests.
+    """
+    if "JPY_SESSION_NAME" not in os.environ:
+        return log
+    rows, drawn = [], time.monotonic()
+    handle = display(training_curves([]), display_id=True)
+
+    def both(**metrics):
+        nonlocal drawn
+        log(**metrics)
+        rows.append(metrics)
+        if time.monotonic() - drawn > every:
+            handle.update(training_curves(rows))
+            drawn = time.monotonic()
+
+    return both
 
 
 def _bars(axis, positions, intervals, label, colour, hatch, width):

@@ -227,6 +227,10 @@ class Reinforce(NotebookParams):
     token_scale: float = Field(default=1.0, gt=0)
     reward: Literal["likelihood", "correct"] = "likelihood"
     objective: Literal["signed", "positive", "paper"] = "positive"
+    baseline: Literal["others", "value"] = "others"
+    think_at: Literal["question", "difficult", "every"] = "question"
+    num_positions: int = Field(default=8, ge=1)
+    adaptive_length: bool = False
     pg_weight: float = Field(default=1.0, ge=0)
     nll_weight: float = Field(default=0.5, ge=0)
     look_ahead_weight: float = Field(default=0.5, ge=0)
@@ -239,6 +243,7 @@ class Reinforce(NotebookParams):
     evaluate_every: int = Field(default=2, ge=1)
     eval_problems: int = Field(default=24, ge=2)
     test_problems: int = Field(default=24, ge=2)
+    tensorboard: bool = False
 
 
 class AntiTheater(NotebookParams):

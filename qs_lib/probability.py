@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from .reinforce import answer_batch
+from .curriculum import answer_batch
 from .rescoring import rescore_thoughts
 from .scoring import batches, draw_thoughts, mixing_weights, together
 from .sequences import encode

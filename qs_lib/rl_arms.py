@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM
 from .chain_seeds import made_with, make_run, seed_run
 from .champion import load_champion, schedule
 from .comparison import direct_accuracy, measure, named, read_problems
+from .curriculum import answer_batch, curriculum
 from .evaluate import interval
 from .experiments import repeat
 from .model import QuietStarForCausalLM
 from .optim import MuonGrokfast
 from .probability import SHARPENINGS, answer_probability, fitted
-from .reinforce import answer_batch, curriculum, train_quiet_star
+from .reinforce import train_quiet_star
 from .tokens import thinking_ids
 from .variants import recipe, stages_of
 

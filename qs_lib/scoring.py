@@ -4,9 +4,9 @@ import numpy as np
 import torch
 
 from .coherence import coherence, utility
+from .curriculum import answer_batch
 from .episode import Episode, Thought
 from .evaluate import answer_of, decode_with_thoughts
-from .reinforce import answer_batch
 from .rescoring import rescore_thoughts
 from .sequences import encode_context, pad
 from .tokens import thinking_ids

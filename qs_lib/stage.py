@@ -23,6 +23,7 @@ from .files import StageError, discard, lock_run, sha256, sync_folder, to_json, 
 from .params import RUN_NAME, NotebookParams, WorkbookError
 
 FORMAT_VERSION = 1
+CHECKPOINTS = ".checkpoint"
 PACKAGE = Path(__file__).resolve().parent
 REPOSITORY = PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else Path.cwd()
 
@@ -221,9 +222,16 @@ class Stage:
             raise
         return path
 
+    def copy(self, name: str, copied: str) -> Path:
+        """Copy a file or folder of this stage inside it, in place of what is there. Raises StageError."""
+        return self._copied(self.path(name), self.path(copied))
+
     def publish(self, name: str) -> Path:
         """Copy a finished file or folder of this stage to the run folder itself. Raises StageError."""
-        source, target = self.path(name), self.run / Path(name).name
+        return self._copied(self.path(name), self.run / Path(name).name)
+
+    @staticmethod
+    def _copied(source: Path, target: Path) -> Path:
         temporary = target.with_name(f".{target.name}.tmp")
         discard(temporary)
         try:
@@ -235,8 +243,12 @@ class Stage:
             raise write_error(error, target) from None
         return target
 
+    def identity(self) -> dict:
+        """What a checkpoint inside this stage must agree on to be gone on with: parameters, upstream and code."""
+        return {"parameters": self.params.model_dump(mode="json"), "upstream": self.upstream_stages, "code": code_hash()}
+
     def finish(self, summary: dict) -> dict:
-        """Write ``run.json``, last: from now on the stage counts as finished. Returns ``summary``.
+        """Write ``run.json``, last: from now on the stage counts as finished, and its checkpoints go. Returns ``summary``.
 
         Raises StageError.
         """
@@ -266,6 +278,7 @@ class Stage:
             **_machine(),
         }
         self.write_json("run.json", record)
+        discard(self.folder / CHECKPOINTS)
         self._lock.release(force=True)
         return summary
 

@@ -6,16 +6,19 @@ import pytest
 import torch
 from tiny import problems, tiny_quiet_star
 
+from qs_lib import curriculum as c
+from qs_lib import objective as o
 from qs_lib import reinforce as r
+from qs_lib.rescoring import rescore_thoughts
 from qs_lib.thoughts import generate_thoughts
 
 
 def test_advantages_sum_to_zero_and_leave_one_out():
     rewards = torch.tensor([[1.0, 2.0, 6.0]])
-    assert r.advantages(rewards).tolist() == [[1 - 4.0, 2 - 3.5, 6 - 1.5]]
-    assert r.advantages(torch.randn(5, 4)).sum(-1).abs().max() < 1e-5
-    assert r.advantages(rewards, "paper").tolist() == [[0.0, 0.0, 3.0]]
-    assert r.advantages(rewards, "positive").tolist() == [[0.0, 0.0, 4.5]]
+    assert o.advantages(rewards).tolist() == [[1 - 4.0, 2 - 3.5, 6 - 1.5]]
+    assert o.advantages(torch.randn(5, 4)).sum(-1).abs().max() < 1e-5
+    assert o.advantages(rewards, "paper").tolist() == [[0.0, 0.0, 3.0]]
+    assert o.advantages(rewards, "positive").tolist() == [[0.0, 0.0, 4.5]]
 
 
 def test_expected_gradient_of_signed_and_positive_advantages():
@@ -27,7 +30,7 @@ def test_expected_gradient_of_signed_and_positive_advantages():
         probability = math.prod(p if x else 1 - p for x in right)
         slopes = torch.tensor([1 - p if x else -p for x in right])  # d log-prob / dx of each outcome
         for name in expected:
-            expected[name] += probability * (r.advantages(torch.tensor(right), name) * slopes).mean().item()
+            expected[name] += probability * (o.advantages(torch.tensor(right), name) * slopes).mean().item()
     assert expected["signed"] == pytest.approx(p * (1 - p), rel=1e-5)
     assert expected["positive"] == pytest.approx((1 - p) * p * (1 - p), rel=1e-5)
 
@@ -37,9 +40,9 @@ def test_policy_gradient_on_paper():
     theta = torch.tensor([0.0, 0.0, 0.0], requires_grad=True)
     sampled = torch.tensor([0, 2])
     logprobs = theta.log_softmax(-1)[sampled].unsqueeze(-1)
-    advantage = r.advantages(torch.tensor([1.0, 0.0]))
+    advantage = o.advantages(torch.tensor([1.0, 0.0]))
     assert advantage.tolist() == [1.0, -1.0]
-    r.policy_gradient_loss(logprobs, advantage).backward()
+    o.policy_gradient_loss(logprobs, advantage).backward()
     # -(1 * ([1,0,0] - 1/3) - 1 * ([0,0,1] - 1/3)) / 2 = [-1/2, 0, 1/2]
     assert theta.grad.tolist() == pytest.approx([-0.5, 0.0, 0.5], abs=1e-6)
 
@@ -47,28 +50,28 @@ def test_policy_gradient_on_paper():
 def test_advantage_carries_no_gradient():
     reward = torch.tensor([1.0, 0.0], requires_grad=True)
     logprobs = torch.zeros(2, 1, requires_grad=True)
-    r.policy_gradient_loss(logprobs, r.advantages(reward)).backward()
+    o.policy_gradient_loss(logprobs, o.advantages(reward)).backward()
     assert reward.grad is None
 
 
 def test_sampled_kl_is_zero_for_equal_policies_and_right_on_average():
     p, q = torch.tensor([0.7, 0.3]), torch.tensor([0.4, 0.6])
-    assert r.sampled_kl(p.log()[None, :, None], p.log()[None, :, None]) == 0
+    assert o.sampled_kl(p.log()[None, :, None], p.log()[None, :, None]) == 0
     drawn = torch.multinomial(p, 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
-    estimate = r.sampled_kl(p.log()[drawn][:, None], q.log()[drawn][:, None])
+    estimate = o.sampled_kl(p.log()[drawn][:, None], q.log()[drawn][:, None])
     assert estimate.item() == pytest.approx((p * (p / q).log()).sum().item(), rel=0.02)
 
 
 def batch(model, tokenizer):
-    ids, mask, positions = r.answer_batch(tokenizer, problems(size=6))
+    ids, mask, positions = c.answer_batch(tokenizer, problems(size=6))
     generator = torch.Generator().manual_seed(0)
     return ids, mask, generate_thoughts(model.lm, ids, mask, positions, 3, 8, generator=generator)
 
 
 def test_answer_batch_thinks_after_the_question_and_truth_follows():
     _model, tokenizer = tiny_quiet_star()
-    ids, _mask, positions = r.answer_batch(tokenizer, problems(size=6))
-    truth = r.true_tokens(ids, positions, 3)
+    ids, _mask, positions = c.answer_batch(tokenizer, problems(size=6))
+    truth = o.true_tokens(ids, positions, 3)
     for row, p in enumerate(problems(size=6)):
         assert tokenizer.decode(ids[row, positions[row, 0]]) == "?"
         assert tokenizer.decode(truth[row, 0]) == f"{p['answer']} . <eos>"
@@ -78,10 +81,10 @@ def test_nothing_but_the_named_parts_gives_gradient():
     model, tokenizer = tiny_quiet_star()
     ids, mask, thoughts = batch(model, tokenizer)
     off = {"pg_weight": 0.0, "nll_weight": 0.0, "kl_coefficient": 0.0, "base_kl": 0.0, "n_true": 3}
-    loss, _ = r.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, **off)
+    loss, _ = o.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, **off)
     loss.backward()
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
-    loss, _ = r.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, **off | {"pg_weight": 1.0})
+    loss, _ = o.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, **off | {"pg_weight": 1.0})
     loss.backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.lm.parameters())
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.mixing_head.parameters())
@@ -92,7 +95,7 @@ def test_loss_parts_against_a_plain_recomputation():
     model, tokenizer = tiny_quiet_star()
     ids, mask, thoughts = batch(model, tokenizer)
     only_pg = {"nll_weight": 0.0, "kl_coefficient": 0.0, "base_kl": 0.0, "n_true": 3, "reward_floor": -1e9}
-    loss, parts = r.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, **only_pg)
+    loss, parts = o.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, **only_pg)
     hidden, rewards, logprobs = model.config.hidden_ids, torch.zeros(6, 3), torch.zeros(6, 3)
 
     def score(text, continuation, forbid):
@@ -110,7 +113,7 @@ def test_loss_parts_against_a_plain_recomputation():
             chosen = thought[1:] if thoughts.sampled[row, 0, k, n - 1] else thought[1:-1]
             logprobs[row, k] = score(text + thought[:1], chosen, [thoughts.think_id])
     assert parts["reward"] == pytest.approx(rewards.mean().item(), abs=1e-4)
-    expected = -(r.advantages(rewards) * logprobs).mean().item()
+    expected = -(o.advantages(rewards) * logprobs).mean().item()
     assert loss.item() == pytest.approx(expected, abs=1e-3)
 
 
@@ -119,7 +122,7 @@ def test_kl_to_itself_is_zero():
 
     model, tokenizer = tiny_quiet_star()
     ids, mask, thoughts = batch(model, tokenizer)
-    _, parts = r.quiet_star_loss(model, copy.deepcopy(model.lm), tokenizer, ids, mask, thoughts, n_true=3)
+    _, parts = o.quiet_star_loss(model, copy.deepcopy(model.lm), tokenizer, ids, mask, thoughts, n_true=3)
     assert all(parts[name] == pytest.approx(0, abs=1e-6) for name in ("kl", "base_kl", "habit_kl"))
 
 
@@ -134,7 +137,7 @@ def test_habit_kl_sees_a_model_that_no_longer_begins_to_think():
         head = model.lm.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.clone())  # untied: only the output changes
         head.weight[thoughts.think_id] *= -3
-    _, parts = r.quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, n_true=3)
+    _, parts = o.quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, n_true=3)
     at = thoughts.positions[:, 0]
     true, mine = (lm(ids, attention_mask=mask).logits[torch.arange(6), at].log_softmax(-1) for lm in (reference, model.lm))
     expected = (true.exp() * (true - mine)).sum(-1).mean().item()
@@ -150,7 +153,7 @@ def test_training_repeats_itself_and_keeps_the_best_weights():
         result = r.train_quiet_star(model, tokenizer, problems(size=24), problems("validation", 6), steps=3, batch_size=4,
                                     num_thoughts=3, thought_length=8, evaluate_every=1, n_true=3,
                                     log=lambda lines=lines, **m: lines.append(m))  # fmt: skip
-        assert result.best_accuracy == max(m["validation_accuracy"] for m in lines)
+        assert result.best_validation == max(m["validation_accuracy"] for m in lines)
         runs.append((lines, model.state_dict()))
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1].values(), runs[1][1].values(), strict=True))
@@ -159,9 +162,9 @@ def test_training_repeats_itself_and_keeps_the_best_weights():
 def test_curriculum_goes_from_easy_to_hard():
     pool = [{"difficulty": d} for d in (1, 2, 3) for _ in range(5)]
     rng = random.Random(0)
-    assert {p["difficulty"] for p in r.curriculum(pool, 0.0, rng, 40)} == {1}
-    assert {p["difficulty"] for p in r.curriculum(pool, 0.05, rng, 40)} == {1, 2}
-    late = [p["difficulty"] for p in r.curriculum(pool, 1.0, rng, 40, hard_share=0.5)]
+    assert {p["difficulty"] for p in c.curriculum(pool, 0.0, rng, 40)} == {1}
+    assert {p["difficulty"] for p in c.curriculum(pool, 0.05, rng, 40)} == {1, 2}
+    late = [p["difficulty"] for p in c.curriculum(pool, 1.0, rng, 40, hard_share=0.5)]
     assert set(late) == {1, 2, 3} and late.count(3) >= 20
 
 
@@ -180,8 +183,8 @@ def test_the_paper_scores_thoughts_at_its_own_temperature():
     model, tokenizer = tiny_quiet_star()
     ids, mask, thoughts = batch(model, tokenizer)
     only_pg = {"nll_weight": 0.0, "kl_coefficient": 0.0, "base_kl": 0.0, "n_true": 3, "reward_floor": -1e9}
-    loss, _ = r.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, objective="paper", **only_pg)
-    scored = r.rescore_thoughts(model.lm, ids, thoughts, mask, n_true=3, forbid_true=tuple(model.config.hidden_ids))
+    loss, _ = o.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, objective="paper", **only_pg)
+    scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=3, forbid_true=tuple(model.config.hidden_ids))
     rewards = (scored.true_logprobs - scored.base_logprobs.unsqueeze(2)).sum(-1)
     expected = 0.0
     for row, k in itertools.product(range(6), range(3)):
@@ -192,5 +195,103 @@ def test_the_paper_scores_thoughts_at_its_own_temperature():
         logits[:, thoughts.think_id] = -torch.inf
         chosen = thought[1:] if thoughts.sampled[row, 0, k, n - 1] else thought[1:-1]
         summed = sum(logits[i].log_softmax(-1)[token].item() for i, token in enumerate(chosen))
-        expected -= r.advantages(rewards, "paper")[row, 0, k].item() * summed / 18
+        expected -= o.advantages(rewards, "paper")[row, 0, k].item() * summed / 18
     assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_learned_value_is_the_baseline_and_is_fitted_by_squared_error():
+    rewards = torch.tensor([[1.0, 3.0]])
+    assert o.advantages(rewards, "signed", torch.tensor([2.5])).tolist() == [[-1.5, 0.5]]
+    assert o.advantages(rewards, "positive", torch.tensor([2.5])).tolist() == [[0.0, 0.5]]
+    model, tokenizer = tiny_quiet_star()
+    ids, mask, thoughts = batch(model, tokenizer)
+    head = torch.nn.Linear(model.config.hidden_size, 1)
+    off = {"pg_weight": 0.0, "nll_weight": 0.0, "kl_coefficient": 0.0, "base_kl": 0.0, "n_true": 3}
+    loss, parts = o.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, value_head=head, **off)
+    scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=3, forbid_true=tuple(model.config.hidden_ids))
+    rewards = (scored.true_logprobs - scored.base_logprobs.unsqueeze(2)).sum(-1).clamp_min(-6)[:, 0].detach()
+    predicted = head(scored.base_hidden[:, 0, 0].detach())
+    assert loss.item() == pytest.approx(((predicted - rewards) ** 2).mean().item(), rel=1e-4) == parts["value_error"]
+    loss.backward()
+    assert head.weight.grad.abs().max() > 0
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters()), "the value does not move the model"
+
+
+def test_positions_without_thoughts_count_nothing():
+    """Thoughts at two places of each row and at one more that is none: loss and parts are those of the two."""
+    model, tokenizer = tiny_quiet_star()
+    ids, mask = c.text_batch(tokenizer, problems(size=4))
+    two = torch.tensor([[3, 6]] * 4)
+    three = torch.cat([two, torch.full((4, 1), -1)], 1)
+    found = []
+    for at in (two, three):
+        generator = torch.Generator().manual_seed(0)
+        thoughts = generate_thoughts(model.lm, ids, mask, at, 2, 6, generator=generator)
+        found.append(o.quiet_star_loss(model, model.lm, tokenizer, ids, mask, thoughts, n_true=2, entropy_bonus=0.1))
+    assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=1e-5)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
+
+
+def test_where_to_think():
+    model, tokenizer = tiny_quiet_star()
+    few = problems(size=5)
+    ids, mask, at = c.think_where(model.lm, tokenizer, few)
+    assert torch.equal(at, c.answer_batch(tokenizer, few)[2])
+    ids, mask, at = c.think_where(model.lm, tokenizer, few, "every")
+    assert at is None and tokenizer.decode(ids[0, : mask[0].sum()]).startswith(f"<bos> {few[0]['question']} think ")
+    ids, mask, at = c.think_where(model.lm, tokenizer, few, "difficult", 3)
+    with torch.no_grad():
+        nll = -model.lm(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    for row in range(5):
+        real = nll[row, : mask[row].sum() - 1]
+        assert sorted(at[row].tolist()) == sorted(real.topk(3).indices.tolist())
+    with pytest.raises(ValueError, match="think at 'here'"):
+        c.think_where(model.lm, tokenizer, few, "here")
+
+
+@pytest.mark.parametrize("settings", [{"think_at": "difficult", "num_positions": 2}, {"think_at": "every"},
+                                      {"baseline": "value"}, {"adaptive_length": True}])  # fmt: skip
+def test_options_train_and_say_what_they_did(settings):
+    model, tokenizer = tiny_quiet_star()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = r.train_quiet_star(model, tokenizer, problems(size=24), problems("validation", 4), steps=2, batch_size=3,
+                                num_thoughts=2, thought_length=16, n_true=2, evaluate_every=1, **settings)  # fmt: skip
+    last = result.history[-1]
+    name = "validation_log_likelihood" if "think_at" in settings else "validation_accuracy"
+    assert math.isfinite(last[name]) and last["max_logit"] > 0 and last["diversity"] >= 1
+    assert result.best_validation == max(h[name] for h in result.history)
+    assert ("value_error" in last) == ("baseline" in settings)
+    if "adaptive_length" in settings:
+        longest = max(len(tokenizer.encode(p["question"])) for p in problems(size=24)) + 4
+        assert last["length"] <= max(10, longest // 5) + 1
+    assert any(not torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_an_unknown_baseline_is_refused():
+    model, tokenizer = tiny_quiet_star()
+    with pytest.raises(ValueError, match="baseline is 'mean'"):
+        r.train_quiet_star(model, tokenizer, problems(), problems("validation"), baseline="mean")
+
+
+def test_tensorboard_gets_what_the_log_gets(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from qs_lib.tracking import tensorboard
+
+    lines = []
+    log = tensorboard(lambda **m: lines.append(m), tmp_path)
+    log(step=1, reward=0.5, note="text")
+    log(step=3, reward=1.5)
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward")] == [(1, 0.5), (3, 1.5)]
+    assert len(lines) == 2 and lines[0]["note"] == "text"
+
+
+def test_without_tensorboard_one_sentence_says_how_to_get_it(tmp_path, monkeypatch):
+    import sys
+
+    from qs_lib.params import WorkbookError
+    from qs_lib.tracking import tensorboard
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(WorkbookError, match="pip install tensorboard"):
+        tensorboard(print, tmp_path)

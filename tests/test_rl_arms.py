@@ -8,7 +8,8 @@ from tiny import tiny_quiet_star
 
 from qs_lib import pocket, rl_arms
 from qs_lib.experiments import read_rows
-from qs_lib.reinforce import quiet_star_loss, train_quiet_star
+from qs_lib.objective import quiet_star_loss
+from qs_lib.reinforce import train_quiet_star
 from qs_lib.stage import find_run
 
 

@@ -1,0 +1,67 @@
+"""Which problems come when, as token batches, and where the model thinks in them."""
+
+import math
+import random
+
+import torch
+
+from .positions import difficult_positions
+from .sequences import encode, pad
+from .strategies import reply
+
+
+def answer_batch(tokenizer, problems: list[dict]):
+    """Questions with their answers, right-padded: input_ids and attention_mask (B, L), and positions (B, 1) of the
+    last question token, after which the model thinks."""
+    sequences = [encode(tokenizer, p["question"], reply(None, p)) for p in problems]
+    ids = pad([s.ids for s in sequences], tokenizer.pad_token_id)
+    mask = pad([[1] * len(s.ids) for s in sequences], 0)
+    return ids, mask, torch.tensor([[s.start - 1] for s in sequences])
+
+
+def text_of(problem: dict) -> tuple[str, str]:
+    """A whole text: a question and its worked solution in plain words, or its answer where no work is known."""
+    return problem["question"], reply("cot" if problem["steps"] else None, problem)
+
+
+def text_batch(tokenizer, problems: list[dict]):
+    """Whole texts, cut at the tokenizer's greatest length: input_ids and attention_mask (B, L), right-padded."""
+    ids = [encode(tokenizer, *text_of(p)).ids for p in problems]
+    ids = [row[: tokenizer.model_max_length] for row in ids]
+    return pad(ids, tokenizer.pad_token_id), pad([[1] * len(row) for row in ids], 0)
+
+
+@torch.no_grad()
+def think_where(lm, tokenizer, problems: list[dict], where: str = "question", count: int = 8):
+    """A batch and the positions (B, P) to think at: input_ids and attention_mask (B, L), positions or None for all.
+
+    ``where``: after the ``question`` of an answered problem; in whole texts at ``every`` token, or at the ``count``
+    ``difficult`` ones, whose next token the model itself finds least likely. Raises ``ValueError`` for another place.
+    """
+    if where == "question":
+        return answer_batch(tokenizer, problems)
+    ids, mask = text_batch(tokenizer, problems)
+    if where == "every":
+        return ids, mask, None
+    if where == "difficult":
+        logits = lm(input_ids=ids, attention_mask=mask).logits
+        return ids, mask, difficult_positions(logits, ids, mask, count, by="log_prob")
+    raise ValueError(f"think at {where!r}: it must be 'question', 'difficult' or 'every'")
+
+
+def disagreement(thoughts) -> torch.Tensor:
+    """Label-free difficulty of each row: number of different last tokens before </think> among its thoughts, (B,)."""
+    last = (thoughts.lengths - 2).clamp_min(0).unsqueeze(-1)
+    ends = thoughts.tokens.gather(-1, last).flatten(1)
+    return torch.tensor([len(set(row)) for row in ends.tolist()])
+
+
+def curriculum(problems: list[dict], progress: float, rng: random.Random, size: int, hard_share: float = 0.4):
+    """``size`` problems, easy to hard: up to the difficulty that ``progress`` (0..1) has reached, all from a tenth on,
+    ``hard_share`` of them of the highest difficulty reached."""
+    levels = sorted({p["difficulty"] for p in problems})
+    reached = levels[: max(1, math.ceil(min(1.0, 10 * progress + 1e-9) * len(levels)))]
+    by_level = {level: [p for p in problems if p["difficulty"] == level] for level in reached}
+    hard = round(size * hard_share)
+    picked = [rng.choice(by_level[reached[-1]]) for _ in range(hard)]
+    return picked + [rng.choice(by_level[rng.choice(reached)]) for _ in range(size - hard)]
