@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported; our own bar is shown all the same
+
 import torch
 from tiny import problems, tiny_champion, tiny_lm, tiny_quiet_star
 from tqdm import tqdm
@@ -81,7 +83,6 @@ TRAININGS = (champion, baking, rl)
 
 def run(training, folder: Path) -> None:
     """One attempt, in a process that may be killed: metrics.jsonl is written anew, weights.sha256 at the end."""
-    os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)
@@ -130,7 +131,7 @@ def main(kills: int, folder: Path) -> int:
         attempt(training, where)
         right[training], seconds[training] = ended(where), time.monotonic() - started
     report = {"kills": 0, "trainings": 0, "different": 0, "most_steps_redone": 0, "interval": INTERVAL}
-    with tqdm(total=kills, desc="kills") as bar:
+    with tqdm(total=kills, desc="kills", disable=False) as bar:
         while report["kills"] < kills:
             training = TRAININGS[report["trainings"] % len(TRAININGS)]
             where = folder / f"{training.__name__}-{report['trainings']}"
