@@ -15,6 +15,7 @@ from .champion import schedule
 from .checkpoint import Checkpoint
 from .evaluate import answer_of, replies
 from .optim import MuonGrokfast
+from .params import TrainingError, WorkbookError
 from .qk_clip import watch_max_logits
 from .sequences import encode_context, length_batches, mark, marker_spellings, pad
 from .strategies import PROMPTS, strategy_of
@@ -178,7 +179,7 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
     by this function in place of :class:`MuonGrokfast`. With a ``checkpoint``, whose log then counts, a stopped training
     goes on where it was; finished epochs are not shown to ``on_epoch`` again.
 
-    Raises ``ValueError`` when no teacher reply holds a thought, ``FloatingPointError`` on a non-finite loss.
+    Raises ``WorkbookError`` when no teacher reply holds a thought, ``TrainingError`` on a non-finite loss.
     """
     started, rng = time.monotonic(), random.Random(seed)
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
@@ -195,7 +196,7 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
     direct = [direct_item(tokenizer, q, a + [tokenizer.eos_token_id]) for q, a in zip(rehearsed, answers, strict=True)]
     held = sample_trajectories(teacher, tokenizer, list(validation)[:240], seed=seed + 1, **sampling)
     if not held:
-        raise ValueError("the prompted teacher writes no thought on held-out questions: train the champion longer")
+        raise WorkbookError("the prompted teacher writes no thought on held-out questions: train the champion longer")
     before = held_out_kl(teacher, teacher, tokenizer, held) if rebake else unprompted_kl(teacher, tokenizer, held)
 
     trained = add_adapter(model, tokenizer, lora_rank) if lora_rank else model
@@ -226,7 +227,7 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
                     chosen = [items[i] for i in order[at]] + rng.sample(direct, share)
                     loss, kl = baking_loss(trained, teacher, chosen, tokenizer, ce_weight)
                     if not math.isfinite(loss.item()):
-                        raise FloatingPointError(f"the baking loss is {loss.item()} at step {step}: lower the learning rates")
+                        raise TrainingError(f"the baking loss is {loss.item()} at step {step}: lower the learning rates")
                     loss.backward()
                     torch.nn.utils.clip_grad_norm_(weights, 1.0)
                     optimizer.step()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import (
@@ -18,7 +19,9 @@ from transformers import (
 
 from . import pocket
 from .checkpoint import Checkpoint
+from .hub import hub_answers
 from .optim import MuonGrokfast
+from .params import HubError, SourceError, TrainingError, WorkbookError
 from .sequences import encode, length_batches, pad
 from .stage import find_run
 from .strategies import LEAD_WORDS, PROMPTS, reply
@@ -29,18 +32,39 @@ CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 def load_champion(source: str = "pocket", dtype=torch.float32):
     """(model, tokenizer) from ``"pocket"`` (the committed run's), a Hugging Face name or a folder.
 
-    The model is in evaluation mode; the tokenizer pads on the left. Raises ``FileNotFoundError`` or ``OSError`` with a
-    sentence that says what to do when there is nothing to load.
+    The model is in evaluation mode; the tokenizer pads on the left. Only safetensors are read and no code of the
+    model's own is run. Raises ``SourceError`` or ``HubError`` with a sentence that says what to do.
     """
-    path = find_run("") / "01_token_setup" / "champion" if source == "pocket" else source
-    if source == "pocket" and not Path(path).is_dir():
-        raise FileNotFoundError(f"no pocket champion at {path}: train one with `make run`")
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    path = find_run("") / "01_token_setup" / "champion" if source == "pocket" else Path(source).expanduser()
+    if source == "pocket" and not path.is_dir():
+        raise SourceError(f"no pocket champion at {path}: train one with `make run`")
+    local = path.is_dir()
+    given = {"local_files_only": local or not hub_answers(), "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path if local else source, **given)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path if local else source, dtype=dtype, use_safetensors=True, output_loading_info=True, **given
+        )
+    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        raise _unloadable(source, local, given["local_files_only"], error) from None
+    if found["missing_keys"]:
+        raise SourceError(f"{source} lacks weights that its configuration asks for: {', '.join(sorted(found['missing_keys'])[:3])}")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise SourceError(f"{source}: the tokenizer knows {len(tokenizer)} tokens and the model {rows}: they do not belong together")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def _unloadable(source: str, local: bool, offline: bool, error: Exception) -> WorkbookError:
+    """The sentence for a model that could not be loaded."""
+    if not local and offline:
+        return HubError(f"there is no folder {source}, the hub does not answer, and no copy of {source} was downloaded before: "
+                        "give a folder that save_pretrained wrote")  # fmt: skip
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return SourceError(f"{source} cannot be loaded as a causal language model with its tokenizer, weights in safetensors: {reason}")
 
 
 def build_tokenizer(source: str, texts: list[str], vocab_size: int = 2048, byte_level: bool = False) -> PreTrainedTokenizerFast:
@@ -71,7 +95,7 @@ def build_champion(tokenizer, architecture: str = "llama", hidden_size: int = 12
                    intermediate_size: int = 384, seed: int = 0):  # fmt: skip
     """A small model of a known family with fresh weights (tied embeddings, RoPE), sized for ``tokenizer``."""
     if architecture not in CONFIGS:
-        raise ValueError(f"architecture {architecture!r}; known: {', '.join(CONFIGS)}")
+        raise WorkbookError(f"architecture {architecture!r}; known: {', '.join(CONFIGS)}")
     torch.manual_seed(seed)
     config = CONFIGS[architecture](
         vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=intermediate_size,
@@ -116,10 +140,10 @@ def pretrain(model, tokenizer, documents: list[tuple[str, str]], steps: int, bat
 
     Next-token cross-entropy, context tokens weighted by ``context_weight``. Muon + AdamW, 50 steps of warm-up, constant
     to half, then linear to 2 %. Without ``weight_decay`` (decoupled) attention logits grow to a thousand. Raises
-    ``ValueError`` on an empty corpus, ``FloatingPointError`` on a non-finite loss.
+    ``WorkbookError`` on an empty corpus, ``TrainingError`` on a non-finite loss.
     """
     if not documents:
-        raise ValueError("the champion's corpus is empty: give at least one document")
+        raise WorkbookError("the champion's corpus is empty: give at least one document")
     sequences = [encode(tokenizer, *d) for d in tqdm(documents, desc="tokenise", leave=False)]
     lengths = [len(s.ids) for s in sequences]
     optimizer = MuonGrokfast(model, muon_lr=muon_lr, adamw_lr=adamw_lr, weight_decay=weight_decay,
@@ -139,7 +163,7 @@ def pretrain(model, tokenizer, documents: list[tuple[str, str]], steps: int, bat
             nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(weights)
             loss = (nll * weights).sum() / weights.sum()
             if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"the champion's loss is {loss.item()} at step {step}: lower the learning rates")
+                raise TrainingError(f"the champion's loss is {loss.item()} at step {step}: lower the learning rates")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

@@ -6,6 +6,7 @@ import torch
 
 from .coherence import Coherence
 from .model import QuietStarForCausalLM
+from .params import WorkbookError
 from .sequences import encode_context, pad
 from .tokens import thinking_ids
 
@@ -22,7 +23,7 @@ CHEATS = {
 
 def plant(cheat: str, honest: dict, training_problems: list[dict], seed: int = 0) -> dict:
     """The arguments ``honest`` of :func:`qs_lib.anti_theater` (model, tokenizer, problems, before, ...) with ``cheat``
-    planted; ``"honest"`` plants none. The model given is left as it is. Raises ``ValueError`` on an unknown cheat."""
+    planted; ``"honest"`` plants none. The model given is left as it is. Raises ``WorkbookError`` on an unknown cheat."""
     model, tokenizer, problems = honest["model"], honest["tokenizer"], honest["problems"]
     if cheat == "unused":
         shut = QuietStarForCausalLM.from_base(model.lm, tokenizer, mixing=model.config.mixing)
@@ -41,7 +42,7 @@ def plant(cheat: str, honest: dict, training_problems: list[dict], seed: int = 0
         return honest | {"problems": training_problems[: len(problems)]}
     if cheat == "honest":
         return dict(honest)
-    raise ValueError(f"unknown cheat {cheat!r}; known: {', '.join(CHEATS)}")
+    raise WorkbookError(f"unknown cheat {cheat!r}; known: {', '.join(CHEATS)}")
 
 
 def random_score(seed: int = 0):

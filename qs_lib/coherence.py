@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from .params import WorkbookError
+
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 WORD = re.compile(r"\w+")
 WEIGHTS = {"semantic": 0.4, "syntactic": 0.3, "predictive": 0.3}
@@ -19,9 +21,9 @@ class Scale:
 
     @classmethod
     def fit(cls, raw: dict[str, torch.Tensor]) -> "Scale":
-        """From raw components of any shape. Raises ``ValueError`` when there is no thought to fit on."""
+        """From raw components of any shape. Raises ``WorkbookError`` when there is no thought to fit on."""
         if not raw or min(v.numel() for v in raw.values()) < 2:
-            raise ValueError("the coherence scale needs at least two validation thoughts")
+            raise WorkbookError("the coherence scale needs at least two validation thoughts")
         return cls({k: v.mean().item() for k, v in raw.items()},
                    {k: max(v.std().item(), 1e-6) for k, v in raw.items()})  # fmt: skip
 

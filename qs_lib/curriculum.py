@@ -5,6 +5,7 @@ import random
 
 import torch
 
+from .params import WorkbookError
 from .positions import difficult_positions
 from .sequences import encode, pad
 from .strategies import reply
@@ -36,7 +37,7 @@ def think_where(lm, tokenizer, problems: list[dict], where: str = "question", co
     """A batch and the positions (B, P) to think at: input_ids and attention_mask (B, L), positions or None for all.
 
     ``where``: after the ``question`` of an answered problem; in whole texts at ``every`` token, or at the ``count``
-    ``difficult`` ones, whose next token the model itself finds least likely. Raises ``ValueError`` for another place.
+    ``difficult`` ones, whose next token the model itself finds least likely. Raises ``WorkbookError`` for another place.
     """
     if where == "question":
         return answer_batch(tokenizer, problems)
@@ -46,7 +47,7 @@ def think_where(lm, tokenizer, problems: list[dict], where: str = "question", co
     if where == "difficult":
         logits = lm(input_ids=ids, attention_mask=mask).logits
         return ids, mask, difficult_positions(logits, ids, mask, count, by="log_prob")
-    raise ValueError(f"think at {where!r}: it must be 'question', 'difficult' or 'every'")
+    raise WorkbookError(f"think at {where!r}: it must be 'question', 'difficult' or 'every'")
 
 
 def disagreement(thoughts) -> torch.Tensor:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from .params import WorkbookError
+
 
 class Thought(BaseModel):
     """One sampled thought. Log-probs in nats per token (0 for forced tags); ``utility`` is the gain in log-likelihood
@@ -45,11 +47,11 @@ class Episode(BaseModel):
 
 
 def read_episodes(path: str | Path) -> list[Episode]:
-    """Episodes of a JSON-lines file. Raises ``ValueError`` naming the file and line that does not hold one."""
+    """Episodes of a JSON-lines file. Raises ``WorkbookError`` naming the file and line that does not hold one."""
     episodes = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         try:
             episodes.append(Episode.model_validate(json.loads(line)))
         except ValueError as error:
-            raise ValueError(f"{path}:{number} is not an episode: {str(error).splitlines()[0]}") from None
+            raise WorkbookError(f"{path}:{number} is not an episode: {str(error).splitlines()[0]}") from None
     return episodes

@@ -7,6 +7,7 @@ import ipywidgets as widgets
 from .episode import Episode, read_episodes
 from .escape import safe_text
 from .files import write_bytes
+from .params import WorkbookError
 from .render import STYLE, disagree, helped, overview, render, right
 
 FILTERS = {
@@ -112,5 +113,5 @@ class ThoughtInspector(widgets.VBox):
 def _episodes(source) -> list[Episode]:
     episodes = read_episodes(source) if isinstance(source, (str, Path)) else list(source)
     if not episodes:
-        raise ValueError("there is nothing to inspect: give at least one episode")
+        raise WorkbookError("there is nothing to inspect: give at least one episode")
     return episodes

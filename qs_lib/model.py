@@ -8,6 +8,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import LanguageHead, backbone
 from .mixing import MixingHead, ZeroLinear, mix_hidden, mix_log_probs
+from .params import WorkbookError
 from .thoughts import generate_thoughts
 
 
@@ -37,7 +38,7 @@ class QuietStarConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.mixing not in ("log_probs", "hidden"):
-            raise ValueError(f"mixing is {self.mixing!r}; it must be 'log_probs' or 'hidden'")
+            raise WorkbookError(f"mixing is {self.mixing!r}; it must be 'log_probs' or 'hidden'")
         text = self.text_config
         if isinstance(text, PreTrainedConfig):
             self.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", False))
@@ -79,7 +80,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     def from_base(cls, lm, tokenizer=None, **settings) -> "QuietStarForCausalLM":
         """Wrap a loaded model that has its thinking tokens; its weights are shared, not copied."""
         if getattr(lm.config, "think_token_id", None) is None:
-            raise ValueError("the model has no thinking tokens: call add_thinking_tokens(model, tokenizer) first")
+            raise WorkbookError("the model has no thinking tokens: call add_thinking_tokens(model, tokenizer) first")
         from .tokens import thinking_ids
 
         for module in lm.modules():

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
+from .params import TrainingError
 from .qk_clip import clip_heads
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -86,7 +87,7 @@ class MuonGrokfast(torch.optim.Optimizer):
     grokfast_lambda=0 is exactly off and allocates nothing. weight_decay is decoupled, by the raw lr, on all
     parameters. kl_coefficient is only stored, in every group, for the training loop. Parameters without a gradient
     are left alone. Gradient clipping is the caller's, before `step`, hence before the filter. A gradient that is not
-    finite raises FloatingPointError with the names of the tensors before anything has changed.
+    finite raises TrainingError with the names of the tensors before anything has changed.
 
     State has the dtype of its parameter. In bfloat16 a slow average loses its small steps: train float32 weights, with
     autocast for speed.
@@ -179,7 +180,7 @@ class MuonGrokfast(torch.optim.Optimizer):
             # A norm can also overflow where every number is finite; that is no error.
             bad = [n for n, g in named if not g.isfinite().all()]
             if bad:
-                raise FloatingPointError(f"gradient is not finite in {', '.join(bad)}; nothing was updated")
+                raise TrainingError(f"gradient is not finite in {', '.join(bad)}; nothing was updated")
 
     def _filtered_gradients(self, params, group):
         grads = [p.grad for p in params]

@@ -30,6 +30,18 @@ class WorkbookError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+class TrainingError(WorkbookError, FloatingPointError):
+    """A loss or gradient is not finite; nothing was updated with it."""
+
+
+class SourceError(WorkbookError, FileNotFoundError):
+    """A model or data set is not where it was said to be, or cannot be read."""
+
+
+class HubError(WorkbookError, ConnectionError):
+    """The hub does not answer, or does not have what was asked for."""
+
+
 class ParameterError(WorkbookError):
     """A parameter is unknown, missing or has a value that cannot be used."""
 

@@ -11,6 +11,7 @@ import random
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from .params import WorkbookError
 from .tokens import PLAIN_WORDS
 
 FAMILY_STRATEGY = {
@@ -175,9 +176,10 @@ def generate(split: str, size: int, seed: int = 0, distinct: bool = True) -> lis
         question, steps, lead = _FAMILIES[family](rng, n)
         if split_of(question) != split or (distinct and question in seen):
             misses += 1
-            if misses > 30 * size + 10_000:
-                raise ValueError(f"the pocket task has fewer than {size} different {split} problems; ask for fewer")
+            if misses > 20_000:  # in a row
+                raise WorkbookError(f"the pocket task has fewer than {size} different {split} problems; ask for fewer")
             continue
+        misses = 0
         seen.add(question)
         records.append({
             "question": question, "answer": steps[-1].split()[-1], "steps": steps, "difficulty": n,

@@ -9,12 +9,16 @@ import random
 import re
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, DownloadConfig, load_dataset
+from huggingface_hub.errors import HfHubHTTPError
 
 from . import pocket
+from .hub import hub_answers
+from .params import HubError, SourceError, WorkbookError
 from .strategies import evaluate, fitting, result
 
 HUB_NAMES = {"gsm8k": ("openai/gsm8k", "main")}
+LONGEST_LINE = 1_000_000
 _ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*|-?\.\d+")
 
@@ -28,19 +32,18 @@ def load_problems(source: str = "pocket", split: str = "train", limit: int | Non
     form (``#### 42`` at the end, ``<<48/2=24>>`` around worked steps). For data without a validation split, every tenth
     training problem by the MD5 of its question is held out for it.
 
-    Raises ``FileNotFoundError``, ``ConnectionError`` or ``ValueError`` with one sentence that says what to do.
+    Raises ``SourceError``, ``HubError`` or ``WorkbookError`` with one sentence that says what to do.
     """
     if split not in ("train", "validation", "test"):
-        raise ValueError(f"split is {split!r}; it must be train, validation or test")
+        raise WorkbookError(f"split is {split!r}; it must be train, validation or test")
     if source == "pocket":
         return Dataset.from_list(pocket.generate(split, limit or 2000, seed, distinct))
-    rows = _read(source, split)
-    records = [parse_gsm8k(row["question"], row["answer"]) for row in rows]
+    records = _read(source, split)
     if split != "test" and not source.endswith(".jsonl"):
         held = [pocket.split_of(r["question"]) == "validation" for r in records]
         records = [r for r, h in zip(records, held, strict=True) if h == (split == "validation")]
     if not records:
-        raise ValueError(f"{source} holds no {split} problems")
+        raise WorkbookError(f"{source} holds no {split} problems")
     return Dataset.from_list(records[:limit])
 
 
@@ -61,32 +64,54 @@ def _read(source: str, split: str) -> list[dict]:
     if path.is_dir():
         path = path / ("test.jsonl" if split == "test" else "train.jsonl")
     if not path.is_file():
-        raise FileNotFoundError(f"no problems at {path}: give 'pocket', 'gsm8k', a folder with train.jsonl and "
-                                "test.jsonl, or a .jsonl file")  # fmt: skip
-    rows = []
+        raise SourceError(f"no problems at {path}: give 'pocket', 'gsm8k', a folder with train.jsonl and "
+                          "test.jsonl, or a .jsonl file")  # fmt: skip
+    records = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            row = json.loads(line)
-            rows.append({"question": row["question"], "answer": row["answer"]})
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}:{number} is not a JSON object with question and answer ({error})") from None
-    return rows
+            records.append(_record(line))
+        except WorkbookError as error:
+            raise WorkbookError(f"{path}:{number}{error}") from None
+    return records
+
+
+def _record(line: bytes) -> dict:
+    """One line of a .jsonl file. Raises ``WorkbookError`` with what follows the line's number."""
+    if len(line) > LONGEST_LINE:
+        raise WorkbookError(f" has {len(line):,} bytes; a problem may have {LONGEST_LINE:,}")
+    try:
+        row = json.loads(line)
+        question, answer = row["question"], row["answer"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WorkbookError(f" is not a JSON object with question and answer ({str(error)[:100]})") from None
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise WorkbookError(": question and answer must be text")
+    try:
+        f"{question}{answer}".encode()
+        return parse_gsm8k(question, answer)
+    except UnicodeEncodeError:
+        raise WorkbookError(": the text is not valid Unicode") from None
+    except WorkbookError as error:
+        raise WorkbookError(f": {error}") from None
 
 
 def _from_hub(source: str, split: str) -> list[dict]:
-    from datasets import load_dataset
-
-    try:
-        return list(load_dataset(*HUB_NAMES[source], split="test" if split == "test" else "train"))
-    except (ConnectionError, OSError) as error:
-        raise ConnectionError(
-            f"the hub is out of reach for {HUB_NAMES[source][0]} ({type(error).__name__}): download its train.jsonl and "
-            "test.jsonl once and give their folder instead (make run P=... DATA=folder, or data=folder in the notebook)"
+    name, there = HUB_NAMES[source][0], hub_answers()
+    try:  # out of reach, a copy that was downloaded before still serves
+        config = DownloadConfig(local_files_only=not there)
+        split = "test" if split == "test" else "train"
+        rows = load_dataset(*HUB_NAMES[source], split=split, download_config=config)
+        return [parse_gsm8k(row["question"], row["answer"]) for row in rows]
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = f"({type(error).__name__})" if there else "and no copy of it was downloaded before"
+        raise HubError(
+            f"the hub is out of reach for {name} {reason}: download its train.jsonl and test.jsonl once and give their "
+            "folder instead (make run P=... DATA=folder, or data=folder in the notebook)"
         ) from None
 
 
 def parse_gsm8k(question: str, worked: str) -> dict:
-    """One record from a GSM8K question and its worked answer. Raises ``ValueError`` without a final ``####`` number.
+    """One record from a GSM8K question and its worked answer. Raises ``WorkbookError`` without a final ``####`` number.
 
     Difficulty is the number of worked steps: annotated equations, or text lines where none is annotated. ``steps``
     keeps the equations only if all of them are true arithmetic and the last one gives the answer; else it is empty.
@@ -94,7 +119,7 @@ def parse_gsm8k(question: str, worked: str) -> dict:
     text, mark, final = worked.rpartition("####")
     number = _NUMBER.search(final)
     if not mark or number is None:
-        raise ValueError(f"no '#### number' at the end of the worked answer to {question[:60]!r}")
+        raise WorkbookError(f"no '#### number' at the end of the worked answer to {question[:60]!r}")
     answer = plain_number(number.group())
     steps = [_equation(*m) for m in _ANNOTATION.findall(text)]
     difficulty = len(steps) or max(1, len([line for line in text.splitlines() if line.strip()]))
@@ -117,7 +142,9 @@ def _equation(left: str, right: str) -> str | None:
 
 
 def plain_number(text: str) -> str:
-    """``1,200.50`` -> ``1200.5``; ``18.00`` -> ``18``."""
+    """``1,200.50`` -> ``1200.5``; ``18.00`` -> ``18``. Raises ``WorkbookError`` beyond 10^15."""
     text = text.replace(",", "").replace("$", "").strip()
     value = float(text)
+    if abs(value) > 1e15:
+        raise WorkbookError(f"{text[:20]}... is too large a number")
     return str(int(value)) if value == int(value) else f"{value:.10g}"

@@ -17,6 +17,7 @@ from .evaluate import accuracy_with_thoughts, text_log_likelihood
 from .mixing import ZeroLinear
 from .objective import quiet_star_loss
 from .optim import MuonGrokfast
+from .params import TrainingError, WorkbookError
 from .positions import thought_length as adapted
 from .qk_clip import watch_max_logits
 from .thoughts import generate_thoughts
@@ -50,13 +51,13 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
     them. Validation: accuracy with thoughts after the question, or, for thoughts inside the text, its log-likelihood with
     thoughts. With a ``checkpoint``, whose log then counts, a stopped training goes on where it was.
 
-    Raises ``ValueError`` on empty problems or another baseline or place, ``FloatingPointError`` on a non-finite loss.
+    Raises ``WorkbookError`` on empty problems or another baseline or place, ``TrainingError`` on a non-finite loss.
     """
     problems, validation = list(problems), list(validation)
     if not problems or not validation:
-        raise ValueError("training needs at least one training and one validation problem")
+        raise WorkbookError("training needs at least one training and one validation problem")
     if baseline not in ("others", "value"):
-        raise ValueError(f"baseline is {baseline!r}; it must be 'others' or 'value'")
+        raise WorkbookError(f"baseline is {baseline!r}; it must be 'others' or 'value'")
     started, rng = time.monotonic(), random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     reference = copy.deepcopy(model.lm).eval().requires_grad_(False)
@@ -86,7 +87,7 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
                 ids, mask, thoughts = ids[keep], mask[keep], thoughts.part(keep)
             loss, metrics = quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, **objective)
             if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower the learning rates")
+                raise TrainingError(f"the loss is {loss.item()} at step {step}: lower the learning rates")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.lm.parameters(), 1.0)
             torch.nn.utils.clip_grad_norm_(model.mixing_head.parameters(), 1.0)

@@ -34,13 +34,14 @@ MAIN = ("full", "pg off")
 LOOK_AHEAD = {"n_true 4": {}, "n_true 1": {"n_true": 1}}
 THOUGHTS = 4
 STAGES = ("01", "02", "03")
-# Parameters of notebook 05 that `train_quiet_star` is not called with.
-ELSEWHERE = {"seed", "run_name", "upstream", "mixing", "eval_problems", "test_problems"}
+# Parameters of notebook 05 that `train_quiet_star` is not called with, and options that every arm leaves alone.
+ELSEWHERE = {"seed", "run_name", "upstream", "mixing", "eval_problems", "test_problems", "tensorboard"}
+LEFT_ALONE = {"baseline", "think_at", "num_positions", "adaptive_length"}
 
 
 def rl_recipe(variant: str = "pocket") -> dict:
     """What notebook 05 trains a variant's model with, validated every 25 steps."""
-    return {k: v for k, v in recipe("05_rl", variant).items() if k not in ELSEWHERE} | {"evaluate_every": 25}
+    return {k: v for k, v in recipe("05_rl", variant).items() if k not in ELSEWHERE | LEFT_ALONE} | {"evaluate_every": 25}
 
 
 @lru_cache(maxsize=4)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .params import WorkbookError
 from .tokens import PLAIN_WORDS, thinking_ids
 
 
@@ -33,13 +34,13 @@ def encode(tokenizer, context: str, reply: str) -> Sequence:
 
 @functools.lru_cache(maxsize=8)
 def marker_spellings(tokenizer) -> dict[int, list[int]]:
-    """Thinking-token id -> ids of its plain word inside a text. Raises ``ValueError`` if two words begin alike."""
+    """Thinking-token id -> ids of its plain word inside a text. Raises ``WorkbookError`` if two words begin alike."""
     spellings = {
         tag: tokenizer.encode(" " + word, add_special_tokens=False)
         for tag, word in zip(thinking_ids(tokenizer), PLAIN_WORDS.values(), strict=True)
     }
     if len({ids[0] for ids in spellings.values()}) < len(spellings):
-        raise ValueError("two marker words begin with the same token in this tokenizer; choose other words in tokens.py")
+        raise WorkbookError("two marker words begin with the same token in this tokenizer; choose other words in tokens.py")
     return spellings
 
 

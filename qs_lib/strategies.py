@@ -13,6 +13,7 @@ from fractions import Fraction
 
 from datasets import Dataset, DatasetDict
 
+from .params import WorkbookError
 from .tokens import PLAIN_WORDS
 
 STRATEGIES = ("mece", "falsification", "expert", "orthogonal", "doubt", "bayesian", "multidomain")
@@ -117,7 +118,7 @@ def body(strategy: str, steps: list[str], lead: list[str] = ()) -> str:
         return " ".join(["reason fields", str(fields), *worked])
     if strategy == "cot":
         return " ".join(worked)
-    raise ValueError(f"unknown strategy {strategy!r}; known: cot, {', '.join(STRATEGIES)}")
+    raise WorkbookError(f"unknown strategy {strategy!r}; known: cot, {', '.join(STRATEGIES)}")
 
 
 def _wrong(answer: str) -> str:
@@ -189,7 +190,7 @@ def reasoning_dataset(problems, held_out=(), cot: int = 400, per_strategy: int =
 
     ``problems`` are training records (:func:`qs_lib.load_problems`), ``held_out`` records whose questions may not
     appear; returns ``train`` and ``held_out`` splits with question, answer, strategy, prompt, reply, difficulty,
-    family. Families that fit one strategy only are kept for it. Raises ``ValueError`` naming the strategy that
+    family. Families that fit one strategy only are kept for it. Raises ``WorkbookError`` naming the strategy that
     falls short or the example that fails its check.
     """
     rng = random.Random(seed)
@@ -202,14 +203,14 @@ def reasoning_dataset(problems, held_out=(), cot: int = 400, per_strategy: int =
         chosen = [p for p in suits if p["question"] not in used and p["steps"]]
         chosen = list({p["question"]: p for p in chosen}.values())[:count]
         if len(chosen) < count:
-            raise ValueError(f"{len(chosen)} problems fit {strategy}, {count} are needed: load more problems")
+            raise WorkbookError(f"{len(chosen)} problems fit {strategy}, {count} are needed: load more problems")
         used |= {p["question"] for p in chosen}
         rows += [_example(strategy, p) for p in chosen]
     rng.shuffle(rows)
     held_rows = [_example((p["fits"] or ["cot"])[0], p) for p in held_out if p["steps"]]
     for row in rows + held_rows:
         if faults := check(row):
-            raise ValueError(f"worked example {row['question']!r}: {'; '.join(faults)}")
+            raise WorkbookError(f"worked example {row['question']!r}: {'; '.join(faults)}")
     return DatasetDict(train=Dataset.from_list(rows), held_out=Dataset.from_list(held_rows))
 
 

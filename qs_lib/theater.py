@@ -11,6 +11,7 @@ from .attacks import ATTACKS, attacked_thoughts
 from .coherence import Scale, coherence
 from .episode import Episode
 from .evaluate import answer_of, interval, replies
+from .params import WorkbookError
 from .reliability import Reliability, correlation, reliability, votes
 from .scoring import answers_alone, answers_with, by_problem, draw_thoughts, episodes, score_thoughts
 from .sequences import encode_context
@@ -122,11 +123,11 @@ def anti_theater(model, tokenizer, problems: list[dict], scale: Scale | None = N
     All intervals are bootstraps over problems. ``weights``: how thoughts are mixed (see ``decode_with_thoughts``).
     Without ``before`` or ``training`` their checks are not made, and the verdict says so.
     ``think(ids, mask, positions, generator, ...)`` and ``score`` replace the model's sampler and the coherence score,
-    which is how some cheats are planted. Raises ``ValueError`` on fewer than 2 problems.
+    which is how some cheats are planted. Raises ``WorkbookError`` on fewer than 2 problems.
     """
     problems = list(problems)
     if len(problems) < 2:
-        raise ValueError("anti-theater needs at least two held-out problems: foreign thoughts come from another one")
+        raise WorkbookError("anti-theater needs at least two held-out problems: foreign thoughts come from another one")
     questions = [p["question"] for p in problems]
     contexts = [encode_context(tokenizer, q) for q in questions]
     truth, rng = np.array([p["answer"] for p in problems], object), np.random.default_rng(seed)

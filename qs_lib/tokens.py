@@ -3,6 +3,8 @@
 import torch
 from tokenizers import AddedToken
 
+from .params import WorkbookError
+
 THINKING_TOKENS = ("<think>", "</think>", "<step>", "<reason>", "<mece>", "<falsify>", "<expert>", "<doubt>")
 
 # The word a prompted model writes where a baked one writes the token. Replies are made and sampled in words, then
@@ -21,11 +23,11 @@ DESCRIPTIONS = {
 
 
 def thinking_ids(tokenizer) -> list[int]:
-    """Ids of the eight tokens, in the order of ``THINKING_TOKENS``. Raises ``ValueError`` if one is missing."""
+    """Ids of the eight tokens, in the order of ``THINKING_TOKENS``. Raises ``WorkbookError`` if one is missing."""
     vocabulary = tokenizer.get_vocab()
     missing = [t for t in THINKING_TOKENS if t not in vocabulary]
     if missing:
-        raise ValueError(f"the tokenizer lacks {', '.join(missing)}: call add_thinking_tokens(model, tokenizer) first")
+        raise WorkbookError(f"the tokenizer lacks {', '.join(missing)}: call add_thinking_tokens(model, tokenizer) first")
     return [vocabulary[t] for t in THINKING_TOKENS]
 
 

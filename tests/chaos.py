@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -123,6 +124,7 @@ def redone(folder) -> int:
 
 def main(kills: int, folder: Path) -> int:
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # tqdm's own is shared between processes and dies with the one that holds it
     rng, right, seconds = random.Random(0), {}, {}
     for training in TRAININGS:
         where = folder / f"{training.__name__}-whole"
