@@ -66,7 +66,7 @@ def chain(run: Path, folder: Path, seeds) -> None:
     """Every seed's run, and its row. The seed draws everything: the champion's weights and corpus, worked examples,
     held-out problems, thoughts."""
 
-    def measure(_, seed: int) -> dict:
+    def measure(_, seed: int, __) -> dict:  # stages have checkpoints of their own
         return {name: round(float(value), 5) for name, value in chain_row(seed_run(run, seed)).items()}
 
     repeat(folder / "chain.csv", {"pocket": stages_of("pocket")}, seeds, measure)

@@ -7,6 +7,7 @@ import torch
 
 from .baking import bake, habits
 from .champion import load_champion
+from .checkpoint import Checkpoint
 from .comparison import direct_accuracy, fixed, read_problems, shown
 from .experiments import column, difference, repeat, seed_interval, verdict
 from .grokking import matched_momentum
@@ -52,7 +53,7 @@ def baking_recipe() -> dict:
     return {name: values[name] for name in (*DATA, *BAKED_WITH, *OPTIMIZED_WITH)}
 
 
-def bake_once(run: Path, settings: dict, seed: int, tested: bool = True) -> dict:
+def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | None = None, tested: bool = True) -> dict:
     """Bake the run's champion as ``settings`` say and measure it on its test (or only on validation) problems.
 
     ``seed`` draws the training problems, the worked examples, the teacher's samples and the order of the batches; the
@@ -75,7 +76,8 @@ def bake_once(run: Path, settings: dict, seed: int, tested: bool = True) -> dict
     given = {name: settings[name] for name in (*BAKED_WITH, *OPTIMIZED_WITH) if name in settings}
     if "optimizer" in settings:
         given["optimizer"] = make_optimizer(settings["optimizer"], settings["rate"])
-    result = bake(model, tokenizer, worked[: settings["examples"]], unseen, held["validation"], seed=seed, **given)
+    result = bake(model, tokenizer, worked[: settings["examples"]], unseen, held["validation"], seed=seed, checkpoint=checkpoint,
+                  **given)  # fmt: skip
     last = result.epochs[-1]
     row = {"validation_accuracy": last["accuracy"], "gap_closed": result.gap_closed, "max_logit": last["max_logit"]}
     if tested:
@@ -88,7 +90,7 @@ def bake_once(run: Path, settings: dict, seed: int, tested: bool = True) -> dict
 def baking(run: Path, folder: Path, seeds) -> None:
     """The recipe of notebook 03, which shows few hard problems, and the same with all of them shown."""
     arms = {"recipe": baking_recipe(), "all hard problems shown": baking_recipe() | ALL_SHOWN}
-    repeat(folder / "baking.csv", arms, seeds, lambda settings, seed: bake_once(run, settings, seed))
+    repeat(folder / "baking.csv", arms, seeds, lambda *given: bake_once(run, *given))
 
 
 def optimizers(run: Path, folder: Path, seeds) -> None:
@@ -99,14 +101,14 @@ def optimizers(run: Path, folder: Path, seeds) -> None:
     while True:
         arms = {f"{name}, rate {rate:g}": alike | {"optimizer": name, "rate": rate}
                 for name in rates for rate in rates[name]}  # fmt: skip
-        scan = repeat(folder / "optimizers_scan.csv", arms, [0], lambda s, seed: bake_once(run, s, seed, tested=False))
+        scan = repeat(folder / "optimizers_scan.csv", arms, [0], lambda *given: bake_once(run, *given, tested=False))
         best = best_rates(scan)
         beyond = {name: edge(rates[name], best[name]) for name in rates}
         if not any(beyond.values()):
             break
         rates = {name: rates[name] + ([beyond[name]] if beyond[name] else []) for name in rates}
     arms = {name: alike | {"optimizer": name, "rate": rate} for name, rate in best.items()}
-    repeat(folder / "optimizers.csv", arms, [seed + 1 for seed in seeds], lambda s, seed: bake_once(run, s, seed))
+    repeat(folder / "optimizers.csv", arms, [seed + 1 for seed in seeds], lambda *given: bake_once(run, *given))
 
 
 def best_rates(scan: list[dict]) -> dict[str, float]:

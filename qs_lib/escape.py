@@ -37,6 +37,18 @@ def safe_token(text: str) -> str:
     return ("\u2423" if str(text).startswith(" ") else "") + safe_text(inner, 200)
 
 
+def safe_line(text: str) -> str:
+    """``text`` for a terminal: what could move the cursor, colour or reverse it is shown instead; line ends and the one
+    sequence that nested progress bars use stay."""
+    kept = re.split("(\\x1b\\[A|[\\n\\r])", text)
+    return "".join(part if i % 2 else _UNSEEN.sub(_visible, part) for i, part in enumerate(kept))
+
+
+def safe_label(text: str, limit: int = 40) -> str:
+    """``text`` for the label of a figure: on one line, and no formula begins at a dollar sign."""
+    return _UNSEEN.sub(_visible, str(text)[:limit]).replace("$", r"\$")
+
+
 def invisible(text: str) -> bool:
     """Whether ``text`` still holds a character that is not printed (what :func:`safe_text` must never return)."""
     return any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text)

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+from .escape import safe_line
 from .files import StageError
 from .params import WorkbookError
 
@@ -17,7 +18,8 @@ TEXT_BARS = "import tqdm.auto as _a, tqdm.std as _s; _a.tqdm, _a.trange = _s.tqd
 
 
 class Terminal:
-    """Where notebooks' progress bars go: redrawn in place on a terminal, their last state only in a log file."""
+    """Where notebooks write: bars redrawn in place on a terminal, their last state only in a log file; text a model wrote
+    cannot steer the terminal."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -25,6 +27,7 @@ class Terminal:
         self.line = ""
 
     def write(self, text: str) -> None:
+        text = safe_line(text)
         if self.live:
             self.stream.write(text.replace("\r", "\r\x1b[K"))  # two bars of different length share the line
             return
@@ -86,7 +89,7 @@ def execute(notebook: Path, folder: Path, parameters: dict, debug: bool = False)
                 language="python",
                 cwd=str(notebook.parent),
                 progress_bar={"desc": notebook.stem, "file": terminal, "leave": False, "ncols": 80},
-                stdout_file=sys.stdout if debug else None,
+                stdout_file=Terminal(sys.stdout) if debug else None,
                 stderr_file=terminal,
                 kernel_manager_class=Kernel,
                 start_timeout=300,  # a busy machine may take minutes to start a kernel
@@ -142,7 +145,7 @@ def _failure(error: BaseException, notebook: Path, dead_kernel: type) -> StageEr
     if hasattr(error, "evalue"):
         own = [kind.__name__ for kind in _subclasses(WorkbookError)]
         message = error.evalue if error.ename in own else f"{error.ename}: {error.evalue}"
-    return StageError(f"{message.strip()}\n  the executed notebook is {shown_path(notebook)}")
+    return StageError(f"{safe_line(message.strip())}\n  the executed notebook is {shown_path(notebook)}")
 
 
 def _subclasses(kind: type) -> list[type]:

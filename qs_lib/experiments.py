@@ -14,8 +14,9 @@ import torch
 from scipy import stats
 from tqdm.auto import tqdm
 
-from .files import lock_run, to_json, write_bytes
-from .stage import git_commit
+from .checkpoint import Checkpoint
+from .files import discard, lock_run, to_json, write_bytes
+from .stage import code_hash, git_commit
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -46,8 +47,8 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def repeat(path: Path, arms: dict[str, dict], seeds, measure) -> list[dict]:
     """Rows of all ``arms`` (name -> settings) x ``seeds``, in that order; those missing from the CSV are made now.
 
-    ``measure(settings, seed)`` trains once and returns a dict of numbers (or lists of them). A row made with other
-    settings under the same name is made again. Rows also hold ``seconds``, ``threads`` and the git ``commit``. Raises
+    ``measure(settings, seed, checkpoint)`` trains once, from where ``checkpoint`` stopped if it uses it, and returns a dict
+    of numbers (or lists of them). A row made with other settings under the same name is made again. Rows also hold ``seconds``, ``threads`` and the git ``commit``. Raises
     ``StageError`` when another process writes the same file.
     """
     lock = lock_run(path.parent, f"experiment {path.stem}", f".{path.stem}.lock")
@@ -57,10 +58,13 @@ def repeat(path: Path, arms: dict[str, dict], seeds, measure) -> list[dict]:
             bar.set_postfix_str(f"{arm}, seed {seed}")
             if row_of(read_rows(path), arm, seed, settings) is None:
                 started = time.monotonic()
-                row = {"arm": arm, "seed": seed, "settings": settings, **measure(settings, seed)}
+                identity = {"settings": settings, "seed": seed, "code": code_hash()}
+                checkpoint = Checkpoint(path.with_name(f".{path.stem}.checkpoint"), identity)
+                row = {"arm": arm, "seed": seed, "settings": settings, **measure(settings, seed, checkpoint)}
                 row |= {"seconds": round(time.monotonic() - started, 1), "threads": torch.get_num_threads()}
                 others = [r for r in read_rows(path) if (r["arm"], r["seed"]) != (arm, seed)]
                 write_rows(path, [*others, row | {"commit": git_commit()}])
+                discard(checkpoint.folder)
         rows = read_rows(path)
         return [row_of(rows, arm, seed, settings) for arm, settings in arms.items() for seed in seeds]
     finally:

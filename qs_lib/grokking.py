@@ -86,7 +86,7 @@ def methods() -> dict[str, dict]:
 def grokking(run: Path, folder: Path, seeds) -> None:
     """Every method at every rate, with the same weight decay; the models of ``run`` are not read."""
     arms = {f"{name}, rate {lr:g}": settings | {"lr": lr} for lr in RATES for name, settings in methods().items()}
-    repeat(folder / "grokking.csv", arms, seeds, learn_addition)
+    repeat(folder / "grokking.csv", arms, seeds, lambda settings, seed, _: learn_addition(settings, seed))
 
 
 def best_rows(rows: list[dict]) -> list[dict]:

@@ -4,6 +4,8 @@ matplotlib Figure; marks differ by shape, line or hatching, never by colour alon
 import matplotlib.pyplot as plt
 import numpy as np
 
+from .escape import safe_label
+
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 STYLES = ((BLUE, "-", "o", ""), (GREY, "--", "s", "//"))  # this run; the committed pocket run
 
@@ -144,8 +146,8 @@ def visible_keys(seen, queries: list[str], keys: list[str]):
     axis.imshow(seen, cmap="Blues", vmin=0, vmax=1.6)
     for i, j in np.argwhere(seen > 0):
         axis.plot(j, i, "o", ms=3, color="black")
-    axis.set_xticks(range(len(keys)), keys, rotation=90, fontsize=7, family="monospace")
-    axis.set_yticks(range(len(queries)), queries, fontsize=7, family="monospace")
+    axis.set_xticks(range(len(keys)), [safe_label(x) for x in keys], rotation=90, fontsize=7, family="monospace")
+    axis.set_yticks(range(len(queries)), [safe_label(x) for x in queries], fontsize=7, family="monospace")
     axis.set(xlabel="key (token that is read): text, or position.thought.token", ylabel="query (token that reads)")
     return figure
 
@@ -176,7 +178,7 @@ def hard_positions(tokens: list[str], entropy: list[float], chosen: list[int]):
     for at in np.flatnonzero(picked):
         bars[at].set_hatch("//")
         axis.plot(at, entropy[at], "v", color="black", ms=5)
-    axis.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
+    axis.set_xticks(range(len(tokens)), [safe_label(x) for x in tokens], rotation=90, fontsize=7)
     axis.set(xlabel="token after which the model predicts (marked: think here)", ylabel="entropy (nats)")
     return figure
 
@@ -190,7 +192,7 @@ def look_ahead(gains: list[list[float]], words: list[str]):
         axis.plot(np.arange(len(row)) + 0.05 * (k - len(gains) / 2), row, "o", ms=5, color=BLUE,
                   label="one thought" if k == 0 else None)  # fmt: skip
     axis.axhline(0, color="black", lw=0.8, ls=":")
-    axis.set_xticks(range(len(words)), words, family="monospace")
+    axis.set_xticks(range(len(words)), [safe_label(x) for x in words], family="monospace")
     axis.margins(y=0.1)
     axis.set(xlabel="true tokens after the thought, in order", ylabel="gain in log-likelihood (nats)")
     axis.legend(fontsize=8)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from .chain_seeds import made_with, make_run, seed_run
 from .champion import load_champion, schedule
+from .checkpoint import Checkpoint
 from .comparison import direct_accuracy, measure, named, read_problems
 from .curriculum import answer_batch, curriculum
 from .evaluate import interval
@@ -74,7 +75,7 @@ def _load(run: Path, start: str):
     return model, tokenizer, {s: read_problems(folder / f"{s}.parquet") for s in ("train", "validation", "test")}
 
 
-def train_once(run: Path, settings: dict, seed: int) -> dict:
+def train_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | None = None) -> dict:
     """Train one arm from a model of ``run`` and measure it on test problems, with the same budget of thoughts for all arms.
 
     ``gain``: mixed accuracy minus that of the model it started from, each at its own best temperature, with its interval over
@@ -95,7 +96,7 @@ def train_once(run: Path, settings: dict, seed: int) -> dict:
         after = direct_accuracy(model.lm, tokenizer, data["test"])
         return {"baseline": before.mixed.mean(), "accuracy": after.mean(), "without": after.mean(), "validation": validation,
                 **named("gain", interval(after - before.mixed))}  # fmt: skip
-    result = train_quiet_star(model, tokenizer, data["train"], data["validation"], seed=seed, **settings)
+    result = train_quiet_star(model, tokenizer, data["train"], data["validation"], seed=seed, checkpoint=checkpoint, **settings)
     after, likelier = measured(model, tokenizer, data, "head", length, seed)
     return {
         "baseline": before.mixed.mean(), "accuracy": after.mixed.mean(), **named("gain", interval(after.mixed - before.mixed)),
@@ -139,8 +140,8 @@ def reinforcement(run: Path, folder: Path, seeds) -> None:
     """All arms; the main ones on all ``seeds``, the others on the first three."""
     arms = {name: rl_recipe() | settings for name, settings in ARMS.items()}
 
-    def once(settings: dict, seed: int) -> dict:
-        return rounded(train_once(seed_run(run, seed, STAGES), settings, seed))
+    def once(settings: dict, seed: int, checkpoint: Checkpoint) -> dict:
+        return rounded(train_once(seed_run(run, seed, STAGES), settings, seed, checkpoint))
 
     others = {name: settings for name, settings in arms.items() if name not in MAIN}
     repeat(folder / "rl.csv", {name: arms[name] for name in MAIN}, seeds, once)
@@ -154,7 +155,7 @@ def look_ahead(run: Path, folder: Path, seeds) -> None:
     if not made_with(digits, settings, 0):
         make_run(digits.name, 0, STAGES, "pocket-digits")
     arms = {name: rl_recipe("pocket-digits") | changed for name, changed in LOOK_AHEAD.items()}
-    repeat(folder / "look_ahead.csv", arms, seeds, lambda settings, seed: rounded(train_once(digits, settings, seed)))
+    repeat(folder / "look_ahead.csv", arms, seeds, lambda *given: rounded(train_once(digits, *given)))
 
 
 def rounded(row: dict) -> dict:

@@ -212,7 +212,7 @@ def model_card(board: list[dict], run: str | Path) -> ModelCard:
                          pipeline_tag="text-generation", tags=["quiet-star", "reasoning", "reinforce"])  # fmt: skip
     scores = "\n".join(["| id | criterion | target | value [95 % interval] | outcome |", "|---|---|---|---|---|", *lines])
     text = CARD.format(run=run.name, seed=record["seed"] if record else "unknown", scores=scores,
-                       question=json.dumps(question, ensure_ascii=False))  # fmt: skip
+                       question=json.dumps(question).replace("`", r"\u0060"))  # fmt: skip
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 

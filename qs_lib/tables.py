@@ -1,6 +1,5 @@
 """What notebooks 01 to 04 show besides figures: numbers gathered into rows, thoughts as HTML, files read back."""
 
-import html
 import json
 import os
 
@@ -11,6 +10,7 @@ import torch
 
 from .baking import BakingItem
 from .comparison import fixed
+from .escape import safe_text, safe_token
 from .evaluate import answer_of, replies
 from .sequences import mark, marker_spellings
 from .stage import UpstreamError, find_run
@@ -130,15 +130,15 @@ def thoughts_html(thoughts: list[dict]) -> str:
 
     The number under a token is its log-prob; the less likely the token was, the stronger its shade. All text is escaped.
     """
-    cell = "<td style='text-align:center;padding:1px 3px;background:rgba(213,94,0,{shade:.2f})'>{text}<br><small>{note}</small></td>"
     lines = []
     for thought in thoughts:
         cells = []
         for token, x in zip(thought["tokens"], thought["logprobs"], strict=True):
-            note = "given" if x is None else fixed(x, 2)
-            cells.append(cell.format(shade=min(0.75, 0.25 * abs(x or 0)), text=html.escape(token) or "&nbsp;", note=note))
+            note, shade = "given" if x is None else fixed(x, 2), min(0.75, 0.25 * abs(x or 0))
+            cells.append(f"<td style='text-align:center;padding:1px 3px;background:rgba(213,94,0,{shade:.2f})'>"
+                         f"{safe_token(token)}<br><small>{safe_text(note)}</small></td>")  # fmt: skip
         total = sum(x or 0 for x in thought["logprobs"])
-        lines.append(f"<tr><th scope='row'>{html.escape(thought['name'])}<br><small>sum {total:.1f}</small></th>{''.join(cells)}</tr>")
+        lines.append(f"<tr><th scope='row'>{safe_text(thought['name'])}<br><small>sum {total:.1f}</small></th>{''.join(cells)}</tr>")
     return f"<div style='overflow-x:auto'><table><tbody>{''.join(lines)}</tbody></table></div>"
 
 

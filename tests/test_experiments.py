@@ -15,7 +15,7 @@ from qs_lib.stage import find_run
 def counting(fail_at=None):
     calls = []
 
-    def measure(settings, seed):
+    def measure(settings, seed, checkpoint):
         calls.append((settings["x"], seed))
         if len(calls) == fail_at:
             raise RuntimeError("power cut")
@@ -41,6 +41,29 @@ def test_an_interrupted_experiment_repeats_only_what_is_missing(tmp_path):
     assert rows[0]["curve"] == [0.5, 1] and rows[0]["threads"] >= 1 and rows[0]["seconds"] >= 0
     calls, measure = counting()
     assert experiments.repeat(path, ARMS, [0, 1], measure) == rows and calls == []
+
+
+def test_a_stopped_arm_goes_on_where_it_was(tmp_path):
+    """Each arm gets a checkpoint of its own identity, which is gone once its row is written."""
+    seen = []
+
+    def measure(settings, seed, checkpoint, stop=False):
+        parts = {"steps": []}
+        with checkpoint as saving:
+            first = saving.resume(parts)
+            for step in range(first, 4):
+                parts["steps"].append(step)
+                saving.after(step + 1, parts, last=True)
+                if step == 1 and stop:
+                    raise RuntimeError("power cut")
+        seen.append((settings["x"], first, parts["steps"]))
+        return {"value": 1}
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        experiments.repeat(tmp_path / "e.csv", ARMS, [0], lambda *given: measure(*given, stop=True))
+    experiments.repeat(tmp_path / "e.csv", ARMS, [0], measure)
+    assert seen == [(1, 2, [0, 1, 2, 3]), (2, 0, [0, 1, 2, 3])]
+    assert sorted(p.name for p in tmp_path.iterdir() if "lock" not in p.name) == ["e.csv"]
 
 
 def test_other_settings_replace_a_row_and_plain_readers_read_the_file(tmp_path):

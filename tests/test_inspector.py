@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from qs_lib.episode import Episode, Thought
-from qs_lib.escape import invisible, safe_text, safe_token
+from qs_lib.escape import invisible, safe_label, safe_line, safe_text, safe_token
 from qs_lib.inspector import FILTERS, ThoughtInspector
 from qs_lib.render import MOST_THOUGHTS, MOST_TOKENS, disagree, helped, overview, render, right
 
@@ -65,6 +65,13 @@ def test_hostile_text_is_only_text(text):
     assert not set(shown) & set("<>\"'") and not invisible(shown)
     assert "<" not in safe_token(text) and not invisible(safe_token(text))
     assert parsed(f"<p>{shown}</p>").seen == {"p"}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_steers_no_terminal_and_no_figure(text):
+    assert not invisible(safe_line(text).replace("\n", "")) and not invisible(safe_label(text))
+    assert safe_line("\r\x1b[A 10%\x1b]0;title\x07\n") == "\r\x1b[A 10%\u241b]0;title\u2407\n", "bars still move up"
+    assert safe_label("$x_{$") == r"\$x_{\$"
 
 
 def test_text_is_shown_as_it_is():
