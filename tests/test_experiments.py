@@ -210,7 +210,7 @@ def test_optimizers_scan_widens_and_measures_other_seeds(tmp_path, monkeypatch):
     """AdamW's planted best rate lies below its scan, the others' inside it; the chosen rates run on seeds 1 and 2."""
     best, calls = {"AdamW": 0.5e-3}, []
 
-    def planted(run, settings, seed, tested=True):
+    def planted(run, settings, seed, checkpoint, tested=True):
         name, rate = settings["optimizer"], settings["rate"]
         calls.append((name, rate, seed, tested))
         return {"validation_accuracy": -abs(np.log2(rate / best.get(name, 6e-3)))} | ({"accuracy": 0.8} if tested else {})
