@@ -19,6 +19,7 @@ from .model import QuietStarForCausalLM
 from .optim import MuonGrokfast
 from .probability import SHARPENINGS, answer_probability, fitted
 from .reinforce import train_quiet_star
+from .rl_findings import for_scoreboard
 from .tokens import thinking_ids
 from .variants import recipe, stages_of
 
@@ -146,6 +147,7 @@ def reinforcement(run: Path, folder: Path, seeds) -> None:
     others = {name: settings for name, settings in arms.items() if name not in MAIN}
     repeat(folder / "rl.csv", {name: arms[name] for name in MAIN}, seeds, once)
     repeat(folder / "rl.csv", others, list(seeds)[:3], once)
+    for_scoreboard(folder)
 
 
 def look_ahead(run: Path, folder: Path, seeds) -> None:
@@ -156,6 +158,7 @@ def look_ahead(run: Path, folder: Path, seeds) -> None:
         make_run(digits.name, 0, STAGES, "pocket-digits")
     arms = {name: rl_recipe("pocket-digits") | changed for name, changed in LOOK_AHEAD.items()}
     repeat(folder / "look_ahead.csv", arms, seeds, lambda *given: rounded(train_once(digits, *given)))
+    for_scoreboard(folder)
 
 
 def rounded(row: dict) -> dict:

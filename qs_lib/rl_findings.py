@@ -1,0 +1,164 @@
+"""What the reinforcement experiments say: each claim reached or refuted by an interval over seeds, or said to be open."""
+
+import json
+import math
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from .comparison import fixed, shown
+from .experiments import column, read_rows, seed_interval
+from .files import write_bytes
+
+SMALLEST = 0.01  # accuracy that a part of the objective must add to count as useful
+DEPTHS = (("from un-baked", "not baked"), ("from half-baked", "one epoch"), ("full", "baked"))
+
+
+def paired(rows: list[dict], arm: str, control: str, key: str) -> list[float]:
+    """``arm`` minus ``control`` for every seed that both have, in order of seeds."""
+    values = {name: {r["seed"]: r[key] for r in rows if r["arm"] == name} for name in (arm, control)}
+    return [values[arm][seed] - values[control][seed] for seed in sorted(set(values[arm]) & set(values[control]))]
+
+
+def steps_to(row: dict, accuracy: float) -> float:
+    """RL steps until the validation accuracy of a row first was at ``accuracy``; infinite where it never was."""
+    every, steps = row["settings"]["evaluate_every"], row["settings"]["steps"]
+    reached = (min((i + 1) * every, steps) for i, value in enumerate(row["validation"]) if value >= accuracy)
+    return next(reached, math.inf)
+
+
+def fewer_steps(rows: list[dict], arm: str, control: str) -> tuple[list[float], bool, float]:
+    """Steps of ``arm`` over steps of ``control``, minus 1, seed by seed, to an accuracy that every run of ``arm`` reached,
+    and every run of the control too where it comes within 5 points of that: (ratios, whether all are finite, accuracy).
+
+    A control that never arrives counts with all its steps: its ratio is then an upper bound.
+    """
+    best = {name: {r["seed"]: max(r["validation"]) for r in rows if r["arm"] == name} for name in (arm, control)}
+    level, others = min(best[arm].values()), min(best[control].values())
+    level = min(level, others) if others > level - 0.05 else level
+    of = {(r["arm"], r["seed"]): r for r in rows}
+    ratios, finite = [], True
+    for seed in sorted(set(best[arm]) & set(best[control])):
+        mine, other = (steps_to(of[name, seed], level) for name in (arm, control))
+        finite &= math.isfinite(other)
+        ratios.append(mine / min(other, of[control, seed]["settings"]["steps"]) - 1)
+    return ratios, finite, level
+
+
+def decided(values: list[float], claim: float, above: bool = True) -> str:
+    """``reached`` where the interval over seeds lies wholly on the claimed side of ``claim``, ``refuted`` where wholly on the
+    other, else ``open``. Raises ``ValueError`` below two seeds."""
+    _, low, high = seed_interval(values)
+    good, bad = (low >= claim, high < claim) if above else (high <= claim, low > claim)
+    return "reached" if good else "refuted" if bad else "open"
+
+
+def claims(rl: list[dict], ahead: list[dict] = ()) -> pd.DataFrame:
+    """Every question with its claim, what was measured and whether that decides it; questions whose arms have fewer than two
+    seeds in common are left out. ``rl``, ``ahead``: rows of ``rl.csv`` and ``look_ahead.csv``."""
+    ran = {row["arm"] for row in rl}
+    ahead = list(ahead)
+
+    def over(control, key="accuracy"):
+        return paired(rl, "full", control, key)
+
+    questions = {
+        "accuracy after RL minus baked": (column(rl, "full", "gain"), 0.05, True),
+        "the same, one greedy thought": (column(rl, "full", "greedy_gain"), 0.0, True),
+        "pg off: gain, should not be above 0": (column(rl, "pg off", "gain"), 0.0, False),
+        "pg off: gain of one greedy thought, should not be above 0": (column(rl, "pg off", "greedy_gain"), 0.0, False),
+        "REINFORCE itself: full minus pg off": (over("pg off"), 0.0, True),
+        "thoughts: full minus training on answers alone": (over("without thoughts"), 0.0, True),
+        "beyond one fitted temperature (probability of the answer)": (column(rl, "full", "beyond_temperature"), 0.0, True),
+        "n_true 4 minus 1, one-token answers": (over("n_true 1"), SMALLEST, True),
+        "n_true 4 minus 1, answers in digits": (paired(ahead, "n_true 4", "n_true 1", "accuracy"), 0.044, True),
+        "thinking use, token scale 100 minus 1": (paired(rl, "token scale 100", "full", "thinking_use"), 0.47, True),
+        "token scale 100 minus 1": (paired(rl, "token scale 100", "full", "accuracy"), SMALLEST, True),
+        "KL 0.1 minus 0": (over("KL 0"), SMALLEST, True),
+        "curriculum minus none": (over("no curriculum"), SMALLEST, True),
+        "4 thoughts minus 2 in training": (over("2 thoughts"), SMALLEST, True),
+        "8 thoughts minus 4 in training": (paired(rl, "8 thoughts", "full", "accuracy"), SMALLEST, True),
+        "our objective minus the paper's": (over("paper objective"), SMALLEST, True),
+        "baked minus half-baked start, final accuracy": (over("from half-baked"), SMALLEST, True),
+    }
+    if ahead:
+        questions["steps, n_true 4 over 1, minus 1, digits"] = (fewer_steps(ahead, "n_true 4", "n_true 1")[0], -0.25, False)
+    for arm in ("from half-baked", "from un-baked"):
+        if arm in ran:
+            saved = [-ratio for ratio in fewer_steps(rl, "full", arm)[0]]
+            questions[f"jumpstart: share of steps saved, {arm}"] = (saved, 0.3, True)
+    table = {}
+    for name, (values, claim, above) in questions.items():
+        if len(values) >= 2:
+            table[name] = {"measured": shown(seed_interval(values), signed=True), "seeds": len(values),
+                           "claim": f"{'>=' if above else '<='} {claim:g}", "decided": decided(values, claim, above)}  # fmt: skip
+    return pd.DataFrame(table).T
+
+
+def arms_table(rl: list[dict]) -> pd.DataFrame:
+    """Arm by arm on test problems: gain over the model it started from with its interval over seeds, and mean accuracies with
+    four thoughts, one greedy thought and none, and replies that think."""
+    table = {}
+    for arm in dict.fromkeys(row["arm"] for row in rl):
+        gains = column(rl, arm, "gain")
+        gain = shown(seed_interval(gains), signed=True) if len(gains) > 1 else fixed(gains[0], 3, True)
+        own = [row for row in rl if row["arm"] == arm]
+        table[arm] = {"seeds": len(own), "gain": gain, **{
+            name: fixed(float(np.mean([r[key] for r in own if key in r])), 3) if any(key in r for r in own) else ""
+            for name, key in (("accuracy", "accuracy"), ("greedy thought", "greedy"), ("no thought", "without"), ("thinks", "thinking_use"))
+        }}  # fmt: skip
+    return pd.DataFrame(table).T
+
+
+def baking_depth(rl: list[dict]):
+    """Accuracy with four thoughts before and after RL by how far the start model was baked; one mark per seed."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.4), dpi=90, layout="constrained")
+    plt.close(figure)  # shown once, as the value of its cell
+    for at, (arm, _) in enumerate(DEPTHS):
+        for i, row in enumerate(sorted((r for r in rl if r["arm"] == arm), key=lambda row: row["seed"])):
+            x = at + 0.06 * (i - 1)
+            axis.annotate("", (x, row["accuracy"]), (x, row["baseline"]), arrowprops={"arrowstyle": "->", "color": "#666666"})
+            first = at == 0 and i == 0
+            axis.plot(x, row["baseline"], "s", color="#666666", ms=5, label="before RL" if first else None)
+            axis.plot(x, row["accuracy"], "o", color="#0072B2", ms=6, label="after RL" if first else None)
+    axis.set(xticks=range(len(DEPTHS)), xticklabels=[label for _, label in DEPTHS], xlabel="start of RL",
+             ylabel="accuracy with thoughts (share)", ylim=(0, 1.02))  # fmt: skip
+    axis.grid(alpha=0.3, axis="y")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def depth_lines(rl: list[dict]) -> list[str]:
+    """The figure of :func:`baking_depth` in numbers, a line per start."""
+    lines = []
+    for arm, label in DEPTHS:
+        own = [row for row in rl if row["arm"] == arm]
+        if own:
+            before, after = (float(np.mean([r[key] for r in own])) for key in ("baseline", "accuracy"))
+            lines.append(f"{label}: {fixed(before)} -> {fixed(after)}, seeds: {len(own)}")
+    return lines
+
+
+def for_scoreboard(folder: Path) -> None:
+    """Write ``<id>.json`` (value, low, high, command) for the criteria of the scoreboard that these experiments measure."""
+    rl, ahead = read_rows(folder / "rl.csv"), read_rows(folder / "look_ahead.csv")
+
+    def write(name, values, command, note=""):
+        if len(values) >= 2:
+            value, low, high = seed_interval(values)
+            record = {"value": value, "low": low, "high": high, "seeds": len(values), "command": command + note}
+            write_bytes(folder / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
+
+    if ahead:
+        command = "make evidence X=look_ahead"
+        ratios, _, level = fewer_steps(ahead, "n_true 4", "n_true 1")
+        write("nonmyopic_steps", ratios, command, f" (answers in digits, to validation accuracy {level:.3f})")
+        write("nonmyopic_accuracy", paired(ahead, "n_true 4", "n_true 1", "accuracy"), command, " (answers in digits)")
+    write("token_scale_use", column(rl, "token scale 100", "thinking_use"), "make evidence X=rl",
+          f" (at scale 1: {fixed(float(np.mean(column(rl, 'full', 'thinking_use') or [0])))})")  # fmt: skip
+    if any(row["arm"] == "from un-baked" for row in rl):
+        ratios, finite, level = fewer_steps(rl, "full", "from un-baked")
+        bound = "" if finite else "; a lower bound: the un-baked model does not get there in all its steps"
+        write("jumpstart", [-ratio for ratio in ratios], "make evidence X=rl", f" (to validation accuracy {level:.3f}{bound})")
