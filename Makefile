@@ -10,12 +10,13 @@ STRIP = --keep-output --keep-count --keep-id --extra-keys \
 	"metadata.widgets metadata.language_info.version metadata.papermill cell.metadata.execution cell.metadata.papermill"
 
 .DEFAULT_GOAL = help
-.PHONY: help setup run test lab bench chaos evidence refresh lint clean-run
+.PHONY: help setup run test coverage lab bench chaos evidence refresh lint clean-run
 
 help:
 	@echo "make run         notebooks 01-08 into outputs/$(RUN_NAME)/, ends with the scoreboard; repeat it to continue"
 	@echo "                 P=variant (params/*/P.yaml)  RUN=name  DATA=folder  NB=05_rl  SEED=1  KEEP=1 FRESH=1 DEBUG=1"
 	@echo "make test        all tests and notebooks, with coverage of qs_lib"
+	@echo "make coverage    the same, and their coverage into outputs/$(RUN_NAME)/ for its scoreboard"
 	@echo "make lab         open JupyterLab"
 	@echo "make bench       side-by-side timings of thought generation"
 	@echo "make chaos       KILLS=300: kill trainings at random instants, resume them, compare to the bit"
@@ -45,6 +46,12 @@ run: setup
 
 test: setup
 	$(BIN)/python -m pytest --nbval --cov=qs_lib --cov-report=term
+
+# totals only: what the scoreboard of a run reads
+coverage: setup
+	$(BIN)/python -m pytest --nbval --cov=qs_lib --cov-report=term --cov-report=json:outputs/$(RUN_NAME)/coverage.json
+	$(BIN)/python -c 'import json, pathlib; p = pathlib.Path("outputs/$(RUN_NAME)/coverage.json"); \
+	  p.write_text(json.dumps({"totals": json.loads(p.read_text())["totals"]}, indent=1) + "\n")'
 
 lab: setup
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb

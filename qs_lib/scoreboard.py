@@ -76,7 +76,7 @@ def build_scoreboard(run: str | Path) -> list[dict]:
 
     ``run``: a run folder. Values come from the summaries in its stages' ``run.json`` (only of stages whose files still
     hold); those of experiments outside the chain from ``experiments/<id>.json`` (value, low, high, command), coverage
-    from pytest's ``coverage.json``. ``reached`` is None where a criterion is to be reported, not reached.
+    from ``coverage.json`` (``make coverage``). ``reached`` is None where a criterion is to be reported, not reached.
     """
     run, board = Path(run), []
     for name, criterion, target, unit, stage, key, reached in CRITERIA:
@@ -116,7 +116,7 @@ def _experiment(run: Path, name: str):
 
 
 def _coverage(run: Path):
-    command = f"pytest --nbval --cov --cov-report=json:outputs/{run.name}/coverage.json"
+    command = f"make coverage RUN={run.name}"
     path = run / "coverage.json"
     if not path.is_file():
         return None, None, None, f"not measured by this run: make it with `{command}`"
