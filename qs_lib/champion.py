@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from . import pocket
 from .checkpoint import Checkpoint
@@ -41,7 +42,7 @@ def load_champion(source: str = "pocket", dtype=torch.float32):
     local = path.is_dir()
     given = {"local_files_only": local or not hub_answers(), "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path if local else source, **given)
+        tokenizer = load_tokenizer(path if local else source, **given)
         model, found = AutoModelForCausalLM.from_pretrained(
             path if local else source, dtype=dtype, use_safetensors=True, output_loading_info=True, **given
         )
@@ -56,6 +57,17 @@ def load_champion(source: str = "pocket", dtype=torch.float32):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def load_tokenizer(source: str | Path, **given):
+    """The tokenizer as it was saved: ``AutoTokenizer``, except where a plain one was saved beside a family that has its own.
+
+    There ``AutoTokenizer`` silently puts the family's in its place, which cuts text differently and adds a token (seen with
+    transformers 5.23 and Qwen2).
+    """
+    config = get_tokenizer_config(source, local_files_only=given.get("local_files_only", False))
+    plain = config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(source, **given)
 
 
 def _unloadable(source: str, local: bool, offline: bool, error: Exception) -> WorkbookError:

@@ -4,7 +4,7 @@ from tiny import tiny_champion, tiny_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import qs_lib as qs
-from qs_lib.champion import build_tokenizer
+from qs_lib.champion import build_champion, build_tokenizer
 from qs_lib.sequences import encode, length_batches, mark, marker_spellings
 from qs_lib.tokens import PLAIN_WORDS, thinking_ids
 
@@ -75,3 +75,18 @@ def test_length_batches_cover_everything_once():
 
     batches = length_batches([random.Random(0).randint(1, 50) for _ in range(103)], 8, random.Random(0))
     assert sorted(i for b in batches for i in b) == list(range(103)) and max(map(len, batches)) == 8
+
+
+def test_a_tokenizer_is_loaded_as_it_was_saved(tmp_path):
+    """Beside a Qwen2 model AutoTokenizer would put Qwen2's tokenizer in place of a plain one."""
+    tokenizer = build_tokenizer("bpe", ["ben has 17 pens and 230 cups ? think step done parts"] * 5, vocab_size=330)
+    model = build_champion(tokenizer, "qwen2", 32, 2, 2, 48)
+    model, tokenizer = qs.add_thinking_tokens(model, tokenizer)
+    text = "ben has 17 pens <think> 230 </think>"
+    for round_trip in range(2):
+        model.save_pretrained(tmp_path / str(round_trip))
+        tokenizer.save_pretrained(tmp_path / str(round_trip))
+        model, again = qs.load_champion(str(tmp_path / str(round_trip)))
+        assert len(again) == len(tokenizer) and again.tokenize(text) == tokenizer.tokenize(text)
+        tokenizer = again
+    assert "\u01201" in tokenizer.tokenize(text) and "7" in tokenizer.tokenize(text), "a digit is a token"
