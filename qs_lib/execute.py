@@ -145,6 +145,8 @@ def _failure(error: BaseException, notebook: Path, dead_kernel: type) -> StageEr
     if hasattr(error, "evalue"):
         own = [kind.__name__ for kind in _subclasses(WorkbookError)]
         message = error.evalue if error.ename in own else f"{error.ename}: {error.evalue}"
+        if error.ename in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in message:
+            message = "there is not enough memory; lower batch_size or num_thoughts and run the same command again to continue"
     return StageError(f"{safe_line(message.strip())}\n  the executed notebook is {shown_path(notebook)}")
 
 

@@ -30,14 +30,16 @@ def steps_to(row: dict, accuracy: float) -> float:
 
 
 def fewer_steps(rows: list[dict], arm: str, control: str) -> tuple[list[float], bool, float]:
-    """Steps of ``arm`` over steps of ``control``, minus 1, seed by seed, to an accuracy that every run of ``arm`` reached,
-    and every run of the control too where it comes within 5 points of that: (ratios, whether all are finite, accuracy).
+    """Steps of ``arm`` over steps of ``control``, minus 1, seed by seed, to the validation accuracy that every run of both
+    reached: (ratios, whether all are finite, accuracy).
 
-    A control that never arrives counts with all its steps: its ratio is then an upper bound.
+    Where the control never gets above the model that ``arm`` started from, it is the accuracy that every run of ``arm``
+    reached, and the control counts with all its steps: its ratio is then an upper bound.
     """
     best = {name: {r["seed"]: max(r["validation"]) for r in rows if r["arm"] == name} for name in (arm, control)}
     level, others = min(best[arm].values()), min(best[control].values())
-    level = min(level, others) if others > level - 0.05 else level
+    if others > max(r["baseline"] for r in rows if r["arm"] == arm):
+        level = min(level, others)
     of = {(r["arm"], r["seed"]): r for r in rows}
     ratios, finite = [], True
     for seed in sorted(set(best[arm]) & set(best[control])):

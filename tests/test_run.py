@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qs_lib import stage as stage_module
-from qs_lib.execute import Terminal
+from qs_lib.execute import Terminal, _failure
 from qs_lib.files import StageError, write_bytes, write_error
 from qs_lib.params import NotebookParams, ParameterError
 from qs_lib.run import main, print_scoreboard, run_stages
@@ -530,3 +530,14 @@ def test_outputs_are_found_without_the_working_directory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert outputs_root() == stage_module.REPOSITORY / "outputs"
     assert len(code_hash()) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MemoryError", ""), ("OutOfMemoryError", "CUDA out of memory"), ("RuntimeError", "[x] DefaultCPUAllocator: can't allocate memory: 8")],
+)
+def test_a_lack_of_memory_is_one_sentence(tmp_path, name, value):
+    error = RuntimeError("cell")
+    error.ename, error.evalue = name, value
+    sentence, where = str(_failure(error, tmp_path / "a.ipynb", KeyError)).splitlines()
+    assert sentence.startswith("there is not enough memory; lower batch_size") and "a.ipynb" in where
