@@ -95,6 +95,8 @@ class Checkpoint:
                 self._log(**row)
             print(f"resumed after step {state['step']}", file=sys.stderr)
             return state["step"]
+        if self._files():
+            print("starting anew: the checkpoints here are damaged, or of other parameters, data, code or threads", file=sys.stderr)
         if self.folder is not None:
             discard(self.folder)
         return 0

@@ -152,7 +152,8 @@ def test_damage_falls_back_and_another_training_starts_anew(tmp_path, monkeypatc
     assert lines == wanted and torch.equal(weights, right)
     (tmp_path / "c" / "epochs").mkdir()
     assert len(train(tmp_path / "c", 13)[0]) == 13
-    assert "resumed" not in capsys.readouterr().err and not (tmp_path / "c" / "epochs").exists()
+    said = capsys.readouterr().err
+    assert "resumed" not in said and "starting anew" in said and not (tmp_path / "c" / "epochs").exists()
 
 
 def test_other_thread_counts_and_identities_are_other_trainings(tmp_path):
