@@ -47,7 +47,8 @@ class ThinkingLM(HFLM):
         if isinstance(model, QuietStarForCausalLM):
             model.config.think = self.thinks
         room = model.config.get_text_config().max_position_embeddings - (model.config.thought_length if self.thinks else 0)
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=room, **options)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=room, backend="causal",
+                         **options)  # fmt: skip
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         return encode_context(self.tokenizer, context), self.tokenizer.encode(continuation, add_special_tokens=False)
