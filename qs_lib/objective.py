@@ -1,5 +1,6 @@
 """The training objective (arXiv 2403.09629 §4.4): REINFORCE on thoughts and the likelihood of what truly follows."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -54,7 +55,8 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, *, n_true=
     ``reward_floor`` nats (``"likelihood"``), or 1 if the likeliest next token is the true one (``"correct"``). Unlike
     the paper's it does not pass through the mixing head, so it is not 0 while the gate is shut. ``value_head``: a map from
     the state before a thought (hidden,) to its expected reward, trained here by squared error, whose prediction is the
-    baseline in place of the other thoughts' mean. ``reference`` None leaves both KLs out. Means are over the positions that
+    baseline in place of the other thoughts' mean. ``reference``: a frozen model, a peft model to be read without its
+    adapter, or None, which leaves both KLs out. Means are over the positions that
     have thoughts. With ``objective`` ``"paper"`` log-probs, entropy and KL of thoughts are those at temperature 3,
     whatever they were sampled at (appendix A).
     """
@@ -87,13 +89,15 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, *, n_true=
         error = ranks.weigh(((value.unsqueeze(-1) - rewards) ** 2).mean(), units)
         loss, parts["value_error"] = loss + error, error.item()
     if reference is not None and (kl_coefficient or base_kl):
-        with torch.no_grad():
-            ref = rescore_thoughts(reference, ids, thoughts, mask, n_true=n_true, true_logits=True, forbid_true=tags)
+        adapted = hasattr(reference, "disable_adapter")
+        with torch.no_grad(), reference.disable_adapter() if adapted else nullcontext():
+            lm = reference.get_base_model() if adapted else reference
+            ref = rescore_thoughts(lm, ids, thoughts, mask, n_true=n_true, true_logits=True, forbid_true=tags)
+            first = LanguageHead(lm)(ref.base_hidden[..., 0, :]).log_softmax(-1)
         kl = ranks.weigh(sampled_kl(logprobs, ref.thought_logprobs[there]), units)
         drift = forward_kl(scored.base_full, ref.base_full)[there]
         drift = ranks.weigh((drift * valid).sum() / valid.sum().clamp_min(1), valid.sum())
-        first, ours = (LanguageHead(lm)(r.base_hidden[..., 0, :]).log_softmax(-1)
-                       for lm, r in ((reference, ref), (model.lm, scored)))  # fmt: skip
+        ours = LanguageHead(model.lm)(scored.base_hidden[..., 0, :]).log_softmax(-1)
         habit = ranks.weigh(forward_kl(ours, first)[there].mean(), units)
         loss = loss + kl_coefficient * kl + base_kl * (drift + habit)
         parts |= {"kl": kl.item(), "base_kl": drift.item(), "habit_kl": habit.item()}

@@ -47,7 +47,7 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
 
     Each step draws ``over`` x ``batch_size`` training problems, samples ``num_thoughts`` thoughts at each position
     (``think_at``, ``num_positions``: see ``think_where``) and keeps the problems whose thoughts disagree most (no label
-    needed); ``objective`` goes to :func:`quiet_star_loss`. The KL reference is a frozen copy of the language model as given.
+    needed); ``objective`` goes to :func:`quiet_star_loss`. The KL reference is the language model as given.
     ``adaptive_length``: thoughts of a batch as long as its longest text deserves (``qs_lib.thought_length``), at most
     ``thought_length``. ``baseline``: mean reward of the ``others`` thoughts, or a learned linear ``value`` of the state before
     them. ``lora_rank``: train an adapter of that rank, the thinking tokens' eight rows and the mixing head in place of all
@@ -63,8 +63,8 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
         raise WorkbookError(f"baseline is {baseline!r}; it must be 'others' or 'value'")
     started, rng = time.monotonic(), random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    reference = copy.deepcopy(model.lm).eval().requires_grad_(False)
     adapter = add_adapter(model.lm, tokenizer, lora_rank) if lora_rank else None  # put into model.lm, in place
+    reference = adapter or copy.deepcopy(model.lm).eval().requires_grad_(False)
     optimizer = MuonGrokfast(model, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=grokfast_lambda,
                              token_rows=range(8) if lora_rank else thinking_ids(tokenizer), token_scale=token_scale)  # fmt: skip
     trained = [p for p in model.parameters() if p.requires_grad]
