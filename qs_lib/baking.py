@@ -202,6 +202,7 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
     before = held_out_kl(teacher, teacher, tokenizer, held) if rebake else unprompted_kl(teacher, tokenizer, held)
 
     trained = add_adapter(model, tokenizer, lora_rank) if lora_rank else model
+    qk_clip_threshold = qk_clip_threshold or None
     if optimizer is None:
         optimizer = MuonGrokfast(trained, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=grokfast_lambda,
                                  qk_clip_threshold=qk_clip_threshold)  # fmt: skip
@@ -235,7 +236,6 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
                         raise TrainingError(f"the baking loss is {value} at step {step}: lower the learning rates")
                     loss.backward()
                     ranks.average(weights)
-                    ranks.largest(optimizer.watch if qk_clip_threshold is not None else None)
                     torch.nn.utils.clip_grad_norm_(weights, 1.0)
                     optimizer.step()
                     scheduler.step()

@@ -134,7 +134,7 @@ class MuonGrokfast(torch.optim.Optimizer):
             {"name": "muon", "params": hidden, "lr": muon_lr, "momentum": momentum, "adjust_lr_fn": adjust_lr_fn},
             {"name": "adamw", "params": rest, **adam},
             {"name": "tokens", "params": tokens, **adam, "token_scale": token_scale,
-             "token_rows": torch.as_tensor([] if token_rows is None else token_rows).tolist()},
+             "token_rows": [] if token_rows is None else [int(i) for i in token_rows]},
         ]
         defaults = {"weight_decay": weight_decay, "grokfast_lambda": grokfast_lambda,
                     "grokfast_alpha": grokfast_alpha, "qk_clip_threshold": qk_clip_threshold,

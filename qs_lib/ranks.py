@@ -108,13 +108,6 @@ def average(parameters) -> None:
             p.grad = total(torch.zeros_like(p) if p.grad is None else p.grad) / count()
 
 
-def largest(watch) -> None:
-    """Give each process the largest attention logits that any of them saw, so that all clip the same heads."""
-    if count() > 1 and watch is not None:
-        for name in sorted(watch.max_logits):
-            watch.max_logits[name] = total(watch.max_logits[name], dist.ReduceOp.MAX)
-
-
 def gathered(thoughts, rows: torch.Tensor, size: int):
     """The thoughts of all ``size`` rows of the global batch, from each process's for its ``rows``."""
     if count() == 1 or len(rows) == size:

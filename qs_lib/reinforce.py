@@ -41,7 +41,7 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
                      muon_lr: float = 1.5e-3, adamw_lr: float = 1e-3, grokfast_lambda: float = 0.1,
                      token_scale: float = 1.0, use_curriculum: bool = True, hard_share: float = 0.4,
                      think_at: str = "question", num_positions: int = 8, adaptive_length: bool = False,
-                     baseline: str = "others", lora_rank: int = 0, evaluate_every: int = 50, seed: int = 0, log=lambda **metrics: None,
+                     baseline: str = "others", lora_rank: int = 0, qk_clip_threshold: float = 0.0, evaluate_every: int = 50, seed: int = 0, log=lambda **metrics: None,
                      checkpoint: Checkpoint | None = None, **objective) -> TrainingResult:  # fmt: skip
     """Train a :class:`QuietStarForCausalLM` in place; the weights that did best on validation are kept.
 
@@ -51,8 +51,10 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
     ``adaptive_length``: thoughts of a batch as long as its longest text deserves (``qs_lib.thought_length``), at most
     ``thought_length``. ``baseline``: mean reward of the ``others`` thoughts, or a learned linear ``value`` of the state before
     them. ``lora_rank``: train an adapter of that rank, the thinking tokens' eight rows and the mixing head in place of all
-    weights, and merge it in the end. Validation: accuracy with thoughts after the question, or, for thoughts inside the text, its log-likelihood with
-    thoughts. With a ``checkpoint``, whose log then counts, a stopped training goes on where it was.
+    weights, and merge it in the end. ``qk_clip_threshold``: heads whose attention logits on a batch's texts pass it are
+    brought back to it (0: none; an adapter's are left alone). Validation: accuracy with thoughts after the question, or, for
+    thoughts inside the text, its log-likelihood with thoughts. With a ``checkpoint``, whose log then counts, a stopped training
+    goes on where it was.
 
     Raises ``WorkbookError`` on empty problems or another baseline or place, ``TrainingError`` on a non-finite loss.
     """
@@ -66,6 +68,7 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
     adapter = add_adapter(model.lm, tokenizer, lora_rank) if lora_rank else None  # put into model.lm, in place
     reference = adapter or copy.deepcopy(model.lm).eval().requires_grad_(False)
     optimizer = MuonGrokfast(model, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=grokfast_lambda,
+                             qk_clip_threshold=qk_clip_threshold or None,
                              token_rows=range(8) if lora_rank else thinking_ids(tokenizer), token_scale=token_scale)  # fmt: skip
     trained = [p for p in model.parameters() if p.requires_grad]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps, 20, constant=0.3))
@@ -103,6 +106,9 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
             ranks.average(trained)
             torch.nn.utils.clip_grad_norm_(model.lm.parameters(), 1.0)
             torch.nn.utils.clip_grad_norm_(model.mixing_head.parameters(), 1.0)
+            if qk_clip_threshold:  # re-scoring has an attention of its own: the batch's texts are read once more
+                with watch_max_logits(model.lm) as optimizer.watch, torch.no_grad():
+                    model.lm(input_ids=ids[own], attention_mask=mask[own])
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()

@@ -366,3 +366,13 @@ def test_lora_training_goes_on_where_it_was_stopped(tmp_path):
         except InterruptedError:
             assert stop and any(tmp_path.iterdir())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_heads_above_the_threshold_are_clipped_in_training():
+    settings = {"steps": 2, "batch_size": 4, "num_thoughts": 3, "thought_length": 8, "evaluate_every": 2, "n_true": 3}
+    largest = {}
+    for threshold in (0.0, 0.05):
+        model, tokenizer = tiny_quiet_star()
+        result = r.train_quiet_star(model, tokenizer, problems(size=24), problems("validation", 6), qk_clip_threshold=threshold, **settings)
+        largest[threshold] = result.history[-1]["max_logit"]
+    assert largest[0.05] < 0.1 < largest[0.0]
