@@ -145,8 +145,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
 
     def think(self, input_ids, attention_mask=None, positions=None, generator=None, **settings):
         """Thoughts of the wrapped model at ``positions`` with this configuration's settings unless given."""
-        c, input_ids = self.config, input_ids.to(self.device)
-        attention_mask = None if attention_mask is None else attention_mask.to(self.device)
+        c = self.config
         defaults = {"num_thoughts": c.num_thoughts, "thought_length": c.thought_length,
                     "temperature": c.thought_temperature}  # fmt: skip
         return generate_thoughts(self.lm, input_ids, attention_mask, positions, generator=generator,

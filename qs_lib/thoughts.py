@@ -109,6 +109,8 @@ def generate_thoughts(
     forbid = tuple(sorted({int(i) for i in forbid} | {think_id}))
     if end_id in forbid:
         raise ValueError("</think> must stay possible inside a thought; it is among the forbidden ids.")
+    input_ids = input_ids.to(model.device)
+    attention_mask = None if attention_mask is None else attention_mask.to(model.device)
     rows = align_rows(input_ids, attention_mask, positions)
     seed = draw_seed(generator)
     units, device = len(rows.row), input_ids.device
