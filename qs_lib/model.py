@@ -180,7 +180,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         """One step of cached generation: read the new tokens in all streams, think where it is time, mix."""
         state = cache
         if not isinstance(cache, ThinkingCache):
-            if not isinstance(cache, DynamicCache) or cache.get_seq_length():
+            if cache.get_seq_length():  # an empty one of any kind is replaced
                 raise WorkbookError(f"thinking cannot go on from a {type(cache).__name__} that it did not fill: leave the cache out, "
                                     "or generate with think=False")  # fmt: skip
             state = ThinkingCache(input_ids, attention_mask)

@@ -209,7 +209,9 @@ def test_a_prompt_read_in_pieces_or_continued_thinks_at_its_end():
 def test_what_thinking_cannot_do_is_one_sentence():
     model, tokenizer = wrapped("llama, tied")
     batch = batch_of(tokenizer, TEXTS[:1])
-    foreign = model.lm(**batch, use_cache=True).past_key_values
-    for way in ({"prompt_lookup_num_tokens": 2}, {"cache_implementation": "static"}, {"past_key_values": foreign}):
+    foreign = model.lm(batch["input_ids"][:, :5], use_cache=True).past_key_values
+    plain = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    assert torch.equal(model.generate(**batch, max_new_tokens=5, do_sample=False, cache_implementation="static"), plain)
+    for way in ({"prompt_lookup_num_tokens": 2}, {"past_key_values": foreign}):
         with pytest.raises(WorkbookError, match="think=False"):
             model.generate(**batch, max_new_tokens=5, do_sample=False, **way)
