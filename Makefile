@@ -1,6 +1,7 @@
 # make run, make test: a fresh clone needs nothing else but Python 3.11 or newer.
 
 PYTHON ?= python3
+P_GIVEN := $(P)
 P ?= pocket
 BIN = .venv/bin
 RUN_NAME = $(or $(RUN),$(P)-run)
@@ -10,7 +11,7 @@ STRIP = --keep-output --keep-count --keep-id --extra-keys \
 	"metadata.widgets metadata.language_info.version metadata.papermill cell.metadata.execution cell.metadata.papermill"
 
 .DEFAULT_GOAL = help
-.PHONY: help setup run test coverage lab bench chaos evidence refresh lint clean-run
+.PHONY: help setup run test coverage lab bench chaos evidence sweep refresh lint clean-run
 
 help:
 	@echo "make run         notebooks 01-08 into outputs/$(RUN_NAME)/, ends with the scoreboard; repeat it to continue"
@@ -21,6 +22,7 @@ help:
 	@echo "make bench       side-by-side timings of thought generation"
 	@echo "make chaos       KILLS=300: kill trainings at random instants, resume them, compare to the bit"
 	@echo "make evidence    X=baking, chain, rl, look_ahead, optimizers or grokking: an experiment over arms and seeds; repeat it to continue"
+	@echo "make sweep       X=05_rl GRID='n_true=1,4 seed=0,1', or X=n_true, a file of params/sweeps; W=2 at a time, E=pool, dask or slurm"
 	@echo "make refresh     remake outputs/pocket and the committed notebook outputs"
 	@echo "make lint        ruff, and notebooks free of machine metadata"
 	@echo "make clean-run   delete outputs/$(RUN_NAME)/ (RUN=name for another)"
@@ -64,6 +66,10 @@ chaos: setup
 
 evidence: setup
 	$(SMALL) $(BIN)/python -m qs_lib.evidence $(X) $(if $(RUN),--upstream $(RUN)) $(if $(SEEDS),--seeds $(SEEDS))
+
+sweep: setup
+	@$(BIN)/python -m qs_lib.sweep "$(X)" $(GRID) $(if $(P_GIVEN),--variant "$(P)") $(if $(RUN),--upstream "$(RUN)") \
+	  $(if $(E),--engine $(E)) $(if $(W),--workers $(W)) $(if $(KEEP),--keep)
 
 refresh: setup
 	$(BIN)/python -m qs_lib.run --variant pocket --run pocket $(if $(FRESH),--fresh)

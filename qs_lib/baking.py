@@ -1,6 +1,7 @@
 """Prompt baking (arXiv 2409.13697): the unprompted student learns to reply as the prompted teacher does."""
 
 import copy
+import functools
 import math
 import random
 import time
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from . import ranks
 from .champion import schedule
 from .checkpoint import Checkpoint
 from .evaluate import answer_of, replies
@@ -79,25 +81,25 @@ def aligned_log_probs(student, teacher, items: list[BakingItem], tokenizer) -> t
     probability of a marker word's first token is moved to the thinking token, whose own it is not asked for: it is
     exactly the champion's distribution, renamed. A re-baking teacher's is taken as it is.
     """
-    tags = torch.tensor(thinking_ids(tokenizer))
-    words = torch.tensor([ids[0] for ids in marker_spellings(tokenizer).values()])
-    index = torch.tensor([k for k, i in enumerate(items) for _ in i.targets])
-    direct, plain = (torch.tensor([getattr(i, kind) for i in items])[index] for kind in ("direct", "plain"))
+    new = functools.partial(torch.tensor, device=student.device)
+    tags, words = new(thinking_ids(tokenizer)), new([ids[0] for ids in marker_spellings(tokenizer).values()])
+    index = new([k for k, i in enumerate(items) for _ in i.targets])
+    direct, plain = (new([getattr(i, kind) for i in items])[index] for kind in ("direct", "plain"))
     with torch.no_grad():
         t = _at(teacher, [i.teacher_ids for i in items], [i.teacher_at for i in items], tokenizer)
-        no_tags = torch.zeros(t.shape[1]).index_fill_(0, tags, -torch.inf)
+        no_tags = torch.zeros(t.shape[1], device=t.device).index_fill_(0, tags, -torch.inf)
         t = F.log_softmax(t + torch.where((direct | plain)[:, None], no_tags, 0.0), -1)
         renamed = t[plain]
         renamed[:, tags], renamed[:, words] = t[plain][:, words], -torch.inf
         t[plain] = renamed
     s = _at(student, [i.student_ids for i in items], [i.student_at for i in items], tokenizer)
     s = F.log_softmax(s + torch.where(direct[:, None], no_tags, 0.0), -1)
-    return s, t, torch.tensor([x for i in items for x in i.targets]), index
+    return s, t, new([x for i in items for x in i.targets]), index
 
 
 def _at(model, rows, positions, tokenizer):
-    ids = pad(rows, tokenizer.pad_token_id)
-    attention = pad([[1] * len(r) for r in rows], 0)
+    ids = pad(rows, tokenizer.pad_token_id, device=model.device)
+    attention = pad([[1] * len(r) for r in rows], 0, device=model.device)
     logits = model(input_ids=ids, attention_mask=attention).logits.float()
     which = torch.tensor([k for k, p in enumerate(positions) for _ in p])
     return logits[which, torch.tensor([x for p in positions for x in p])]
@@ -115,7 +117,7 @@ def baking_loss(student, teacher, items: list[BakingItem], tokenizer, ce_weight:
     of the worked examples. Returns (loss, mean KL per token)."""
     s, t, targets, index = aligned_log_probs(student, teacher, items, tokenizer)
     kl = forward_kl(s, t)
-    nll = -s.gather(1, targets[:, None]).squeeze(1) * torch.tensor([float(i.ce) for i in items])[index]
+    nll = -s.gather(1, targets[:, None]).squeeze(1) * torch.tensor([float(i.ce) for i in items], device=s.device)[index]
     return (kl.sum() + ce_weight * nll.sum()) / len(items), kl.detach().mean()
 
 
@@ -200,6 +202,7 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
     before = held_out_kl(teacher, teacher, tokenizer, held) if rebake else unprompted_kl(teacher, tokenizer, held)
 
     trained = add_adapter(model, tokenizer, lora_rank) if lora_rank else model
+    qk_clip_threshold = qk_clip_threshold or None
     if optimizer is None:
         optimizer = MuonGrokfast(trained, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=grokfast_lambda,
                                  qk_clip_threshold=qk_clip_threshold)  # fmt: skip
@@ -215,8 +218,9 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
     parts = {"model": trained, "optimizer": optimizer, "scheduler": scheduler, "rng": rng, "order": order,
              "epochs": result.epochs, "best": best}  # fmt: skip
     with checkpoint or Checkpoint(log=log) as saving:
+        ranks.check_equal(trained, "before training")
         step = saving.resume(parts)
-        bar = tqdm(total=steps, initial=step, desc="bake")
+        bar = tqdm(total=steps, initial=step, desc="bake", disable=not ranks.first())
         while step < steps and not best["stop"]:
             epoch = step // batches + 1
             trained.train()
@@ -224,11 +228,14 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
                 for at in range(step % batches, batches):
                     if at == 0:
                         order[:] = length_batches(lengths, batch_size - share, rng)
-                    chosen = [items[i] for i in order[at]] + rng.sample(direct, share)
+                    chosen = ranks.share([items[i] for i in order[at]] + rng.sample(direct, share))
                     loss, kl = baking_loss(trained, teacher, chosen, tokenizer, ce_weight)
-                    if not math.isfinite(loss.item()):
-                        raise TrainingError(f"the baking loss is {loss.item()} at step {step}: lower the learning rates")
+                    loss = ranks.weigh(loss, len(chosen))
+                    value = ranks.mean(loss.item())
+                    if not math.isfinite(value):
+                        raise TrainingError(f"the baking loss is {value} at step {step}: lower the learning rates")
                     loss.backward()
+                    ranks.average(weights)
                     torch.nn.utils.clip_grad_norm_(weights, 1.0)
                     optimizer.step()
                     scheduler.step()
@@ -236,7 +243,7 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
                     step += 1
                     bar.update()
                     if step % max(1, min(20, steps // 10)) == 0:
-                        saving.log(step=step, epoch=epoch, loss=loss.item(), kl=kl.item())
+                        saving.log(step=step, epoch=epoch, loss=value, kl=ranks.mean(kl.item()))
                     if at + 1 < batches:
                         saving.after(step, parts)
             trained.eval()
@@ -247,13 +254,15 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
             result.epochs.append(dose)
             saving.log(step=step, **dose)
             bar.set_postfix(accuracy=f"{dose['accuracy']:.3f}", use=f"{dose['thinking_use']:.2f}")
-            on_epoch(epoch, trained)
+            if ranks.first():
+                on_epoch(epoch, trained)
             if patience and (not best["epoch"] or dose["kl"] < result.epochs[best["epoch"] - 1]["kl"]):
                 best.update(epoch=epoch, weights=[p.detach().clone() for p in weights])
             best["stop"] = bool(patience) and epoch - best["epoch"] >= patience
             saving.after(step, parts, last=best["stop"] or step == steps)
         bar.close()
     trained.eval()
+    ranks.check_equal(trained, "after training")
     for p, kept in zip(weights, best["weights"], strict=False):  # none are kept without patience
         p.data.copy_(kept)
     if lora_rank:

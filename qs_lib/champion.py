@@ -1,6 +1,7 @@
 """The champion: the language model that is to learn to think. Loaded from anywhere, or trained here from a config."""
 
 import math
+import os
 import random
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from . import pocket
+from . import pocket, ranks
 from .checkpoint import Checkpoint
 from .hub import hub_answers
 from .optim import MuonGrokfast
@@ -30,10 +31,11 @@ from .strategies import LEAD_WORDS, PROMPTS, reply
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 
 
-def load_champion(source: str = "pocket", dtype=torch.float32):
+def load_champion(source: str = "pocket", dtype=torch.float32, device: str | None = None):
     """(model, tokenizer) from ``"pocket"`` (the committed run's), a Hugging Face name or a folder.
 
-    The model is in evaluation mode; the tokenizer pads on the left. Only safetensors are read and no code of the
+    The model is in evaluation mode, on ``device`` (by default what ``QS_DEVICE`` says, else the CPU: notebooks repeat their
+    numbers there); all that works with it follows its device. The tokenizer pads on the left. Only safetensors are read and no code of the
     model's own is run. Raises ``SourceError`` or ``HubError`` with a sentence that says what to do.
     """
     path = find_run("") / "01_token_setup" / "champion" if source == "pocket" else Path(source).expanduser()
@@ -56,7 +58,7 @@ def load_champion(source: str = "pocket", dtype=torch.float32):
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval(), tokenizer
+    return model.to(device or os.environ.get("QS_DEVICE", "cpu")).eval(), tokenizer
 
 
 def load_tokenizer(source: str | Path, **given):
@@ -163,31 +165,36 @@ def pretrain(model, tokenizer, documents: list[tuple[str, str]], steps: int, bat
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps))
     rng, queue, losses, every = random.Random(seed), [], [], max(1, min(50, steps // 10))
     model.train()
+    ranks.check_equal(model, "before training")
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "order": rng, "queue": queue, "losses": losses}
     with checkpoint or Checkpoint(log=log) as saving:
         first = saving.resume(parts)
-        for step in (bar := tqdm(range(first, steps), desc="champion", initial=first, total=steps)):
+        for step in (bar := tqdm(range(first, steps), desc="champion", initial=first, total=steps, disable=not ranks.first())):
             queue[:] = queue or length_batches(lengths, batch_size, rng)
-            chosen = [sequences[i] for i in queue.pop()]
-            ids = pad([s.ids for s in chosen], tokenizer.pad_token_id)
-            weights = pad([[context_weight] * s.start + [1.0] * (len(s.ids) - s.start) for s in chosen], 0.0)[:, 1:]
+            chosen = ranks.share([sequences[i] for i in queue.pop()])
+            ids = pad([s.ids for s in chosen], tokenizer.pad_token_id, device=model.device)
+            weights = [[context_weight] * s.start + [1.0] * (len(s.ids) - s.start) for s in chosen]
+            weights = pad(weights, 0.0, device=model.device)[:, 1:]
             logits = model(input_ids=ids).logits[:, :-1]  # causal, and padded behind the text: no mask is needed
             nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(weights)
-            loss = (nll * weights).sum() / weights.sum()
-            if not math.isfinite(loss.item()):
-                raise TrainingError(f"the champion's loss is {loss.item()} at step {step}: lower the learning rates")
+            loss = ranks.weigh((nll * weights).sum() / weights.sum(), weights.sum())
+            value = ranks.mean(loss.item())
+            if not math.isfinite(value):
+                raise TrainingError(f"the champion's loss is {value} at step {step}: lower the learning rates")
             loss.backward()
+            ranks.average(model.parameters())
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
+            losses.append(value)
             if (step + 1) % every == 0 or step == steps - 1:
                 recent = sum(losses[-every:]) / len(losses[-every:])
                 bar.set_postfix(loss=f"{recent:.3f}")
                 saving.log(step=step + 1, loss=recent, lr=scheduler.get_last_lr()[0])
             saving.after(step + 1, parts, last=step == steps - 1)
     model.eval()
+    ranks.check_equal(model, "after training")
     tail = losses[-max(1, steps // 10) :]
     return sum(tail) / len(tail)
 

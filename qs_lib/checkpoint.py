@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .files import discard, write_bytes
+from . import ranks
+from .files import StageError, discard, write_bytes
 
 FORMAT = "qs-checkpoint-1"
 KEPT = 2
@@ -39,20 +40,23 @@ class Checkpoint:
     A file is written every ``seconds``, less often where writing would take more than ``SHARE`` of the time, after the last
     step, and where Ctrl-C or SIGTERM arrives: the step is finished, saved, and ``KeyboardInterrupt`` or ``SystemExit``
     raised; a second signal leaves at once. The newest file whose checksum holds is read, ``KEPT`` are kept; whoever owns
-    the folder removes it (``Stage.finish``). Writing raises ``StageError``, as for a full disk.
+    the folder removes it (``Stage.finish``). Writing raises ``StageError``, as for a full disk. Of several processes
+    (``ranks``) the first writes and logs, and all must read the same folder.
     """
 
     def __init__(self, folder: str | Path | None = None, identity: dict | None = None, log=lambda **metrics: None,
                  seconds: float = 20.0):  # fmt: skip
         self.folder = None if folder is None else Path(folder)
-        self.identity = json.dumps([identity, torch.get_num_threads(), str(torch.__version__)], sort_keys=True, default=str)
+        machine = [torch.get_num_threads(), str(torch.__version__), *([ranks.count()] if ranks.count() > 1 else [])]
+        self.identity = json.dumps([identity, *machine], sort_keys=True, default=str)
         self.seconds, self.rows, self._log = seconds, [], log
         self._signal, self._saved, self._cost = None, time.monotonic(), 0.0
 
     def log(self, **metrics) -> None:
         """Metrics of the current step, logged again when the training is resumed after it."""
         self.rows.append(metrics)
-        self._log(**metrics)
+        if ranks.first():
+            self._log(**metrics)
 
     def __enter__(self):
         self._handlers = {}
@@ -70,13 +74,24 @@ class Checkpoint:
         self._signal = number
 
     def _leave(self):
-        raise KeyboardInterrupt if self._signal == signal.SIGINT else SystemExit(143)
+        raise SystemExit(143) if self._signal == signal.SIGTERM else KeyboardInterrupt
 
     def resume(self, parts: dict) -> int:
         """Restore ``parts`` from the newest whole checkpoint of this training; returns the number of finished steps.
 
-        Where there is none, what another training left in the folder is removed.
+        Where there is none, what another training left in the folder is removed. Raises ``StageError`` where several
+        processes found different ones.
         """
+        step = self._restored(parts)
+        if ranks.either(step != round(ranks.mean(step))):
+            raise StageError(f"the processes do not see the same checkpoints in {self.folder}: put it where all can read it")
+        if step == 0 and self.folder is not None and ranks.first():
+            if self._files():
+                print("starting anew: the checkpoints here are damaged, or of other parameters, data, code or threads", file=sys.stderr)
+            discard(self.folder)
+        return step
+
+    def _restored(self, parts: dict) -> int:
         for path in self._files():
             try:
                 state, tensors = read_state(path)
@@ -91,14 +106,11 @@ class Checkpoint:
             np.random.set_state(saved["numpy"])
             torch.set_rng_state(saved["torch"])
             self.rows = saved["rows"]
-            for row in self.rows:
-                self._log(**row)
-            print(f"resumed after step {state['step']}", file=sys.stderr)
+            if ranks.first():
+                for row in self.rows:
+                    self._log(**row)
+                print(f"resumed after step {state['step']}", file=sys.stderr)
             return state["step"]
-        if self._files():
-            print("starting anew: the checkpoints here are damaged, or of other parameters, data, code or threads", file=sys.stderr)
-        if self.folder is not None:
-            discard(self.folder)
         return 0
 
     def after(self, step: int, parts: dict, last: bool = False) -> None:
@@ -106,9 +118,10 @@ class Checkpoint:
         if self.folder is None:
             return
         due = time.monotonic() - self._saved >= max(self.seconds, self._cost / SHARE)
-        if due or last or self._signal is not None:
+        stop = ranks.either(self._signal is not None)  # of several processes all leave after the same step
+        if (due or last or stop) and ranks.first():
             self.save(step, parts)
-        if self._signal is not None:
+        if stop:
             self._leave()
 
     def save(self, step: int, parts: dict) -> None:
@@ -168,7 +181,7 @@ def pack(head: dict, tree) -> bytes:
             key = (value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else id(value)
             if key not in names:  # tied weights are stored once
                 names[key] = f"t{len(names)}"
-                tensors[names[key]] = value.detach().contiguous()
+                tensors[names[key]] = value.detach().contiguous().cpu()
             return {"tensor": names[key]}
         if isinstance(value, np.ndarray):
             return {"array": value.tolist(), "dtype": str(value.dtype)}

@@ -82,7 +82,7 @@ def number_coverage(tokenizer, input_ids, thoughts, attention_mask=None) -> torc
     """
     special = set(tokenizer.all_special_ids)
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    out = torch.zeros(thoughts.lengths.shape)
+    out = torch.zeros(thoughts.lengths.shape, device=thoughts.lengths.device)
     for b, p in torch.cartesian_prod(*map(torch.arange, thoughts.positions.shape)).tolist():
         read = slice(thoughts.positions[b, p].item() + 1)
         ids = input_ids[b, read][real[b, read].bool()].tolist()
@@ -102,7 +102,7 @@ def consensus_gain(after: torch.Tensor, base: torch.Tensor, clip: float = 6.0) -
     """E_{y ~ other thoughts}[clip(log p_k(y) - log p_0(y))]: after (..., K, vocab), base (..., vocab) -> (..., K)."""
     k = after.shape[-2]
     if k == 1:
-        return torch.zeros(after.shape[:-1])
+        return torch.zeros(after.shape[:-1], device=after.device)
     allowed = torch.isfinite(base).unsqueeze(-2)
     gain = (after.masked_fill(~allowed, 0) - base.unsqueeze(-2).masked_fill(~allowed, 0)).clamp(-clip, clip)
     probs = after.exp()

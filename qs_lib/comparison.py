@@ -88,7 +88,7 @@ def draw(model, tokenizer, problems: list[dict], num_thoughts: int, thought_leng
     """Decoded thoughts after each question, (problems, K), without their tags."""
     generator, out = torch.Generator().manual_seed(seed), []
     for i in range(0, len(problems), batch_size):
-        ids, mask, positions = answer_batch(tokenizer, problems[i : i + batch_size])
+        ids, mask, positions = answer_batch(tokenizer, problems[i : i + batch_size], model.device)
         thoughts = model.think(ids, mask, positions, generator, num_thoughts=num_thoughts,
                                thought_length=thought_length, temperature=temperature)  # fmt: skip
         for row, ends in zip(thoughts.tokens[:, 0], thoughts.lengths[:, 0], strict=True):

@@ -11,13 +11,13 @@ from .sequences import encode, pad
 from .strategies import reply
 
 
-def answer_batch(tokenizer, problems: list[dict]):
+def answer_batch(tokenizer, problems: list[dict], device=None):
     """Questions with their answers, right-padded: input_ids and attention_mask (B, L), and positions (B, 1) of the
     last question token, after which the model thinks."""
     sequences = [encode(tokenizer, p["question"], reply(None, p)) for p in problems]
-    ids = pad([s.ids for s in sequences], tokenizer.pad_token_id)
-    mask = pad([[1] * len(s.ids) for s in sequences], 0)
-    return ids, mask, torch.tensor([[s.start - 1] for s in sequences])
+    ids = pad([s.ids for s in sequences], tokenizer.pad_token_id, device=device)
+    mask = pad([[1] * len(s.ids) for s in sequences], 0, device=device)
+    return ids, mask, torch.tensor([[s.start - 1] for s in sequences], device=device)
 
 
 def text_of(problem: dict) -> tuple[str, str]:
@@ -25,11 +25,11 @@ def text_of(problem: dict) -> tuple[str, str]:
     return problem["question"], reply("cot" if problem["steps"] else None, problem)
 
 
-def text_batch(tokenizer, problems: list[dict]):
+def text_batch(tokenizer, problems: list[dict], device=None):
     """Whole texts, cut at the tokenizer's greatest length: input_ids and attention_mask (B, L), right-padded."""
     ids = [encode(tokenizer, *text_of(p)).ids for p in problems]
     ids = [row[: tokenizer.model_max_length] for row in ids]
-    return pad(ids, tokenizer.pad_token_id), pad([[1] * len(row) for row in ids], 0)
+    return pad(ids, tokenizer.pad_token_id, device=device), pad([[1] * len(row) for row in ids], 0, device=device)
 
 
 @torch.no_grad()
@@ -40,8 +40,8 @@ def think_where(lm, tokenizer, problems: list[dict], where: str = "question", co
     ``difficult`` ones, whose next token the model itself finds least likely. Raises ``WorkbookError`` for another place.
     """
     if where == "question":
-        return answer_batch(tokenizer, problems)
-    ids, mask = text_batch(tokenizer, problems)
+        return answer_batch(tokenizer, problems, lm.device)
+    ids, mask = text_batch(tokenizer, problems, lm.device)
     if where == "every":
         return ids, mask, None
     if where == "difficult":

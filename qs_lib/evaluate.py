@@ -25,8 +25,8 @@ def replies(model, tokenizer, contexts: list[str], max_new_tokens: int = 48, for
         "do_sample": False}  # fmt: skip
     for i in tqdm(range(0, len(order), batch_size), desc=desc, leave=False):
         rows = order[i : i + batch_size]
-        ids = pad([encoded[k] for k in rows], tokenizer.pad_token_id, "left")
-        mask = pad([[1] * len(encoded[k]) for k in rows], 0, "left")
+        ids = pad([encoded[k] for k in rows], tokenizer.pad_token_id, "left", model.device)
+        mask = pad([[1] * len(encoded[k]) for k in rows], 0, "left", model.device)
         written = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, logits_processor=processors,
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **sampling,
@@ -77,12 +77,12 @@ def decode_with_thoughts(model, tokenizer, contexts: list[list[int]], tokens, le
 
 
 def _decode(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens) -> list[list[int]]:
-    ids = pad(contexts, tokenizer.pad_token_id, "left")
-    mask = pad([[1] * len(c) for c in contexts], 0, "left")
+    ids = pad(contexts, tokenizer.pad_token_id, "left", model.device)
+    mask = pad([[1] * len(c) for c in contexts], 0, "left", model.device)
     cache = ThinkingCache(ids, mask)
     cache.restart(tokens, lengths, tokenizer.pad_token_id)
     k = tokens.shape[1]
-    alike = torch.cat([torch.zeros(1), torch.full((k,), 1 / k)]) if weights == "thoughts" else None
+    alike = torch.cat([torch.zeros(1), torch.full((k,), 1 / k)]).to(model.device) if weights == "thoughts" else None
     out, open_rows = [[] for _ in contexts], set(range(len(contexts)))
     for _ in range(max_new_tokens):
         hidden = model._read(model.lm, cache.stream_ids, cache.stream_mask, cache=cache.streams)[:, -1]
@@ -112,9 +112,9 @@ def accuracy_with_thoughts(model, tokenizer, problems: list[dict], num_thoughts:
     for i in range(0, len(order), batch_size):
         rows = order[i : i + batch_size]
         contexts = [encode_context(tokenizer, problems[r]["question"]) for r in rows]
-        ids = pad(contexts, tokenizer.pad_token_id, "left")
-        mask = pad([[1] * len(c) for c in contexts], 0, "left")
-        last = torch.full((len(rows), 1), ids.shape[1] - 1)
+        ids = pad(contexts, tokenizer.pad_token_id, "left", model.device)
+        mask = pad([[1] * len(c) for c in contexts], 0, "left", model.device)
+        last = torch.full((len(rows), 1), ids.shape[1] - 1, device=model.device)
         thoughts = model.think(ids, mask, last, generator, num_thoughts=num_thoughts, thought_length=thought_length,
                                temperature=temperature)  # fmt: skip
         tokens, lengths = thoughts.tokens[:, 0], thoughts.lengths[:, 0]
@@ -157,9 +157,10 @@ def text_log_likelihood(model, tokenizer, texts: list[tuple[str, str]], position
     out = {"without": [], "with": [], "alone": []}
     for i in tqdm(range(0, len(texts), batch_size), desc="log-likelihood", leave=False):
         rows = [encode(tokenizer, *t).ids[: tokenizer.model_max_length] for t in texts[i : i + batch_size]]
-        ids = pad(rows, tokenizer.pad_token_id)
-        mask = pad([[1] * len(r) for r in rows], 0)
-        at = torch.tensor([np.linspace(1, len(r) - 2, positions).round().astype(int).tolist() for r in rows])
+        ids = pad(rows, tokenizer.pad_token_id, device=model.device)
+        mask = pad([[1] * len(r) for r in rows], 0, device=model.device)
+        at = torch.tensor([np.linspace(1, len(r) - 2, positions).round().astype(int).tolist() for r in rows],
+                          device=model.device)  # fmt: skip
         thoughts = model.think(ids, mask, at, generator, num_thoughts=num_thoughts, thought_length=thought_length,
                                temperature=temperature)  # fmt: skip
         scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=1, forbid_true=tuple(model.config.hidden_ids))
@@ -167,7 +168,7 @@ def text_log_likelihood(model, tokenizer, texts: list[tuple[str, str]], position
         weights = model.mixing_head(scored.base_hidden[..., 0, :], scored.thought_hidden[..., 0, :])
         mixed = (weights * torch.cat([base.unsqueeze(-1), after], -1).exp()).sum(-1).clamp_min(1e-30).log()
         for name, value in (("without", base), ("with", mixed), ("alone", after.exp().mean(-1).log())):
-            out[name].append(value.masked_fill(~scored.valid[..., 0], torch.nan))
+            out[name].append(value.masked_fill(~scored.valid[..., 0], torch.nan).cpu())
     return {k: torch.cat(v).numpy() for k, v in out.items()}
 
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 
 from .escape import safe_line
@@ -42,6 +43,7 @@ class Terminal:
 def execute(notebook: Path, folder: Path, parameters: dict, debug: bool = False) -> None:
     """Execute one notebook into ``folder`` with this Python as its kernel, in the notebook's own folder.
 
+    Off the main thread (a worker of a cluster) no signal is caught; the kernel ends with this process all the same.
     Raises StageError with the message of the failed cell; KeyboardInterrupt or SystemExit(143) when stopped.
     """
     import papermill
@@ -64,6 +66,9 @@ def execute(notebook: Path, folder: Path, parameters: dict, debug: bool = False)
 
         def __init__(self, **options):
             super().__init__(**options)
+            # else the sockets are "kernel-ipc-1" in the working directory, where two runs would read each other's messages
+            Path(jupyter_runtime_dir()).mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.connection_file = str(Path(jupyter_runtime_dir()) / f"kernel-{uuid.uuid4()}.json")
             Kernel.started = self
 
         def signal(self, number):
@@ -105,7 +110,8 @@ def execute(notebook: Path, folder: Path, parameters: dict, debug: bool = False)
             stopped.append((number, time.monotonic()))
 
     thread = threading.Thread(target=work, daemon=True)
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    on_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if on_main}
     try:
         thread.start()
         while thread.is_alive() and not stopped:

@@ -54,6 +54,7 @@ def measure_latency(model, input_ids, positions=(1, 4), num_thoughts=(1, 4, 8), 
     setting is the model's configuration at the last position. Thoughts may end early.
     """
     model.eval()
+    input_ids = input_ids.to(model.device)
     c, length = model.config, input_ids.shape[1]
     grid = [(p, n, t) for p in positions for n in num_thoughts for t in thought_lengths if p <= length]
     default = (1, c.num_thoughts, c.thought_length)
@@ -61,7 +62,7 @@ def measure_latency(model, input_ids, positions=(1, 4), num_thoughts=(1, 4, 8), 
     times = {setting: [] for setting in grid}
     plain, one_by_one, together, every_alone, every_together = [], [], [], [], []
     settings = {"num_thoughts": c.num_thoughts, "thought_length": c.thought_length}
-    last = torch.tensor([[length - 1]])
+    last = torch.tensor([[length - 1]], device=input_ids.device)
     some = range(length // 10, length, max(1, length // 5))  # an even selection of positions stands for all
     for repeat in tqdm(range(repeats + 1), desc="latency"):
         timed = {s: _ms(lambda s=s: forward_with_thoughts(model, input_ids, *s)) for s in grid}
@@ -93,7 +94,7 @@ def measure_latency(model, input_ids, positions=(1, 4), num_thoughts=(1, 4, 8), 
 
 def forward_with_thoughts(model, input_ids, positions: int, num_thoughts: int, thought_length: int):
     """Mixed next-token log-probs (1, positions, vocab) at the last ``positions`` tokens."""
-    at = torch.arange(input_ids.shape[1] - positions, input_ids.shape[1]).unsqueeze(0)
+    at = torch.arange(input_ids.shape[1] - positions, input_ids.shape[1], device=input_ids.device).unsqueeze(0)
     thoughts = model.think(input_ids, None, at, num_thoughts=num_thoughts, thought_length=thought_length)
     base = model._read(model.lm, input_ids, None)[:, -positions:]
     return model.mix(base, thoughts.hidden)
@@ -105,7 +106,7 @@ def generate_alone(model, input_ids):
     It samples as many tokens as ours at most; neither reads ``</think>`` after them.
     """
     c = model.config
-    start = torch.cat([input_ids, torch.tensor([[c.think_token_id]])], 1)
+    start = torch.cat([input_ids, torch.tensor([[c.think_token_id]], device=input_ids.device)], 1)
     return model.lm.generate(
         input_ids=start, attention_mask=torch.ones_like(start), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
         max_new_tokens=c.thought_length - 2, eos_token_id=c.end_think_token_id, pad_token_id=c.end_think_token_id,
@@ -194,14 +195,20 @@ def memory_overhead(model, input_ids, resolution: int = 2**20) -> float | None:
     def with_thoughts():
         forward_with_thoughts(model, input_ids, 1, model.config.num_thoughts, model.config.thought_length)
 
-    extra = [_extra_bytes(f) for f in (plain, with_thoughts)]
+    extra = [_extra_bytes(f, model.device) for f in (plain, with_thoughts)]
     return None if None in extra or extra[0] < resolution else (extra[1] - extra[0]) / extra[0]
 
 
-def _extra_bytes(work) -> int | None:
-    """Peak resident memory while ``work`` runs, above the process at rest (Linux: VmHWM, reset by clear_refs)."""
+def _extra_bytes(work, device) -> int | None:
+    """Peak memory while ``work`` runs, above what is held at rest: a GPU's own count, or the process's resident memory
+    (Linux: VmHWM, reset by clear_refs)."""
     work()
     gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
     try:
         ctypes.CDLL(None).malloc_trim(0)  # give freed memory back, or the pass would run inside it unseen
         Path("/proc/self/clear_refs").write_text("5")
@@ -220,4 +227,6 @@ def _status_bytes(name: str) -> int:
 def _ms(work, *arguments) -> float:
     start = time.perf_counter()
     work(*arguments)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # it runs behind
     return 1000 * (time.perf_counter() - start)

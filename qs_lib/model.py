@@ -61,7 +61,9 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     ``forward`` returns next-token logits: with ``think=False`` the wrapped model's; else, at each position kept by
     ``logits_to_keep`` (all if 0), log-probs mixed from ``num_thoughts`` thoughts sampled there and the plain
     prediction. In cached generation a thought is drawn at the end of the prompt and again every ``n_true`` tokens, and
-    its streams follow the written text in between. Sampling draws from torch's global generator.
+    its streams follow the written text in between; with ``return_dict_in_generate=True`` all of them come back beside
+    the text, as ``out.past_key_values.thoughts`` (see :class:`ThinkingCache`). Without a cache it thinks before every
+    token. Sampling draws from torch's global generator.
     """
 
     config_class = QuietStarConfig
@@ -124,13 +126,17 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
                            past_key_values=past_key_values, use_cache=use_cache, logits_to_keep=logits_to_keep,
                            labels=labels, **kwargs)  # fmt: skip
         if past_key_values is not None:
+            if logits_to_keep > 1:  # assisted generation asks for several tokens' predictions at once
+                raise WorkbookError("a draft cannot be checked while thinking: generate without it, or with think=False")
             return self._write(input_ids, attention_mask, past_key_values)
         keep = logits_to_keep or input_ids.shape[1]
         positions = torch.arange(input_ids.shape[1] - keep, input_ids.shape[1], device=input_ids.device)
         positions = positions.expand(len(input_ids), -1)
+        at = positions.unsqueeze(-1).expand(-1, -1, self.config.hidden_size)
+        if attention_mask is not None:
+            positions = positions.masked_fill(~attention_mask.bool().gather(1, positions), -1)  # padding does not think
         thoughts = self.think(input_ids, attention_mask, positions)
         base = self._read(self.lm, input_ids, attention_mask, position_ids)
-        at = positions.unsqueeze(-1).expand(-1, -1, base.shape[-1])
         logits = self.mix(base.gather(1, at), thoughts.hidden)
         loss = None
         if labels is not None:
@@ -172,11 +178,17 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _write(self, input_ids, attention_mask, cache):
         """One step of cached generation: read the new tokens in all streams, think where it is time, mix."""
-        state = cache if isinstance(cache, ThinkingCache) else ThinkingCache(input_ids, attention_mask)
+        state = cache
+        if not isinstance(cache, ThinkingCache):
+            if cache.get_seq_length():  # an empty one of any kind is replaced
+                raise WorkbookError(f"thinking cannot go on from a {type(cache).__name__} that it did not fill: leave the cache out, "
+                                    "or generate with think=False")  # fmt: skip
+            state = ThinkingCache(input_ids, attention_mask)
         if state.started:
-            state.append(input_ids)
-        if not state.started or state.age >= self.config.n_true:
+            state.append(input_ids, attention_mask)
+        if not state.started or state.age >= self.config.n_true or input_ids.shape[1] > 1:  # more text, not a written token
             last = torch.full((len(state.ids), 1), state.ids.shape[1] - 1, device=state.ids.device)
+            last = last.masked_fill(state.mask[:, -1:] == 0, -1)  # a piece of the prompt may be all padding
             thoughts = self.think(state.ids, state.mask, last)
             state.thoughts.append(thoughts)
             state.restart(thoughts.tokens[:, 0], thoughts.lengths[:, 0], self.config.pad_token_id)
@@ -190,7 +202,8 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
 class ThinkingCache(DynamicCache):
     """Generation state: the visible text, and one cached stream per row for "no thought" and each thought.
 
-    ``thoughts`` keeps every thought drawn, in order, for whoever wants to read them beside the text.
+    ``thoughts`` keeps every :class:`Thoughts` drawn, in order, for whoever wants to read them beside the text; their rows
+    are the rows of ``ids``, in beam search too.
     """
 
     def __init__(self, input_ids, attention_mask=None):
@@ -206,10 +219,11 @@ class ThinkingCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.ids.shape[1] if self.started else 0
 
-    def append(self, ids):
-        """New visible tokens (rows, 1), read by every stream."""
+    def append(self, ids, mask=None):
+        """New visible tokens (rows, n), read by every stream; ``mask`` (rows, all), where it is known."""
         self.ids = torch.cat([self.ids, ids], 1)
-        self.mask = torch.cat([self.mask, torch.ones_like(ids)], 1)
+        whole = mask is not None and mask.shape == self.ids.shape
+        self.mask = mask if whole else torch.cat([self.mask, torch.ones_like(ids)], 1)
         self.stream_ids = ids.repeat_interleave(len(self.stream_mask) // len(ids), 0)
         self.stream_mask = torch.cat([self.stream_mask, torch.ones_like(self.stream_ids)], 1)
 
@@ -221,6 +235,7 @@ class ThinkingCache(DynamicCache):
     def reorder_cache(self, beam_idx):
         """Beam search keeps these rows; the streams of a row go with it."""
         self.ids, self.mask = self.ids[beam_idx], self.mask[beam_idx]
+        self.thoughts = [drawn.part(beam_idx) for drawn in self.thoughts]
         each = len(self.stream_mask) // len(beam_idx)
         rows = (beam_idx[:, None] * each + torch.arange(each, device=beam_idx.device)).flatten()
         self.stream_mask = self.stream_mask[rows]

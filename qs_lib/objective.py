@@ -1,9 +1,11 @@
 """The training objective (arXiv 2403.09629 §4.4): REINFORCE on thoughts and the likelihood of what truly follows."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 
+from . import ranks
 from .attention import LanguageHead
 from .baking import forward_kl
 from .rescoring import rescore_thoughts
@@ -53,7 +55,8 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, *, n_true=
     ``reward_floor`` nats (``"likelihood"``), or 1 if the likeliest next token is the true one (``"correct"``). Unlike
     the paper's it does not pass through the mixing head, so it is not 0 while the gate is shut. ``value_head``: a map from
     the state before a thought (hidden,) to its expected reward, trained here by squared error, whose prediction is the
-    baseline in place of the other thoughts' mean. ``reference`` None leaves both KLs out. Means are over the positions that
+    baseline in place of the other thoughts' mean. ``reference``: a frozen model, a peft model to be read without its
+    adapter, or None, which leaves both KLs out. Means are over the positions that
     have thoughts. With ``objective`` ``"paper"`` log-probs, entropy and KL of thoughts are those at temperature 3,
     whatever they were sampled at (appendix A).
     """
@@ -72,9 +75,10 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, *, n_true=
     weights = model.mixing_head(scored.base_hidden[there], scored.thought_hidden[there].transpose(1, 2))
     mixed = torch.cat([base.unsqueeze(-1), after.transpose(1, 2)], -1).exp()
     nll = -(weights * mixed).sum(-1).clamp_min(1e-8).log()
-    discount = torch.tensor([1.0] + [look_ahead_weight] * (n_true - 1))
-    nll = (nll * discount * valid).sum() / valid[..., 0].sum().clamp_min(1)
-    loss = pg_weight * policy_gradient_loss(logprobs, advantage) + nll_weight * nll
+    discount = torch.tensor([1.0] + [look_ahead_weight] * (n_true - 1), device=nll.device)
+    predicted, units = valid[..., 0].sum(), len(valid)
+    nll = ranks.weigh((nll * discount * valid).sum() / predicted.clamp_min(1), predicted)
+    loss = pg_weight * ranks.weigh(policy_gradient_loss(logprobs, advantage), units) + nll_weight * nll
     parts = {
         "reward": rewards.mean().item(), "nll": nll.item(), "correct": correct.mean().item(),
         "no_thought_weight": weights[:, 0, 0].mean().item(), "length": thoughts.lengths[there].float().mean().item(),
@@ -82,25 +86,27 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, *, n_true=
         "signal": (advantage.abs().amax(-1) > 0.1).float().mean().item(),
     }  # fmt: skip
     if value is not None:
-        error = ((value.unsqueeze(-1) - rewards) ** 2).mean()
+        error = ranks.weigh(((value.unsqueeze(-1) - rewards) ** 2).mean(), units)
         loss, parts["value_error"] = loss + error, error.item()
     if reference is not None and (kl_coefficient or base_kl):
-        with torch.no_grad():
-            ref = rescore_thoughts(reference, ids, thoughts, mask, n_true=n_true, true_logits=True, forbid_true=tags)
-        kl = sampled_kl(logprobs, ref.thought_logprobs[there])
+        adapted = hasattr(reference, "disable_adapter")
+        with torch.no_grad(), reference.disable_adapter() if adapted else nullcontext():
+            lm = reference.get_base_model() if adapted else reference
+            ref = rescore_thoughts(lm, ids, thoughts, mask, n_true=n_true, true_logits=True, forbid_true=tags)
+            first = LanguageHead(lm)(ref.base_hidden[..., 0, :]).log_softmax(-1)
+        kl = ranks.weigh(sampled_kl(logprobs, ref.thought_logprobs[there]), units)
         drift = forward_kl(scored.base_full, ref.base_full)[there]
-        drift = (drift * valid).sum() / valid.sum().clamp_min(1)
-        first, ours = (LanguageHead(lm)(r.base_hidden[..., 0, :]).log_softmax(-1)
-                       for lm, r in ((reference, ref), (model.lm, scored)))  # fmt: skip
-        habit = forward_kl(ours, first)[there].mean()
+        drift = ranks.weigh((drift * valid).sum() / valid.sum().clamp_min(1), valid.sum())
+        ours = LanguageHead(model.lm)(scored.base_hidden[..., 0, :]).log_softmax(-1)
+        habit = ranks.weigh(forward_kl(ours, first)[there].mean(), units)
         loss = loss + kl_coefficient * kl + base_kl * (drift + habit)
         parts |= {"kl": kl.item(), "base_kl": drift.item(), "habit_kl": habit.item()}
     if entropy_bonus:
-        loss = loss - entropy_bonus * entropy.sum(-1).mean()
+        loss = loss - entropy_bonus * ranks.weigh(entropy.sum(-1).mean(), units)
     return loss, parts
 
 
 def true_tokens(ids: torch.Tensor, positions: torch.Tensor, n_true: int) -> torch.Tensor:
     """The ``n_true`` tokens after each position, (B, P, n_true); the last token repeated past the end."""
-    at = positions.clamp_min(0).unsqueeze(-1) + 1 + torch.arange(n_true)
+    at = positions.clamp_min(0).unsqueeze(-1) + 1 + torch.arange(n_true, device=ids.device)
     return ids.gather(1, at.clamp_max(ids.shape[1] - 1).flatten(1)).view(at.shape)

@@ -97,7 +97,7 @@ class MuonGrokfast(torch.optim.Optimizer):
     `with watch_max_logits(model) as optimizer.watch:`.
 
     token_rows, token_scale: these rows of the input embedding (and of an untied output head) get the learning rate
-    adamw_lr * token_scale. Scaling their gradient instead would do nothing, as Adam divides by its size. Weight decay
+    adamw_lr * token_scale; with an adapter, whose own tensor holds only such rows, they are counted in it. Scaling their gradient instead would do nothing, as Adam divides by its size. Weight decay
     of these rows is not scaled.
     """
 
@@ -124,8 +124,8 @@ class MuonGrokfast(torch.optim.Optimizer):
         if token_rows is not None:
             ends = (model_or_params.get_input_embeddings(), model_or_params.get_output_embeddings())
             ids = {id(end.weight) for end in ends if end is not None}
-            tokens = [(n, p) for n, p in rest if id(p) in ids]
-            rest = [(n, p) for n, p in rest if id(p) not in ids]
+            tokens = [(n, p) for n, p in rest if id(p) in ids or "trainable_tokens_delta" in n]
+            rest = [(n, p) for n, p in rest if all(p is not token for _, token in tokens)]
             if not tokens:
                 raise ValueError("token_rows is given, but neither embedding nor output head is trained")
         # "fused" also tells load_state_dict to keep the step counts beside their parameters.
@@ -134,7 +134,7 @@ class MuonGrokfast(torch.optim.Optimizer):
             {"name": "muon", "params": hidden, "lr": muon_lr, "momentum": momentum, "adjust_lr_fn": adjust_lr_fn},
             {"name": "adamw", "params": rest, **adam},
             {"name": "tokens", "params": tokens, **adam, "token_scale": token_scale,
-             "token_rows": torch.as_tensor([] if token_rows is None else token_rows).tolist()},
+             "token_rows": [] if token_rows is None else [int(i) for i in token_rows]},
         ]
         defaults = {"weight_decay": weight_decay, "grokfast_lambda": grokfast_lambda,
                     "grokfast_alpha": grokfast_alpha, "qk_clip_threshold": qk_clip_threshold,

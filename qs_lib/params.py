@@ -208,6 +208,7 @@ class Baking(NotebookParams):
     rehearsal: float = Field(default=0.25, ge=0, lt=1)
     patience: int = Field(default=0, ge=0)
     lora_rank: int = Field(default=0, ge=0)
+    qk_clip_threshold: float = Field(default=0.0, ge=0)
     hard_share: float = Field(default=1.0, ge=0, le=1)
     max_new_tokens: int = Field(default=48, ge=2)
     eval_problems: int = Field(default=48, ge=2)
@@ -237,6 +238,8 @@ class Reinforce(NotebookParams):
     adamw_lr: float = Field(default=1e-3, ge=0)
     grokfast_lambda: float = Field(default=0.1, ge=0)
     token_scale: float = Field(default=1.0, gt=0)
+    lora_rank: int = Field(default=0, ge=0)
+    qk_clip_threshold: float = Field(default=0.0, ge=0)
     reward: Literal["likelihood", "correct"] = "likelihood"
     objective: Literal["signed", "positive", "paper"] = "positive"
     baseline: Literal["others", "value"] = "others"

@@ -78,6 +78,28 @@ def lines(series: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str
     return figure
 
 
+def sweep(rows: list[dict], x: str, ys: list[str], lines: list[str]):
+    """One panel per number of ``ys`` against the parameter ``x``: a line, the mean of its rows, for each combination of the
+    parameters ``lines``, and a small mark for each row."""
+    figure, axes = _axes(max(5.6, 4.2 * len(ys)), 3.4, len(ys))
+    groups = {}
+    for row in rows:
+        groups.setdefault(", ".join(f"{name} {row[name]}" for name in lines), []).append(row)
+    looks = [(c, d, m) for d, m in (("-", "o"), ("--", "s"), (":", "D"), ("-.", "^")) for c in (BLUE, ORANGE, GREY, "black")]
+    for axis, y in zip(np.atleast_1d(axes), ys, strict=True):
+        for i, (name, group) in enumerate(groups.items()):
+            colour, dash, marker = looks[i % len(looks)]
+            points = [(r[x], r[y]) for r in group if isinstance(r.get(y), (int, float))]
+            places = list(dict.fromkeys(place for place, _ in points))
+            means = [np.mean([value for place, value in points if place == here]) for here in places]
+            axis.plot(places, means, dash, color=colour, marker=marker, ms=5, label=safe_label(name) or "mean")
+            axis.plot([place for place, _ in points], [value for _, value in points], ".", color=colour, ms=3, alpha=0.6)
+        axis.set(xlabel=safe_label(x), ylabel=safe_label(y))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return figure
+
+
 def row_norms(real: list[float], new: dict[str, float]):
     """Histogram of the norms of the rows a model has, with each new row marked and named."""
     figure, axis = _axes(6.8, 3.2)

@@ -26,16 +26,16 @@ def answer_probability(model, tokenizer, problems: list[dict], sharpenings=SHARP
     """
     answers = [encode(tokenizer, p["question"], reply(None, p)) for p in problems]
     answers = [s.ids[s.start : -1] for s in answers]
-    alphabet = torch.tensor(sorted({token for ids in answers for token in ids}))
+    alphabet = torch.tensor(sorted({token for ids in answers for token in ids}), device=model.device)
     place = {token: i for i, token in enumerate(alphabet.tolist())}
     longest = max(map(len, answers))
-    truth = torch.tensor([[place[t] for t in ids] + [-1] * (longest - len(ids)) for ids in answers])
+    truth = torch.tensor([[place[t] for t in ids] + [-1] * (longest - len(ids)) for ids in answers], device=model.device)
     questions, tags = [p["question"] for p in problems], tuple(thinking_ids(tokenizer))
     drawn = draw_thoughts(model.think, tokenizer, questions, seed, batch_size, **settings)
     out = {name: np.zeros((len(sharpenings), len(problems))) for name in ("with", "without")}
     for rows in batches(questions, batch_size):
         thoughts = together([drawn[i] for i in rows])
-        ids, mask, _ = answer_batch(tokenizer, [problems[i] for i in rows])
+        ids, mask, _ = answer_batch(tokenizer, [problems[i] for i in rows], model.device)
         scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=longest, true_logits=True, forbid_true=tags)
         after, base = (full[:, 0].index_select(-1, alphabet) for full in (scored.true_full, scored.base_full))
         mixing = mixing_weights(model, scored, weights)[:, 0]
@@ -45,7 +45,7 @@ def answer_probability(model, tokenizer, problems: list[dict], sharpenings=SHARP
             mixed = (mixing.unsqueeze(-1) * torch.cat([plain.unsqueeze(2), thinking.transpose(1, 2)], 2)).sum(2)
             for name, predicted in (("with", mixed), ("without", plain)):
                 each = predicted.gather(-1, true.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-                out[name][at, rows] = each.masked_fill(true < 0, 1).prod(-1).numpy()
+                out[name][at, rows] = each.masked_fill(true < 0, 1).prod(-1).cpu().numpy()
     return out
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from . import ranks
+from .baking import add_adapter
 from .champion import schedule
 from .checkpoint import Checkpoint
 from .curriculum import curriculum, disagreement, text_of, think_where
@@ -39,17 +41,20 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
                      muon_lr: float = 1.5e-3, adamw_lr: float = 1e-3, grokfast_lambda: float = 0.1,
                      token_scale: float = 1.0, use_curriculum: bool = True, hard_share: float = 0.4,
                      think_at: str = "question", num_positions: int = 8, adaptive_length: bool = False,
-                     baseline: str = "others", evaluate_every: int = 50, seed: int = 0, log=lambda **metrics: None,
+                     baseline: str = "others", lora_rank: int = 0, qk_clip_threshold: float = 0.0, evaluate_every: int = 50, seed: int = 0, log=lambda **metrics: None,
                      checkpoint: Checkpoint | None = None, **objective) -> TrainingResult:  # fmt: skip
     """Train a :class:`QuietStarForCausalLM` in place; the weights that did best on validation are kept.
 
     Each step draws ``over`` x ``batch_size`` training problems, samples ``num_thoughts`` thoughts at each position
     (``think_at``, ``num_positions``: see ``think_where``) and keeps the problems whose thoughts disagree most (no label
-    needed); ``objective`` goes to :func:`quiet_star_loss`. The KL reference is a frozen copy of the language model as given.
+    needed); ``objective`` goes to :func:`quiet_star_loss`. The KL reference is the language model as given.
     ``adaptive_length``: thoughts of a batch as long as its longest text deserves (``qs_lib.thought_length``), at most
     ``thought_length``. ``baseline``: mean reward of the ``others`` thoughts, or a learned linear ``value`` of the state before
-    them. Validation: accuracy with thoughts after the question, or, for thoughts inside the text, its log-likelihood with
-    thoughts. With a ``checkpoint``, whose log then counts, a stopped training goes on where it was.
+    them. ``lora_rank``: train an adapter of that rank, the thinking tokens' eight rows and the mixing head in place of all
+    weights, and merge it in the end. ``qk_clip_threshold``: heads whose attention logits on a batch's texts pass it are
+    brought back to it (0: none; an adapter's are left alone). Validation: accuracy with thoughts after the question, or, for
+    thoughts inside the text, its log-likelihood with thoughts. With a ``checkpoint``, whose log then counts, a stopped training
+    goes on where it was.
 
     Raises ``WorkbookError`` on empty problems or another baseline or place, ``TrainingError`` on a non-finite loss.
     """
@@ -60,55 +65,74 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
         raise WorkbookError(f"baseline is {baseline!r}; it must be 'others' or 'value'")
     started, rng = time.monotonic(), random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    reference = copy.deepcopy(model.lm).eval().requires_grad_(False)
+    adapter = add_adapter(model.lm, tokenizer, lora_rank) if lora_rank else None  # put into model.lm, in place
+    reference = adapter or copy.deepcopy(model.lm).eval().requires_grad_(False)
     optimizer = MuonGrokfast(model, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=grokfast_lambda,
-                             token_rows=torch.tensor(thinking_ids(tokenizer)), token_scale=token_scale)  # fmt: skip
+                             qk_clip_threshold=qk_clip_threshold or None,
+                             token_rows=range(8) if lora_rank else thinking_ids(tokenizer), token_scale=token_scale)  # fmt: skip
+    trained = [p for p in model.parameters() if p.requires_grad]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps, 20, constant=0.3))
     result, best = TrainingResult(), {"step": 0, "validation": math.nan}
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": rng, "generator": generator,
              "history": result.history, "best": best}  # fmt: skip
     if baseline == "value":
-        objective["value_head"] = parts["value"] = ZeroLinear(model.config.hidden_size, 1)
+        objective["value_head"] = parts["value"] = ZeroLinear(model.config.hidden_size, 1).to(model.device)
         value_optimizer = parts["value_optimizer"] = torch.optim.AdamW(objective["value_head"].parameters(), lr=adamw_lr)
     model.eval()  # no dropout: log-probs must be those of the sampling policy
     with checkpoint or Checkpoint(log=log) as saving:
+        ranks.check_equal(model, "before training")
         first = saving.resume(parts)
-        for step in (bar := tqdm(range(first, steps), desc="quiet-star", initial=first, total=steps)):
+        for step in (bar := tqdm(range(first, steps), desc="quiet-star", initial=first, total=steps, disable=not ranks.first())):
             chosen = (curriculum(problems, step / steps, rng, over * batch_size, hard_share) if use_curriculum
                       else rng.choices(problems, k=over * batch_size))  # fmt: skip
             ids, mask, positions = think_where(model.lm, tokenizer, chosen, think_at, num_positions)
             length = min(thought_length, adapted(ids.shape[1])) if adaptive_length else thought_length
+            own = ranks.share(torch.arange(len(ids)))
             with torch.no_grad():
-                thoughts = generate_thoughts(model.lm, ids, mask, positions, num_thoughts, length, temperature,
-                                             generator=generator, with_hidden=False)  # fmt: skip
+                thoughts = generate_thoughts(model.lm, ids[own], mask[own], None if positions is None else positions[own],
+                                             num_thoughts, length, temperature, generator=generator, with_hidden=False,
+                                             numbers=own)  # fmt: skip
+            thoughts = ranks.gathered(thoughts, own, len(ids))
             differ = disagreement(thoughts)
             if over > 1:
                 keep = (differ + torch.rand(len(ids), generator=generator)).topk(batch_size).indices.sort().values
                 ids, mask, thoughts = ids[keep], mask[keep], thoughts.part(keep)
-            loss, metrics = quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, **objective)
-            if not math.isfinite(loss.item()):
-                raise TrainingError(f"the loss is {loss.item()} at step {step}: lower the learning rates")
+            own = ranks.share(torch.arange(len(ids)))
+            loss, metrics = quiet_star_loss(model, reference, tokenizer, ids[own], mask[own], thoughts.part(own), **objective)
+            value, metrics = ranks.mean(loss.item()), ranks.means(metrics)
+            if not math.isfinite(value):
+                raise TrainingError(f"the loss is {value} at step {step}: lower the learning rates")
             loss.backward()
+            ranks.average(trained)
             torch.nn.utils.clip_grad_norm_(model.lm.parameters(), 1.0)
             torch.nn.utils.clip_grad_norm_(model.mixing_head.parameters(), 1.0)
+            if qk_clip_threshold:  # re-scoring has an attention of its own: the batch's texts are read once more
+                with watch_max_logits(model.lm) as optimizer.watch, torch.no_grad():
+                    model.lm(input_ids=ids[own], attention_mask=mask[own])
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
             if baseline == "value":
+                ranks.average(objective["value_head"].parameters())
                 value_optimizer.step()
                 value_optimizer.zero_grad()
-            metrics |= {"step": step + 1, "loss": loss.item(), "diversity": differ.float().mean().item()}
+            metrics |= {"step": step + 1, "loss": value, "diversity": differ.float().mean().item()}
             if (step + 1) % evaluate_every == 0 or step == steps - 1:
-                name, value = validate(model, tokenizer, validation, think_at, num_thoughts, thought_length, temperature, seed)
-                metrics |= {name: value, "max_logit": largest_logit(model.lm, ids, mask)}
-                if not value < best["validation"]:
-                    best.update(step=step + 1, validation=value, weights=copy.deepcopy(model.state_dict()))
+                name, score = validate(model, tokenizer, validation, think_at, num_thoughts, thought_length, temperature, seed)
+                metrics |= {name: score, "max_logit": largest_logit(model.lm, ids, mask)}
+                if not score < best["validation"]:
+                    best.update(step=step + 1, validation=score, weights=[p.detach().clone() for p in trained])
             result.history.append(metrics)
             saving.log(**metrics)
             saving.after(step + 1, parts, last=step == steps - 1)
             bar.set_postfix(reward=f"{metrics['reward']:.2f}", correct=f"{metrics['correct']:.2f}",
                             validation=f"{best['validation']:.3f}")  # fmt: skip
-    model.load_state_dict(best["weights"])
+    ranks.check_equal(model, "after training")
+    for p, kept in zip(trained, best["weights"], strict=True):
+        p.data.copy_(kept)
+    if adapter is not None:
+        adapter.merge_and_unload()
+        model.requires_grad_(True)
     result.best_step, result.best_validation = best["step"], best["validation"]
     result.seconds = time.monotonic() - started
     return result

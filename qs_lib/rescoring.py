@@ -178,6 +178,8 @@ def rescore_thoughts(
     """
     if n_true < 1:
         raise ValueError("n_true must be at least 1.")
+    input_ids = input_ids.to(model.device)
+    attention_mask = None if attention_mask is None else attention_mask.to(model.device)
     rows = align_rows(input_ids, attention_mask, thoughts.positions)
     head, layout = LanguageHead(model), _layout(rows, thoughts, n_true)
     forbid = forbidden(thoughts.forbid if forbid is None else forbid, head.size, input_ids.device)

@@ -80,29 +80,38 @@ def run_stages(
     try:
         print(f"run {run_name}: {len(chosen)} stages into {shown_path(run)}", flush=True)
         for path in chosen:
-            source = notebook_hash(path)
-            upstream = find_run(values[path]["upstream"])
-            finished, reason = stage_finished(
-                run / path.stem, values[path], source, upstream, check_code=not keep
-            )
-            if finished and not fresh:
-                print(f"{path.stem}: finished, kept", flush=True)
-                continue
-            reason = "asked for again" if finished else reason
-            hint = " (--keep keeps it)" if reason == "qs_lib changed" else ""
-            print(f"{path.stem}: running, {reason}{hint}", flush=True)
-            os.environ["QS_NOTEBOOK_SHA256"] = source
-            try:
-                execute(path, run / path.stem, {name: values[path][name] for name in given[path]}, debug)
-            except StageError as error:
-                raise StageError(f"{path.stem}: {error}") from error
-            record, reason = read_stage(run / path.stem)
-            if record is None:
-                raise StageError(f"{path.stem}: the notebook ended but its stage did not ({reason})")
-            print(f"{path.stem}: done in {record['wall_s']:.0f} s{_summary(record['summary'])}", flush=True)
+            run_stage(path, run, given[path], values[path], fresh, keep, debug)
     finally:
         lock.release(force=True)
     return run
+
+
+def run_stage(
+    path: Path, run: Path, given: dict, values: dict, fresh: bool = False, keep: bool = False, debug: bool = False
+) -> dict:
+    """Execute one notebook into ``run`` unless its stage there is finished; returns the stage's record.
+
+    ``given``: what differs from the notebook's defaults, ``values``: all parameters, checked. Raises StageError.
+    """
+    source = notebook_hash(path)
+    upstream = find_run(values["upstream"])
+    finished, reason = stage_finished(run / path.stem, values, source, upstream, check_code=not keep)
+    if finished and not fresh:
+        print(f"{path.stem}: finished, kept", flush=True)
+        return read_stage(run / path.stem)[0]
+    reason = "asked for again" if finished else reason
+    hint = " (--keep keeps it)" if reason == "qs_lib changed" else ""
+    print(f"{path.stem}: running, {reason}{hint}", flush=True)
+    os.environ["QS_NOTEBOOK_SHA256"] = source
+    try:
+        execute(path, run / path.stem, {name: values[name] for name in given}, debug)
+    except StageError as error:
+        raise StageError(f"{path.stem}: {error}") from error
+    record, reason = read_stage(run / path.stem)
+    if record is None:
+        raise StageError(f"{path.stem}: the notebook ended but its stage did not ({reason})")
+    print(f"{path.stem}: done in {record['wall_s']:.0f} s{_summary(record['summary'])}", flush=True)
+    return record
 
 
 def _summary(summary: dict) -> str:

@@ -43,7 +43,7 @@ def score_thoughts(model, tokenizer, problems, scale=None, num_thoughts=4, thoug
     rows = []
     for batch in batches(questions, batch_size):
         thoughts = together([drawn[i] for i in batch])
-        ids, mask, _ = answer_batch(tokenizer, [problems[i] for i in batch])
+        ids, mask, _ = answer_batch(tokenizer, [problems[i] for i in batch], model.device)
         scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=n_true, true_logits=True, forbid_true=tags)
         after, base = scored.true_full[..., 0, :], scored.base_full[..., 0, :]
         parts = score(tokenizer, ids, thoughts, after, base, scale, mask)

@@ -65,11 +65,11 @@ def mark(reply: list[int], spellings: dict[int, list[int]]) -> tuple[list[int], 
     return marked, last
 
 
-def pad(rows: list[list[int]], value: int, side: str = "right") -> torch.Tensor:
+def pad(rows: list[list[int]], value: int, side: str = "right", device=None) -> torch.Tensor:
     """(rows, longest) LongTensor, filled up with ``value`` on ``side``."""
     width = max(map(len, rows))
     fill = [[value] * (width - len(r)) for r in rows]
-    return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, fill, strict=True)])
+    return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, fill, strict=True)], device=device)
 
 
 def length_batches(lengths: list[int], batch_size: int, rng: random.Random, pool: int = 8) -> list[list[int]]:

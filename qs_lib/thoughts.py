@@ -79,6 +79,7 @@ def end_ids(model, think_id, end_id):
 def generate_thoughts(
     model, input_ids, attention_mask=None, positions=None, num_thoughts=4, thought_length=16, temperature=1.0,
     top_p=1.0, generator=None, think_id=None, end_id=None, max_streams=1024, forbid=(), with_hidden=True,
+    numbers=None,
 ):
     """Samples `num_thoughts` thoughts after each of the given positions, all at once.
 
@@ -88,7 +89,8 @@ def generate_thoughts(
     </think> is sampled; otherwise </think> is forced as token number thought_length. temperature 0 is greedy.
     generator: where the one seed comes from; tokens then depend only on (seed, row, position, thought, step) and
     the text before them, not on padding, on max_streams (streams computed together, which bounds memory) or on
-    other rows. with_hidden False: Thoughts.hidden is None and the pass that reads </think> is saved (re-scoring
+    other rows. numbers (batch,): the rows' numbers in that sense, 0, 1, ... by default; a part of a batch with its own numbers
+    draws what the whole batch would. with_hidden False: Thoughts.hidden is None and the pass that reads </think> is saved (re-scoring
     gives those states too). forbid: token ids never sampled inside a thought; <think> never is. Dropout is off. Log-probs are
     those of the distribution without the forbidden tokens, at the temperature and before top_p.
 
@@ -107,6 +109,8 @@ def generate_thoughts(
     forbid = tuple(sorted({int(i) for i in forbid} | {think_id}))
     if end_id in forbid:
         raise ValueError("</think> must stay possible inside a thought; it is among the forbidden ids.")
+    input_ids = input_ids.to(model.device)
+    attention_mask = None if attention_mask is None else attention_mask.to(model.device)
     rows = align_rows(input_ids, attention_mask, positions)
     seed = draw_seed(generator)
     units, device = len(rows.row), input_ids.device
@@ -124,6 +128,7 @@ def generate_thoughts(
         size = model.config.get_text_config().hidden_size
         result.hidden = torch.zeros(streams, size, dtype=model.dtype, device=device)
     shared, base = shares_prefix(model), backbone(model)
+    number = rows.row if numbers is None else numbers.to(device)[rows.row]
     used, line = rows.row.unique(return_inverse=True)
     ids, limit, first = rows.ids[used], rows.position + 1, None
     # Inference mode makes each small operation cheaper. The result was made outside it, so that autograd can use it;
@@ -147,7 +152,7 @@ def generate_thoughts(
             if first is not None:
                 step.take_first()
             _generate_group(
-                base, LanguageHead(model), step, line[part], limit[part], rows.row[part],
+                base, LanguageHead(model), step, line[part], limit[part], number[part],
                 None if first is None else first[part], num_thoughts, seed, top_p,
                 _cut(result, slice(start * num_thoughts, stop * num_thoughts), _PER_STREAM),
             )

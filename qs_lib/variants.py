@@ -28,7 +28,7 @@ def read_variant(stage: str, variant: str, root: Path = REPOSITORY) -> dict:
 def stages_of(variant: str) -> dict[str, dict]:
     """Stage -> what a variant sets for it, for all stages it has a file for."""
     return {path.parent.name: read_variant(path.parent.name, variant)
-            for path in sorted((REPOSITORY / "params").glob(f"*/{variant}.yaml"))}  # fmt: skip
+            for path in sorted((REPOSITORY / "params").glob(f"[0-9]*/{variant}.yaml"))}  # fmt: skip
 
 
 def recipe(stage: str, variant: str = "pocket") -> dict:
@@ -38,6 +38,6 @@ def recipe(stage: str, variant: str = "pocket") -> dict:
 
 def check_variant(variant: str, root: Path = REPOSITORY) -> None:
     """Raises ParameterError if no notebook has a parameter file of this name."""
-    known = {path.stem for path in (root / "params").glob("*/*.yaml")} | {"defaults"}
+    known = {path.stem for path in (root / "params").glob("[0-9]*/*.yaml")} | {"defaults"}
     if variant not in known:
         raise ParameterError(unknown_name(variant, known).replace("parameter", "variant", 1))

@@ -3,6 +3,7 @@ import torch
 from tiny import tiny_lm, tiny_quiet_star
 from transformers import AutoModelForCausalLM
 
+import qs_lib as qs
 from qs_lib.mixing import MixingHead, mix_hidden, mix_log_probs
 from qs_lib.model import QuietStarConfig, QuietStarForCausalLM
 
@@ -138,3 +139,12 @@ def test_hidden_mixing_is_available():
     ids = torch.tensor([tokenizer.encode("ben has 9 pens .")])
     probs = model(ids, logits_to_keep=1).logits.exp()
     assert probs.sum().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_model_is_loaded_where_it_is_wanted(tmp_path, monkeypatch):
+    for part in tiny_lm():
+        part.save_pretrained(tmp_path)
+    assert qs.load_champion(str(tmp_path))[0].device.type == "cpu"
+    monkeypatch.setenv("QS_DEVICE", "meta")
+    assert qs.load_champion(str(tmp_path))[0].device.type == "meta"
+    assert qs.load_champion(str(tmp_path), device="cpu", dtype=torch.bfloat16)[0].dtype == torch.bfloat16

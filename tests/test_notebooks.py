@@ -14,7 +14,7 @@ from qs_lib.params import NOTEBOOKS, check_parameters, notebook_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FILES = sorted((ROOT / "params").glob("*/*.yaml"))
+FILES = sorted((ROOT / "params").glob("[0-9]*/*.yaml"))
 
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 

@@ -9,8 +9,11 @@ from tiny import problems, tiny_quiet_star
 from qs_lib import curriculum as c
 from qs_lib import objective as o
 from qs_lib import reinforce as r
+from qs_lib.baking import add_adapter
+from qs_lib.checkpoint import Checkpoint
 from qs_lib.rescoring import rescore_thoughts
 from qs_lib.thoughts import generate_thoughts
+from qs_lib.tokens import thinking_ids
 
 
 def test_advantages_sum_to_zero_and_leave_one_out():
@@ -295,3 +298,81 @@ def test_without_tensorboard_one_sentence_says_how_to_get_it(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(WorkbookError, match="pip install tensorboard"):
         tensorboard(print, tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lora_training_moves_hidden_matrices_eight_rows_and_the_head(tmp_path, tied):
+    pytest.importorskip("peft")
+    model, tokenizer = tiny_quiet_star()
+    if not tied:
+        model.lm.get_output_embeddings().weight = torch.nn.Parameter(model.lm.get_input_embeddings().weight.detach().clone())
+        model.config.text_config.tie_word_embeddings = model.config.tie_word_embeddings = False
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen, settings = [], {"steps": 2, "batch_size": 4, "num_thoughts": 3, "thought_length": 8, "evaluate_every": 1, "n_true": 3}
+    make = r.MuonGrokfast
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(r, "MuonGrokfast", lambda *a, **k: seen.append(make(*a, **k)) or seen[-1])
+        result = r.train_quiet_star(model, tokenizer, problems(size=24), problems("validation", 6), lora_rank=2, token_scale=10.0,
+                                    **settings)  # fmt: skip
+    groups = {group["name"]: group["param_names"] for group in seen[0].param_groups}
+    assert all("lora_B" in name or "mixing_head" in name for name in groups["muon"])
+    assert groups["tokens"] and all("trainable_tokens_delta" in name for name in groups["tokens"])
+    after, rows = model.state_dict(), set(thinking_ids(tokenizer))
+    assert after.keys() == before.keys() and len(result.history) == 2 and all(p.requires_grad for p in model.parameters())
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert any("q_proj" in name for name in moved) and any("mixing_head" in name for name in moved)
+    assert not any("norm" in name for name in moved)
+    for name in ("lm.model.embed_tokens.weight", "lm.lm_head.weight"):
+        changed = (after[name] != before[name]).any(1).nonzero().flatten().tolist()
+        assert changed and set(changed) <= rows
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(value, after[name]) for name, value in again.state_dict().items())
+
+
+def test_the_reference_of_an_adapter_is_the_model_without_it():
+    import copy
+
+    pytest.importorskip("peft")
+    model, tokenizer = tiny_quiet_star()
+    ids, mask, thoughts = batch(model, tokenizer)
+    frozen, adapter = copy.deepcopy(model.lm), add_adapter(model.lm, tokenizer, 2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and "lora_A" not in name:
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+    losses = [o.quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, n_true=3) for reference in (frozen, adapter)]
+    assert losses[0][1] == losses[1][1] and losses[0][0].item() == losses[1][0].item()
+    assert min(losses[0][1][name] for name in ("kl", "base_kl", "habit_kl")) > 1e-4
+
+
+def test_lora_training_goes_on_where_it_was_stopped(tmp_path):
+    pytest.importorskip("peft")
+    settings = {"steps": 4, "batch_size": 4, "num_thoughts": 3, "thought_length": 8, "evaluate_every": 2, "n_true": 3, "lora_rank": 2}
+    states = []
+    for stop in (None, 3, None):
+        model, tokenizer = tiny_quiet_star()
+        torch.manual_seed(1)
+        saving = Checkpoint(tmp_path if stop or states else None, {}, seconds=0)
+
+        def log(stop=stop, **metrics):
+            if metrics["step"] == stop:
+                raise InterruptedError
+
+        saving._log = log
+        try:
+            r.train_quiet_star(model, tokenizer, problems(size=24), problems("validation", 6), checkpoint=saving, **settings)
+            states.append(model.state_dict())
+        except InterruptedError:
+            assert stop and any(tmp_path.iterdir())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_heads_above_the_threshold_are_clipped_in_training():
+    settings = {"steps": 2, "batch_size": 4, "num_thoughts": 3, "thought_length": 8, "evaluate_every": 2, "n_true": 3}
+    largest = {}
+    for threshold in (0.0, 0.05):
+        model, tokenizer = tiny_quiet_star()
+        result = r.train_quiet_star(model, tokenizer, problems(size=24), problems("validation", 6), qk_clip_threshold=threshold, **settings)
+        largest[threshold] = result.history[-1]["max_logit"]
+    assert largest[0.05] < 0.1 < largest[0.0]

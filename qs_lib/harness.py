@@ -1,0 +1,152 @@
+"""``python -m qs_lib.harness MODEL DATA``: a run's model in lm-evaluation-harness, on local problems and offline.
+
+The tasks are lm-eval's own kind of file, in ``tasks/``; the model is lm-eval's ``HFLM`` with two differences: text becomes
+ids as in training, and a log-likelihood thinks before the tokens that are scored only, where ``HFLM`` would think before
+every token of the prompt and of the padding.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from tqdm.auto import tqdm
+
+from .champion import load_champion
+from .files import to_json, write_bytes
+from .model import QuietStarForCausalLM
+from .params import SourceError, WorkbookError
+from .sequences import encode_context, pad
+from .stage import REPOSITORY, find_run
+
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+except ImportError as missing:
+    sentence = f"{missing.name or missing} is missing: install the harness with `pip install -e .[harness]`"
+    if __name__ == "__main__":
+        sys.exit(f"error: {sentence}")
+    raise WorkbookError(sentence) from None
+
+TASKS = ("gsm8k_generate", "gsm8k_likelihood")
+
+
+class ThinkingLM(HFLM):
+    """A loaded model in lm-evaluation-harness; it thinks if it is a :class:`QuietStarForCausalLM` and ``think`` is set.
+
+    In written replies a thought is drawn every ``n_true`` tokens; in a log-likelihood, before each scored token. The
+    model's longest text is shortened by a thought.
+    """
+
+    def __init__(self, model, tokenizer, think: bool = True, batch_size: int = 8, **options):
+        self.thinks = think and isinstance(model, QuietStarForCausalLM)
+        if isinstance(model, QuietStarForCausalLM):
+            model.config.think = self.thinks
+        room = model.config.get_text_config().max_position_embeddings - (model.config.thought_length if self.thinks else 0)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=room, backend="causal",
+                         **options)  # fmt: skip
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        return encode_context(self.tokenizer, context), self.tokenizer.encode(continuation, add_special_tokens=False)
+
+    def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
+        rows = [encode_context(self.tokenizer, text)[-(left_truncate_len or 0) :] for text in strings]
+        return (pad(rows, self.tokenizer.pad_token_id, padding_side), pad([[1] * len(row) for row in rows], 0, padding_side))
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+        """[(log-likelihood, is greedy)] for requests (key, context ids, continuation ids), batches padded on the left."""
+        if not self.thinks:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        answers, size = [None] * len(requests), override_bs or self.batch_size
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+        for start in tqdm(range(0, len(order), size), desc="log-likelihood", disable=disable_tqdm, leave=False):
+            chunk = order[start : start + size]
+            texts = [(requests[i][1] + requests[i][2])[-self.max_length - 1 :] for i in chunk]
+            for i, answer in zip(chunk, self._scores(texts, [len(requests[i][2]) for i in chunk]), strict=True):
+                answers[i] = answer
+                if requests[i][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
+        return answers
+
+    def _scores(self, texts: list[list[int]], scored: list[int]) -> list[tuple[float, bool]]:
+        """Log-likelihood of the last ``scored[i]`` ids of each text, and whether each of them is the likeliest."""
+        ids = pad([t[:-1] for t in texts], self.tokenizer.pad_token_id, "left").to(self.device)
+        mask = pad([[1] * (len(t) - 1) for t in texts], 0, "left").to(self.device)
+        back = torch.arange(max(scored), 0, -1)  # the last tokens of all rows stand below each other
+        there = back <= torch.tensor(scored)[:, None]
+        at = (ids.shape[1] - back).expand(len(texts), -1)
+        thoughts = self.model.think(ids, mask, at.masked_fill(~there, -1).to(self.device)).hidden
+        base = self.model._read(self.model.lm, ids, mask)
+        total, greedy = torch.zeros(len(texts)), torch.ones(len(texts), dtype=torch.bool)
+        for k, n in enumerate(back.tolist()):  # one place at a time: a vocabulary for each of its thoughts is large enough
+            log_probs = self.model.mix(base[:, at[0, k]], thoughts[:, k])
+            true = torch.tensor([t[-n] if len(t) >= n else 0 for t in texts], device=self.device)
+            total += log_probs.gather(1, true[:, None]).squeeze(1).cpu().masked_fill(~there[:, k], 0)
+            greedy &= (log_probs.argmax(-1) == true).cpu() | ~there[:, k]
+        return list(zip(total.tolist(), greedy.tolist(), strict=True))
+
+
+def task_of(name: str, data: str | Path) -> dict:
+    """The task ``tasks/NAME.yaml``, or of a file elsewhere, on the problems in the folder ``data``. Raises SourceError."""
+    path = Path(name) if name.endswith(".yaml") else REPOSITORY / "tasks" / f"{name}.yaml"
+    if not path.is_file():
+        raise SourceError(f"there is no task file {path}; known are {', '.join(TASKS)}")
+    files = {split: str(Path(data).expanduser().resolve() / f"{split}.jsonl") for split in ("train", "test")}
+    missing = [file for file in files.values() if not Path(file).is_file()]
+    if missing:
+        raise SourceError(f"there is no {missing[0]}: give a folder with train.jsonl and test.jsonl")
+    return yaml.safe_load(path.read_text(encoding="utf-8")) | {"dataset_kwargs": {"data_files": files}}
+
+
+def evaluate(model, tokenizer, data, tasks=TASKS, think: bool = True, limit: int | None = None, batch_size: int = 8,
+             seed: int = 0, resamples: int = 100) -> dict:  # fmt: skip
+    """lm-eval's result dict for a loaded model on the problems in ``data``; ``limit``: the first so many of each task.
+
+    Replies take at most half of the model's longest text.
+    """
+    lm, chosen = ThinkingLM(model, tokenizer, think, batch_size), [task_of(name, data) for name in tasks]
+    for task in chosen:
+        if "max_gen_toks" in task.get("generation_kwargs", {}):
+            task["generation_kwargs"]["max_gen_toks"] = min(task["generation_kwargs"]["max_gen_toks"], lm.max_length // 2)
+    torch.manual_seed(seed)
+    return simple_evaluate(
+        model=lm, tasks=chosen, task_manager=TaskManager(include_defaults=False), limit=limit, bootstrap_iters=resamples, random_seed=seed,
+        numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m qs_lib.harness", description="lm-evaluation-harness on local problems.")
+    parser.add_argument("model", help="a run's name (its quietstar model is taken), a model folder or a Hugging Face name")
+    parser.add_argument("data", help="folder with train.jsonl and test.jsonl in GSM8K's form")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, help="names in tasks/, or .yaml files")
+    parser.add_argument("--no-thoughts", action="store_true", help="the same model without thinking")
+    parser.add_argument("--limit", type=int, help="only the first so many problems")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
+    given = parser.parse_args(arguments)
+    try:
+        source = given.model
+        if "/" not in source and not Path(source).is_dir():
+            source = str(find_run("" if source == "pocket" else source) / "quietstar")
+        model, tokenizer = load_champion(source)
+        found = evaluate(model, tokenizer, given.data, given.tasks, not given.no_thoughts, given.limit, given.batch_size, given.seed)
+        print(make_table(found))
+        if given.output:
+            write_bytes(given.output, to_json({name: found[name] for name in ("results", "n-samples")}, 1).encode() + b"\n")
+    except WorkbookError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # the problems are local
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Several processes, one training: each works on its share of every global batch, and all take the same step.
+
+The training loops run unchanged under torchrun, on one machine or several:
+
+    # bake.py:  torchrun --standalone --nproc_per_node 2 bake.py
+    ranks.start(expected=2)
+    model, tokenizer = qs.load_champion(...)
+    qs.bake(model, tokenizer, ...)
+    if ranks.first():
+        model.save_pretrained(...)
+
+Batch sizes are those of all processes together. Draws come from the same seeds in each process, so that all see the same
+global batch; a loss is a mean over it, and gradients are averaged. The result is the single process's up to the rounding of
+sums. Bars, metrics and checkpoints are the first process's; validation and the teacher's replies are computed by each, for
+they would only wait for each other. In a single process every function here does nothing.
+
+Accelerate starts the same process group (``Accelerator()`` in place of ``start``): hand the loops the model itself, not the
+prepared one.
+"""
+
+import hashlib
+import os
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from .params import TrainingError, WorkbookError
+
+
+def start(expected: int | None = None) -> int:
+    """Join the process group that torchrun describes, if any; returns the number of processes.
+
+    ``expected``: raise ``WorkbookError`` unless there are so many; some launchers start one alone without a word.
+    """
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if expected is not None and count() != expected:
+        raise WorkbookError(f"{count()} of {expected} processes were started: run it with `torchrun --nproc_per_node {expected}`")
+    return count()
+
+
+def count() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return rank() == 0
+
+
+def share(rows):
+    """This process's part of a global batch (a list, or anything that is sliced); a batch too small to split is
+    everyone's, which leaves the mean as it is."""
+    return rows if count() == 1 or len(rows) < count() else rows[rank() :: count()]
+
+
+def total(values: torch.Tensor, how=None) -> torch.Tensor:
+    """Sum (or ``how``, a ``ReduceOp``) over the processes, elementwise, on the values' device."""
+    if count() == 1:
+        return values
+    there = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    moved = values.detach().to(there, copy=True)
+    dist.all_reduce(moved, how or dist.ReduceOp.SUM)
+    return moved.to(values.device)
+
+
+def mean(value: float) -> float:
+    """Mean of a number over the processes; not finite for all if it is not for one."""
+    return value if count() == 1 else total(torch.tensor(value, dtype=torch.float64)).item() / count()
+
+
+def means(metrics: dict) -> dict:
+    """The same for each number of a dict."""
+    return metrics if count() == 1 else {name: mean(value) for name, value in metrics.items()}
+
+
+def either(flag: bool) -> bool:
+    """Whether ``flag`` is set in any process."""
+    return flag if count() == 1 else total(torch.tensor(float(flag))).item() > 0
+
+
+def weigh(loss: torch.Tensor, over) -> torch.Tensor:
+    """A mean over ``over`` samples of this process, scaled so that its mean over processes is that over all samples."""
+    if count() == 1:
+        return loss
+    over = torch.as_tensor(over, dtype=torch.float64, device=loss.device)
+    return loss * (over * count() / total(over).clamp_min(1e-12)).to(loss.dtype)
+
+
+@torch.no_grad()
+def average(parameters) -> None:
+    """Replace gradients by their mean over the processes; one that has none anywhere keeps none."""
+    if count() == 1:
+        return
+    parameters = [p for p in parameters if p.requires_grad]
+    there = total(torch.tensor([float(p.grad is not None) for p in parameters]))
+    for p, has in zip(parameters, there.tolist(), strict=True):
+        if has:
+            p.grad = total(torch.zeros_like(p) if p.grad is None else p.grad) / count()
+
+
+def gathered(thoughts, rows: torch.Tensor, size: int):
+    """The thoughts of all ``size`` rows of the global batch, from each process's for its ``rows``."""
+    if count() == 1 or len(rows) == size:
+        return thoughts
+
+    def whole(part):
+        full = torch.zeros(size, *part.shape[1:], dtype=part.dtype, device=part.device)
+        full[rows] = part
+        return total(full.int()).bool() if part.dtype == torch.bool else total(full)
+
+    names = ("tokens", "logprobs", "sampled", "lengths", "positions")
+    return replace(thoughts, hidden=None, **{name: whole(getattr(thoughts, name)) for name in names})
+
+
+def check_equal(model, when: str) -> str:
+    """The SHA-256 of the weights; raises ``TrainingError`` where two processes differ in it."""
+    if count() == 1:
+        return ""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    number = torch.tensor([int(digest.hexdigest()[:12], 16)])
+    if (total(number, dist.ReduceOp.MIN) != total(number, dist.ReduceOp.MAX)).any():
+        raise TrainingError(f"the processes hold different weights {when}: load the same model and seed torch alike in each")
+    return digest.hexdigest()

@@ -1,0 +1,43 @@
+"""The settings for real models, at the width of a test."""
+
+import math
+
+import pytest
+import torch
+from test_baking import plain_trajectories
+from tiny import problems, tiny_lm, tiny_quiet_star
+
+import qs_lib as qs
+from qs_lib import baking
+from qs_lib.variants import recipe
+
+VARIANTS = ["gsm8k-qwen2.5-0.5b", "gsm8k-qwen2.5-7b"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_real_models_are_trained_with_the_optimizer_settings_meant_for_them(variant):
+    bake, learn = recipe("03_baking", variant), recipe("05_rl", variant)
+    assert (bake["muon_lr"], bake["adamw_lr"], bake["grokfast_lambda"], bake["qk_clip_threshold"]) == (1e-4, 1e-4, 0.2, 30)
+    assert (learn["muon_lr"], learn["adamw_lr"], learn["grokfast_lambda"], learn["qk_clip_threshold"]) == (5e-4, 5e-4, 0.1, 25)
+    assert learn["kl_coefficient"] == 0.1 and 4 <= learn["num_thoughts"] <= 8 and learn["thought_length"] == 20 and learn["adaptive_length"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_trainings_run_with_these_settings_at_small_width(variant, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(baking, "sample_trajectories", plain_trajectories)
+    chosen = recipe("03_baking", variant)
+    settings = {k: chosen[k] for k in ("muon_lr", "adamw_lr", "grokfast_lambda", "ce_weight", "rehearsal", "patience", "lora_rank",
+                                       "qk_clip_threshold", "seed")}  # fmt: skip
+    model, tokenizer = tiny_lm("qwen2")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = qs.bake(model, tokenizer, [], problems(size=40), problems("validation")[:4], epochs=1, trajectories=8, batch_size=4,
+                     max_new_tokens=4, **settings)  # fmt: skip
+    assert math.isfinite(result.kl_after) and any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+    chosen = recipe("05_rl", variant)
+    elsewhere = {"run_name", "upstream", "mixing", "eval_problems", "test_problems", "tensorboard"}
+    settings = {k: v for k, v in chosen.items() if k not in elsewhere} | {"steps": 2, "batch_size": 2, "evaluate_every": 2}
+    model, tokenizer = tiny_quiet_star()
+    result = qs.train_quiet_star(model, tokenizer, problems(size=24), problems("validation")[:4], **settings)
+    assert len(result.history) == 2 and all(2 <= row["length"] <= 20 for row in result.history)
