@@ -118,17 +118,19 @@ def baking_depth(rl: list[dict]):
     """Accuracy with four thoughts before and after RL by how far the start model was baked; one mark per seed."""
     figure, axis = plt.subplots(figsize=(6.4, 3.4), dpi=90, layout="constrained")
     plt.close(figure)  # shown once, as the value of its cell
+    first = True
     for at, (arm, _) in enumerate(DEPTHS):
         for i, row in enumerate(sorted((r for r in rl if r["arm"] == arm), key=lambda row: row["seed"])):
             x = at + 0.06 * (i - 1)
             axis.annotate("", (x, row["accuracy"]), (x, row["baseline"]), arrowprops={"arrowstyle": "->", "color": "#666666"})
-            first = at == 0 and i == 0
             axis.plot(x, row["baseline"], "s", color="#666666", ms=5, label="before RL" if first else None)
             axis.plot(x, row["accuracy"], "o", color="#0072B2", ms=6, label="after RL" if first else None)
+            first = False
     axis.set(xticks=range(len(DEPTHS)), xticklabels=[label for _, label in DEPTHS], xlabel="start of RL",
              ylabel="accuracy with thoughts (share)", ylim=(0, 1.02))  # fmt: skip
     axis.grid(alpha=0.3, axis="y")
-    axis.legend(fontsize=8)
+    if not first:
+        axis.legend(fontsize=8)
     return figure
 
 

@@ -72,6 +72,7 @@ def test_direct_training_makes_the_answers_likelier_and_needs_no_thought(few):
 
 
 def test_rows_are_kept(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(rl_arms, "for_scoreboard", lambda folder: None)
     monkeypatch.setattr(rl_arms, "ARMS", {"full": {}, "pg off": {"pg_weight": 0.0}, "n_true 1": {"n_true": 1}})
     monkeypatch.setattr(rl_arms, "train_once", lambda run, settings, seed, checkpoint: {"gain": 0.1 + settings["pg_weight"], "v": [0.123456]})
     rl_arms.reinforcement(find_run(""), tmp_path, [0, 1, 2, 3])
@@ -84,6 +85,7 @@ def test_rows_are_kept(few, tmp_path, monkeypatch):
 
 def test_look_ahead_makes_its_run_once_and_only_where_it_is_missing(tmp_path, monkeypatch):
     made, trained = [], []
+    monkeypatch.setattr(rl_arms, "for_scoreboard", lambda folder: None)
     monkeypatch.setattr(rl_arms, "made_with", lambda run, settings, seed: bool(made))
     monkeypatch.setattr(rl_arms, "make_run", lambda *given: made.append(given))
     monkeypatch.setattr(rl_arms, "train_once", lambda run, settings, seed, checkpoint: trained.append((run.name, settings["n_true"])) or {"gain": 0})
