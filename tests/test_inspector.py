@@ -154,6 +154,8 @@ def test_two_checkpoints_of_one_question():
     assert "baked" in text and "after <RL>" in text
     inspector.index.value = 2
     assert "not among its episodes" in inspector.view.value
+    inspector.beside.value = None
+    assert "not among" not in inspector.view.value and "RL" not in inspector.view.value
 
 
 def test_static_twin_and_page(tmp_path):
