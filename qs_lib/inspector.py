@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import ipywidgets as widgets
+from IPython.display import display
 
 from .episode import Episode, read_episodes
 from .escape import safe_option, safe_text
@@ -60,25 +61,24 @@ class ThoughtInspector(widgets.VBox):
         self._make_controls()
         self._make_live_controls()
         super().__init__(self._rows())
+        self.add_class("qs-live")
         self._busy = False
         self._choose()
 
     def _make_controls(self) -> None:
         others = list(self.sets)[1:]
-        self.filter = widgets.ToggleButtons(options=list(FILTERS), description="Show", tooltips=list(FILTERS))
-        self.sort = widgets.ToggleButtons(options=list(SORTS), description="Order", tooltips=list(SORTS))
+        self.filter = _choice(list(FILTERS), description="Show")
+        self.sort = _choice(list(SORTS), description="Order")
         self.index = widgets.BoundedIntText(value=1, min=1, max=1, description="Problem")
         self.token = widgets.BoundedIntText(value=0, min=0, max=0, description="Token")
-        self.strip = widgets.ToggleButtons(options=[])
+        self.strip = _choice([])
         self.strip.add_class("qs-strip")
-        self.beside = widgets.ToggleButtons(
-            options=[(NOTHING, None), *((safe_option(n), n) for n in others)],
-            value=others[0] if others else None, description="Beside it", style=WIDE,
-        )  # fmt: skip
+        self.beside = _choice([(NOTHING, None), *((safe_option(n), n) for n in others)], description="Beside it",
+                              value=others[0] if others else None)  # fmt: skip
         self.count, self.view = widgets.HTML(), widgets.HTML()
-        self.previous, self.next = (widgets.Button(description=d) for d in ("Previous", "Next"))
+        self.previous, self.next = (_button(d) for d in ("Previous", "Next"))
         self.file = widgets.Text(value="thoughts.html", description="File name", continuous_update=False, style=WIDE)
-        self.save, self.saved = widgets.Button(description="Save as HTML"), widgets.HTML()
+        self.save, self.saved = _button("Save as HTML"), widgets.HTML()
         self.previous.on_click(lambda _: self.step(-1))
         self.next.on_click(lambda _: self.step(1))
         self.save.on_click(lambda _: self._save())
@@ -94,11 +94,11 @@ class ThoughtInspector(widgets.VBox):
         self.length = widgets.BoundedIntText(value=length, min=3, max=256, description="Longest")
         self.temperature = widgets.BoundedFloatText(value=heat, min=0, max=5, step=0.1, description="Temperature", style=WIDE)
         self.seed = widgets.BoundedIntText(value=0, min=0, max=2**31 - 1, description="Seed")
-        self.draw = widgets.Button(description="Draw thoughts here")
-        self.bar, self.status = widgets.IntProgress(min=0, max=len(STEPS)), widgets.HTML()
-        self.own_text = widgets.Text(description="Your text", continuous_update=False, style=WIDE, layout={"width": "60%"})
+        self.draw = _button("Draw thoughts here")
+        self.bar, self.status = widgets.IntProgress(layout={"width": "120px", "visibility": "hidden"}), widgets.HTML()
+        self.own_text = widgets.Text(description="Your text", continuous_update=False, style=WIDE, layout={"width": "45%"})
         self.own_truth = widgets.Text(description="What follows, if known", continuous_update=False, style=WIDE)
-        self.read_own = widgets.Button(description="Read this text")
+        self.read_own = _button("Read this text")
         self.draw.on_click(lambda _: self._draw())
         self.read_own.on_click(lambda _: self._read_own())
 
@@ -109,7 +109,7 @@ class ThoughtInspector(widgets.VBox):
         rows += [_row(self.token, self.strip)] if self.models or self.episodes else []
         rows += [self.beside] if len(self.sets) > 1 else []
         if self.models:
-            rows += [_row(self.thoughts, self.length, self.temperature, self.seed, self.draw, self.bar, self.status),
+            rows += [_row(self.thoughts, self.length, self.temperature, self.seed, self.draw, self.status, self.bar),
                      _row(self.own_text, self.own_truth, self.read_own)]  # fmt: skip
         return [*rows, _row(self.file, self.save, self.saved), self.view]
 
@@ -164,13 +164,13 @@ class ThoughtInspector(widgets.VBox):
         self._choose(place=len(self.episodes))
 
     def _draw(self) -> None:
-        self.draw.disabled = True
+        self.draw.disabled, self.bar.layout.visibility = True, "visible"
         try:
             self.think()
         except (ValueError, NotImplementedError) as error:  # one sentence each; a button has nowhere to show a traceback
             self._say(str(error))
         finally:
-            self.draw.disabled, self.bar.value = False, 0
+            self.draw.disabled, self.bar.layout.visibility, self.bar.value = False, "hidden", 0
 
     def _read_own(self) -> None:
         try:
@@ -286,7 +286,7 @@ class ThoughtInspector(widgets.VBox):
     def static_html(self, listed: int = 50) -> str:
         """The state as HTML that needs no kernel: the problem in view, and a table of those the filter leaves."""
         title = f"<p><b>{safe_text(self.filter.value)}</b>: {len(self.shown)} of {len(self.episodes)} problems</p>"
-        return f"<div>{self.current_html()}{title}{overview(self.shown, listed)}</div>"
+        return f"<div class='qs-twin'>{self.current_html()}{title}{overview(self.shown, listed)}</div>"
 
     def save_html(self, path: str | Path, most: int = 200) -> Path:
         """Write a page that opens anywhere, offline: the view, the table, and the first ``most`` problems of the filter."""
@@ -303,14 +303,25 @@ class ThoughtInspector(widgets.VBox):
     def __repr__(self):
         return f"ThoughtInspector({len(self.episodes)} episodes)"
 
-    def _repr_mimebundle_(self, **kwargs):
-        data = super()._repr_mimebundle_(**kwargs)
-        data["text/html"] = self.static_html()
-        return data
+    def _ipython_display_(self):
+        """The widget, and the same as HTML, which is hidden where the widget lives: in JupyterLab a widget whose kernel
+        is gone leaves only an error, whatever else its output holds."""
+        display(self._repr_mimebundle_(), raw=True)
+        display({"text/html": self.static_html(), "text/plain": f"{self!r} as it was when shown"}, raw=True)
 
 
 def _episodes(source) -> list[Episode]:
     return read_episodes(source) if isinstance(source, (str, Path)) else list(source)
+
+
+def _choice(options, **settings):
+    choice = widgets.ToggleButtons(options=options, style={"button_width": "auto"}, **settings)
+    choice.add_class("qs-choice")
+    return choice
+
+
+def _button(name: str):
+    return widgets.Button(description=name, layout={"width": "auto"})
 
 
 def _row(*controls):

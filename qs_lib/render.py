@@ -18,6 +18,8 @@ STYLE = """<style>
 .qs-episode th, .qs-episode td { text-align: left; vertical-align: top; padding: 2px 8px; background: none;
   color: inherit; border: 1px solid rgba(128, 128, 128, 0.4); unicode-bidi: isolate; }
 .qs-episode .tokens td { text-align: center; font-family: monospace; padding: 1px 3px; white-space: pre; }
+.jp-OutputArea:has(.qs-live) .qs-twin { display: none; }
+.qs-episode .predictions th, .qs-episode .predictions td, .qs-episode .tokens th { white-space: nowrap; }
 .qs-episode .scroll { overflow-x: auto; max-width: 100%; }
 .qs-episode .track { display: inline-block; width: 80px; height: 9px; border: 1px solid currentColor; }
 .qs-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 24px; }
@@ -25,8 +27,8 @@ STYLE = """<style>
 .qs-episode .bar { display: block; height: 100%; background: #0072B2; }
 .qs-episode h4 { margin: 10px 0 2px; font-size: 14px; }
 .qs-episode p { margin: 2px 0; }
-.qs-strip .widget-toggle-button { width: auto; margin: 1px; padding: 0 5px; height: auto; font-family: monospace; }
-.qs-strip .mod-active { outline: 2px solid var(--jp-ui-font-color1, currentColor); font-weight: bold; }
+.qs-strip .widget-toggle-button { margin: 1px; padding: 0 5px; height: auto; font-family: monospace; }
+.qs-choice .mod-active { outline: 2px solid var(--jp-ui-font-color1, currentColor); outline-offset: -2px; font-weight: bold; }
 .qs-strip > div { max-height: 168px; overflow-y: auto; padding: 2px; }
 </style>"""
 
@@ -144,7 +146,7 @@ def _predictions(e: Episode, thoughts: list[Thought]) -> str:
     if not body:
         return ""
     return (
-        "<h4>Next token</h4><div class='scroll' tabindex='0' role='group' aria-label='next token'><table><thead><tr><th scope='col'>prediction</th>"
+        "<h4>Next token</h4><div class='scroll' tabindex='0' role='group' aria-label='next token'><table class='predictions'><thead><tr><th scope='col'>prediction</th>"
         "<th scope='col'>mixing weight</th><th scope='colgroup' colspan='5'>likeliest tokens with their probabilities</th>"
         f"</tr></thead><tbody>{body}</tbody></table></div>"
     )
@@ -162,4 +164,5 @@ def overview(episodes: Iterable[Episode], limit: int = 50) -> str:
     titles = ("no.", "question", "truth", "without", "with thoughts", "outcome", "mean utility (nats)")
     head = "".join(f"<th scope='col'>{t}</th>" for t in titles)
     rest = f"<p>and {len(episodes) - limit} more</p>" if len(episodes) > limit else ""
-    return f"<table class='tex2jax_ignore mathjax_ignore'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{rest}"
+    return (f"<div class='qs-episode tex2jax_ignore mathjax_ignore'><table><thead><tr>{head}</tr></thead>"
+            f"<tbody>{rows}</tbody></table>{rest}</div>")  # fmt: skip

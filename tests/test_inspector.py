@@ -215,13 +215,16 @@ def test_two_checkpoints_of_one_question():
     assert "not among" not in inspector.view.value and "RL" not in inspector.view.value
 
 
-def test_static_twin_and_page(tmp_path):
+def test_static_twin_and_page(tmp_path, monkeypatch):
     inspector = ThoughtInspector([episode(i) for i in range(60)])
-    bundle = inspector._repr_mimebundle_()
-    assert bundle["text/plain"] == "ThoughtInspector(60 episodes)"
-    assert "application/vnd.jupyter.widget-view+json" in bundle
-    assert inspector.current_html() in bundle["text/html"] and "and 10 more" in bundle["text/html"]
-    assert parsed(bundle["text/html"])
+    outputs = []
+    monkeypatch.setattr("qs_lib.inspector.display", lambda data, raw: outputs.append(data))
+    inspector._ipython_display_()
+    live, twin = outputs
+    assert live["text/plain"] == "ThoughtInspector(60 episodes)" and "text/html" not in live
+    assert "application/vnd.jupyter.widget-view+json" in live and len(twin) == 2
+    assert inspector.current_html() in twin["text/html"] and "and 10 more" in twin["text/html"]
+    assert parsed(twin["text/html"])
     page = inspector.save_html(tmp_path / "page.html").read_text(encoding="utf-8")
     assert "how many 59" in page and "http" not in page and "<script" not in page
 
