@@ -29,7 +29,7 @@ SORTS = {
     "hardest first": lambda e: -e.difficulty,
     "most different answers first": lambda e: -len({t.answer for t in e.thoughts}),
 }
-NOTHING = "nothing"
+NOTHING = ""  # beside the first checkpoint; None would leave its button unmarked
 WIDE = {"description_width": "initial"}
 
 
@@ -73,8 +73,8 @@ class ThoughtInspector(widgets.VBox):
         self.token = widgets.BoundedIntText(value=0, min=0, max=0, description="Token")
         self.strip = _choice([])
         self.strip.add_class("qs-strip")
-        self.beside = _choice([(NOTHING, None), *((safe_option(n), n) for n in others)], description="Beside it",
-                              value=others[0] if others else None)  # fmt: skip
+        self.beside = _choice([("nothing", NOTHING), *((safe_option(n), n) for n in others)], description="Beside it",
+                              value=others[0] if others else NOTHING)  # fmt: skip
         self.count, self.view = widgets.HTML(), widgets.HTML()
         self.previous, self.next = (_button(d) for d in ("Previous", "Next"))
         self.file = widgets.Text(value="thoughts.html", description="File name", continuous_update=False, style=WIDE)
@@ -239,7 +239,7 @@ class ThoughtInspector(widgets.VBox):
 
     def _names(self) -> list[str]:
         """The first checkpoint and the one beside it."""
-        return [next(iter(self.sets)), *([self.beside.value] if self.beside.value is not None else [])]
+        return [next(iter(self.sets)), *([self.beside.value] if self.beside.value != NOTHING else [])]
 
     def _tokens(self) -> list[str]:
         """The tokens of the problem in view: all of them with a tokenizer, else those read up to its last episode."""

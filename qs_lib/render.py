@@ -158,7 +158,7 @@ def overview(episodes: Iterable[Episode], limit: int = 50) -> str:
     rows = "".join(
         f"<tr><td>{n}</td><td>{safe_text(e.question, 160)}</td><td>{'not known' if e.answer is None else safe_text(e.answer, 40)}</td>"
         f"<td>{safe_text(e.answer_without, 40)}</td><td>{safe_text(e.answer_with, 40)}</td>"
-        f"<td>{_outcome(e.answer_with, e.answer)}</td><td>{_nats(helped(e))}</td></tr>"
+        f"<td>{_outcome(e.answer_with, e.answer)}</td><td>{'' if e.answer is None else _nats(helped(e))}</td></tr>"
         for n, e in enumerate(episodes[:limit], 1)
     )
     titles = ("no.", "question", "truth", "without", "with thoughts", "outcome", "mean utility (nats)")

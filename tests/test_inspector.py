@@ -16,7 +16,7 @@ def thought(utility=1.0, answer="17", tokens=("<think>", " 9", "</think>")):
     return Thought(
         tokens=list(tokens), logprobs=[0.0, -1.25, -0.0001][: len(tokens)], utility=utility, weight=0.25, answer=answer,
         coherence={"semantic": 0.5, "syntactic": 0.25, "predictive": 1.0, "composite": 0.575},
-        next_tokens=[(answer, 0.9), ("3", 0.1)], reward=utility, advantage=0.5,
+        next_tokens=[(answer, 0.9), ("3", 0.1)], reward=utility or 0.0, advantage=0.5,
     )  # fmt: skip
 
 
@@ -81,6 +81,17 @@ def test_hostile_text_in_a_control_hides_nothing_and_can_be_sent(text):
     assert not invisible(shown) and (shown or not text)
 
 
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_names_and_tokens_in_the_inspectors_own_controls(text):
+    one = episode(0, tokens=[text, text], position=1)
+    inspector = ThoughtInspector({"": [one], text or "other": [one]})
+    labels = [label for control in (inspector.strip, inspector.beside) for label, _ in control.options]
+    assert len(labels) == len(set(labels)) == 4 and max(map(len, labels)) < 300
+    for label in labels:
+        label.encode()
+        assert not invisible(label)
+
+
 def test_marks_and_spaces_that_print_nothing_are_named():
     assert safe_text("a\u3164\u00a0\ufe0f\U000e0041") == "a[U+3164][U+00A0][U+FE0F][U+E0041]"
     assert safe_text("e\u0301\u0301\u0301\u0301\u0301 e\u0301") == "e\u0301\u0301\u0301[2 more marks] e\u0301"
@@ -141,6 +152,13 @@ def test_filters():
     chosen = {name: [e.problem for e in pick(episodes)] for name, pick in FILTERS.items()}
     assert chosen == {"all": [0, 1, 2, 3], "wrong": [1, 3], "right": [0, 2], "thoughts disagree": [1],
                       "most helped": [2, 0], "most hurt": [3, 1]}  # fmt: skip
+
+
+def test_a_problem_without_a_truth_is_neither_right_nor_wrong():
+    unknown = episode(0, answer=None, thoughts=[thought(None)])
+    assert not FILTERS["right"]([unknown]) and not FILTERS["wrong"]([unknown]) and FILTERS["all"]([unknown])
+    table = parsed(overview([unknown])).text
+    assert "not known" in table and "wrong" not in table.replace("outcome", "") and "right" not in table
 
 
 def test_orders():
@@ -211,7 +229,7 @@ def test_two_checkpoints_of_one_question():
     assert "baked" in text and "after <RL>" in text
     inspector.index.value = 2
     assert "not among its episodes" in inspector.view.value
-    inspector.beside.value = None
+    inspector.beside.value = ""
     assert "not among" not in inspector.view.value and "RL" not in inspector.view.value
 
 

@@ -8,6 +8,7 @@ import torch
 from tiny import problems, tiny_lm, tiny_quiet_star
 
 import qs_lib as qs
+from qs_lib.evaluate import answer_of, replies
 from qs_lib.inspector import ThoughtInspector
 from qs_lib.live import STEPS, text_tokens, think_at
 from qs_lib.scoring import answers_alone, answers_with, draw_thoughts, episodes, score_thoughts
@@ -73,6 +74,21 @@ def test_a_text_without_a_truth():
     shown = ThoughtInspector([one]).view.value
     assert "truth: <b>not known</b>" in shown and "nats" not in shown and "right" not in shown and "wrong" not in shown
     assert qs.Episode.model_validate_json(one.model_dump_json()) == one
+
+
+def test_the_two_answers_are_the_plain_one_and_the_mixed_one():
+    model, tokenizer = tiny_quiet_star()
+    torch.nn.init.constant_(model.mixing_head.gate.bias, 1.0)  # only thoughts count
+    differ = 0
+    for problem in problems()[:6]:
+        question = problem["question"]
+        one = think_at(model, tokenizer, question, **SETTINGS)
+        plain = replies(model.lm, tokenizer, [question], 6, tuple(model.config.hidden_ids))[0]
+        assert one.answer_without == answer_of(tokenizer, plain) and one.no_thought_weight == 0
+        single = think_at(model, tokenizer, question, num_thoughts=1, thought_length=8)
+        assert single.answer_with == single.thoughts[0].answer
+        differ += one.answer_with != one.answer_without
+    assert differ
 
 
 def test_settings_count():
@@ -173,7 +189,7 @@ def test_two_live_checkpoints_are_compared():
     drawn = inspector.think()
     assert [e.stage.split()[0] for e in drawn] == ["one", "two"]
     assert [t.tokens for t in drawn[0].thoughts] != [t.tokens for t in drawn[1].thoughts]
-    inspector.beside.value = None
+    inspector.beside.value = ""
     assert "'qs-pair'" not in inspector.view.value and len(inspector.think()) == 1
 
 
