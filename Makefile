@@ -11,14 +11,16 @@ STRIP = --keep-output --keep-count --keep-id --extra-keys \
 	"metadata.widgets metadata.language_info.version metadata.papermill cell.metadata.execution cell.metadata.papermill"
 
 .DEFAULT_GOAL = help
-.PHONY: help setup run test coverage lab bench chaos evidence sweep refresh lint clean-run
+.PHONY: help setup run test coverage browser lab app bench chaos evidence sweep refresh lint clean-run
 
 help:
 	@echo "make run         notebooks 01-08 into outputs/$(RUN_NAME)/, ends with the scoreboard; repeat it to continue"
 	@echo "                 P=variant (params/*/P.yaml)  RUN=name  DATA=folder  NB=05_rl  SEED=1  KEEP=1 FRESH=1 DEBUG=1"
 	@echo "make test        all tests and notebooks, with coverage of qs_lib"
 	@echo "make coverage    the same, and their coverage into outputs/$(RUN_NAME)/ for its scoreboard"
+	@echo "make browser     the inspector in a real JupyterLab and Chromium; screenshots go to outputs/browser/"
 	@echo "make lab         open JupyterLab"
+	@echo "make app         the tour and its inspector as an app, without code (voila)"
 	@echo "make bench       side-by-side timings of thought generation"
 	@echo "make chaos       KILLS=300: kill trainings at random instants, resume them, compare to the bit"
 	@echo "make evidence    X=baking, chain, rl, look_ahead, optimizers or grokking: an experiment over arms and seeds; repeat it to continue"
@@ -55,8 +57,19 @@ coverage: setup
 	$(BIN)/python -c 'import json, pathlib; p = pathlib.Path("outputs/$(RUN_NAME)/coverage.json"); \
 	  p.write_text(json.dumps({"totals": json.loads(p.read_text())["totals"]}, indent=1) + "\n")'
 
+# Chromium: the system's (QS_CHROMIUM=path), or `.venv/bin/playwright install chromium`; what is missing is said and skipped
+browser: .venv/browser
+	$(BIN)/python -m pytest -m browser tests/browser -rs
+
 lab: setup
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+app: .venv/app
+	$(BIN)/voila notebooks/00_start_here.ipynb
+
+.venv/browser .venv/app: .venv/installed
+	$(BIN)/python -m pip install -c constraints.txt -e ".[notebooks,dev,$(@F)]"
+	touch $@
 
 bench: setup
 	$(BIN)/python tests/benchmarks/bench_thoughts.py

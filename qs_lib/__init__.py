@@ -24,3 +24,16 @@ __all__ = [
     "load_problems", "measure_latency", "read_episodes", "reasoning_dataset", "rescore_thoughts", "thought_length",
     "train_quiet_star",
 ]  # fmt: skip
+
+
+def __getattr__(name):
+    """``ThoughtInspector``, when it is first asked for: its widgets are an optional extra."""
+    if name != "ThoughtInspector":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from .inspector import ThoughtInspector
+    except ModuleNotFoundError as error:
+        if error.name != "ipywidgets":
+            raise
+        raise ImportError("the inspector needs ipywidgets: pip install 'quiet-star-workbook[notebooks]'") from None
+    return ThoughtInspector

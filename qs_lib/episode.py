@@ -10,15 +10,15 @@ from .params import WorkbookError
 
 class Thought(BaseModel):
     """One sampled thought. Log-probs in nats per token (0 for forced tags); ``utility`` is the gain in log-likelihood
-    of the true continuation (needs the label), ``coherence`` the label-free scores; ``next_tokens`` the most likely
-    next tokens after this thought with their probabilities."""
+    of the true continuation (None where that is not known), ``coherence`` the label-free scores; ``next_tokens`` the
+    most likely next tokens after this thought with their probabilities."""
 
     model_config = ConfigDict(extra="forbid")
     tokens: list[str]
     logprobs: list[float]
     reward: float = 0.0
     advantage: float = 0.0
-    utility: float = 0.0
+    utility: float | None = 0.0
     weight: float = 0.0
     coherence: dict[str, float] = {}
     next_tokens: list[tuple[str, float]] = []
@@ -27,12 +27,13 @@ class Thought(BaseModel):
 
 class Episode(BaseModel):
     """A text position and the thoughts drawn there. ``tokens`` is the text read so far, the last one at ``position``;
-    ``base_tokens`` and ``mixed_tokens`` are the most likely next tokens without thoughts and after mixing."""
+    ``base_tokens`` and ``mixed_tokens`` are the most likely next tokens without thoughts and after mixing. ``answer``
+    is None where the truth is not known."""
 
     model_config = ConfigDict(extra="forbid")
     problem: int
     question: str
-    answer: str
+    answer: str | None
     family: str = ""
     difficulty: int = 0
     stage: str = ""

@@ -4,7 +4,15 @@ import html
 import re
 import unicodedata
 
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]")
+# controls, marks of no width, spaces that are not the space bar's, letters that print nothing, selectors and tags
+_UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\xa0\u00ad\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f\u205f-\u206f"
+    "\u2800\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\ud800-\udfff\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e0fff]"
+)
+# marks set on a letter: a pile of them covers the lines around it
+_MARK = "[\u0300-\u036f\u0483-\u0489\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]"
+_PILE = re.compile(f"({_MARK}{{3}})({_MARK}+)")
 _PICTURES = {"\n": "\u21b5", "\t": "\u21e5", "\x7f": "\u2421"}
 
 
@@ -12,12 +20,17 @@ def safe_text(text, limit: int = 2000) -> str:
     """HTML that shows ``text`` as it is, on one line, and does nothing else.
 
     Tags and quotes are escaped; control characters become visible pictures (a line break: an arrow), marks that are
-    invisible or reverse the reading direction their code, as in ``[U+202E]``. Beyond ``limit`` characters it is cut, and
-    says so.
+    invisible or reverse the reading direction their code, as in ``[U+202E]``; of accents piled on one letter three are
+    kept. Beyond ``limit`` characters it is cut, and says so.
     """
     text = str(text)
-    shown = html.escape(_UNSEEN.sub(_visible, text[:limit]))
+    shown = html.escape(safe_option(text, limit))
     return shown if len(text) <= limit else f"{shown}\u2026 [{len(text) - limit:,} more characters]"
+
+
+def safe_option(text, limit: int = 40) -> str:
+    """``text`` for what escapes HTML itself, such as the label of a control: on one line, with nothing unseen in it."""
+    return _PILE.sub(lambda m: f"{m[1]}[{len(m[2])} more marks]", _UNSEEN.sub(_visible, str(text)[:limit]))
 
 
 def _visible(found: re.Match) -> str:
@@ -46,7 +59,7 @@ def safe_line(text: str) -> str:
 
 def safe_label(text: str, limit: int = 40) -> str:
     """``text`` for the label of a figure: on one line, and no formula begins at a dollar sign."""
-    return _UNSEEN.sub(_visible, str(text)[:limit]).replace("$", r"\$")
+    return safe_option(text, limit).replace("$", r"\$")
 
 
 def invisible(text: str) -> bool:

@@ -62,7 +62,8 @@ def decode_with_thoughts(model, tokenizer, contexts: list[list[int]], tokens, le
     """Greedy replies (ids, without end-of-text) of a :class:`QuietStarForCausalLM` to contexts (ids) with given thoughts.
 
     ``tokens`` (rows, K, T) and ``lengths`` (rows, K), any thoughts at all: own, foreign, shuffled. ``weights``:
-    ``"head"`` (the mixing head), ``"thoughts"`` (every thought alike, no vote for the plain prediction). ``max_streams``:
+    ``"head"`` (the mixing head), ``"thoughts"`` (every thought alike, no vote for the plain prediction), ``"none"`` (the
+    plain prediction alone). ``max_streams``:
     texts with a thought that are read together, rows of like length first.
     """
     whole = [len(c) + longest for c, longest in zip(contexts, lengths.amax(1).tolist(), strict=True)]
@@ -82,7 +83,8 @@ def _decode(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens
     cache = ThinkingCache(ids, mask)
     cache.restart(tokens, lengths, tokenizer.pad_token_id)
     k = tokens.shape[1]
-    alike = torch.cat([torch.zeros(1), torch.full((k,), 1 / k)]).to(model.device) if weights == "thoughts" else None
+    fixed = {"thoughts": torch.tensor([0.0] + k * [1 / k]), "none": torch.tensor([1.0] + k * [0.0])}
+    alike = fixed[weights].to(model.device) if weights in fixed else None
     out, open_rows = [[] for _ in contexts], set(range(len(contexts)))
     for _ in range(max_new_tokens):
         hidden = model._read(model.lm, cache.stream_ids, cache.stream_mask, cache=cache.streams)[:, -1]

@@ -1,102 +1,301 @@
 """The thought inspector: step through problems and read what the model thought, in a notebook, on a page or as an app."""
 
+import re
 from pathlib import Path
 
 import ipywidgets as widgets
+from IPython.display import display
 
 from .episode import Episode, read_episodes
-from .escape import safe_text
+from .escape import safe_option, safe_text
 from .files import write_bytes
+from .live import STEPS, text_tokens, think_at
 from .params import WorkbookError
-from .render import STYLE, disagree, helped, overview, render, right
+from .render import MOST_TOKENS, STYLE, disagree, helped, overview, render, right, wrong
+from .stage import outputs_root
 
 FILTERS = {
     "all": lambda episodes: episodes,
-    "wrong": lambda episodes: [e for e in episodes if not right(e)],
+    "wrong": lambda episodes: [e for e in episodes if wrong(e)],
     "right": lambda episodes: [e for e in episodes if right(e)],
     "thoughts disagree": lambda episodes: [e for e in episodes if disagree(e)],
     "most helped": lambda episodes: sorted((e for e in episodes if helped(e) > 0), key=helped, reverse=True),
     "most hurt": lambda episodes: sorted((e for e in episodes if helped(e) < 0), key=helped),
 }
+SORTS = {
+    "as chosen": None,
+    "utility, best first": lambda e: -helped(e),
+    "coherence, best first": lambda e: -sum(t.coherence.get("composite", 0.0) for t in e.thoughts) / max(1, len(e.thoughts)),
+    "hardest first": lambda e: -e.difficulty,
+    "most different answers first": lambda e: -len({t.answer for t in e.thoughts}),
+}
+NOTHING = ""  # beside the first checkpoint; None would leave its button unmarked
+WIDE = {"description_width": "initial"}
 
 
 class ThoughtInspector(widgets.VBox):
-    """Controls over a list of episodes and one view of the chosen one. Needs no model.
+    """Controls over a list of episodes and one view of the chosen one; with a model it also draws thoughts itself.
 
-    ``episodes``: a list of :class:`~qs_lib.episode.Episode`, an ``episodes.jsonl``, or a dict of name -> either, whose
-    entries are shown one below the other for the same question (the first one's questions can be chosen). ``filter``,
-    ``index`` and ``view`` are the widgets: setting ``inspector.index.value = 3`` is the same as clicking.
+    ``episodes``: a list of :class:`~qs_lib.episode.Episode`, an ``episodes.jsonl``, or a dict of name -> either: the
+    first one's problems can be chosen, another is shown beside it. ``model``: a ``QuietStarForCausalLM`` for the first
+    name, or a dict of name -> model (a name without episodes may be given here alone); all read with ``tokenizer``.
+    ``scale``: the ``Scale`` their coherence is measured on. Without a model nothing can be drawn, everything else works.
+
+    Every control is an attribute (``filter``, ``sort``, ``index``, ``token``, ``beside``, ``thoughts``, ``length``,
+    ``temperature``, ``seed``, ``draw``, ``own_text``, ``own_truth``): ``inspector.index.value = 3`` is the same as
+    clicking. ``view`` is what they change. Raises ``WorkbookError`` for nothing to inspect and a model without tokenizer.
     """
 
-    def __init__(self, episodes):
-        named = episodes if isinstance(episodes, dict) else {"": episodes}
-        self.sets = {name: _episodes(one) for name, one in named.items()}
+    def __init__(self, episodes=(), model=None, tokenizer=None, scale=None):
+        named = dict(episodes) if isinstance(episodes, dict) else {"": episodes}
+        self.models = model if isinstance(model, dict) else {} if model is None else {next(iter(named)): model}
+        if self.models and tokenizer is None:
+            raise WorkbookError("a model needs its tokenizer to read a text: ThoughtInspector(..., model=model, tokenizer=tokenizer)")
+        self.tokenizer, self.scale = tokenizer, scale
+        self.sets = {name: _episodes(named.get(name, ())) for name in [*named, *(n for n in self.models if n not in named)]}
         self.episodes = next(iter(self.sets.values()))
-        self.others = {
-            name: {(e.question, e.position): e for e in one} for name, one in list(self.sets.items())[1:]
-        }
-        self.shown = list(self.episodes)
-        self.filter = widgets.ToggleButtons(options=list(FILTERS), description="Show", tooltips=list(FILTERS))
+        if not self.episodes and not self.models:
+            raise WorkbookError("there is nothing to inspect: give at least one episode")
+        self.found = {name: {(e.question, e.position): e for e in one} for name, one in self.sets.items()}
+        self._busy = True  # while controls are set together, the view waits
+        self._make_controls()
+        self._make_live_controls()
+        super().__init__(self._rows())
+        self.add_class("qs-live")
+        self._busy = False
+        self._choose()
+
+    def _make_controls(self) -> None:
+        others = list(self.sets)[1:]
+        self.filter = _choice(list(FILTERS), description="Show")
+        self.sort = _choice(list(SORTS), description="Order")
         self.index = widgets.BoundedIntText(value=1, min=1, max=1, description="Problem")
-        self.count = widgets.HTML()
-        self.previous, self.next = (widgets.Button(description=d) for d in ("Previous", "Next"))
-        self.view = widgets.HTML()
+        self.token = widgets.BoundedIntText(value=0, min=0, max=0, description="Token")
+        self.strip = _choice([])
+        self.strip.add_class("qs-strip")
+        self.beside = _choice([("nothing", NOTHING), *((safe_option(n), n) for n in others)], description="Beside it",
+                              value=others[0] if others else NOTHING)  # fmt: skip
+        self.count, self.view = widgets.HTML(), widgets.HTML()
+        self.previous, self.next = (_button(d) for d in ("Previous", "Next"))
+        self.file = widgets.Text(value="thoughts.html", description="File name", continuous_update=False, style=WIDE)
+        self.save, self.saved = _button("Save as HTML"), widgets.HTML()
         self.previous.on_click(lambda _: self.step(-1))
         self.next.on_click(lambda _: self.step(1))
-        self.filter.observe(self._choose, "value")
-        self.index.observe(self._show, "value")
-        super().__init__([self.filter, widgets.HBox([self.previous, self.index, self.next, self.count]), self.view])
-        self._choose()
+        self.save.on_click(lambda _: self._save())
+        for control, act in ((self.filter, self._choose), (self.sort, self._choose), (self.index, self._open),
+                             (self.token, self._move), (self.strip, self._click), (self.beside, self._show)):  # fmt: skip
+            control.observe(act, "value")
+
+    def _make_live_controls(self) -> None:
+        settings = getattr(next(iter(self.models.values()), None), "config", None)
+        number, length, heat = (getattr(settings, n, d) for n, d in
+                                (("num_thoughts", 4), ("thought_length", 28), ("thought_temperature", 1.0)))  # fmt: skip
+        self.thoughts = widgets.BoundedIntText(value=number, min=1, max=32, description="Thoughts")
+        self.length = widgets.BoundedIntText(value=length, min=3, max=256, description="Longest")
+        self.temperature = widgets.BoundedFloatText(value=heat, min=0, max=5, step=0.1, description="Temperature", style=WIDE)
+        self.seed = widgets.BoundedIntText(value=0, min=0, max=2**31 - 1, description="Seed")
+        self.draw = _button("Draw thoughts here")
+        self.bar, self.status = widgets.IntProgress(layout={"width": "120px", "visibility": "hidden"}), widgets.HTML()
+        self.own_text = widgets.Text(description="Your text", continuous_update=False, style=WIDE, layout={"width": "45%"})
+        self.own_truth = widgets.Text(description="What follows, if known", continuous_update=False, style=WIDE)
+        self.read_own = _button("Read this text")
+        self.draw.on_click(lambda _: self._draw())
+        self.read_own.on_click(lambda _: self._read_own())
+
+    def _rows(self) -> list:
+        for number in (self.index, self.token, self.thoughts, self.length, self.seed, self.temperature):
+            number.layout.width = "170px"
+        rows = [self.filter, self.sort, _row(self.previous, self.index, self.next, self.count)]
+        rows += [_row(self.token, self.strip)] if self.models or self.episodes else []
+        rows += [self.beside] if len(self.sets) > 1 else []
+        if self.models:
+            rows += [_row(self.thoughts, self.length, self.temperature, self.seed, self.draw, self.status, self.bar),
+                     _row(self.own_text, self.own_truth, self.read_own)]  # fmt: skip
+        return [*rows, _row(self.file, self.save, self.saved), self.view]
 
     def step(self, by: int) -> None:
         """Move by so many problems; stays inside the list."""
         self.index.value = min(max(1, self.index.value + by), self.index.max)
 
-    def _choose(self, change=None) -> None:
+    def think(self) -> list[Episode]:
+        """Draw thoughts at the chosen token with the settings of the controls, by every model in view, and show them.
+
+        Returns their episodes. Raises ``WorkbookError`` where that cannot be done.
+        """
+        names = [n for n in self._names() if n in self.models]
+        if not names or self.current is None:
+            raise WorkbookError("there is nothing to draw: give a model, and choose a problem or write a text")
+        question, place = self.current.question, self.token.value
+        if len(self.current.tokens) and self._tokens()[: len(self.current.tokens)] != self.current.tokens:
+            raise WorkbookError("the tokenizer reads this text otherwise than the model that made these episodes did")
+        self.bar.max, drawn = len(names) * len(STEPS), []
+        for turn, name in enumerate(names):
+            def tell(done, of, what, turn=turn, name=name):
+                self.bar.value = turn * of + done
+                self._say(f"{name} {what}".strip())
+
+            drawn.append(think_at(
+                self.models[name], self.tokenizer, question, place, self.current.answer, self.thoughts.value,
+                self.length.value, self.temperature.value, self.seed.value, scale=self.scale, progress=tell,
+                stage=f"{name} live, temperature {self.temperature.value:g}, seed {self.seed.value}".strip(),
+            ))  # fmt: skip
+        shared = {"problem": self.current.problem, "family": self.current.family, "difficulty": self.current.difficulty}
+        for name, episode in zip(names, drawn, strict=True):
+            self.found[name][question, place] = episode.model_copy(update=shared)
+        self._say(f"drawn with seed {self.seed.value}; the next draw takes another")
+        self.seed.value += 1
+        self._show()
+        return drawn
+
+    def read(self, text: str, truth: str | None = None) -> None:
+        """Put one's own text at the end of the problems and open it; ``truth``: what follows it, where that is known.
+
+        Raises ``WorkbookError`` without a model, and for a text without a word.
+        """
+        if not self.models or not text.strip():
+            raise WorkbookError("a text of one's own needs a model to think about it, and at least one word")
+        tokens = text_tokens(self.tokenizer, text[:20_000])  # think_at refuses a longer one
+        own = Episode(problem=len(self.episodes), question=text, answer=truth or None, family="own text",
+                      position=len(tokens) - 1, tokens=tokens, thoughts=[])  # fmt: skip
+        self.episodes.append(own)
+        self._busy = True
+        self.filter.value, self.sort.value = "all", "as chosen"
+        self._busy = False
+        self._choose(place=len(self.episodes))
+
+    def _draw(self) -> None:
+        self.draw.disabled, self.bar.layout.visibility = True, "visible"
+        try:
+            self.think()
+        except (ValueError, NotImplementedError) as error:  # one sentence each; a button has nowhere to show a traceback
+            self._say(str(error))
+        finally:
+            self.draw.disabled, self.bar.layout.visibility, self.bar.value = False, "hidden", 0
+
+    def _read_own(self) -> None:
+        try:
+            self.read(self.own_text.value, self.own_truth.value)
+            self._say("read; now draw thoughts at its last token, or at another")
+        except ValueError as error:
+            self._say(str(error))
+
+    def _save(self) -> None:
+        name = re.sub(r"[^\w.-]", "_", Path(self.file.value).name).lstrip(".") or "thoughts.html"
+        folder = outputs_root() / "inspector"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.save_html(folder / name)
+            self.saved.value = f"<span role='status'>saved as {safe_text(f'{folder.parent.name}/inspector/{name}')}</span>"
+        except (OSError, WorkbookError) as error:
+            self.saved.value = f"<span role='status'>{safe_text(error)}</span>"
+
+    def _say(self, text: str) -> None:
+        self.status.value = f"<span role='status'>{safe_text(text)}</span>"
+
+    def _choose(self, change=None, place: int = 1) -> None:
+        if self._busy:
+            return
         self.shown = list(FILTERS[self.filter.value](self.episodes))
-        with self.index.hold_trait_notifications():
-            self.index.max = max(1, len(self.shown))
-            self.index.value = 1
+        if SORTS[self.sort.value]:
+            self.shown.sort(key=SORTS[self.sort.value])
+        self._busy = True
+        self.index.max = max(1, len(self.shown))
+        self.index.value = place
+        self._busy = False
+        self._open()
+
+    def _open(self, change=None) -> None:
+        """Another problem: its tokens and its own position."""
+        if self._busy:
+            return
+        self._busy = True
+        tokens = self._tokens()
+        first = max(0, len(tokens) - MOST_TOKENS)
+        own = self.current.position if self.current else 0
+        self.token.max = max(0, own, len(tokens) - 1)
+        self.token.value = own
+        # numbered: the front end finds the chosen label by its text
+        self.strip.options = [(f"{i} {safe_option(t, 24)}", i) for i, t in enumerate(tokens[first:], first)]
+        self.strip.value = self.token.value if first <= self.token.value < len(tokens) else None
+        self._busy = False
         self._show()
 
+    def _move(self, change=None) -> None:
+        if not self._busy:
+            self.strip.value = self.token.value if self.token.value in {i for _, i in self.strip.options} else None
+            self._show()
+
+    def _click(self, change=None) -> None:
+        if not self._busy and self.strip.value is not None:
+            self.token.value = self.strip.value
+
     def _show(self, change=None) -> None:
+        if self._busy:
+            return
         place = self.index.value
         self.previous.disabled, self.next.disabled = place <= 1, place >= len(self.shown)
         self.count.value = f"<span role='status'>{place if self.shown else 0} of {len(self.shown)}</span>"
         self.view.value = self.current_html()
 
+    def _names(self) -> list[str]:
+        """The first checkpoint and the one beside it."""
+        return [next(iter(self.sets)), *([self.beside.value] if self.beside.value != NOTHING else [])]
+
+    def _tokens(self) -> list[str]:
+        """The tokens of the problem in view: all of them with a tokenizer, else those read up to its last episode."""
+        if self.current is None:
+            return []
+        if self.models and len(self.current.question) <= 20_000:
+            return text_tokens(self.tokenizer, self.current.question)
+        return self.current.tokens
+
     @property
     def current(self) -> Episode | None:
-        """The episode in view, None where the filter leaves none."""
+        """The problem in view, None where the filter leaves none."""
         return self.shown[self.index.value - 1] if self.shown else None
 
     def current_html(self) -> str:
         """What the view shows, as HTML."""
+        if not self.episodes:
+            return "<p>No problem was given: write a text of your own.</p>"
         if self.current is None:
             return f"<p>No problem matches &quot;{safe_text(self.filter.value)}&quot;.</p>"
-        return STYLE + self._compared(self.current)
+        return STYLE + self._compared(self.current, self.token.value)
 
-    def _compared(self, episode: Episode) -> str:
-        names = list(self.sets)
-        parts = [(names[0], episode)] + [(n, self.others[n].get((episode.question, episode.position))) for n in names[1:]]
-        html = ""
-        for name, one in parts:
-            html += f"<h3>{safe_text(name)}</h3>" if name else ""
-            html += render(one, style=False) if one else "<p>This question is not among its episodes.</p>"
-        return html
+    def _compared(self, episode: Episode, place: int) -> str:
+        names, parts = self._names(), []
+        for name in names:
+            one = self.found[name].get((episode.question, place))
+            parts.append((f"<h3>{safe_text(name)}</h3>" if name else "") + self._one(episode, one, name, place))
+        if len(parts) == 1:
+            return parts[0]
+        return f"<div class='qs-pair'>{''.join(f'<div>{part}</div>' for part in parts)}</div>"
+
+    def _one(self, episode: Episode, one: Episode | None, name: str, place: int) -> str:
+        if one is not None:
+            return render(one, style=False)
+        if name in self.models:
+            read = self._tokens()[: place + 1] if episode is self.current else episode.tokens
+            bare = Episode(problem=episode.problem, question=episode.question, answer=episode.answer, family=episode.family,
+                           difficulty=episode.difficulty, position=place, tokens=read, thoughts=[])  # fmt: skip
+            return render(bare, style=False)
+        if place != episode.position:
+            return "<p>No thoughts were saved at this token; with a model they can be drawn.</p>"
+        return "<p>This question is not among its episodes.</p>"
 
     def static_html(self, listed: int = 50) -> str:
         """The state as HTML that needs no kernel: the problem in view, and a table of those the filter leaves."""
         title = f"<p><b>{safe_text(self.filter.value)}</b>: {len(self.shown)} of {len(self.episodes)} problems</p>"
-        return f"<div>{self.current_html()}{title}{overview(self.shown, listed)}</div>"
+        return f"<div class='qs-twin'>{self.current_html()}{title}{overview(self.shown, listed)}</div>"
 
     def save_html(self, path: str | Path, most: int = 200) -> Path:
-        """Write a page that opens anywhere, offline: the table, and the first ``most`` problems the filter leaves."""
-        body = "<hr>".join(self._compared(e) for e in self.shown[:most])
+        """Write a page that opens anywhere, offline: the view, the table, and the first ``most`` problems of the filter."""
+        body = "<hr>".join(self._compared(e, e.position) for e in self.shown[:most])
         page = (
             "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Thoughts</title>"
             f"<meta name='color-scheme' content='light dark'>{STYLE}</head>"
-            f"<body style='font-family:sans-serif'><h1>Thoughts</h1>{overview(self.shown, most)}{body}</body></html>"
+            f"<body style='font-family:sans-serif'><h1>Thoughts</h1>{self.current_html()}<hr>"
+            f"<h2>Problems</h2>{overview(self.shown, most)}{body}</body></html>"
         )
         write_bytes(Path(path), page.encode())
         return Path(path)
@@ -104,14 +303,26 @@ class ThoughtInspector(widgets.VBox):
     def __repr__(self):
         return f"ThoughtInspector({len(self.episodes)} episodes)"
 
-    def _repr_mimebundle_(self, **kwargs):
-        data = super()._repr_mimebundle_(**kwargs)
-        data["text/html"] = self.static_html()
-        return data
+    def _ipython_display_(self):
+        """The widget, and the same as HTML, which is hidden where the widget lives: in JupyterLab a widget whose kernel
+        is gone leaves only an error, whatever else its output holds."""
+        display(self._repr_mimebundle_(), raw=True)
+        display({"text/html": self.static_html(), "text/plain": f"{self!r} as it was when shown"}, raw=True)
 
 
 def _episodes(source) -> list[Episode]:
-    episodes = read_episodes(source) if isinstance(source, (str, Path)) else list(source)
-    if not episodes:
-        raise WorkbookError("there is nothing to inspect: give at least one episode")
-    return episodes
+    return read_episodes(source) if isinstance(source, (str, Path)) else list(source)
+
+
+def _choice(options, **settings):
+    choice = widgets.ToggleButtons(options=options, style={"button_width": "auto"}, **settings)
+    choice.add_class("qs-choice")
+    return choice
+
+
+def _button(name: str):
+    return widgets.Button(description=name, layout={"width": "auto"})
+
+
+def _row(*controls):
+    return widgets.HBox(controls, layout={"flex_flow": "row wrap", "align_items": "center"})

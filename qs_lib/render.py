@@ -13,26 +13,39 @@ PARTS = ("composite", "semantic", "syntactic", "predictive")
 MOST_TOKENS, MOST_THOUGHTS = 256, 64
 STYLE = """<style>
 .qs-episode { color: var(--jp-ui-font-color1, inherit); font-size: 14px; line-height: 1.45; }
+.qs-episode h4, .qs-episode p, .qs-episode b, .qs-episode td { overflow-wrap: anywhere; unicode-bidi: isolate; }
 .qs-episode table { border-collapse: collapse; margin: 4px 0; }
 .qs-episode th, .qs-episode td { text-align: left; vertical-align: top; padding: 2px 8px; background: none;
   color: inherit; border: 1px solid rgba(128, 128, 128, 0.4); unicode-bidi: isolate; }
 .qs-episode .tokens td { text-align: center; font-family: monospace; padding: 1px 3px; white-space: pre; }
+.jp-OutputArea:has(.qs-live) .qs-twin { display: none; }
+.qs-episode .predictions th, .qs-episode .predictions td, .qs-episode .tokens th { white-space: nowrap; }
 .qs-episode .scroll { overflow-x: auto; max-width: 100%; }
 .qs-episode .track { display: inline-block; width: 80px; height: 9px; border: 1px solid currentColor; }
+.qs-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 24px; }
+.qs-pair > div { min-width: 0; }
 .qs-episode .bar { display: block; height: 100%; background: #0072B2; }
 .qs-episode h4 { margin: 10px 0 2px; font-size: 14px; }
 .qs-episode p { margin: 2px 0; }
+.qs-strip .widget-toggle-button { margin: 1px; padding: 0 5px; height: auto; font-family: monospace; }
+.qs-choice .mod-active { outline: 2px solid var(--jp-ui-font-color1, currentColor); outline-offset: -2px; font-weight: bold; }
+.qs-strip > div { max-height: 168px; overflow-y: auto; padding: 2px; }
 </style>"""
 
 
 def helped(episode: Episode) -> float:
-    """Mean utility of the episode's thoughts, nats: above 0 they helped to predict the truth."""
-    return sum(t.utility for t in episode.thoughts) / max(1, len(episode.thoughts))
+    """Mean utility of the episode's thoughts, nats: above 0 they helped to predict the truth. 0 where that is not known."""
+    return sum(t.utility or 0.0 for t in episode.thoughts) / max(1, len(episode.thoughts))
 
 
 def right(episode: Episode) -> bool:
     """Whether the answer with thoughts is the true one."""
-    return episode.answer_with == episode.answer
+    return episode.answer is not None and episode.answer_with == episode.answer
+
+
+def wrong(episode: Episode) -> bool:
+    """Whether the truth is known and the answer with thoughts is another."""
+    return episode.answer is not None and episode.answer_with != episode.answer
 
 
 def disagree(episode: Episode) -> bool:
@@ -45,7 +58,7 @@ def render(episode: Episode, style: bool = True) -> str:
     thoughts = episode.thoughts[:MOST_THOUGHTS]
     left_out = len(episode.thoughts) - len(thoughts)
     return (
-        (STYLE if style else "") + "<div class='qs-episode'>" + _heading(episode)
+        (STYLE if style else "") + "<div class='qs-episode tex2jax_ignore mathjax_ignore'>" + _heading(episode)
         + "".join(_thought(k, t) for k, t in enumerate(thoughts, 1))
         + (f"<p>{left_out} more thoughts are not shown.</p>" if left_out else "")
         + _predictions(episode, thoughts) + "</div>"
@@ -56,17 +69,24 @@ def _heading(e: Episode) -> str:
     read = " ".join(safe_token(t) for t in e.tokens[-MOST_TOKENS:])
     facts = [f"problem {e.problem}", *(f"{n} {safe_text(v)}" for n, v in (("stage", e.stage), ("family", e.family)) if v)]
     facts += [f"difficulty {e.difficulty}"] if e.difficulty else []
+    heading = f"<h4>{safe_text(e.question)}</h4><p>{', '.join(facts)}</p>"
+    heading += f"<details><summary>text read up to token {e.position}</summary><p>{read}</p></details>"
+    if not e.thoughts:
+        return f"{heading}<p>No thoughts have been drawn here.</p>"
+    effect = f"<p>truth: <b>{'not known' if e.answer is None else safe_text(e.answer)}</b></p>"
+    effect += f"<p>The thoughts {_effect(helped(e))} on average.</p>" if e.answer is not None else ""
     answers = [
-        f"<tr><th scope='row'>{name}</th><td>{safe_text(given) or '(nothing)'}</td><td>{'right' if given == e.answer else 'wrong'}</td></tr>"
+        f"<tr><th scope='row'>{name}</th><td>{safe_text(given) or '(nothing)'}</td><td>{_outcome(given, e.answer)}</td></tr>"
         for name, given in (("without thoughts", e.answer_without), ("with thoughts", e.answer_with))
     ]
     return (
-        f"<h4>{safe_text(e.question)}</h4><p>{', '.join(facts)}; true answer: <b>{safe_text(e.answer)}</b>; "
-        f"the thoughts {_effect(helped(e))} on average</p>"
-        f"<details><summary>text read up to token {e.position}</summary><p>{read}</p></details>"
-        f"<table><thead><tr><th scope='col'>answer</th><th scope='col'>written</th><th scope='col'>outcome</th></tr></thead>"
-        f"<tbody>{''.join(answers)}</tbody></table>"
+        f"{heading}{effect}<table><thead><tr><th scope='col'>answer</th><th scope='col'>written</th>"
+        f"<th scope='col'>outcome</th></tr></thead><tbody>{''.join(answers)}</tbody></table>"
     )
+
+
+def _outcome(given: str, truth: str | None) -> str:
+    return "truth not known" if truth is None else "right" if given == truth else "wrong"
 
 
 def _effect(utility: float) -> str:
@@ -79,12 +99,14 @@ def _thought(number: int, t: Thought) -> str:
     words = "".join(f"<td style='background:{_shade(x)}'>{safe_token(token)}</td>" for token, x in shown)
     numbers = "".join(f"<td>{_nats(x)}</td>" for _, x in shown)
     cut = f"<p>{len(t.tokens) - len(shown)} more tokens are not shown.</p>" if len(t.tokens) > len(shown) else ""
-    facts = [f"the thought {_effect(t.utility)}", f"leads to <b>{safe_token(t.answer)}</b>", f"mixing weight {t.weight:.2f}"]
+    facts = [f"the thought {_effect(t.utility)}"] if t.utility is not None else []
+    facts += [f"leads to <b>{safe_token(t.answer)}</b>", f"mixing weight {t.weight:.2f}"]
     if t.reward or t.advantage:
         facts.append(f"reward {_nats(t.reward)}, advantage {_nats(t.advantage)}")
     return (
         f"<h4>Thought {number}</h4><p>{'; '.join(facts)}</p>"
-        f"<div class='scroll'><table class='tokens'><tbody><tr><th scope='row'>token</th>{words}</tr>"
+        f"<div class='scroll' tabindex='0' role='group' aria-label='tokens of thought {number}'>"
+        f"<table class='tokens'><tbody><tr><th scope='row'>token</th>{words}</tr>"
         f"<tr><th scope='row'>log-prob</th>{numbers}</tr></tbody></table></div>{cut}{_coherence(t.coherence)}"
     )
 
@@ -101,11 +123,15 @@ def _coherence(scores: dict[str, float]) -> str:
     if not scores:
         return ""
     rows = "".join(
-        f"<tr><th scope='row'>{name}</th><td>{scores[name]:.2f}</td><td><span class='track' aria-hidden='true'>"
-        f"<span class='bar' style='width:{100 * min(1.0, max(0.0, scores[name])):.0f}%'></span></span></td></tr>"
+        f"<tr><th scope='row'>{name}</th><td>{scores[name]:.2f}</td><td>{_bar(scores[name])}</td></tr>"
         for name in PARTS if name in scores
     )  # fmt: skip
     return f"<table><thead><tr><th scope='col'>coherence</th><th scope='col'>0 to 1</th><th scope='col'>bar</th></tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _bar(share: float) -> str:
+    return (f"<span class='track' aria-hidden='true'><span class='bar' style='width:{100 * min(1.0, max(0.0, share)):.0f}%'>"
+            "</span></span>")  # fmt: skip
 
 
 def _predictions(e: Episode, thoughts: list[Thought]) -> str:
@@ -113,15 +139,15 @@ def _predictions(e: Episode, thoughts: list[Thought]) -> str:
     rows += [(f"after thought {k}", t.weight, t.next_tokens) for k, t in enumerate(thoughts, 1)]
     rows += [("mixed", None, e.mixed_tokens)]
     body = "".join(
-        f"<tr><th scope='row'>{name}</th><td>{'' if weight is None else f'{weight:.2f}'}</td>"
+        f"<tr><th scope='row'>{name}</th><td>{'' if weight is None else f'{weight:.2f} {_bar(weight)}'}</td>"
         + "".join(f"<td>{safe_token(token)} {p:.3f}</td>" for token, p in top[:5]) + "</tr>"
         for name, weight, top in rows if top
     )  # fmt: skip
     if not body:
         return ""
     return (
-        "<h4>Next token</h4><div class='scroll'><table><thead><tr><th scope='col'>prediction</th>"
-        "<th scope='col'>weight</th><th scope='colgroup' colspan='5'>likeliest tokens with their probabilities</th>"
+        "<h4>Next token</h4><div class='scroll' tabindex='0' role='group' aria-label='next token'><table class='predictions'><thead><tr><th scope='col'>prediction</th>"
+        "<th scope='col'>mixing weight</th><th scope='colgroup' colspan='5'>likeliest tokens with their probabilities</th>"
         f"</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -130,12 +156,13 @@ def overview(episodes: Iterable[Episode], limit: int = 50) -> str:
     """A table of problems with their outcomes, the first ``limit`` of them."""
     episodes = list(episodes)
     rows = "".join(
-        f"<tr><td>{n}</td><td>{safe_text(e.question, 160)}</td><td>{safe_text(e.answer, 40)}</td>"
+        f"<tr><td>{n}</td><td>{safe_text(e.question, 160)}</td><td>{'not known' if e.answer is None else safe_text(e.answer, 40)}</td>"
         f"<td>{safe_text(e.answer_without, 40)}</td><td>{safe_text(e.answer_with, 40)}</td>"
-        f"<td>{'right' if right(e) else 'wrong'}</td><td>{_nats(helped(e))}</td></tr>"
+        f"<td>{_outcome(e.answer_with, e.answer)}</td><td>{'' if e.answer is None else _nats(helped(e))}</td></tr>"
         for n, e in enumerate(episodes[:limit], 1)
     )
     titles = ("no.", "question", "truth", "without", "with thoughts", "outcome", "mean utility (nats)")
     head = "".join(f"<th scope='col'>{t}</th>" for t in titles)
     rest = f"<p>and {len(episodes) - limit} more</p>" if len(episodes) > limit else ""
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{rest}"
+    return (f"<div class='qs-episode tex2jax_ignore mathjax_ignore'><table><thead><tr>{head}</tr></thead>"
+            f"<tbody>{rows}</tbody></table>{rest}</div>")  # fmt: skip

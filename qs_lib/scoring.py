@@ -37,19 +37,29 @@ def score_thoughts(model, tokenizer, problems, scale=None, num_thoughts=4, thoug
     ``think`` and ``score`` replace the model's sampler and the coherence score; ``weights`` as in
     ``decode_with_thoughts``.
     """
-    questions, tags = [p["question"] for p in problems], tuple(thinking_ids(tokenizer))
+    questions = [p["question"] for p in problems]
     drawn = draw_thoughts(think or model.think, tokenizer, questions, seed, batch_size, num_thoughts=num_thoughts,
                           thought_length=thought_length, temperature=temperature)  # fmt: skip
     rows = []
     for batch in batches(questions, batch_size):
         thoughts = together([drawn[i] for i in batch])
         ids, mask, _ = answer_batch(tokenizer, [problems[i] for i in batch], model.device)
-        scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=n_true, true_logits=True, forbid_true=tags)
-        after, base = scored.true_full[..., 0, :], scored.base_full[..., 0, :]
-        parts = score(tokenizer, ids, thoughts, after, base, scale, mask)
-        mixing = mixing_weights(model, scored, weights)[..., 0, :]
-        rows += _scored(batch, parts, utility(scored), mixing, after, base)
+        rows += score_drawn(model, tokenizer, ids, mask, thoughts, batch, scale, n_true, score, weights)
     return drawn, sorted(rows, key=lambda r: r["problem"])
+
+
+def score_drawn(model, tokenizer, ids, mask, thoughts, numbers, scale=None, n_true=4, score=coherence,
+                weights="head") -> list[dict]:  # fmt: skip
+    """One dict per thought drawn at one position of each text: ids and mask (B, L), ``numbers`` the texts' names.
+
+    ``utility`` is the gain on those of the next ``n_true`` tokens that the text has; 0 where it ends there.
+    """
+    tags = tuple(thinking_ids(tokenizer))
+    scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=n_true, true_logits=True, forbid_true=tags)
+    after, base = scored.true_full[..., 0, :], scored.base_full[..., 0, :]
+    parts = score(tokenizer, ids, thoughts, after, base, scale, mask)
+    mixing = mixing_weights(model, scored, weights)[..., 0, :]
+    return _scored(numbers, parts, utility(scored), mixing, after, base)
 
 
 def mixing_weights(model, scored, weights: str = "head") -> torch.Tensor:
@@ -117,27 +127,36 @@ def _top(log_probs: torch.Tensor, n: int = 5) -> list[tuple[int, float]]:
 def episodes(tokenizer, problems, drawn, rows, answers: dict[str, list[str]], stage: str) -> list[Episode]:
     """The scored thoughts of each problem as a record. ``answers``: of the mixture with its ``own`` thoughts and with
     ``none``, and those ``alone`` of each thought."""
+    out, k = [], len(rows) // len(problems)
+    for i, problem in enumerate(problems):
+        out.append(Episode(
+            problem=i, question=problem["question"], answer=problem["answer"], family=problem["family"],
+            difficulty=problem["difficulty"], stage=stage,
+            answer_without=answers["none"][i], answer_with=answers["own"][i],
+            **recorded(tokenizer, encode_context(tokenizer, problem["question"]), drawn[i], rows[i * k : (i + 1) * k],
+                       answers["alone"][i]),
+        ))  # fmt: skip
+    return out
+
+
+def recorded(tokenizer, context: list[int], thoughts, group: list[dict], alone, known: bool = True) -> dict:
+    """What an ``Episode`` holds of the scored thoughts after one text (ids). ``alone``: the answer each leads to;
+    ``known``: whether their utility means anything."""
     def named(top):
         return [(tokenizer.decode([i]), round(p, 4)) for i, p in top]
 
-    out, k = [], len(rows) // len(problems)
-    for i, problem in enumerate(problems):
-        group, thoughts = rows[i * k : (i + 1) * k], drawn[i]
-        context = encode_context(tokenizer, problem["question"])
-        mean, listed = sum(r["utility"] for r in group) / k, []
-        for j, r in enumerate(group):
-            n = thoughts.lengths[0, 0, j].item()
-            listed.append(Thought(
-                tokens=[tokenizer.decode([t]) for t in thoughts.tokens[0, 0, j, :n].tolist()],
-                logprobs=[round(x, 4) for x in thoughts.logprobs[0, 0, j, :n].tolist()],
-                reward=r["utility"], advantage=r["utility"] - mean, utility=r["utility"], weight=r["weight"],
-                coherence=r["coherence"], next_tokens=named(r["after"]), answer=answers["alone"][i][j],
-            ))  # fmt: skip
-        out.append(Episode(
-            problem=i, question=problem["question"], answer=problem["answer"], family=problem["family"],
-            difficulty=problem["difficulty"], stage=stage, position=len(context) - 1,
-            tokens=[tokenizer.decode([t]) for t in context], thoughts=listed,
-            no_thought_weight=group[0]["no_thought"], base_tokens=named(group[0]["base"]),
-            mixed_tokens=named(group[0]["mixed"]), answer_without=answers["none"][i], answer_with=answers["own"][i],
+    mean, listed = sum(r["utility"] for r in group) / len(group), []
+    for j, r in enumerate(group):
+        n = thoughts.lengths[0, 0, j].item()
+        gain = {"reward": r["utility"], "advantage": r["utility"] - mean, "utility": r["utility"]}
+        listed.append(Thought(
+            tokens=[tokenizer.decode([t]) for t in thoughts.tokens[0, 0, j, :n].tolist()],
+            logprobs=[round(x, 4) for x in thoughts.logprobs[0, 0, j, :n].tolist()],
+            weight=r["weight"], coherence=r["coherence"], next_tokens=named(r["after"]), answer=alone[j],
+            **(gain if known else {"utility": None}),
         ))  # fmt: skip
-    return out
+    return {
+        "position": len(context) - 1, "tokens": [tokenizer.decode([t]) for t in context], "thoughts": listed,
+        "no_thought_weight": group[0]["no_thought"], "base_tokens": named(group[0]["base"]),
+        "mixed_tokens": named(group[0]["mixed"]),
+    }  # fmt: skip

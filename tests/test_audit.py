@@ -13,10 +13,10 @@ FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shel
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_CALLS = {"torch.load", "torch.save", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "pd.read_pickle"}
 # What may stand between the tags of an f-string: escaping, numbers, and functions whose own result is HTML made this way.
-SAFE_CALLS = {"safe_text", "safe_token", "render", "overview", "_effect", "_nats", "_shade", "len", "_coherence", "current_html"}
+SAFE_CALLS = {"safe_text", "safe_token", "render", "overview", "_effect", "_outcome", "_nats", "_shade", "_bar", "len", "_coherence", "current_html"}
 SAFE_NAMES = {  # file -> names that hold such results
-    "render.py": {"words", "numbers", "cut", "rows", "head", "body", "rest", "read", "name", "t", "answers", "facts", "number", "n", "k", "left_out"},
-    "inspector.py": {"html", "body", "title", "STYLE", "place", "listed"},
+    "render.py": {"words", "numbers", "cut", "rows", "head", "body", "rest", "read", "name", "t", "answers", "facts", "number", "n", "k", "left_out", "heading", "effect"},
+    "inspector.py": {"body", "title", "STYLE", "place", "listed", "part"},
 }
 
 

@@ -4,23 +4,19 @@ import time
 from html.parser import HTMLParser
 
 import pytest
+from hostile import HOSTILE
 
 from qs_lib.episode import Episode, Thought
-from qs_lib.escape import invisible, safe_label, safe_line, safe_text, safe_token
-from qs_lib.inspector import FILTERS, ThoughtInspector
+from qs_lib.escape import invisible, safe_label, safe_line, safe_option, safe_text, safe_token
+from qs_lib.inspector import FILTERS, SORTS, ThoughtInspector
 from qs_lib.render import MOST_THOUGHTS, MOST_TOKENS, disagree, helped, overview, render, right
-
-HOSTILE = (
-    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</div></td></table>", "<!-- ", "&lt;b&gt;",
-    "\x1b[31mred\x1b[0m", "a\u202eb\u2066c", "x\x00y", "' onclick='alert(1)", '" style="x', "line\nbreak\ttab", "\ud800",
-)  # fmt: skip
 
 
 def thought(utility=1.0, answer="17", tokens=("<think>", " 9", "</think>")):
     return Thought(
         tokens=list(tokens), logprobs=[0.0, -1.25, -0.0001][: len(tokens)], utility=utility, weight=0.25, answer=answer,
         coherence={"semantic": 0.5, "syntactic": 0.25, "predictive": 1.0, "composite": 0.575},
-        next_tokens=[(answer, 0.9), ("3", 0.1)], reward=utility, advantage=0.5,
+        next_tokens=[(answer, 0.9), ("3", 0.1)], reward=utility or 0.0, advantage=0.5,
     )  # fmt: skip
 
 
@@ -62,16 +58,43 @@ def parsed(html):
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_only_text(text):
     shown = safe_text(text)
-    assert not set(shown) & set("<>\"'") and not invisible(shown)
+    assert not set(shown) & set("<>\"'") and not invisible(shown) and len(shown) < 20_000
     assert "<" not in safe_token(text) and not invisible(safe_token(text))
     assert parsed(f"<p>{shown}</p>").seen == {"p"}
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_steers_no_terminal_and_no_figure(text):
-    assert not invisible(safe_line(text).replace("\n", "")) and not invisible(safe_label(text))
+    assert not invisible(safe_line(text).replace("\n", "").replace("\r", "")) and not invisible(safe_label(text))
     assert safe_line("\r\x1b[A 10%\x1b]0;title\x07\n") == "\r\x1b[A 10%\u241b]0;title\u2407\n", "bars still move up"
     assert safe_label("$x_{$") == r"\$x_{\$"
+
+
+def test_there_are_enough_of_them():
+    assert len(HOSTILE) == len(set(HOSTILE)) >= 100
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_in_a_control_hides_nothing_and_can_be_sent(text):
+    shown = safe_option(text)
+    shown.encode()  # a lone surrogate would stop the whole message
+    assert not invisible(shown) and (shown or not text)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_names_and_tokens_in_the_inspectors_own_controls(text):
+    one = episode(0, tokens=[text, text], position=1)
+    inspector = ThoughtInspector({"": [one], text or "other": [one]})
+    labels = [label for control in (inspector.strip, inspector.beside) for label, _ in control.options]
+    assert len(labels) == len(set(labels)) == 4 and max(map(len, labels)) < 300
+    for label in labels:
+        label.encode()
+        assert not invisible(label)
+
+
+def test_marks_and_spaces_that_print_nothing_are_named():
+    assert safe_text("a\u3164\u00a0\ufe0f\U000e0041") == "a[U+3164][U+00A0][U+FE0F][U+E0041]"
+    assert safe_text("e\u0301\u0301\u0301\u0301\u0301 e\u0301") == "e\u0301\u0301\u0301[2 more marks] e\u0301"
 
 
 def test_text_is_shown_as_it_is():
@@ -90,7 +113,9 @@ def test_a_hostile_episode_adds_no_tag_and_no_attribute():
             question=text, answer=text, family=text, stage=text, tokens=[text], answer_with=text, answer_without=text,
             thoughts=[one], base_tokens=[(text, 0.5)], mixed_tokens=[(text, 0.5)],
         )  # fmt: skip
+        started = time.process_time()
         found = parsed(render(bad))
+        assert time.process_time() - started < 1, "one text must not freeze the page"
         assert found.seen <= clean and not invisible(found.text.replace("\n", ""))
         assert parsed(ThoughtInspector([bad]).static_html()).seen <= clean | {"div"}
 
@@ -129,6 +154,56 @@ def test_filters():
                       "most helped": [2, 0], "most hurt": [3, 1]}  # fmt: skip
 
 
+def test_a_problem_without_a_truth_is_neither_right_nor_wrong():
+    unknown = episode(0, answer=None, thoughts=[thought(None)])
+    assert not FILTERS["right"]([unknown]) and not FILTERS["wrong"]([unknown]) and FILTERS["all"]([unknown])
+    table = parsed(overview([unknown])).text
+    assert "not known" in table and "wrong" not in table.replace("outcome", "") and "right" not in table
+
+
+def test_orders():
+    episodes = [
+        episode(0, difficulty=1, thoughts=[thought(0.0), thought(0.0, "3")]), episode(1, difficulty=3, thoughts=[thought(2.0)]),
+        episode(2, difficulty=2, thoughts=[]),
+    ]  # fmt: skip
+    inspector = ThoughtInspector(episodes)
+    orders = {}
+    for name in SORTS:
+        inspector.sort.value = name
+        orders[name] = [e.problem for e in inspector.shown]
+    assert orders == {
+        "as chosen": [0, 1, 2], "utility, best first": [1, 0, 2], "coherence, best first": [0, 1, 2],
+        "hardest first": [1, 2, 0], "most different answers first": [0, 1, 2],
+    }  # fmt: skip
+    inspector.filter.value, inspector.sort.value = "most helped", "as chosen"
+    assert [e.problem for e in inspector.shown] == [1]
+
+
+def test_tokens_of_saved_episodes_can_be_stepped_through():
+    early = episode(0, position=1, tokens=["how", "many"], stage="early")
+    inspector = ThoughtInspector([episode(0, position=2), early])
+    assert inspector.strip.options == (("0 how", 0), ("1 many", 1), ("2 ?", 2)) and inspector.strip.value == 2
+    inspector.token.value = 0
+    assert inspector.strip.value == 0 and "No thoughts were saved at this token" in inspector.view.value
+    inspector.strip.value = 1
+    assert inspector.token.value == 1 and "stage early" in inspector.view.value
+    inspector.next.click()
+    assert inspector.token.value == 1 == inspector.token.max and "stage early" in inspector.view.value
+
+
+def test_saved_from_the_button(tmp_path, monkeypatch):
+    monkeypatch.setenv("QS_OUTPUTS", str(tmp_path))
+    inspector = ThoughtInspector([episode(0)])
+    for given, name in (("mine.html", "mine.html"), ("../../x<b>.html", "x_b_.html"), ("/", "thoughts.html"), (".x", "x")):
+        inspector.file.value = given
+        inspector.save.click()
+        assert (tmp_path / "inspector" / name).is_file() and f"inspector/{name}" in inspector.saved.value
+    assert [p.name for p in tmp_path.iterdir()] == ["inspector"] and not (tmp_path.parent / "x_b_.html").exists()
+    monkeypatch.setenv("QS_OUTPUTS", str(tmp_path / "inspector" / "x"))
+    inspector.save.click()
+    assert "saved as" not in inspector.saved.value and inspector.saved.value
+
+
 def test_moving_and_choosing():
     inspector = ThoughtInspector([episode(i, "17" if i % 2 else "3") for i in range(6)])
     assert inspector.current.problem == 0 and "how many 0" in inspector.view.value
@@ -154,15 +229,20 @@ def test_two_checkpoints_of_one_question():
     assert "baked" in text and "after <RL>" in text
     inspector.index.value = 2
     assert "not among its episodes" in inspector.view.value
+    inspector.beside.value = ""
+    assert "not among" not in inspector.view.value and "RL" not in inspector.view.value
 
 
-def test_static_twin_and_page(tmp_path):
+def test_static_twin_and_page(tmp_path, monkeypatch):
     inspector = ThoughtInspector([episode(i) for i in range(60)])
-    bundle = inspector._repr_mimebundle_()
-    assert bundle["text/plain"] == "ThoughtInspector(60 episodes)"
-    assert "application/vnd.jupyter.widget-view+json" in bundle
-    assert inspector.current_html() in bundle["text/html"] and "and 10 more" in bundle["text/html"]
-    assert parsed(bundle["text/html"])
+    outputs = []
+    monkeypatch.setattr("qs_lib.inspector.display", lambda data, raw: outputs.append(data))
+    inspector._ipython_display_()
+    live, twin = outputs
+    assert live["text/plain"] == "ThoughtInspector(60 episodes)" and "text/html" not in live
+    assert "application/vnd.jupyter.widget-view+json" in live and len(twin) == 2
+    assert inspector.current_html() in twin["text/html"] and "and 10 more" in twin["text/html"]
+    assert parsed(twin["text/html"])
     page = inspector.save_html(tmp_path / "page.html").read_text(encoding="utf-8")
     assert "how many 59" in page and "http" not in page and "<script" not in page
 

@@ -98,10 +98,18 @@ def test_kernel_and_prose(path):
     assert markdown[0].source.startswith("# ")
 
 
-def test_at_least_four_of_five_outputs_are_compared():
+def test_at_least_nine_of_ten_outputs_are_compared():
     cells = [cell for path in PATHS for cell in code_cells(path) if cell.outputs]
     compared = [cell for cell in cells if "nbval-ignore-output" not in tags(cell)]
-    assert len(compared) >= 0.8 * len(cells)
+    assert len(compared) >= 0.9 * len(cells)
+
+
+@pytest.mark.parametrize("name", ["00_start_here", "04_parallel_thoughts", "06_anti_theater"])
+def test_the_inspector_can_be_read_without_a_kernel(name):
+    shown = [output.data for cell in code_cells(ROOT / "notebooks" / f"{name}.ipynb") if cell.id == "inspector"
+             for output in cell.outputs if "data" in output]  # fmt: skip
+    twin = next(data["text/html"] for data in shown if "text/html" in data)
+    assert "Thought 1" in twin and "mixing weight" in twin and "problems</p>" in twin
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")

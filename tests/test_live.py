@@ -1,0 +1,229 @@
+"""Thoughts drawn on demand are the model's own, at any token of any text; what is not known of them is left out."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import problems, tiny_lm, tiny_quiet_star
+
+import qs_lib as qs
+from qs_lib.evaluate import answer_of, replies
+from qs_lib.inspector import ThoughtInspector
+from qs_lib.live import STEPS, text_tokens, think_at
+from qs_lib.scoring import answers_alone, answers_with, draw_thoughts, episodes, score_thoughts
+from qs_lib.sequences import encode_context
+
+MODEL, TOKENIZER = tiny_quiet_star()
+SETTINGS = {"num_thoughts": 3, "thought_length": 8}
+
+
+def saved(problem, seed=0):
+    """The episode of a problem as anti-theater makes it."""
+    drawn, rows = score_thoughts(MODEL, TOKENIZER, [problem], seed=seed, **SETTINGS)
+    contexts = [encode_context(TOKENIZER, problem["question"])]
+    given = (drawn[0].tokens[:, 0], drawn[0].lengths[:, 0])
+    answers = {name: answers_with(MODEL, TOKENIZER, contexts, *given, weights, 6)
+               for name, weights in (("own", "head"), ("none", "none"))}  # fmt: skip
+    answers["alone"] = answers_alone(MODEL, TOKENIZER, contexts, *given, 6).tolist()
+    return episodes(TOKENIZER, [problem], drawn, rows, answers, "live")[0]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_after_a_question_it_is_the_episode_that_would_have_been_saved(number):
+    problem = problems()[number]
+    live = think_at(MODEL, TOKENIZER, problem["question"], None, problem["answer"], **SETTINGS)
+    expected = saved(problem)
+    assert live.model_dump(exclude={"family", "difficulty"}) == expected.model_dump(exclude={"family", "difficulty"})
+
+
+def test_in_the_middle_the_rest_of_the_text_is_the_truth():
+    text = problems()[0]["question"]
+    words = text_tokens(TOKENIZER, text)
+    one = think_at(MODEL, TOKENIZER, text, 4, "17", n_true=2, **SETTINGS)
+    assert one.position == 4 and one.tokens == words[:5]
+    assert one.answer == "".join(words[5:7]).strip().removesuffix(".").strip() != ""
+    # one thought's utility by hand: two plain passes
+    thought = one.thoughts[0]
+    ids = encode_context(TOKENIZER, text)
+    own = [TOKENIZER.convert_tokens_to_ids(t.strip()) for t in thought.tokens]
+
+    def score(before):
+        logits = MODEL.lm(torch.tensor([before + ids[5:7]])).logits[0].float()
+        logits[:, MODEL.config.hidden_ids] = -torch.inf
+        log_probs = logits.log_softmax(-1)
+        return sum(log_probs[len(before) - 1 + i, ids[5 + i]].item() for i in range(2))
+
+    with torch.no_grad():
+        assert thought.utility == pytest.approx(score(ids[:5] + own) - score(ids[:5]), abs=1e-4)
+
+
+def test_the_thoughts_never_see_what_follows():
+    text = problems()[0]["question"]
+    first = think_at(MODEL, TOKENIZER, text, 4, "17", **SETTINGS)
+    other = think_at(MODEL, TOKENIZER, " ".join(text.split()[:4]) + " nuts nuts nuts", 4, "3", **SETTINGS)
+    assert first.tokens == other.tokens and first.question != other.question
+    for a, b in zip(first.thoughts, other.thoughts, strict=True):
+        assert (a.tokens, a.coherence, a.next_tokens, a.weight) == (b.tokens, b.coherence, b.next_tokens, b.weight)
+        assert a.utility != b.utility
+
+
+def test_a_text_without_a_truth():
+    one = think_at(MODEL, TOKENIZER, "ana has 3 cups", **SETTINGS)
+    assert one.answer is None and all(t.utility is None and not t.reward for t in one.thoughts)
+    shown = ThoughtInspector([one]).view.value
+    assert "truth: <b>not known</b>" in shown and "nats" not in shown and "right" not in shown and "wrong" not in shown
+    assert qs.Episode.model_validate_json(one.model_dump_json()) == one
+
+
+def test_the_two_answers_are_the_plain_one_and_the_mixed_one():
+    model, tokenizer = tiny_quiet_star()
+    torch.nn.init.constant_(model.mixing_head.gate.bias, 1.0)  # only thoughts count
+    differ = 0
+    for problem in problems()[:6]:
+        question = problem["question"]
+        one = think_at(model, tokenizer, question, **SETTINGS)
+        plain = replies(model.lm, tokenizer, [question], 6, tuple(model.config.hidden_ids))[0]
+        assert one.answer_without == answer_of(tokenizer, plain) and one.no_thought_weight == 0
+        single = think_at(model, tokenizer, question, num_thoughts=1, thought_length=8)
+        assert single.answer_with == single.thoughts[0].answer
+        differ += one.answer_with != one.answer_without
+    assert differ
+
+
+def test_settings_count():
+    text = "ana has 3 cups"
+    drawn = [think_at(MODEL, TOKENIZER, text, seed=s, num_thoughts=k, thought_length=n, temperature=t)
+             for s, k, n, t in ((0, 2, 5, 1.0), (1, 2, 5, 1.0), (0, 2, 5, 0.0), (0, 3, 9, 1.0))]  # fmt: skip
+    thoughts = [[t.tokens for t in one.thoughts] for one in drawn]
+    assert thoughts[0] != thoughts[1] and thoughts[2][0] == thoughts[2][1]
+    assert [len(t) for t in thoughts] == [2, 2, 2, 3] and max(map(len, thoughts[0])) <= 5
+    assert think_at(MODEL, TOKENIZER, text, num_thoughts=2, thought_length=5) == drawn[0], "the same seed, the same thoughts"
+
+
+def test_progress_names_every_step():
+    told = []
+    think_at(MODEL, TOKENIZER, "ana has 3 cups", progress=lambda *step: told.append(step), **SETTINGS)
+    assert told == [(i, len(STEPS), what) for i, what in enumerate((*STEPS, "done"))]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"text": " "}, "no text"),
+        ({"text": "ana " * 500}, "500|501"),
+        ({"text": "a" * 1_000_000}, "1,000,000 characters"),
+        ({"position": 99}, "0 to 4"),
+        ({"position": -1}, "0 to 4"),
+        ({"model": None}, "QuietStarForCausalLM"),
+        ({"model": "lm"}, "from_base"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_one_sentence(change, sentence):
+    given = {"model": MODEL, "text": "ana has 3 cups"} | change
+    if change.get("model") == "lm":
+        given["model"] = tiny_lm()[0]
+    with pytest.raises(ValueError, match=sentence) as error:
+        think_at(tokenizer=TOKENIZER, **given)
+    assert len(str(error.value)) < 200
+
+
+def live_inspector(**settings):
+    inspector = ThoughtInspector([saved(p) for p in problems()[:3]], MODEL, TOKENIZER, **settings)
+    inspector.thoughts.value, inspector.length.value = 2, 6
+    return inspector
+
+
+def test_the_inspector_draws_at_the_chosen_token():
+    inspector = live_inspector()
+    last = inspector.token.value
+    assert last == inspector.token.max == inspector.current.position == inspector.strip.value
+    inspector.strip.value = 3  # what a click does
+    assert inspector.token.value == 3 and "No thoughts have been drawn here" in inspector.view.value
+    assert "0 &lt;" in inspector.view.value.replace("&lt;bos", "0 &lt;") and len(inspector.strip.options) == last + 1
+    inspector.draw.click()
+    assert inspector.view.value.count("tokens of thought") == 2 and "drawn with seed 0" in inspector.status.value
+    assert inspector.seed.value == 1 and inspector.bar.value == 0 and not inspector.draw.disabled
+    assert "seed 0" in inspector.view.value
+    before = inspector.view.value
+    inspector.draw.click()
+    assert inspector.view.value != before, "another draw takes another seed"
+    inspector.token.value = last
+    assert inspector.strip.value == last and inspector.view.value.count("tokens of thought") == 3, "the saved ones are kept"
+    inspector.next.click()
+    inspector.previous.click()
+    inspector.token.value = 3
+    assert inspector.view.value.count("tokens of thought") == 2, "and so are the drawn ones"
+
+
+def test_a_text_of_ones_own():
+    inspector = live_inspector()
+    inspector.filter.value, inspector.sort.value = "right", "hardest first"
+    inspector.own_text.value, inspector.own_truth.value = "ana has 3 cups", "4"
+    inspector.read_own.click()
+    assert inspector.filter.value == "all" and inspector.index.value == 4 == inspector.index.max
+    inspector.draw.click()
+    assert "own text" in inspector.view.value and "truth: <b>4</b>" in inspector.view.value
+    inspector.own_text.value, inspector.own_truth.value = "ben has 3 cups", ""
+    inspector.read_own.click()
+    inspector.draw.click()
+    assert "truth: <b>not known</b>" in inspector.view.value
+    inspector.own_text.value = "  "
+    inspector.read_own.click()
+    assert "at least one word" in inspector.status.value and inspector.index.max == 5
+
+
+def test_only_a_model_and_no_episode():
+    inspector = ThoughtInspector(model=MODEL, tokenizer=TOKENIZER)
+    assert "write a text" in inspector.view.value
+    inspector.draw.click()
+    assert "nothing to draw" in inspector.status.value
+    inspector.read("ana has 3 cups")
+    assert len(inspector.think()) == 1 and "Thought 1" in inspector.view.value
+
+
+def test_two_live_checkpoints_are_compared():
+    other = tiny_quiet_star(seed=1)[0]
+    inspector = ThoughtInspector({"one": [saved(problems()[0])]}, {"one": MODEL, "two": other}, TOKENIZER)
+    assert "'qs-pair'" in inspector.view.value and "<h3>two</h3>" in inspector.view.value
+    drawn = inspector.think()
+    assert [e.stage.split()[0] for e in drawn] == ["one", "two"]
+    assert [t.tokens for t in drawn[0].thoughts] != [t.tokens for t in drawn[1].thoughts]
+    inspector.beside.value = ""
+    assert "'qs-pair'" not in inspector.view.value and len(inspector.think()) == 1
+
+
+def test_errors_of_a_draw_are_shown_and_leave_the_inspector_working():
+    inspector = live_inspector()
+    inspector.length.value = 256
+    inspector.draw.click()
+    assert "tokens and the model reads" in inspector.status.value and not inspector.draw.disabled
+    inspector.length.value = 6
+    inspector.draw.click()
+    assert "drawn" in inspector.status.value
+    with pytest.raises(ValueError, match="needs its tokenizer"):
+        ThoughtInspector(model=MODEL)
+    foreign = saved(problems()[0]).model_copy(update={"tokens": ["another", "tokenizer"], "position": 1})
+    inspector = ThoughtInspector([foreign], MODEL, TOKENIZER)
+    inspector.draw.click()
+    assert "reads this text otherwise" in inspector.status.value
+
+
+def test_drawing_is_what_the_sampler_draws():
+    question = problems()[0]["question"]
+    drawn = draw_thoughts(MODEL.think, TOKENIZER, [question], seed=5, **SETTINGS)[0]
+    live = think_at(MODEL, TOKENIZER, question, seed=5, **SETTINGS)
+    text = [["".join(t.tokens).replace(" ", "") for t in live.thoughts]]
+    assert [[t.replace(" ", "") for t in row] for row in drawn.to_text(TOKENIZER)[0]] == text
+
+
+def test_the_inspector_is_exported_and_the_library_works_without_widgets():
+    assert qs.ThoughtInspector is ThoughtInspector
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = qs.nonsense
+    code = (
+        "import sys; sys.modules['ipywidgets'] = None\nimport qs_lib as qs\nqs.Episode\n"
+        "try:\n    qs.ThoughtInspector\nexcept ImportError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "the inspector needs ipywidgets: pip install 'quiet-star-workbook[notebooks]'\n", done.stderr
