@@ -144,13 +144,23 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     def think(self, input_ids, attention_mask=None, positions=None, generator=None, **settings):
-        """Thoughts of the wrapped model at ``positions`` with this configuration's settings unless given."""
+        """Thoughts of the wrapped model at ``positions`` with this configuration's settings unless given.
+
+        Raises ``WorkbookError`` where learned positions leave no room for a thought behind the text.
+        """
         c = self.config
         defaults = {"num_thoughts": c.num_thoughts, "thought_length": c.thought_length,
                     "temperature": c.thought_temperature}  # fmt: skip
-        return generate_thoughts(self.lm, input_ids, attention_mask, positions, generator=generator,
-                                 think_id=c.think_token_id, end_id=c.end_think_token_id,
-                                 **{**defaults, **settings})  # fmt: skip
+        try:
+            return generate_thoughts(self.lm, input_ids, attention_mask, positions, generator=generator,
+                                     think_id=c.think_token_id, end_id=c.end_think_token_id,
+                                     **{**defaults, **settings})  # fmt: skip
+        except IndexError:
+            most = getattr(c.get_text_config(), "max_position_embeddings", None)
+            if most is None or input_ids.shape[1] + {**defaults, **settings}["thought_length"] <= most:
+                raise
+            raise WorkbookError(f"a text of {input_ids.shape[1]} tokens leaves no room for thoughts among the model's {most} "
+                                "positions: shorten the text or thought_length") from None  # fmt: skip
 
     def mix(self, base: torch.Tensor, thought: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Mixed next-token log-probs (..., vocab) from hidden states base (..., hidden) and thought (..., K, hidden).

@@ -206,6 +206,17 @@ def test_a_prompt_read_in_pieces_or_continued_thinks_at_its_end():
     assert torch.equal(model.generate(input_ids=more, attention_mask=mask, past_key_values=first.past_key_values, **settings), alone)
 
 
+def test_a_text_that_leaves_no_room_for_a_thought_is_one_sentence():
+    for family in ("gpt2", "llama, tied"):
+        model, _ = wrapped(family)
+        ids = torch.full((1, 125), 7)
+        if family == "gpt2":
+            with pytest.raises(WorkbookError, match="a text of 125 tokens leaves no room for thoughts among the model's 128"):
+                model(ids, logits_to_keep=1)
+        else:
+            assert model(ids, logits_to_keep=1).logits.isfinite().any()  # rotary positions have no end
+
+
 def test_what_thinking_cannot_do_is_one_sentence():
     model, tokenizer = wrapped("llama, tied")
     batch = batch_of(tokenizer, TEXTS[:1])

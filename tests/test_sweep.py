@@ -138,6 +138,7 @@ def test_submitit_runs_the_same_points(notebooks, outputs):
 
 
 def test_a_dask_sweep_of_six_runs_survives_a_killed_worker(notebooks, outputs, tmp_path):
+    dask = pytest.importorskip("dask")
     distributed = pytest.importorskip("dask.distributed")
     killed = []
 
@@ -149,7 +150,8 @@ def test_a_dask_sweep_of_six_runs_survives_a_killed_worker(notebooks, outputs, t
         killed.extend(pids.values())
         os.kill(killed[0], signal.SIGKILL)
 
-    cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=str(tmp_path))
+    with dask.config.set({"distributed.worker.multiprocessing-method": "fork"}):  # a fresh Python would import torch again
+        cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=str(tmp_path))
     with cluster, distributed.Client(cluster, set_as_default=False) as client:
         thread = threading.Thread(target=kill_one, args=(client,), daemon=True)
         thread.start()
