@@ -43,7 +43,7 @@ def score_thoughts(model, tokenizer, problems, scale=None, num_thoughts=4, thoug
     rows = []
     for batch in batches(questions, batch_size):
         thoughts = together([drawn[i] for i in batch])
-        ids, mask, _ = answer_batch(tokenizer, [problems[i] for i in batch], model.device)
+        ids, mask, _ = answer_batch(tokenizer, [problems[i] for i in batch], thoughts.positions.device)
         rows += score_drawn(model, tokenizer, ids, mask, thoughts, batch, scale, n_true, score, weights)
     return drawn, sorted(rows, key=lambda r: r["problem"])
 
