@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import Checkpoint
 from .files import discard, lock_run, to_json, write_bytes
-from .stage import code_hash, git_commit
+from .origin import code_hash, git_commit
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -9,23 +9,18 @@ are not outputs.
 import hashlib
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import time
-from importlib import metadata
 from pathlib import Path
 
 from .files import StageError, discard, lock_run, sha256, sync_folder, to_json, write_bytes, write_error
+from .origin import REPOSITORY, code_hash, git_commit, machine, notebook_hash, versions
 from .params import RUN_NAME, NotebookParams, WorkbookError
 
 FORMAT_VERSION = 1
 CHECKPOINTS = ".checkpoint"
-PACKAGE = Path(__file__).resolve().parent
-REPOSITORY = PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else Path.cwd()
 
 
 class UpstreamError(WorkbookError):
@@ -62,21 +57,6 @@ def find_run(upstream: str) -> Path:
         return path
     make = f"`make run RUN={upstream}`" if re.fullmatch(RUN_NAME, upstream) else "`make run`"
     raise UpstreamError(f"there is no run {upstream!r} in {outputs_root()}; make it with {make}")
-
-
-def code_hash() -> str:
-    """One hash over the library's own source."""
-    digest = hashlib.sha256()
-    for path in sorted(PACKAGE.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def notebook_hash(notebook: Path) -> str:
-    """One hash over a notebook's code cells; text and outputs may change without a rerun."""
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 
 
 def read_stage(folder: Path) -> tuple[dict | None, str]:
@@ -271,11 +251,11 @@ class Stage:
                 "stages": self.upstream_stages,
             },
             "outputs": outputs,
-            "versions": _versions(),
+            "versions": versions(),
             "git_commit": git_commit(),
             "code_sha256": code_hash(),
             "notebook_sha256": self._notebook_hash(),
-            **_machine(),
+            **machine(),
         }
         self.write_json("run.json", record)
         discard(self.folder / CHECKPOINTS)
@@ -316,47 +296,3 @@ def start_stage(params: NotebookParams, stage: str, needs: tuple[str, ...] = ())
     except OSError as error:
         raise write_error(error, started.folder) from None
     return started
-
-
-def _versions() -> dict:
-    names = {
-        "qs_lib": "quiet-star-workbook",
-        "torch": "torch",
-        "transformers": "transformers",
-        "datasets": "datasets",
-    }
-    versions = {"python": platform.python_version()}
-    for key, package in names.items():
-        try:
-            versions[key] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[key] = None
-    return versions
-
-
-def git_commit() -> str | None:
-    """HEAD, with "-dirty" where code, notebooks or parameters differ from it; None outside a git checkout."""
-
-    def git(*words):
-        return subprocess.run(
-            ["git", "-C", PACKAGE.parent, *words], capture_output=True, text=True, check=True
-        ).stdout
-
-    try:
-        commit = git("rev-parse", "HEAD").strip()
-        return commit + (
-            "-dirty" if git("status", "--porcelain", "--", "qs_lib", "notebooks", "params") else ""
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _machine() -> dict:
-    torch = sys.modules.get("torch")  # a stage that did not import it did not use it
-    cuda = torch is not None and torch.cuda.is_available()
-    return {
-        "device": "cuda" if cuda else "cpu",
-        "device_name": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "threads": torch.get_num_threads() if torch else None,
-        "platform": f"{platform.system()} {platform.machine()}",
-    }

@@ -16,15 +16,13 @@ import signal
 import sys
 from pathlib import Path
 
-import yaml
-
 from . import plots
 from .engines import ENGINES, run_points
 from .experiments import write_rows
 from .files import lock_run
 from .params import ParameterError, WorkbookError, check_parameters, notebook_parameters, unknown_name
 from .stage import REPOSITORY, find_run, outputs_root
-from .variants import check_variant, read_variant
+from .variants import check_variant, read_variant, read_yaml
 
 FILE_KEYS = {"notebooks", "variant", "grid", "x", "y"}
 
@@ -34,11 +32,9 @@ def read_sweep(name: str, root: Path = REPOSITORY) -> dict:
     and what to plot, ``x`` and ``y``. Raises ParameterError."""
     path = Path(name) if name.endswith(".yaml") else root / "params" / "sweeps" / f"{name}.yaml"
     try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        read = read_yaml(path)
     except FileNotFoundError:
         raise ParameterError(f"there is no sweep file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(read, dict) or not isinstance(read.get("grid"), dict) or not isinstance(read.get("notebooks"), list):
         raise ParameterError(f"{path} must have the lists 'notebooks' and, under 'grid', 'parameter: [values]'")
     for key in set(read) - FILE_KEYS:

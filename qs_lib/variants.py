@@ -8,6 +8,14 @@ from .params import ParameterError, check_parameters, unknown_name
 from .stage import REPOSITORY
 
 
+def read_yaml(path: Path):
+    """What a YAML file holds, plain values only. Raises ParameterError if it is not YAML."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParameterError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+
+
 def read_variant(stage: str, variant: str, root: Path = REPOSITORY) -> dict:
     """What a variant sets for a stage, nothing where it has no file; not checked yet.
 
@@ -16,10 +24,7 @@ def read_variant(stage: str, variant: str, root: Path = REPOSITORY) -> dict:
     path = root / "params" / stage / f"{variant}.yaml"
     if not path.is_file():
         return {}
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    given = read_yaml(path) or {}
     if not isinstance(given, dict):
         raise ParameterError(f"{path} must hold lines of the form 'name: value'")
     return given
