@@ -38,7 +38,7 @@ THOUGHTS = 4
 STAGES = ("01", "02", "03")
 # Parameters of notebook 05 that `train_quiet_star` is not called with, and options that every arm leaves alone.
 ELSEWHERE = {"seed", "run_name", "upstream", "mixing", "eval_problems", "test_problems", "tensorboard"}
-LEFT_ALONE = {"baseline", "think_at", "num_positions", "adaptive_length"}
+LEFT_ALONE = {"baseline", "think_at", "num_positions", "adaptive_length", "lora_rank", "qk_clip_threshold"}
 
 
 def rl_recipe(variant: str = "pocket") -> dict:
