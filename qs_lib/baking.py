@@ -20,6 +20,7 @@ from .optim import MuonGrokfast
 from .params import TrainingError, WorkbookError
 from .qk_clip import watch_max_logits
 from .sequences import encode_context, length_batches, mark, marker_spellings, pad
+from .sharding import check_fsdp, clip_grad_norm, shard
 from .strategies import PROMPTS, strategy_of
 from .tokens import thinking_ids
 
@@ -162,7 +163,7 @@ def add_adapter(model, tokenizer, rank: int):
 def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batch_size: int = 32,
          muon_lr: float = 6e-3, adamw_lr: float = 1.5e-3, grokfast_lambda: float = 0.2, ce_weight: float = 1.0,
          trajectories: int = 1800, rehearsal: float = 0.25, patience: int = 0, lora_rank: int = 0,
-         rebake: bool = False, qk_clip_threshold: float | None = None, seed: int = 0, max_new_tokens: int = 48,
+         rebake: bool = False, qk_clip_threshold: float | None = None, fsdp: bool = False, seed: int = 0, max_new_tokens: int = 48,
          optimizer=None, log=lambda **metrics: None, on_epoch=lambda epoch, model: None,
          checkpoint: Checkpoint | None = None) -> BakingResult:  # fmt: skip
     """Bake the strategies' prompts into ``model`` (in place); the teacher is a frozen copy made first.
@@ -178,13 +179,18 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
     and the eight token rows, merged at the end; 0 trains all weights. ``rebake``: ``model`` is baked already, so the
     teacher, a copy of it, writes and reads thinking tokens itself. ``qk_clip_threshold``: see :class:`MuonGrokfast`;
     each epoch reports the largest attention logit on held-out text, ``max_logit``. ``optimizer``: made from the model
-    by this function in place of :class:`MuonGrokfast`. With a ``checkpoint``, whose log then counts, a stopped training
+    by this function in place of :class:`MuonGrokfast`. ``fsdp``: ``model`` and teacher are sharded over the processes and stay
+    so (``sharding``). With a ``checkpoint``, whose log then counts, a stopped training
     goes on where it was; finished epochs are not shown to ``on_epoch`` again.
 
     Raises ``WorkbookError`` when no teacher reply holds a thought, ``TrainingError`` on a non-finite loss.
     """
     started, rng = time.monotonic(), random.Random(seed)
+    check_fsdp(fsdp, checkpoint, lora_rank)
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    if fsdp:
+        shard(teacher)
+        shard(model)
     items = [
         thought_item(tokenizer, e["prompt"], e["question"],
                      tokenizer.encode(" " + e["reply"], add_special_tokens=False) + [tokenizer.eos_token_id], True, rebake)
@@ -236,7 +242,7 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
                         raise TrainingError(f"the baking loss is {value} at step {step}: lower the learning rates")
                     loss.backward()
                     ranks.average(weights)
-                    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+                    clip_grad_norm(weights, 1.0)
                     optimizer.step()
                     scheduler.step()
                     optimizer.zero_grad()

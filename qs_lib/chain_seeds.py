@@ -49,7 +49,7 @@ def chain_row(run: str | Path) -> dict:
     return row | {"direct_change": change, "chain_seconds": seconds}
 
 
-def make_run(name: str, seed: int, stages, variant: str = "pocket") -> None:
+def make_run(name: str, seed: int, stages, variant: str) -> None:
     """``make run`` of some stages of a variant; what is finished of it is kept. Raises ``CalledProcessError``."""
     command = ["--variant", variant, "--run", name, "--seed", str(seed), "--keep", "--only", *stages]
     subprocess.run([sys.executable, "-m", "qs_lib.run", *command], check=True, cwd=REPOSITORY)
@@ -72,15 +72,15 @@ def chain(run: Path, folder: Path, seeds) -> None:
     repeat(folder / "chain.csv", {"pocket": stages_of("pocket")}, seeds, measure)
 
 
-def seed_run(run: Path, seed: int, stages=("01", "02", "03", "05", "06")) -> Path:
-    """The pocket run of a seed: ``run`` itself if its stages were made with that seed and today's parameters, else
+def seed_run(run: Path, seed: int, stages=("01", "02", "03", "05", "06"), variant: str = "pocket") -> Path:
+    """A variant's run of a seed: ``run`` itself if its stages were made with that seed and today's parameters, else
     ``<run>-seed<seed>`` beside it, whose ``stages`` are made where they are missing."""
-    settings = {name: given for name, given in stages_of("pocket").items() if name[:2] in stages}
+    settings = {name: given for name, given in stages_of(variant).items() if name[:2] in stages}
     made = run.with_name(f"{run.name}-seed{seed}")
     for finished in (run, made):
         if made_with(finished, settings, seed):
             return finished
-    make_run(made.name, seed, stages)
+    make_run(made.name, seed, stages, variant)
     return made
 
 

@@ -25,6 +25,7 @@ from .hub import hub_answers
 from .optim import MuonGrokfast
 from .params import HubError, SourceError, TrainingError, WorkbookError
 from .sequences import encode, length_batches, pad
+from .sharding import check_fsdp, clip_grad_norm, shard
 from .stage import find_run
 from .strategies import LEAD_WORDS, PROMPTS, reply
 
@@ -148,9 +149,10 @@ def corpus(problems: list[dict], seed: int = 0, direct: float = 0.25, facts: flo
 
 def pretrain(model, tokenizer, documents: list[tuple[str, str]], steps: int, batch_size: int = 32,
              muon_lr: float = 0.02, adamw_lr: float = 3e-3, weight_decay: float = 0.1, context_weight: float = 0.1,
-             seed: int = 0, log=lambda **metrics: None, checkpoint: Checkpoint | None = None):  # fmt: skip
+             fsdp: bool = False, seed: int = 0, log=lambda **metrics: None, checkpoint: Checkpoint | None = None):  # fmt: skip
     """Train ``model`` in place on the documents for a fixed number of steps; returns the mean loss of the last tenth.
-    With a ``checkpoint``, whose log then counts, a stopped training goes on where it was.
+    With a ``checkpoint``, whose log then counts, a stopped training goes on where it was. ``fsdp``: the model is sharded over
+    the processes, and stays so (``sharding``).
 
     Next-token cross-entropy, context tokens weighted by ``context_weight``. Muon + AdamW, 50 steps of warm-up, constant
     to half, then linear to 2 %. Without ``weight_decay`` (decoupled) attention logits grow to a thousand. Raises
@@ -158,6 +160,9 @@ def pretrain(model, tokenizer, documents: list[tuple[str, str]], steps: int, bat
     """
     if not documents:
         raise WorkbookError("the champion's corpus is empty: give at least one document")
+    check_fsdp(fsdp, checkpoint)
+    if fsdp:
+        shard(model)
     sequences = [encode(tokenizer, *d) for d in tqdm(documents, desc="tokenise", leave=False)]
     lengths = [len(s.ids) for s in sequences]
     optimizer = MuonGrokfast(model, muon_lr=muon_lr, adamw_lr=adamw_lr, weight_decay=weight_decay,
@@ -183,7 +188,7 @@ def pretrain(model, tokenizer, documents: list[tuple[str, str]], steps: int, bat
                 raise TrainingError(f"the champion's loss is {value} at step {step}: lower the learning rates")
             loss.backward()
             ranks.average(model.parameters())
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            clip_grad_norm(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()

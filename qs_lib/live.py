@@ -7,7 +7,7 @@ from .episode import Episode
 from .evaluate import answer_of
 from .model import QuietStarForCausalLM
 from .params import WorkbookError
-from .scoring import answers_alone, answers_with, recorded, score_drawn
+from .scoring import record
 from .sequences import encode_context
 
 STEPS = ("drawing", "scoring", "answering without thoughts", "answering with thoughts", "answering with each alone")
@@ -49,22 +49,11 @@ def think_at(model, tokenizer, text: str, position: int | None = None, answer: s
         torch.tensor([read]), positions=torch.tensor([[last]]), generator=torch.Generator().manual_seed(seed),
         num_thoughts=num_thoughts, thought_length=thought_length, temperature=temperature,
     )  # fmt: skip
-    begin()
-    ids = torch.tensor([document])
-    group = score_drawn(model, tokenizer, ids, torch.ones_like(ids), thoughts, [0], scale, n_true)
-    drawn = (thoughts.tokens[:, 0], thoughts.lengths[:, 0])
-    written = {}
-    for name, weights in (("answer_without", "none"), ("answer_with", "head")):
-        begin()
-        written[name] = answers_with(model, tokenizer, [read], *drawn, weights, tokens)[0]
-    begin()
-    alone = answers_alone(model, tokenizer, [read], *drawn, tokens)[0]
-    progress(len(STEPS), len(STEPS), "done")
     truth = answer if at_end else answer_of(tokenizer, following)
-    return Episode(
-        problem=0, question=text, answer=truth or None, stage=stage, **written,
-        **recorded(tokenizer, read, thoughts, group, alone, known=bool(truth)),
-    )  # fmt: skip
+    problem = {"problem": 0, "question": text, "answer": truth or None}
+    made = record(model, tokenizer, document, thoughts, problem, tokens, n_true, scale, stage, begin)
+    progress(len(STEPS), len(STEPS), "done")
+    return made
 
 
 def _checked(model, tokenizer, text, position, room) -> list[int]:

@@ -44,7 +44,7 @@ def sampled_kl(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, *, n_true=4, reward="likelihood",
                     objective="signed", pg_weight=1.0, nll_weight=0.5, look_ahead_weight=0.5, kl_coefficient=0.1,
                     base_kl=1.0, entropy_bonus=0.0, reward_floor=-6.0, value_head=None):  # fmt: skip
-    """Loss and its parts for one batch of thoughts.
+    """Loss, its parts, and reward and advantage of every thought, (U, K) each, for one batch of thoughts.
 
     loss = pg_weight REINFORCE + nll_weight (NLL of the mixture at the next token + ``look_ahead_weight`` x at the
     following ``n_true`` - 1 true tokens, teacher-forced) + kl_coefficient KL(thoughts || ``reference``) + base_kl
@@ -56,8 +56,8 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, *, n_true=
     the paper's it does not pass through the mixing head, so it is not 0 while the gate is shut. ``value_head``: a map from
     the state before a thought (hidden,) to its expected reward, trained here by squared error, whose prediction is the
     baseline in place of the other thoughts' mean. ``reference``: a frozen model, a peft model to be read without its
-    adapter, or None, which leaves both KLs out. Means are over the positions that
-    have thoughts. With ``objective`` ``"paper"`` log-probs, entropy and KL of thoughts are those at temperature 3,
+    adapter, or None, which leaves both KLs out. Means are over the U positions that
+    have thoughts, those of the first text first. With ``objective`` ``"paper"`` log-probs, entropy and KL of thoughts are those at temperature 3,
     whatever they were sampled at (appendix A).
     """
     if objective == "paper":
@@ -103,7 +103,7 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, *, n_true=
         parts |= {"kl": kl.item(), "base_kl": drift.item(), "habit_kl": habit.item()}
     if entropy_bonus:
         loss = loss - entropy_bonus * ranks.weigh(entropy.sum(-1).mean(), units)
-    return loss, parts
+    return loss, parts, (rewards, advantage)
 
 
 def true_tokens(ids: torch.Tensor, positions: torch.Tensor, n_true: int) -> torch.Tensor:

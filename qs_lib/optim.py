@@ -8,6 +8,8 @@ from torch.optim.adamw import adamw
 
 from .params import TrainingError
 from .qk_clip import clip_heads
+from .ranks import is_sharded
+from .sharding import gather_like, part, part_like
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # Names of an output layer in models that have no get_output_embeddings().
@@ -163,6 +165,8 @@ class MuonGrokfast(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
+                if threshold is not None and any(map(is_sharded, params)):
+                    raise ValueError("QK-Clip needs whole weights: leave qk_clip_threshold out where they are sharded")
                 grads = self._filtered_gradients(params, group)
                 (self._muon if group["name"] == "muon" else self._adamw)(params, grads, group)
         if threshold is not None:
@@ -171,7 +175,7 @@ class MuonGrokfast(torch.optim.Optimizer):
         return loss
 
     def _raise_if_not_finite(self):
-        named = [(n, p.grad) for group in self.param_groups
+        named = [(n, part(p.grad)) for group in self.param_groups
                  for n, p in zip(group["param_names"], group["params"]) if p.grad is not None]
         if not named:
             return
@@ -183,12 +187,12 @@ class MuonGrokfast(torch.optim.Optimizer):
                 raise TrainingError(f"gradient is not finite in {', '.join(bad)}; nothing was updated")
 
     def _filtered_gradients(self, params, group):
-        grads = [p.grad for p in params]
+        grads = [part(p.grad) for p in params]
         if group["grokfast_lambda"] == 0:
             return grads
-        for p in params:
+        for p, grad in zip(params, grads):
             if "slow_gradient" not in self.state[p]:
-                self.state[p]["slow_gradient"] = p.grad.clone()  # the update below leaves it as it is, exactly
+                self.state[p]["slow_gradient"] = grad.clone()  # the update below leaves it as it is, exactly
         slow = [self.state[p]["slow_gradient"] for p in params]
         torch._foreach_lerp_(slow, grads, 1 - group["grokfast_alpha"])
         return torch._foreach_add(grads, slow, alpha=group["grokfast_lambda"])
@@ -197,35 +201,36 @@ class MuonGrokfast(torch.optim.Optimizer):
         momentum, lr = group["momentum"], group["lr"]
         for p in params:
             if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                self.state[p]["momentum_buffer"] = torch.zeros_like(part(p))
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         updates = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_mul_([part(p) for p in params], 1 - lr * group["weight_decay"])
         batches = {}
         for p, update in zip(params, updates):
+            update = gather_like(update, p)
             wide = update.T if p.shape[0] > p.shape[1] else update
             batches.setdefault((wide.shape, p.dtype, p.device), []).append((p, wide))
         for (shape, _, _), batch in batches.items():
             size = max(1, BATCH_NUMEL // shape.numel())
             for start in range(0, len(batch), size):
-                part = batch[start:start + size]
-                for (p, _), direction in zip(part, orthogonalize(torch.stack([w for _, w in part]))):
+                several = batch[start:start + size]
+                for (p, _), direction in zip(several, orthogonalize(torch.stack([w for _, w in several]))):
                     rows, cols = p.shape
                     if group["adjust_lr_fn"] == "original":
                         scale = math.sqrt(max(1, rows / cols))
                     else:
                         scale = 0.2 * math.sqrt(max(rows, cols))
-                    p.add_(direction.T if rows > cols else direction, alpha=-lr * scale)
+                    part(p).add_(part_like(direction.T if rows > cols else direction, p), alpha=-lr * scale)
 
     def _adamw(self, params, grads, group):
         (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
         for p in params:
             if "step" not in self.state[p]:
-                self.state[p].update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                                     exp_avg_sq=torch.zeros_like(p))
-        states = [self.state[p] for p in params]
+                self.state[p].update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(part(p)),
+                                     exp_avg_sq=torch.zeros_like(part(p)))
+        states, params = [self.state[p] for p in params], [part(p) for p in params]
         rows = group.get("token_rows") if group.get("token_scale", 1) != 1 else None
         before = [p[rows] for p in params] if rows else []
         adamw(params, grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],

@@ -88,6 +88,16 @@ def either(flag: bool) -> bool:
     return flag if count() == 1 else total(torch.tensor(float(flag))).item() > 0
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether this process holds a part of the tensor only."""
+    return hasattr(tensor, "full_tensor")  # a DTensor; not every build of torch has them
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor, gathered where it is sharded (all processes must call)."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
 def weigh(loss: torch.Tensor, over) -> torch.Tensor:
     """A mean over ``over`` samples of this process, scaled so that its mean over processes is that over all samples."""
     if count() == 1:
@@ -98,10 +108,11 @@ def weigh(loss: torch.Tensor, over) -> torch.Tensor:
 
 @torch.no_grad()
 def average(parameters) -> None:
-    """Replace gradients by their mean over the processes; one that has none anywhere keeps none."""
+    """Replace gradients by their mean over the processes; one that has none anywhere keeps none, and those of sharded
+    weights are that mean already."""
     if count() == 1:
         return
-    parameters = [p for p in parameters if p.requires_grad]
+    parameters = [p for p in parameters if p.requires_grad and not is_sharded(p)]
     there = total(torch.tensor([float(p.grad is not None) for p in parameters]))
     for p, has in zip(parameters, there.tolist(), strict=True):
         if has:
@@ -128,7 +139,7 @@ def check_equal(model, when: str) -> str:
         return ""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + whole(value).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     number = torch.tensor([int(digest.hexdigest()[:12], 16)])
     if (total(number, dist.ReduceOp.MIN) != total(number, dist.ReduceOp.MAX)).any():
         raise TrainingError(f"the processes hold different weights {when}: load the same model and seed torch alike in each")

@@ -15,34 +15,41 @@ from .baking import add_adapter
 from .champion import schedule
 from .checkpoint import Checkpoint
 from .curriculum import curriculum, disagreement, text_of, think_where
-from .evaluate import accuracy_with_thoughts, text_log_likelihood
+from .episode import Episode
+from .evaluate import accuracy_with_thoughts, answer_of, text_log_likelihood
 from .mixing import ZeroLinear
 from .objective import quiet_star_loss
 from .optim import MuonGrokfast
 from .params import TrainingError, WorkbookError
 from .positions import thought_length as adapted
 from .qk_clip import watch_max_logits
+from .scoring import record
+from .sharding import check_fsdp, clip_grad_norm, gathered, shard
 from .thoughts import generate_thoughts
 from .tokens import thinking_ids
+
+RECORDED = 4  # groups of thoughts kept as episodes at each validation
 
 
 @dataclass
 class TrainingResult:
-    """``history``: one dict per step; ``best_step`` and ``best_validation``: the weights that were kept."""
+    """``history``: one dict per step; ``episodes``: some groups of thoughts that were trained on, before each validation;
+    ``best_step`` and ``best_validation``: the weights that were kept."""
 
     history: list[dict] = field(default_factory=list)
+    episodes: list[Episode] = field(default_factory=list)
     best_step: int = 0
     best_validation: float = math.nan
     seconds: float = 0.0
 
 
 def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, batch_size: int = 32,
-                     num_thoughts: int = 4, thought_length: int = 28, temperature: float = 1.0, over: int = 2,
+                     num_thoughts: int = 4, thought_length: int = 28, temperature: float = 1.0, n_true: int = 4, over: int = 2,
                      muon_lr: float = 1.5e-3, adamw_lr: float = 1e-3, grokfast_lambda: float = 0.1,
                      token_scale: float = 1.0, use_curriculum: bool = True, hard_share: float = 0.4,
                      think_at: str = "question", num_positions: int = 8, adaptive_length: bool = False,
-                     baseline: str = "others", lora_rank: int = 0, qk_clip_threshold: float = 0.0, evaluate_every: int = 50, seed: int = 0, log=lambda **metrics: None,
-                     checkpoint: Checkpoint | None = None, **objective) -> TrainingResult:  # fmt: skip
+                     baseline: str = "others", lora_rank: int = 0, qk_clip_threshold: float = 0.0, fsdp: bool = False, evaluate_every: int = 50,
+                     seed: int = 0, log=lambda **metrics: None, checkpoint: Checkpoint | None = None, **objective) -> TrainingResult:  # fmt: skip
     """Train a :class:`QuietStarForCausalLM` in place; the weights that did best on validation are kept.
 
     Each step draws ``over`` x ``batch_size`` training problems, samples ``num_thoughts`` thoughts at each position
@@ -52,7 +59,8 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
     ``thought_length``. ``baseline``: mean reward of the ``others`` thoughts, or a learned linear ``value`` of the state before
     them. ``lora_rank``: train an adapter of that rank, the thinking tokens' eight rows and the mixing head in place of all
     weights, and merge it in the end. ``qk_clip_threshold``: heads whose attention logits on a batch's texts pass it are
-    brought back to it (0: none; an adapter's are left alone). Validation: accuracy with thoughts after the question, or, for
+    brought back to it (0: none; an adapter's are left alone). ``fsdp``: the model is sharded over the processes, and stays so
+    (``sharding``). Validation: accuracy with thoughts after the question, or, for
     thoughts inside the text, its log-likelihood with thoughts. With a ``checkpoint``, whose log then counts, a stopped training
     goes on where it was.
 
@@ -63,18 +71,22 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
         raise WorkbookError("training needs at least one training and one validation problem")
     if baseline not in ("others", "value"):
         raise WorkbookError(f"baseline is {baseline!r}; it must be 'others' or 'value'")
+    check_fsdp(fsdp, checkpoint, lora_rank)
     started, rng = time.monotonic(), random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     adapter = add_adapter(model.lm, tokenizer, lora_rank) if lora_rank else None  # put into model.lm, in place
     reference = adapter or copy.deepcopy(model.lm).eval().requires_grad_(False)
+    if fsdp:
+        shard(reference)
+        shard(model.lm)
     optimizer = MuonGrokfast(model, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=grokfast_lambda,
                              qk_clip_threshold=qk_clip_threshold or None,
                              token_rows=range(8) if lora_rank else thinking_ids(tokenizer), token_scale=token_scale)  # fmt: skip
     trained = [p for p in model.parameters() if p.requires_grad]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps, 20, constant=0.3))
-    result, best = TrainingResult(), {"step": 0, "validation": math.nan}
+    result, episodes, best = TrainingResult(), [], {"step": 0, "validation": math.nan}
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": rng, "generator": generator,
-             "history": result.history, "best": best}  # fmt: skip
+             "history": result.history, "episodes": episodes, "best": best}  # fmt: skip
     if baseline == "value":
         objective["value_head"] = parts["value"] = ZeroLinear(model.config.hidden_size, 1).to(model.device)
         value_optimizer = parts["value_optimizer"] = torch.optim.AdamW(objective["value_head"].parameters(), lr=adamw_lr)
@@ -88,7 +100,7 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
             ids, mask, positions = think_where(model.lm, tokenizer, chosen, think_at, num_positions)
             length = min(thought_length, adapted(ids.shape[1])) if adaptive_length else thought_length
             own = ranks.share(torch.arange(len(ids)))
-            with torch.no_grad():
+            with torch.no_grad(), gathered(model.lm):
                 thoughts = generate_thoughts(model.lm, ids[own], mask[own], None if positions is None else positions[own],
                                              num_thoughts, length, temperature, generator=generator, with_hidden=False,
                                              numbers=own)  # fmt: skip
@@ -96,16 +108,23 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
             differ = disagreement(thoughts)
             if over > 1:
                 keep = (differ + torch.rand(len(ids), generator=generator)).topk(batch_size).indices.sort().values
-                ids, mask, thoughts = ids[keep], mask[keep], thoughts.part(keep)
+                ids, mask, thoughts, chosen = ids[keep], mask[keep], thoughts.part(keep), [chosen[i] for i in keep.tolist()]
             own = ranks.share(torch.arange(len(ids)))
-            loss, metrics = quiet_star_loss(model, reference, tokenizer, ids[own], mask[own], thoughts.part(own), **objective)
+            loss, metrics, trained_on = quiet_star_loss(model, reference, tokenizer, ids[own], mask[own], thoughts.part(own),
+                                                        n_true=n_true, **objective)  # fmt: skip
             value, metrics = ranks.mean(loss.item()), ranks.means(metrics)
             if not math.isfinite(value):
                 raise TrainingError(f"the loss is {value} at step {step}: lower the learning rates")
+            validates = (step + 1) % evaluate_every == 0 or step == steps - 1
+            if validates:
+                with gathered(model.lm):
+                    found = recorded(model, tokenizer, [chosen[i] for i in own.tolist()], ids[own], mask[own], thoughts.part(own),
+                                     trained_on, n_true, think_at == "question", f"step {step + 1}")  # fmt: skip
+                episodes += [e.model_dump() | {"problem": n} for n, e in enumerate(found, len(episodes))]
             loss.backward()
             ranks.average(trained)
-            torch.nn.utils.clip_grad_norm_(model.lm.parameters(), 1.0)
-            torch.nn.utils.clip_grad_norm_(model.mixing_head.parameters(), 1.0)
+            clip_grad_norm(model.lm.parameters(), 1.0)
+            clip_grad_norm(model.mixing_head.parameters(), 1.0)
             if qk_clip_threshold:  # re-scoring has an attention of its own: the batch's texts are read once more
                 with watch_max_logits(model.lm) as optimizer.watch, torch.no_grad():
                     model.lm(input_ids=ids[own], attention_mask=mask[own])
@@ -117,7 +136,7 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
                 value_optimizer.step()
                 value_optimizer.zero_grad()
             metrics |= {"step": step + 1, "loss": value, "diversity": differ.float().mean().item()}
-            if (step + 1) % evaluate_every == 0 or step == steps - 1:
+            if validates:
                 name, score = validate(model, tokenizer, validation, think_at, num_thoughts, thought_length, temperature, seed)
                 metrics |= {name: score, "max_logit": largest_logit(model.lm, ids, mask)}
                 if not score < best["validation"]:
@@ -133,9 +152,32 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
     if adapter is not None:
         adapter.merge_and_unload()
         model.requires_grad_(True)
+    result.episodes = [Episode(**e) for e in episodes]
     result.best_step, result.best_validation = best["step"], best["validation"]
     result.seconds = time.monotonic() - started
     return result
+
+
+def recorded(model, tokenizer, problems, ids, mask, thoughts, trained_on, n_true: int, at_end: bool, stage: str) -> list[Episode]:
+    """The first few texts' thoughts as episodes, with the reward and advantage they were trained on; of a text with several
+    positions, the one whose rewards differ most. ``at_end``: thoughts stand before the answer."""
+    there, found = (thoughts.positions >= 0).nonzero(), []
+    for row in range(min(RECORDED, len(ids))):
+        units = (there[:, 0] == row).nonzero().squeeze(1)
+        if not len(units):
+            continue
+        spread = trained_on[0][units].amax(-1) - trained_on[0][units].amin(-1)
+        unit = units[spread.argmax()]
+        slot = there[unit, 1].item()
+        one = thoughts.part(slice(row, row + 1), slice(slot, slot + 1))
+        document, at = ids[row][mask[row].bool()].tolist(), one.positions.item()
+        following = document[at + 1 :] if at_end else document[at + 1 : at + 1 + n_true]
+        p = problems[row]
+        about = {"problem": 0, "question": p["question"], "family": p["family"], "difficulty": p["difficulty"],
+                 "answer": p["answer"] if at_end else answer_of(tokenizer, following) or None}  # fmt: skip
+        found.append(record(model, tokenizer, document, one, about, len(following), n_true, stage=stage,
+                            trained=[values[unit] for values in trained_on]))  # fmt: skip
+    return found
 
 
 def validate(model, tokenizer, problems, think_at: str, num_thoughts: int, thought_length: int, temperature: float,

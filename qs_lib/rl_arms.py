@@ -8,7 +8,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from .chain_seeds import made_with, make_run, seed_run
+from .chain_seeds import seed_run
 from .champion import load_champion, schedule
 from .checkpoint import Checkpoint
 from .comparison import direct_accuracy, measure, named, read_problems
@@ -21,7 +21,7 @@ from .probability import SHARPENINGS, answer_probability, fitted
 from .reinforce import train_quiet_star
 from .rl_findings import for_scoreboard
 from .tokens import thinking_ids
-from .variants import recipe, stages_of
+from .variants import recipe
 
 # Arm -> what differs from the recipe. ``start``: the folder of the model below a run's stages.
 ARMS = {
@@ -152,10 +152,7 @@ def reinforcement(run: Path, folder: Path, seeds) -> None:
 
 def look_ahead(run: Path, folder: Path, seeds) -> None:
     """Rewards over four true tokens and over one, from one model that spells numbers in digits; seeds draw the training."""
-    digits = run.with_name(f"{run.name}-digits")
-    settings = {name: given for name, given in stages_of("pocket-digits").items() if name[:2] in STAGES}
-    if not made_with(digits, settings, 0):
-        make_run(digits.name, 0, STAGES, "pocket-digits")
+    digits = seed_run(run.with_name(f"{run.name}-digits"), 0, STAGES, "pocket-digits")
     arms = {name: rl_recipe("pocket-digits") | changed for name, changed in LOOK_AHEAD.items()}
     repeat(folder / "look_ahead.csv", arms, seeds, lambda *given: rounded(train_once(digits, *given)))
     for_scoreboard(folder)

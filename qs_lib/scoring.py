@@ -139,6 +139,30 @@ def episodes(tokenizer, problems, drawn, rows, answers: dict[str, list[str]], st
     return out
 
 
+@torch.no_grad()
+def record(model, tokenizer, document: list[int], thoughts, problem: dict, max_new_tokens: int, n_true: int = 4, scale=None,
+           stage: str = "", begin=lambda: None, trained=None) -> Episode:  # fmt: skip
+    """The thoughts (of one row and position) drawn in a text (ids) as an episode: scored, and answered with.
+
+    ``problem``: its question, its answer (None where the truth is not known) and what else an episode names;
+    ``max_new_tokens``: length of an answer; ``begin`` is called before each step. ``trained``: what training gave each
+    thought, (reward, advantage) of shape (K,) each, where that is not utility and utility minus its mean.
+    """
+    begin()
+    at, ids = thoughts.positions.item(), torch.tensor([document], device=thoughts.positions.device)
+    group = score_drawn(model, tokenizer, ids, torch.ones_like(ids), thoughts, [0], scale, n_true)
+    for row, reward, advantage in zip(group, *trained, strict=True) if trained else ():
+        row |= {"reward": reward.item(), "advantage": advantage.item()}
+    context, drawn, written = document[: at + 1], (thoughts.tokens[:, 0], thoughts.lengths[:, 0]), {}
+    for name, weights in (("answer_without", "none"), ("answer_with", "head")):
+        begin()
+        written[name] = answers_with(model, tokenizer, [context], *drawn, weights, max_new_tokens)[0]
+    begin()
+    alone = answers_alone(model, tokenizer, [context], *drawn, max_new_tokens)[0]
+    known = problem["answer"] is not None
+    return Episode(stage=stage, **problem, **written, **recorded(tokenizer, context, thoughts, group, alone, known))
+
+
 def recorded(tokenizer, context: list[int], thoughts, group: list[dict], alone, known: bool = True) -> dict:
     """What an ``Episode`` holds of the scored thoughts after one text (ids). ``alone``: the answer each leads to;
     ``known``: whether their utility means anything."""
@@ -148,7 +172,8 @@ def recorded(tokenizer, context: list[int], thoughts, group: list[dict], alone, 
     mean, listed = sum(r["utility"] for r in group) / len(group), []
     for j, r in enumerate(group):
         n = thoughts.lengths[0, 0, j].item()
-        gain = {"reward": r["utility"], "advantage": r["utility"] - mean, "utility": r["utility"]}
+        gain = {"reward": r.get("reward", r["utility"]), "advantage": r.get("advantage", r["utility"] - mean),
+                "utility": r["utility"]}  # fmt: skip
         listed.append(Thought(
             tokens=[tokenizer.decode([t]) for t in thoughts.tokens[0, 0, j, :n].tolist()],
             logprobs=[round(x, 4) for x in thoughts.logprobs[0, 0, j, :n].tolist()],

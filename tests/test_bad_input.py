@@ -118,7 +118,7 @@ def nan_rl():
     model, tokenizer = tiny_quiet_star()
     original = reinforce.quiet_star_loss
     try:
-        reinforce.quiet_star_loss = lambda *a, **k: (torch.tensor(NAN, requires_grad=True), {})
+        reinforce.quiet_star_loss = lambda *a, **k: (torch.tensor(NAN, requires_grad=True), {}, ())
         qs.train_quiet_star(model, tokenizer, problems(), problems("validation"), steps=1, batch_size=2, num_thoughts=2,
                             thought_length=5)  # fmt: skip
     finally:

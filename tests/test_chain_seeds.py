@@ -29,7 +29,7 @@ def rows(outputs, monkeypatch):
     """Three seeds whose training gains are .01, .03 and .05, each +- .02 over problems; the chain itself is not run."""
     started = []
 
-    def make_run(name, seed, stages):
+    def make_run(name, seed, stages, variant):
         gain = 0.01 + 0.02 * seed
         started.append(seed)
         finish(name, seed, training_gain=gain, training_gain_low=gain - 0.02, training_gain_high=gain + 0.02,

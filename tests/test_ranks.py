@@ -13,7 +13,9 @@ from tiny import problems, tiny_champion, tiny_lm, tiny_quiet_star
 
 from qs_lib import baking, champion, ranks, reinforce
 from qs_lib.checkpoint import Checkpoint
+from qs_lib.optim import MuonGrokfast
 from qs_lib.params import TrainingError, WorkbookError
+from qs_lib.sharding import clip_grad_norm, shard, whole_state
 
 FORK = multiprocessing.get_context("fork")  # a fresh Python would import torch again
 
@@ -40,7 +42,7 @@ def together(work, tmp_path, fine=True):
 
 
 def state(model):
-    return {name: value.numpy() for name, value in model.state_dict().items()}
+    return {name: value.numpy() for name, value in whole_state(model).items()}
 
 
 def largest_difference(one, two):
@@ -60,9 +62,9 @@ def bake(log=lambda **_: None, **settings):
     return state(model), epochs
 
 
-def pretrain(log=lambda **_: None):
+def pretrain(log=lambda **_: None, **settings):
     model, tokenizer = tiny_champion()
-    loss = champion.pretrain(model, tokenizer, champion.corpus(problems(size=60)), 5, batch_size=8, log=log)
+    loss = champion.pretrain(model, tokenizer, champion.corpus(problems(size=60)), 5, batch_size=8, log=log, **settings)
     return state(model), loss
 
 
@@ -178,3 +180,54 @@ def test_a_folder_that_only_one_process_sees_is_told(tmp_path):
         Checkpoint(folder, {}).resume({"model": model})
 
     assert all("do not see the same checkpoints" in text for text in together(work, tmp_path, fine=False))
+
+
+@pytest.mark.parametrize("work", [
+    lambda fsdp: bake(optimizer=sgd, fsdp=fsdp)[0], lambda fsdp: bake(fsdp=fsdp)[0], lambda fsdp: pretrain(fsdp=fsdp)[0],
+    lambda fsdp: reinforced(fsdp=fsdp)[0], lambda fsdp: reinforced(fsdp=fsdp, think_at="difficult", num_positions=3)[0],
+])  # fmt: skip
+def test_sharded_weights_are_trained_as_in_one_process(tmp_path, work):
+    alone, (one, two) = work(False), together(lambda: work(True), tmp_path)
+    assert largest_difference(one, two) == 0 and largest_difference(alone, one) < 1e-3
+
+
+def test_each_process_holds_its_part_of_every_layer(tmp_path):
+    def work():
+        model, _ = tiny_lm()
+        layers, all_of = sum(p.numel() for p in model.model.layers.parameters()), {n: p.shape for n, p in model.named_parameters()}
+        shard(model)
+        held = sum(p.to_local().numel() for p in model.parameters() if ranks.is_sharded(p))
+        optimizer = MuonGrokfast(model, grokfast_lambda=0.1)
+        model(torch.tensor([[1, 2, 3]])).logits.square().mean().backward()
+        ranks.average(model.parameters())
+        before = {n: v.clone() for n, v in whole_state(model).items()}
+        clip_grad_norm(model.parameters(), 1e9)
+        optimizer.step()
+        kept = sum(v.numel() for p, s in optimizer.state.items() if ranks.is_sharded(p) for v in s.values() if v.dim())
+        moved = {n: not torch.equal(v, before[n]) for n, v in whole_state(model).items() if n in all_of}
+        return held / layers, kept / held, all(moved.values()), {n: v.shape for n, v in whole_state(model).items() if n in all_of} == all_of
+
+    for held, kept, moved, shapes in together(work, tmp_path):
+        assert held == pytest.approx(0.5, abs=0.02) and 2 <= kept < 2.2 and moved and shapes
+
+
+def test_the_gradient_norm_of_sharded_weights_is_that_of_all(tmp_path):
+    def work():
+        model, _ = tiny_lm()
+        if ranks.count() > 1:
+            shard(model)
+        model(torch.tensor([[1, 2, 3]])).logits.square().mean().backward()
+        ranks.average(model.parameters())
+        clip_grad_norm(model.parameters(), 0.01)
+        return {n: ranks.whole(p.grad).numpy() for n, p in model.named_parameters()}
+
+    alone, (one, two) = work(), together(work, tmp_path)
+    assert largest_difference(one, two) == 0 and largest_difference(alone, one) < 1e-6
+    assert sum((g**2).sum() for g in alone.values()) ** 0.5 == pytest.approx(0.01, rel=1e-3)
+
+
+def test_what_does_not_go_with_sharded_weights_is_said(tmp_path):
+    with pytest.raises(WorkbookError, match=r"fsdp=True goes without an adapter \(lora_rank\)"):
+        bake(fsdp=True, lora_rank=2)
+    with pytest.raises(WorkbookError, match="fsdp=True goes without a checkpoint on disk"):
+        reinforced(fsdp=True, checkpoint=Checkpoint(tmp_path, {}))

@@ -84,10 +84,10 @@ def test_nothing_but_the_named_parts_gives_gradient():
     model, tokenizer = tiny_quiet_star()
     ids, mask, thoughts = batch(model, tokenizer)
     off = {"pg_weight": 0.0, "nll_weight": 0.0, "kl_coefficient": 0.0, "base_kl": 0.0, "n_true": 3}
-    loss, _ = o.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, **off)
+    loss, _, _ = o.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, **off)
     loss.backward()
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
-    loss, _ = o.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, **off | {"pg_weight": 1.0})
+    loss, _, _ = o.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, **off | {"pg_weight": 1.0})
     loss.backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.lm.parameters())
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.mixing_head.parameters())
@@ -98,7 +98,7 @@ def test_loss_parts_against_a_plain_recomputation():
     model, tokenizer = tiny_quiet_star()
     ids, mask, thoughts = batch(model, tokenizer)
     only_pg = {"nll_weight": 0.0, "kl_coefficient": 0.0, "base_kl": 0.0, "n_true": 3, "reward_floor": -1e9}
-    loss, parts = o.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, **only_pg)
+    loss, parts, _ = o.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, **only_pg)
     hidden, rewards, logprobs = model.config.hidden_ids, torch.zeros(6, 3), torch.zeros(6, 3)
 
     def score(text, continuation, forbid):
@@ -125,7 +125,7 @@ def test_kl_to_itself_is_zero():
 
     model, tokenizer = tiny_quiet_star()
     ids, mask, thoughts = batch(model, tokenizer)
-    _, parts = o.quiet_star_loss(model, copy.deepcopy(model.lm), tokenizer, ids, mask, thoughts, n_true=3)
+    _, parts, _ = o.quiet_star_loss(model, copy.deepcopy(model.lm), tokenizer, ids, mask, thoughts, n_true=3)
     assert all(parts[name] == pytest.approx(0, abs=1e-6) for name in ("kl", "base_kl", "habit_kl"))
 
 
@@ -140,7 +140,7 @@ def test_habit_kl_sees_a_model_that_no_longer_begins_to_think():
         head = model.lm.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.clone())  # untied: only the output changes
         head.weight[thoughts.think_id] *= -3
-    _, parts = o.quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, n_true=3)
+    _, parts, _ = o.quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, n_true=3)
     at = thoughts.positions[:, 0]
     true, mine = (lm(ids, attention_mask=mask).logits[torch.arange(6), at].log_softmax(-1) for lm in (reference, model.lm))
     expected = (true.exp() * (true - mine)).sum(-1).mean().item()
@@ -176,7 +176,7 @@ def test_bad_input_is_one_sentence():
     with pytest.raises(ValueError, match="at least one training and one validation problem"):
         r.train_quiet_star(model, tokenizer, [], problems())
     with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError, match="lower the learning rates"):
-        patch.setattr(r, "quiet_star_loss", lambda *a, **k: (torch.tensor(float("nan"), requires_grad=True), {}))
+        patch.setattr(r, "quiet_star_loss", lambda *a, **k: (torch.tensor(float("nan"), requires_grad=True), {}, ()))
         r.train_quiet_star(model, tokenizer, problems(), problems("validation"), steps=1, batch_size=4, num_thoughts=2,
                            thought_length=6)  # fmt: skip
 
@@ -186,7 +186,7 @@ def test_the_paper_scores_thoughts_at_its_own_temperature():
     model, tokenizer = tiny_quiet_star()
     ids, mask, thoughts = batch(model, tokenizer)
     only_pg = {"nll_weight": 0.0, "kl_coefficient": 0.0, "base_kl": 0.0, "n_true": 3, "reward_floor": -1e9}
-    loss, _ = o.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, objective="paper", **only_pg)
+    loss, _, _ = o.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, objective="paper", **only_pg)
     scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=3, forbid_true=tuple(model.config.hidden_ids))
     rewards = (scored.true_logprobs - scored.base_logprobs.unsqueeze(2)).sum(-1)
     expected = 0.0
@@ -210,7 +210,7 @@ def test_a_learned_value_is_the_baseline_and_is_fitted_by_squared_error():
     ids, mask, thoughts = batch(model, tokenizer)
     head = torch.nn.Linear(model.config.hidden_size, 1)
     off = {"pg_weight": 0.0, "nll_weight": 0.0, "kl_coefficient": 0.0, "base_kl": 0.0, "n_true": 3}
-    loss, parts = o.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, value_head=head, **off)
+    loss, parts, _ = o.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, value_head=head, **off)
     scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=3, forbid_true=tuple(model.config.hidden_ids))
     rewards = (scored.true_logprobs - scored.base_logprobs.unsqueeze(2)).sum(-1).clamp_min(-6)[:, 0].detach()
     predicted = head(scored.base_hidden[:, 0, 0].detach())
@@ -376,3 +376,32 @@ def test_heads_above_the_threshold_are_clipped_in_training():
         result = r.train_quiet_star(model, tokenizer, problems(size=24), problems("validation", 6), qk_clip_threshold=threshold, **settings)
         largest[threshold] = result.history[-1]["max_logit"]
     assert largest[0.05] < 0.1 < largest[0.0]
+
+
+@pytest.mark.parametrize("where", ["question", "difficult"])
+def test_groups_that_were_trained_on_are_kept_as_episodes(where):
+    """Before the first step the model is the one that was given: reward and advantage again from its own scores."""
+    model, tokenizer = tiny_quiet_star()
+    fresh = tiny_quiet_star()[0]
+    pool = problems(size=24)
+    result = r.train_quiet_star(model, tokenizer, pool, problems("validation", 6), steps=2, batch_size=4, num_thoughts=3,
+                                thought_length=8, evaluate_every=1, n_true=2, think_at=where, objective="signed")  # fmt: skip
+    assert [e.stage for e in result.episodes] == ["step 1"] * 4 + ["step 2"] * 4
+    assert all(len(e.thoughts) == 3 and e.question in {p["question"] for p in pool} for e in result.episodes)
+    for e in result.episodes[:4]:
+        ids = tokenizer.convert_tokens_to_ids([t for t in e.tokens])
+        rewards = torch.tensor([t.reward for t in e.thoughts])
+        assert rewards.tolist() == pytest.approx([max(t.utility, -6.0) for t in e.thoughts], abs=1e-4)
+        assert [t.advantage for t in e.thoughts] == pytest.approx(o.advantages(rewards).tolist(), abs=1e-4)
+        assert e.base_tokens[0][1] == pytest.approx(likeliest(fresh, tokenizer, e.tokens), abs=1e-3)
+        assert (e.position, len(ids)) == (len(e.tokens) - 1, len(e.tokens))
+    answers = {p["question"]: p["answer"] for p in pool}
+    if where == "question":
+        assert all(e.answer == answers[e.question] for e in result.episodes)
+    assert all(e.answer_with and e.answer_without for e in result.episodes)
+
+
+def likeliest(model, tokenizer, tokens) -> float:
+    logits = model.lm(torch.tensor([tokenizer.convert_tokens_to_ids(tokens)])).logits[0, -1].clone()
+    logits[model.config.hidden_ids] = -torch.inf
+    return logits.softmax(-1).max().item()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_quiet_star
 
-from qs_lib import pocket, rl_arms
+from qs_lib import chain_seeds, pocket, rl_arms
 from qs_lib.experiments import read_rows
 from qs_lib.objective import quiet_star_loss
 from qs_lib.reinforce import train_quiet_star
@@ -86,10 +86,10 @@ def test_rows_are_kept(few, tmp_path, monkeypatch):
 def test_look_ahead_makes_its_run_once_and_only_where_it_is_missing(tmp_path, monkeypatch):
     made, trained = [], []
     monkeypatch.setattr(rl_arms, "for_scoreboard", lambda folder: None)
-    monkeypatch.setattr(rl_arms, "made_with", lambda run, settings, seed: bool(made))
-    monkeypatch.setattr(rl_arms, "make_run", lambda *given: made.append(given))
+    monkeypatch.setattr(chain_seeds, "made_with", lambda run, settings, seed: bool(made))
+    monkeypatch.setattr(chain_seeds, "make_run", lambda *given: made.append(given))
     monkeypatch.setattr(rl_arms, "train_once", lambda run, settings, seed, checkpoint: trained.append((run.name, settings["n_true"])) or {"gain": 0})
     for _ in range(2):
         rl_arms.look_ahead(tmp_path / "pocket", tmp_path / "experiments", [0, 1])
-    assert made == [("pocket-digits", 0, ("01", "02", "03"), "pocket-digits")]
-    assert trained == [("pocket-digits", 4), ("pocket-digits", 1)] * 2
+    assert made == [("pocket-digits-seed0", 0, ("01", "02", "03"), "pocket-digits")]
+    assert [n for _, n in trained] == [4, 1] * 2 and trained[0][0] == "pocket-digits-seed0"
