@@ -6,8 +6,7 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from .model import ThinkingCache
-from .rescoring import rescore_thoughts
-from .sequences import encode, encode_context, pad
+from .sequences import encode_context, pad
 
 
 @torch.no_grad()
@@ -143,42 +142,3 @@ def best_temperature(model, tokenizer, validation: list[dict], temperatures=(0.0
           for t in temperatures}  # fmt: skip
     best = max(by, key=lambda t: (by[t], t))
     return {"temperature": best, "accuracy": by[best], "by_temperature": by}
-
-
-@torch.no_grad()
-def text_log_likelihood(model, tokenizer, texts: list[tuple[str, str]], positions: int = 8, num_thoughts: int = 4,
-                        thought_length: int = 16, temperature: float = 1.0, seed: int = 0,
-                        batch_size: int = 32) -> dict[str, np.ndarray]:
-    """Next-token log-probs of held-out text without and with thoughts, at ``positions`` evenly spaced places of each text.
-
-    ``texts``: (context, continuation) pairs, read as plain documents. Returns arrays (texts, positions): ``without``
-    (no thoughts), ``with`` (mixed by the head) and ``alone`` (mean over thoughts, no vote for the plain prediction),
-    in nats; nan past the end of a short text.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    out = {"without": [], "with": [], "alone": []}
-    for i in tqdm(range(0, len(texts), batch_size), desc="log-likelihood", leave=False):
-        rows = [encode(tokenizer, *t).ids[: tokenizer.model_max_length] for t in texts[i : i + batch_size]]
-        ids = pad(rows, tokenizer.pad_token_id, device=model.device)
-        mask = pad([[1] * len(r) for r in rows], 0, device=model.device)
-        at = torch.tensor([np.linspace(1, len(r) - 2, positions).round().astype(int).tolist() for r in rows],
-                          device=model.device)  # fmt: skip
-        thoughts = model.think(ids, mask, at, generator, num_thoughts=num_thoughts, thought_length=thought_length,
-                               temperature=temperature)  # fmt: skip
-        scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=1, forbid_true=tuple(model.config.hidden_ids))
-        base, after = scored.base_logprobs[..., 0], scored.true_logprobs[..., 0]
-        weights = model.mixing_head(scored.base_hidden[..., 0, :], scored.thought_hidden[..., 0, :])
-        mixed = (weights * torch.cat([base.unsqueeze(-1), after], -1).exp()).sum(-1).clamp_min(1e-30).log()
-        for name, value in (("without", base), ("with", mixed), ("alone", after.exp().mean(-1).log())):
-            out[name].append(value.masked_fill(~scored.valid[..., 0], torch.nan).cpu())
-    return {k: torch.cat(v).numpy() for k, v in out.items()}
-
-
-def log_likelihood_gain(scores: dict[str, np.ndarray], hardest: float = 0.1) -> dict[str, tuple[float, float, float]]:
-    """Mean gain of ``with`` over ``without`` in nats per token with its interval, over all tokens (``all``) and over
-    the share of tokens the plain model finds hardest (``hardest``). Texts are the unit of resampling."""
-    gain = scores["with"] - scores["without"]
-    threshold = np.nanquantile(scores["without"], hardest)
-    hard = np.where(scores["without"] <= threshold, gain, np.nan)
-    kept = hard[~np.isnan(hard).all(1)]
-    return {"all": interval(np.nanmean(gain, 1)), "hardest": interval(np.nanmean(kept, 1))}

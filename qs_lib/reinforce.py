@@ -16,7 +16,8 @@ from .champion import schedule
 from .checkpoint import Checkpoint
 from .curriculum import curriculum, disagreement, text_of, think_where
 from .episode import Episode
-from .evaluate import accuracy_with_thoughts, answer_of, text_log_likelihood
+from .evaluate import accuracy_with_thoughts, answer_of
+from .likelihood import text_log_likelihood
 from .mixing import ZeroLinear
 from .objective import quiet_star_loss
 from .optim import MuonGrokfast

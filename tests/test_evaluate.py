@@ -87,15 +87,6 @@ def test_a_model_that_copies_the_thought_scores_by_its_thoughts(monkeypatch):
     assert scores["mixed"].tolist() == [1, 0, 1, 0, 1, 0] and scores["each"].mean() == 0.5
 
 
-def test_log_likelihood_with_a_shut_gate_is_the_plain_model():
-    model, tokenizer = tiny_quiet_star()
-    texts = [(p["question"], p["answer"] + " .") for p in problems(size=5)]
-    scores = e.text_log_likelihood(model, tokenizer, texts, positions=4, num_thoughts=2, thought_length=6)
-    assert np.allclose(scores["with"], scores["without"], atol=1e-5, equal_nan=True)
-    gain = e.log_likelihood_gain({"without": np.array([[-1.0, -9.0], [-2.0, -3.0]]), "with": np.array([[-1.0, -4.0], [-2.0, -3.0]])})
-    assert gain["all"][0] == pytest.approx(1.25) and gain["hardest"][0] == pytest.approx(5.0)
-
-
 def test_best_temperature_is_picked_by_validation(monkeypatch):
     table = {0.0: 0.2, 0.5: 0.8, 1.0: 0.6}
     monkeypatch.setattr(e, "accuracy_with_thoughts", lambda *a, temperature, **k: {"mixed": torch.tensor([table[temperature]])})

@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+import torch
+from tiny import problems, tiny_quiet_star
+
+from qs_lib import likelihood as li
+from qs_lib.probability import SHARPENINGS
+from qs_lib.sequences import encode
+from qs_lib.tokens import thinking_ids
+
+TEXTS = [(p["question"], p["answer"] + " .") for p in problems(size=5)]
+
+
+def scores(gate: float, **settings):
+    """Of an untrained model whose head gives thoughts the whole weight (``gate`` 50) or none (0), and its thoughts."""
+    model, tokenizer = tiny_quiet_star()
+    torch.nn.init.constant_(model.mixing_head.gate.bias, gate)
+    drawn, think = [], model.think
+    model.think = lambda *given, **more: drawn.append(think(*given, **more)) or drawn[-1]
+    found = li.text_log_likelihood(model, tokenizer, TEXTS, positions=4, num_thoughts=2, thought_length=6, controls=True, **settings)
+    return found, model, tokenizer, drawn[0]
+
+
+def test_with_a_shut_gate_everything_is_the_plain_model():
+    found, *_ = scores(0.0)
+    for name in ("with", "foreign", "filler"):
+        assert np.allclose(found[name], found["without"], atol=1e-5, equal_nan=True)
+    assert np.allclose(found["sharpened"][SHARPENINGS.index(1.0)], found["without"], atol=1e-5, equal_nan=True)
+    assert not np.allclose(found["alone"], found["without"], atol=1e-2, equal_nan=True)
+
+
+def plain(model, ids: list[int], truth: int, sharpening: float = 1.0) -> float:
+    logits = model.lm(torch.tensor([ids])).logits[0, -1] / sharpening
+    logits[list(model.config.hidden_ids)] = -torch.inf
+    return logits.log_softmax(-1)[truth].item()
+
+
+@torch.no_grad()
+def test_controls_again_from_plain_passes():
+    """One text after another, read as text + what the control puts in place of each thought."""
+    found, model, tokenizer, thoughts = scores(50.0)
+    step, (k, places) = thinking_ids(tokenizer)[2], (2, range(4))
+    for row, text in enumerate(TEXTS):
+        ids = encode(tokenizer, *text).ids
+        for p in places:
+            at = thoughts.positions[row, p].item()
+            read, truth = ids[: at + 1], ids[at + 1]
+            expected = {"with": 0.0, "foreign": 0.0, "filler": 0.0}
+            for j in range(k):
+                own, other = (thoughts.tokens[r, p, j, : thoughts.lengths[r, p, j]].tolist() for r in (row, row - 1))
+                given = {"with": own, "foreign": other, "filler": [own[0], *[step] * (len(own) - 2), own[-1]]}
+                for name, thought in given.items():
+                    expected[name] += np.exp(plain(model, read + thought, truth)) / k
+            for name, value in expected.items():
+                # the gate is open but not one: 1e-3 of the plain prediction is left at most
+                assert found[name][row, p] == pytest.approx(np.log(value), abs=0.05), name
+            for s, value in zip(SHARPENINGS, found["sharpened"][:, row, p], strict=True):
+                assert value == pytest.approx(plain(model, read, truth, s), abs=1e-3)
+
+
+def test_the_temperature_is_fitted_on_other_texts():
+    sharpened = np.full((len(SHARPENINGS), 2, 2), -3.0)
+    validation, test = {"sharpened": sharpened.copy()}, {"sharpened": sharpened.copy(), "with": np.ones((2, 2))}
+    validation["sharpened"][2], test["sharpened"][5], test["sharpened"][2, 0, 0] = -1.0, 0.0, np.nan
+    found, best = li.with_temperature(test, validation)
+    assert best == SHARPENINGS[2] and found["temperature"][1].tolist() == [-3.0, -3.0] and found["with"] is test["with"]
+
+
+def test_the_gain_by_hand():
+    given = {"without": np.array([[-1.0, -9.0], [-2.0, -3.0]]), "with": np.array([[-1.0, -4.0], [-2.0, -3.0]]),
+             "filler": np.array([[-1.0, -4.0], [-2.0, -4.0]])}  # fmt: skip
+    gain = li.log_likelihood_gain(given)
+    assert gain["all"][0] == pytest.approx(1.25) and gain["hardest"][0] == pytest.approx(5.0)
+    over = li.log_likelihood_gain(given, control="filler")
+    assert over["all"][0] == pytest.approx(0.25) and over["hardest"][0] == pytest.approx(0.0)
