@@ -11,13 +11,16 @@ Shapes: R rows, H query heads, Hkv key heads (H a multiple of Hkv), Q queries, K
 import math
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 NAME = "parallel_thoughts"
 _WITHOUT_MASK = NAME + "_without_mask"  # transformers makes no mask for a name that has no mask function
@@ -204,12 +207,15 @@ def thoughts_attention(
             f"{type(module).__name__} adds a position bias to its attention scores, which parallel thoughts "
             "do not support."
         )
-    size, value_size = query.shape[-1], value.shape[-1]
+    size, value_size, device = query.shape[-1], value.shape[-1], query.device.type
+    if torch.is_autocast_enabled(device):  # of the three only values come from a cast product as they are
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if value_size != size:
         wide = max(size, value_size)
         query, key, value = (pad(x, (0, wide - x.shape[-1])) for x in (query, key, value))
     rule = Rule(size**-0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
-    return work.layer(query, key, value, rule)[..., :value_size], None
+    with torch.autocast(device, enabled=False):
+        return work.layer(query, key, value, rule)[..., :value_size], None
 
 
 AttentionInterface.register(NAME, thoughts_attention)
@@ -240,9 +246,10 @@ def thinking(model, own_attention=False):
             module.training = False
         for config, name in before:
             config._attn_implementation_internal = name if own_attention else _WITHOUT_MASK
+        _local.model = model
         yield
     finally:
-        _local.work = None
+        _local.work = _local.model = None
         for config, name in before:
             config._attn_implementation_internal = name
         for module in training:
@@ -252,15 +259,46 @@ def thinking(model, own_attention=False):
 def forward(base, input_ids, position_ids, work):
     """Final hidden states (B, Q, hidden) of a pass in which `work.layer` does the attention of each layer.
 
-    base: the backbone of a model, inside `thinking`.
+    base: the backbone of a model, inside `thinking`. Layers with gradient checkpointing
+    (`recompute_layers`) keep only what goes into them, and are run again in the backward pass.
     """
     work.start()
     _local.work = work
     try:
-        result = base(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        with _recomputed(base, work, _local.model) if torch.is_grad_enabled() else nullcontext():
+            result = base(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     finally:
         _local.work = None
     return result.last_hidden_state
+
+
+def recompute_layers(model):
+    """Gradient checkpointing of a Hugging Face model, for its own passes in training mode and for those of thoughts."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # renamed in 5.23
+    enable({"use_reentrant": False})
+
+
+@contextmanager
+def _recomputed(base, work, model):
+    # transformers checkpoints in training mode only, where dropout is on, and its backward pass would not find `work`.
+    layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    before = [vars(layer).get("forward") for layer in layers]
+
+    @contextmanager
+    def again():
+        with thinking(model):
+            _local.work = work
+            yield
+
+    try:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+        yield
+    finally:
+        for layer, own in zip(layers, before):
+            del layer.forward
+            if own is not None:
+                layer.forward = own
 
 
 class LanguageHead:

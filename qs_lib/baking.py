@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from . import ranks
+from .attention import recompute_layers
 from .champion import schedule
 from .checkpoint import Checkpoint
 from .evaluate import answer_of, replies
@@ -163,7 +164,8 @@ def add_adapter(model, tokenizer, rank: int):
 def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batch_size: int = 32,
          muon_lr: float = 6e-3, adamw_lr: float = 1.5e-3, grokfast_lambda: float = 0.2, ce_weight: float = 1.0,
          trajectories: int = 1800, rehearsal: float = 0.25, patience: int = 0, lora_rank: int = 0,
-         rebake: bool = False, qk_clip_threshold: float | None = None, fsdp: bool = False, seed: int = 0, max_new_tokens: int = 48,
+         rebake: bool = False, qk_clip_threshold: float | None = None, gradient_checkpointing: bool = False, bf16: bool = False,
+         fsdp: bool = False, seed: int = 0, max_new_tokens: int = 48,
          optimizer=None, log=lambda **metrics: None, on_epoch=lambda epoch, model: None,
          checkpoint: Checkpoint | None = None) -> BakingResult:  # fmt: skip
     """Bake the strategies' prompts into ``model`` (in place); the teacher is a frozen copy made first.
@@ -179,7 +181,8 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
     and the eight token rows, merged at the end; 0 trains all weights. ``rebake``: ``model`` is baked already, so the
     teacher, a copy of it, writes and reads thinking tokens itself. ``qk_clip_threshold``: see :class:`MuonGrokfast`;
     each epoch reports the largest attention logit on held-out text, ``max_logit``. ``optimizer``: made from the model
-    by this function in place of :class:`MuonGrokfast`. ``fsdp``: ``model`` and teacher are sharded over the processes and stay
+    by this function in place of :class:`MuonGrokfast`. ``gradient_checkpointing``: keep only what goes into each layer and run it
+    again in the backward pass; ``bf16``: autocast, the weights stay as they are. ``fsdp``: ``model`` and teacher are sharded over the processes and stay
     so (``sharding``). With a ``checkpoint``, whose log then counts, a stopped training
     goes on where it was; finished epochs are not shown to ``on_epoch`` again.
 
@@ -208,6 +211,8 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
     before = held_out_kl(teacher, teacher, tokenizer, held) if rebake else unprompted_kl(teacher, tokenizer, held)
 
     trained = add_adapter(model, tokenizer, lora_rank) if lora_rank else model
+    if gradient_checkpointing:
+        recompute_layers(model)
     qk_clip_threshold = qk_clip_threshold or None
     if optimizer is None:
         optimizer = MuonGrokfast(trained, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=grokfast_lambda,
@@ -235,7 +240,8 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
                     if at == 0:
                         order[:] = length_batches(lengths, batch_size - share, rng)
                     chosen = ranks.share([items[i] for i in order[at]] + rng.sample(direct, share))
-                    loss, kl = baking_loss(trained, teacher, chosen, tokenizer, ce_weight)
+                    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                        loss, kl = baking_loss(trained, teacher, chosen, tokenizer, ce_weight)
                     loss = ranks.weigh(loss, len(chosen))
                     value = ranks.mean(loss.item())
                     if not math.isfinite(value):

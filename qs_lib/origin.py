@@ -62,7 +62,7 @@ def git_commit() -> str | None:
 
 
 def machine() -> dict:
-    """Kind of device, its threads and platform; no machine's name."""
+    """Kind of device, its threads and platform, and the memory that was needed; no machine's name."""
     torch = sys.modules.get("torch")  # a stage that did not import it did not use it
     cuda = torch is not None and torch.cuda.is_available()
     return {
@@ -70,4 +70,17 @@ def machine() -> dict:
         "device_name": torch.cuda.get_device_name() if cuda else platform.machine(),
         "threads": torch.get_num_threads() if torch else None,
         "platform": f"{platform.system()} {platform.machine()}",
+        "peak_memory_mb": _peak_memory(torch if cuda else None),
     }
+
+
+def _peak_memory(torch) -> int | None:
+    """MB that this process held at most: a GPU's own count where there is one, else resident memory; None on Windows."""
+    if torch is not None:
+        return round(torch.cuda.max_memory_allocated() / 1e6)
+    try:
+        import resource
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(most / (1e6 if sys.platform == "darwin" else 1e3))  # bytes there, kilobytes elsewhere

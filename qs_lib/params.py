@@ -209,6 +209,8 @@ class Baking(NotebookParams):
     patience: int = Field(default=0, ge=0)
     lora_rank: int = Field(default=0, ge=0)
     qk_clip_threshold: float = Field(default=0.0, ge=0)
+    gradient_checkpointing: bool = False
+    bf16: bool = False
     hard_share: float = Field(default=1.0, ge=0, le=1)
     max_new_tokens: int = Field(default=48, ge=2)
     eval_problems: int = Field(default=48, ge=2)
@@ -240,6 +242,8 @@ class Reinforce(NotebookParams):
     token_scale: float = Field(default=1.0, gt=0)
     lora_rank: int = Field(default=0, ge=0)
     qk_clip_threshold: float = Field(default=0.0, ge=0)
+    gradient_checkpointing: bool = False
+    bf16: bool = False
     reward: Literal["likelihood", "correct"] = "likelihood"
     objective: Literal["signed", "positive", "paper"] = "positive"
     baseline: Literal["others", "value"] = "others"

@@ -14,7 +14,8 @@ PATIENCE = 30.0  # seconds that a killed worker's kernel may take to end and fre
 
 
 def run_point(point: dict) -> dict:
-    """Run what is not finished of a point; returns its row: ``run``, the grid's values, the stages' summaries, ``seconds``.
+    """Run what is not finished of a point; returns its row: ``run``, the grid's values, the stages' summaries, ``seconds``
+    and ``peak_memory_mb``.
 
     ``point``: ``run`` (name), ``outputs`` (folder of all points), ``upstream`` (folder of the run that earlier stages are
     read from), ``notebooks`` (paths, in order), ``given`` (parameters of each), ``values`` (of the grid), ``keep``,
@@ -37,13 +38,14 @@ def run_point(point: dict) -> dict:
 
 
 def _stages(point: dict, run: Path) -> dict:
-    found = {"seconds": 0.0}
+    found = {"seconds": 0.0, "peak_memory_mb": 0}
     for notebook, given in zip(map(Path, point["notebooks"]), point["given"], strict=True):
         given = given | {"run_name": point["run"], "upstream": point["run"]}
         record = run_stage(notebook, run, given, check_parameters(notebook, given), keep=point["keep"])
         numbers = {k: v for k, v in record["summary"].items() if isinstance(v, (bool, int, float, str))}
         found |= {k if k not in found and k not in point["values"] else f"{notebook.stem}.{k}": v for k, v in numbers.items()}
         found["seconds"] = round(found["seconds"] + record["wall_s"], 1)
+        found["peak_memory_mb"] = max(found["peak_memory_mb"], record.get("peak_memory_mb") or 0)
     return found
 
 

@@ -27,7 +27,7 @@ def shares_prefix(model):
     whose logits cannot be reproduced from its final hidden states.
     """
     if model not in _known:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             reason = _reason(model)
         if reason:
             warnings.warn(

@@ -5,12 +5,14 @@ import math
 import random
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from . import ranks
+from .attention import recompute_layers
 from .baking import add_adapter
 from .champion import schedule
 from .checkpoint import Checkpoint
@@ -49,8 +51,8 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
                      muon_lr: float = 1.5e-3, adamw_lr: float = 1e-3, grokfast_lambda: float = 0.1,
                      token_scale: float = 1.0, use_curriculum: bool = True, hard_share: float = 0.4,
                      think_at: str = "question", num_positions: int = 8, adaptive_length: bool = False,
-                     baseline: str = "others", lora_rank: int = 0, qk_clip_threshold: float = 0.0, fsdp: bool = False, evaluate_every: int = 50,
-                     seed: int = 0, log=lambda **metrics: None, checkpoint: Checkpoint | None = None, **objective) -> TrainingResult:  # fmt: skip
+                     baseline: str = "others", lora_rank: int = 0, qk_clip_threshold: float = 0.0, gradient_checkpointing: bool = False,
+                     bf16: bool = False, fsdp: bool = False, evaluate_every: int = 50, seed: int = 0, log=lambda **metrics: None, checkpoint: Checkpoint | None = None, **objective) -> TrainingResult:  # fmt: skip
     """Train a :class:`QuietStarForCausalLM` in place; the weights that did best on validation are kept.
 
     Each step draws ``over`` x ``batch_size`` training problems, samples ``num_thoughts`` thoughts at each position
@@ -60,10 +62,11 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
     ``thought_length``. ``baseline``: mean reward of the ``others`` thoughts, or a learned linear ``value`` of the state before
     them. ``lora_rank``: train an adapter of that rank, the thinking tokens' eight rows and the mixing head in place of all
     weights, and merge it in the end. ``qk_clip_threshold``: heads whose attention logits on a batch's texts pass it are
-    brought back to it (0: none; an adapter's are left alone). ``fsdp``: the model is sharded over the processes, and stays so
-    (``sharding``). Validation: accuracy with thoughts after the question, or, for
-    thoughts inside the text, its log-likelihood with thoughts. With a ``checkpoint``, whose log then counts, a stopped training
-    goes on where it was.
+    brought back to it (0: none; an adapter's are left alone). ``gradient_checkpointing``: keep only what goes into each layer and
+    run it again in the backward pass. ``bf16``: thoughts and loss under autocast, the weights stay as they are. ``fsdp``: the
+    model is sharded over the processes, and stays so (``sharding``). Validation: accuracy with thoughts after the question, or,
+    for thoughts inside the text, its log-likelihood with thoughts. With a ``checkpoint``, whose log then counts, a stopped
+    training goes on where it was.
 
     Raises ``WorkbookError`` on empty problems or another baseline or place, ``TrainingError`` on a non-finite loss.
     """
@@ -91,6 +94,9 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
     if baseline == "value":
         objective["value_head"] = parts["value"] = ZeroLinear(model.config.hidden_size, 1).to(model.device)
         value_optimizer = parts["value_optimizer"] = torch.optim.AdamW(objective["value_head"].parameters(), lr=adamw_lr)
+    if gradient_checkpointing:
+        recompute_layers(model.lm)
+    cast = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=bf16)
     model.eval()  # no dropout: log-probs must be those of the sampling policy
     with checkpoint or Checkpoint(log=log) as saving:
         ranks.check_equal(model, "before training")
@@ -101,7 +107,7 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
             ids, mask, positions = think_where(model.lm, tokenizer, chosen, think_at, num_positions)
             length = min(thought_length, adapted(ids.shape[1])) if adaptive_length else thought_length
             own = ranks.share(torch.arange(len(ids)))
-            with torch.no_grad(), gathered(model.lm):
+            with torch.no_grad(), gathered(model.lm), cast():
                 thoughts = generate_thoughts(model.lm, ids[own], mask[own], None if positions is None else positions[own],
                                              num_thoughts, length, temperature, generator=generator, with_hidden=False,
                                              numbers=own)  # fmt: skip
@@ -111,8 +117,9 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
                 keep = (differ + torch.rand(len(ids), generator=generator)).topk(batch_size).indices.sort().values
                 ids, mask, thoughts, chosen = ids[keep], mask[keep], thoughts.part(keep), [chosen[i] for i in keep.tolist()]
             own = ranks.share(torch.arange(len(ids)))
-            loss, metrics, trained_on = quiet_star_loss(model, reference, tokenizer, ids[own], mask[own], thoughts.part(own),
-                                                        n_true=n_true, **objective)  # fmt: skip
+            with cast():
+                loss, metrics, trained_on = quiet_star_loss(model, reference, tokenizer, ids[own], mask[own], thoughts.part(own),
+                                                            n_true=n_true, **objective)  # fmt: skip
             value, metrics = ranks.mean(loss.item()), ranks.means(metrics)
             if not math.isfinite(value):
                 raise TrainingError(f"the loss is {value} at step {step}: lower the learning rates")

@@ -176,6 +176,25 @@ def test_lora_baking_leaves_a_plain_model_that_has_moved(monkeypatch):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_running_layers_again_bakes_the_same_weights_to_the_bit(monkeypatch):
+    (plain, tokenizer), (again, _) = tiny_lm(), tiny_lm()
+    small_bake(monkeypatch, plain, tokenizer)
+    small_bake(monkeypatch, again, tokenizer, gradient_checkpointing=True)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in plain.state_dict().items())
+
+
+def test_autocast_bakes_float32_weights(monkeypatch):
+    (plain, tokenizer), (cast, _) = tiny_lm(), tiny_lm()
+    losses = []
+    real = b.baking_loss
+    monkeypatch.setattr(b, "baking_loss", lambda *given: losses.append(torch.is_autocast_enabled("cpu")) or real(*given))
+    small_bake(monkeypatch, cast, tokenizer, bf16=True)
+    assert all(losses) and all(p.dtype == torch.float32 and p.isfinite().all() for p in cast.parameters())
+    small_bake(monkeypatch, plain, tokenizer)
+    moved = max((v - cast.state_dict()[k]).abs().max().item() for k, v in plain.state_dict().items())
+    assert 0 < moved < 0.05
+
+
 def test_baking_clips_the_student_and_never_the_teacher(monkeypatch):
     model, tokenizer = tiny_lm()
     original, threshold, teachers = copy.deepcopy(model.state_dict()), 0.05, []

@@ -405,3 +405,28 @@ def likeliest(model, tokenizer, tokens) -> float:
     logits = model.lm(torch.tensor([tokenizer.convert_tokens_to_ids(tokens)])).logits[0, -1].clone()
     logits[model.config.hidden_ids] = -torch.inf
     return logits.softmax(-1).max().item()
+
+
+def trained_with(**settings):
+    model, tokenizer = tiny_quiet_star()
+    torch.nn.init.constant_(model.mixing_head.gate.bias, 0.5)
+    result = r.train_quiet_star(model, tokenizer, problems(size=24), problems("validation", 6), steps=3, batch_size=4, num_thoughts=3,
+                                thought_length=8, evaluate_every=3, n_true=2, **settings)  # fmt: skip
+    return model.state_dict(), result.history
+
+
+def test_running_layers_again_trains_the_same_weights_to_the_bit():
+    (plain, history), (again, other) = trained_with(), trained_with(gradient_checkpointing=True)
+    assert history == other and all(torch.equal(again[name], value) for name, value in plain.items())
+
+
+def test_autocast_draws_and_scores_in_bfloat16_and_keeps_float32_weights(monkeypatch):
+    kinds = []
+    monkeypatch.setattr(r, "generate_thoughts", lambda *a, real=r.generate_thoughts, **k: kinds.append(torch.is_autocast_enabled("cpu")) or real(*a, **k))
+    monkeypatch.setattr(r, "quiet_star_loss", lambda *a, real=r.quiet_star_loss, **k: kinds.append(torch.is_autocast_enabled("cpu")) or real(*a, **k))
+    found, history = trained_with(bf16=True)
+    assert kinds == [True] * 6 and all(math.isfinite(row["loss"]) for row in history)
+    assert all(value.dtype == torch.float32 for value in found.values())
+    plain, _ = trained_with()
+    moved = max((found[n] - plain[n]).abs().max().item() for n in plain)
+    assert 0 < moved < 0.05

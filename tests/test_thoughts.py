@@ -188,6 +188,58 @@ def test_gradients_equal_plain_forward(family):
             assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9, name
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "qwen2_moe"])
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(family):
+    model, (ids, mask) = build(family), batch()
+    thoughts = think(model, ids, mask, SUBSET)
+
+    def kept_and_gradients():
+        sizes, storages = [], set()
+
+        def keep(x):
+            if x.untyped_storage().data_ptr() not in storages:
+                storages.add(x.untyped_storage().data_ptr())
+                sizes.append(x.untyped_storage().nbytes())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            scored = rescore_thoughts(model, ids, thoughts, mask, n_true=2)
+            kept = sum(sizes)
+            (scored.thought_logprobs.sum() + scored.true_logprobs.square().sum()).backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return kept, found
+
+    all_kept, expected = kept_and_gradients()
+    attention.recompute_layers(model)
+    model.train()  # dropout stays off all the same
+    kept, found = kept_and_gradients()
+    assert kept < 0.8 * all_kept and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not any("forward" in vars(module) for module in model.modules()) and model.training
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_autocast_shares_the_text_and_stays_near_float32(family, recwarn):
+    model, (ids, mask) = build(family), batch()
+    thoughts = think(model, ids, mask, SUBSET)
+
+    def scores(bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            drawn = think(copy.deepcopy(model), ids, mask, SUBSET)
+            scored = rescore_thoughts(model, ids, thoughts, mask, n_true=2)
+        (scored.thought_logprobs.sum() + scored.true_logprobs.sum()).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        return drawn, scored, gradient
+
+    (_, plain, plain_gradient), (drawn, cast, gradient) = scores(False), scores(True)
+    assert not [w for w in recwarn if "cannot share" in str(w.message)]
+    assert cast.thought_logprobs.dtype == torch.float32 and drawn.logprobs.isfinite().all()
+    assert 0 < (cast.thought_logprobs - plain.thought_logprobs).abs().max() < 0.3
+    assert torch.nn.functional.cosine_similarity(gradient, plain_gradient, dim=0) > 0.98
+
+
 def wrong_limit(shift):
     before = prefix.Grid.__init__
 
