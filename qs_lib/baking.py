@@ -5,7 +5,7 @@ import functools
 import math
 import random
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +22,7 @@ from .params import TrainingError, WorkbookError
 from .qk_clip import watch_max_logits
 from .sequences import encode_context, length_batches, mark, marker_spellings, pad
 from .sharding import check_fsdp, clip_grad_norm, shard
-from .strategies import PROMPTS, strategy_of
+from .strategies import PROMPTS, asked, strategy_of
 from .tokens import thinking_ids
 
 
@@ -53,13 +53,13 @@ class BakingResult:
     seconds: float = 0.0
 
 
-def thought_item(tokenizer, prompt: str, question: str, plain: list[int], ce: bool = False,
+def thought_item(tokenizer, prompted: str, question: str, plain: list[int], ce: bool = False,
                  rebake: bool = False) -> BakingItem:
-    """``plain``: reply ids in plain words, end-of-text included. The teacher reads prompt, question and these, or, in
+    """``plain``: reply ids in plain words, end-of-text included. The teacher reads the ``prompted`` question and these, or, in
     a ``rebake``, the thinking tokens that it has learnt itself; the student reads the question and the same reply with
     thinking tokens. The first reply token and end-of-text are among the trained positions (the paper's own code misses
     the first)."""
-    context, question_ids = encode_context(tokenizer, f"{prompt} {question}"), encode_context(tokenizer, question)
+    context, question_ids = encode_context(tokenizer, prompted), encode_context(tokenizer, question)
     marked, last = mark(plain, marker_spellings(tokenizer))
     read, last = (marked, range(len(marked))) if rebake else (plain, last)
     return BakingItem(
@@ -87,8 +87,8 @@ def aligned_log_probs(student, teacher, items: list[BakingItem], tokenizer) -> t
     tags, words = new(thinking_ids(tokenizer)), new([ids[0] for ids in marker_spellings(tokenizer).values()])
     index = new([k for k, i in enumerate(items) for _ in i.targets])
     direct, plain = (new([getattr(i, kind) for i in items])[index] for kind in ("direct", "plain"))
-    with torch.no_grad():
-        t = _at(teacher, [i.teacher_ids for i in items], [i.teacher_at for i in items], tokenizer)
+    with torch.no_grad(), frozen(teacher) as as_it_was:
+        t = _at(as_it_was, [i.teacher_ids for i in items], [i.teacher_at for i in items], tokenizer)
         no_tags = torch.zeros(t.shape[1], device=t.device).index_fill_(0, tags, -torch.inf)
         t = F.log_softmax(t + torch.where((direct | plain)[:, None], no_tags, 0.0), -1)
         renamed = t[plain]
@@ -97,6 +97,21 @@ def aligned_log_probs(student, teacher, items: list[BakingItem], tokenizer) -> t
     s = _at(student, [i.student_ids for i in items], [i.student_at for i in items], tokenizer)
     s = F.log_softmax(s + torch.where(direct[:, None], no_tags, 0.0), -1)
     return s, t, new([x for i in items for x in i.targets]), index
+
+
+@contextmanager
+def frozen(reference):
+    """The model to compare with: ``reference`` itself, or of a peft model what it was before its adapter, without dropout."""
+    if not hasattr(reference, "disable_adapter"):
+        yield reference
+        return
+    training = reference.training
+    reference.eval()
+    try:
+        with reference.disable_adapter():
+            yield reference.get_base_model()
+    finally:
+        reference.train(training)
 
 
 def _at(model, rows, positions, tokenizer):
@@ -124,23 +139,22 @@ def baking_loss(student, teacher, items: list[BakingItem], tokenizer, ce_weight:
 
 
 def sample_trajectories(teacher, tokenizer, problems: list[dict], temperature: float = 1.0, seed: int = 0,
-                        max_new_tokens: int = 48, rebake: bool = False) -> list[BakingItem]:
-    """Replies sampled from the prompted teacher, as ids, each prompt naming a strategy that fits its problem.
+                        max_new_tokens: int = 48, rebake: bool = False, prompts=PROMPTS) -> list[BakingItem]:
+    """Replies sampled from the prompted teacher, as ids, each prompt (``prompts[strategy]``) of a strategy that fits its problem.
 
     Replies cut off by the length limit or without a whole thought are kept out: there is nothing to align.
     ``rebake``: the teacher writes thinking tokens itself.
     """
-    prompts = [PROMPTS[(p["fits"] or ["cot"])[0]] for p in problems]
     forbid = () if rebake else tuple(thinking_ids(tokenizer))
-    written = replies(teacher, tokenizer, [f"{u} {p['question']}" for u, p in zip(prompts, problems, strict=True)],
-                      max_new_tokens, forbid, temperature, seed=seed, desc="teacher")  # fmt: skip
+    contexts = [asked(p, prompts) for p in problems]
+    written = replies(teacher, tokenizer, contexts, max_new_tokens, forbid, temperature, seed=seed, desc="teacher")
     start, end = thinking_ids(tokenizer)[:2]
     items = []
-    for prompt, problem, reply in zip(prompts, problems, written, strict=True):
+    for context, problem, reply in zip(contexts, problems, written, strict=True):
         marked, _ = mark(reply, marker_spellings(tokenizer))
         if marked and marked[0] == start and end in marked:
             reply = reply + [tokenizer.eos_token_id]
-            items.append(thought_item(tokenizer, prompt, problem["question"], reply, rebake=rebake))
+            items.append(thought_item(tokenizer, context, problem["question"], reply, rebake=rebake))
     return items
 
 
@@ -165,22 +179,24 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
          muon_lr: float = 6e-3, adamw_lr: float = 1.5e-3, grokfast_lambda: float = 0.2, ce_weight: float = 1.0,
          trajectories: int = 1800, rehearsal: float = 0.25, patience: int = 0, lora_rank: int = 0,
          rebake: bool = False, qk_clip_threshold: float | None = None, gradient_checkpointing: bool = False, bf16: bool = False,
-         fsdp: bool = False, seed: int = 0, max_new_tokens: int = 48,
+         fsdp: bool = False, seed: int = 0, max_new_tokens: int = 48, prompts: dict[str, str] = PROMPTS,
          optimizer=None, log=lambda **metrics: None, on_epoch=lambda epoch, model: None,
          checkpoint: Checkpoint | None = None) -> BakingResult:  # fmt: skip
-    """Bake the strategies' prompts into ``model`` (in place); the teacher is a frozen copy made first.
+    """Bake the strategies' prompts into ``model`` (in place); the teacher is a frozen copy made first, or, with an adapter, the
+    model without it.
 
     ``examples``: worked examples (:func:`qs_lib.reasoning_dataset`), trained by KL and cross-entropy; ``problems``:
     training records for ``trajectories`` sampled from the prompted teacher (KL only) and for ``rehearsal`` x batch
     direct answers (KL to the champion on its own greedy answers, thinking tokens left out), which keep the model able
-    to answer without thoughts; ``validation``: held-out records for the dose curve.
+    to answer without thoughts; ``validation``: held-out records for the dose curve. ``prompts``: strategy -> what the teacher is
+    asked with, ``strategies.prompts_with`` for one that was not trained on ``PROMPTS``.
 
     ``on_epoch(epoch, model)`` sees every half-baked model, with ``lora_rank`` as a peft model whose ``save_pretrained``
     writes the adapter alone. ``patience``: after so many epochs without a lower held-out KL stop, and go back to the
     epoch where it was lowest (0: all epochs, the last one stays). ``lora_rank``: train an adapter of that rank
     and the eight token rows, merged at the end; 0 trains all weights. ``rebake``: ``model`` is baked already, so the
     teacher, a copy of it, writes and reads thinking tokens itself. ``qk_clip_threshold``: see :class:`MuonGrokfast`;
-    each epoch reports the largest attention logit on held-out text, ``max_logit``. ``optimizer``: made from the model
+    each epoch reports the largest attention logit on held-out text, ``max_logit`` (with an adapter the teacher's passes count too). ``optimizer``: made from the model
     by this function in place of :class:`MuonGrokfast`. ``gradient_checkpointing``: keep only what goes into each layer and run it
     again in the backward pass; ``bf16``: autocast, the weights stay as they are. ``fsdp``: ``model`` and teacher are sharded over the processes and stay
     so (``sharding``). With a ``checkpoint``, whose log then counts, a stopped training
@@ -190,16 +206,16 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
     """
     started, rng = time.monotonic(), random.Random(seed)
     check_fsdp(fsdp, checkpoint, lora_rank)
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    teacher = model.eval() if lora_rank else copy.deepcopy(model).eval().requires_grad_(False)
     if fsdp:
         shard(teacher)
         shard(model)
     items = [
-        thought_item(tokenizer, e["prompt"], e["question"],
+        thought_item(tokenizer, asked({**e, "fits": [e["strategy"]]}, prompts), e["question"],
                      tokenizer.encode(" " + e["reply"], add_special_tokens=False) + [tokenizer.eos_token_id], True, rebake)
         for e in examples
     ]  # fmt: skip
-    sampling = {"max_new_tokens": max_new_tokens, "rebake": rebake}
+    sampling = {"max_new_tokens": max_new_tokens, "rebake": rebake, "prompts": prompts}
     items += sample_trajectories(teacher, tokenizer, list(problems)[:trajectories], seed=seed, **sampling)
     share = max(1, round(batch_size * rehearsal)) if rehearsal else 0
     rehearsed = [p["question"] for p in list(problems)[-(len(items) * share // batch_size + batch_size) :]] if share else []
@@ -211,6 +227,8 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
     before = held_out_kl(teacher, teacher, tokenizer, held) if rebake else unprompted_kl(teacher, tokenizer, held)
 
     trained = add_adapter(model, tokenizer, lora_rank) if lora_rank else model
+    if lora_rank:
+        teacher = trained  # without its adapter, see `frozen`: no second copy of the weights
     if gradient_checkpointing:
         recompute_layers(model)
     qk_clip_threshold = qk_clip_threshold or None
@@ -310,12 +328,12 @@ def unprompted_kl(teacher, tokenizer, items: list[BakingItem], batch_size: int =
     return torch.cat(total).mean().item()
 
 
-def habits(model, tokenizer, problems: list[dict], max_new_tokens: int = 48, prompted: bool = False) -> dict:
+def habits(model, tokenizer, problems: list[dict], max_new_tokens: int = 48) -> dict:
     """Greedy replies' exact-match ``accuracy``, ``thinking_use`` (share that think) and ``strategy_fit`` (share whose
-    strategy suits the problem). ``prompted``: with the fitting strategy's prompt in front."""
+    strategy suits the problem)."""
     start, end = thinking_ids(tokenizer)[:2]
     spellings = marker_spellings(tokenizer)
-    contexts = [f"{PROMPTS[(p['fits'] or ['cot'])[0]]} {p['question']}" if prompted else p["question"] for p in problems]
+    contexts = [p["question"] for p in problems]
     correct, use, fit = [], [], []
     for problem, reply in zip(problems, replies(model, tokenizer, contexts, max_new_tokens), strict=True):
         reply, _ = mark(reply, spellings)

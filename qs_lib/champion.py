@@ -32,11 +32,12 @@ from .strategies import LEAD_WORDS, PROMPTS, reply
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 
 
-def load_champion(source: str = "pocket", dtype=torch.float32, device: str | None = None):
+def load_champion(source: str = "pocket", dtype=torch.float32, device: str | None = None, chat_template: bool | None = None):
     """(model, tokenizer) from ``"pocket"`` (the committed run's), a Hugging Face name or a folder.
 
     The model is in evaluation mode, on ``device`` (by default what ``QS_DEVICE`` says, else the CPU: notebooks repeat their
-    numbers there); all that works with it follows its device. The tokenizer pads on the left. Only safetensors are read and no code of the
+    numbers there); all that works with it follows its device. The tokenizer pads on the left; ``chat_template``: whether questions are put to
+    it as a user's turns (True raises where it has no template), by default if it has one. Only safetensors are read and no code of the
     model's own is run. Raises ``SourceError`` or ``HubError`` with a sentence that says what to do.
     """
     path = find_run("") / "01_token_setup" / "champion" if source == "pocket" else Path(source).expanduser()
@@ -56,6 +57,10 @@ def load_champion(source: str = "pocket", dtype=torch.float32, device: str | Non
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise SourceError(f"{source}: the tokenizer knows {len(tokenizer)} tokens and the model {rows}: they do not belong together")
+    if chat_template and not tokenizer.chat_template:
+        raise SourceError(f"{source} has no chat template: set chat_template to False, or take the instruction-tuned model")
+    if chat_template is False:
+        tokenizer.chat_template = None
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

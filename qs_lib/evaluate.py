@@ -1,22 +1,26 @@
 """Exact-match evaluation by real decoding, with and without thoughts, and intervals for every share."""
 
+import itertools
+
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from .model import ThinkingCache
-from .sequences import encode_context, pad
+from .sequences import encode_context, line_ends, pad
 
 
 @torch.no_grad()
 def replies(model, tokenizer, contexts: list[str], max_new_tokens: int = 48, forbid: tuple[int, ...] = (),
             temperature: float = 0.0, batch_size: int = 240, seed: int = 0, desc: str = "reply") -> list[list[int]]:
-    """Reply ids (without end-of-text) of a plain causal LM for each context, greedy or sampled.
+    """Reply ids of a plain causal LM for each context, greedy or sampled: one line, without its end or end-of-text.
 
     ``forbid``: ids that may not be written (the eight thinking tokens, to answer without thoughts).
     """
     torch.manual_seed(seed)
+    ends = [tokenizer.eos_token_id, *line_ends(tokenizer)]
+    stops = set(ends)
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
     encoded, out = [encode_context(tokenizer, c) for c in contexts], [None] * len(contexts)
     processors = LogitsProcessorList([SuppressTokensLogitsProcessor(list(forbid))] if forbid else [])
@@ -28,11 +32,10 @@ def replies(model, tokenizer, contexts: list[str], max_new_tokens: int = 48, for
         mask = pad([[1] * len(encoded[k]) for k in rows], 0, "left", model.device)
         written = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, logits_processor=processors,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **sampling,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=ends, **sampling,
         )[:, ids.shape[1] :]  # fmt: skip
         for k, row in zip(rows, written.tolist(), strict=True):
-            end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
-            out[k] = row[:end]
+            out[k] = list(itertools.takewhile(lambda i: i not in stops, row))
     return out
 
 

@@ -1,13 +1,12 @@
 """The training objective (arXiv 2403.09629 §4.4): REINFORCE on thoughts and the likelihood of what truly follows."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 
 from . import ranks
 from .attention import LanguageHead
-from .baking import forward_kl
+from .baking import forward_kl, frozen
 from .rescoring import rescore_thoughts
 from .tokens import thinking_ids
 
@@ -89,9 +88,7 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, *, n_true=
         error = ranks.weigh(((value.unsqueeze(-1) - rewards) ** 2).mean(), units)
         loss, parts["value_error"] = loss + error, error.item()
     if reference is not None and (kl_coefficient or base_kl):
-        adapted = hasattr(reference, "disable_adapter")
-        with torch.no_grad(), reference.disable_adapter() if adapted else nullcontext():
-            lm = reference.get_base_model() if adapted else reference
+        with torch.no_grad(), frozen(reference) as lm:
             ref = rescore_thoughts(lm, ids, thoughts, mask, n_true=n_true, true_logits=True, forbid_true=tags)
             first = LanguageHead(lm)(ref.base_hidden[..., 0, :]).log_softmax(-1)
         kl = ranks.weigh(sampled_kl(logprobs, ref.thought_logprobs[there]), units)

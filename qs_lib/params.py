@@ -166,6 +166,8 @@ class TokenSetup(Source):
     """01: thinking tokens and the champion."""
 
     champion: str = ""
+    chat_template: bool = False
+    prompt_examples: int = Field(default=0, ge=0)
     architecture: str = "llama"
     hidden_size: int = Field(default=128, ge=8)
     layers: int = Field(default=2, ge=1)
@@ -211,6 +213,7 @@ class Baking(NotebookParams):
     qk_clip_threshold: float = Field(default=0.0, ge=0)
     gradient_checkpointing: bool = False
     bf16: bool = False
+    prompt_examples: int = Field(default=0, ge=0)
     hard_share: float = Field(default=1.0, ge=0, le=1)
     max_new_tokens: int = Field(default=48, ge=2)
     eval_problems: int = Field(default=48, ge=2)

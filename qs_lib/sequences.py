@@ -19,7 +19,15 @@ class Sequence:
 
 
 def encode_context(tokenizer, text: str) -> list[int]:
-    """Ids of a prompt or question, with the beginning-of-text token where the tokenizer has one."""
+    """Ids of a prompt or question, with the beginning-of-text token where the tokenizer has one.
+
+    With a chat template it is a user's turn, and the assistant's begins with ``Answer:``, so that a reply's first word is cut
+    into tokens as within a text.
+    """
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) + "Answer:"
+        return tokenizer.encode(text, add_special_tokens=False)  # the template has its own beginning
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + tokenizer.encode(text, add_special_tokens=False)
 
@@ -30,6 +38,12 @@ def encode(tokenizer, context: str, reply: str) -> Sequence:
     prefix = encode_context(tokenizer, context)
     return Sequence(prefix + tokenizer.encode(" " + reply, add_special_tokens=False) + [tokenizer.eos_token_id],
                     len(prefix))  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8)
+def line_ends(tokenizer) -> list[int]:
+    """Ids of the tokens that end a line."""
+    return [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])]
 
 
 @functools.lru_cache(maxsize=8)

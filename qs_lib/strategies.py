@@ -134,6 +134,28 @@ def reply(strategy: str | None, problem: dict) -> str:
     return f"think {body(strategy, problem['steps'], problem['lead'])} done {problem['answer']} ."
 
 
+def prompts_with(problems: list[dict], count: int) -> dict[str, str]:
+    """``PROMPTS``, each after ``count`` worked examples of its strategy, a line each: how to ask a model that was not trained on
+    these forms. Raises ``WorkbookError`` naming a strategy that too few problems fit."""
+    found = {}
+    for strategy, prompt in PROMPTS.items():
+        suits = [p for p in problems if p["steps"] and (strategy == "cot" or strategy in p["fits"])][:count]
+        if len(suits) < count:
+            raise WorkbookError(f"{len(suits)} problems fit {strategy}, its prompt needs {count} worked examples: load more problems")
+        found[strategy] = "".join(f"{prompt} {_line(p['question'])} {reply(strategy, p)}\n" for p in suits) + prompt
+    return found
+
+
+def asked(problem: dict, prompts: dict[str, str]) -> str:
+    """A question after the prompt of the first strategy that fits it; on one line where the prompt's examples are."""
+    prompt = prompts[(problem["fits"] or ["cot"])[0]]
+    return f"{prompt} {_line(problem['question']) if chr(10) in prompt else problem['question']}"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def strategy_of(thought: str) -> str | None:
     """The strategy a thought uses (text with plain or special markers), or None when it has no worked step."""
     for token, word in PLAIN_WORDS.items():  # byte-level tokenizers decode "<think><step> 3", without a space between

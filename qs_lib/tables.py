@@ -14,7 +14,7 @@ from .escape import safe_text, safe_token
 from .evaluate import answer_of, replies
 from .sequences import mark, marker_spellings
 from .stage import UpstreamError, find_run
-from .strategies import PROMPTS, strategy_of
+from .strategies import PROMPTS, asked, strategy_of
 from .tokens import PLAIN_WORDS, THINKING_TOKENS, thinking_ids
 
 
@@ -96,11 +96,11 @@ def aligned_tokens(item: BakingItem, tokenizer) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["teacher has read", "student has read", "both predict"])
 
 
-def reply_rows(model, tokenizer, problems: list[dict], max_new_tokens: int = 48, prompted: bool = False) -> list[dict]:
+def reply_rows(model, tokenizer, problems: list[dict], max_new_tokens: int = 48, prompts: dict[str, str] | None = None) -> list[dict]:
     """One row per problem: the greedy ``reply``, its ``answer``, whether it is ``correct``, ``thinks``, which ``strategy``
-    it uses ("none" without a thought) and whether that ``fits``. ``prompted``: after a fitting strategy's prompt."""
+    it uses ("none" without a thought) and whether that ``fits``. ``prompts``: strategy -> what to ask it with, in front of the question."""
     start, end = thinking_ids(tokenizer)[:2]
-    contexts = [f"{PROMPTS[(p['fits'] or ['cot'])[0]]} {p['question']}" if prompted else p["question"] for p in problems]
+    contexts = [asked(p, prompts) if prompts else p["question"] for p in problems]
     rows = []
     for problem, written in zip(problems, replies(model, tokenizer, contexts, max_new_tokens), strict=True):
         ids, _ = mark(written, marker_spellings(tokenizer))  # a prompted champion writes the plain words

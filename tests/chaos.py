@@ -66,7 +66,7 @@ def teach(model, tokenizer, saving):
 
     # A model so small writes no whole thought: its held-out and sampled replies are worked examples instead.
     module.sample_trajectories = lambda teacher, tokenizer, problems, **_: [
-        module.thought_item(tokenizer, e["prompt"], e["question"], tokenizer.encode(" " + e["reply"], add_special_tokens=False)
+        module.thought_item(tokenizer, f"{e['prompt']} {e['question']}", e["question"], tokenizer.encode(" " + e["reply"], add_special_tokens=False)
                             + [tokenizer.eos_token_id]) for e in EXAMPLES[:6]]  # fmt: skip
     bake(model, tokenizer, EXAMPLES, problems(size=64), problems("validation", 6), epochs=2, batch_size=12, patience=1,
          checkpoint=saving)  # fmt: skip

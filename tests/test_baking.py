@@ -15,7 +15,7 @@ def setup():
     model, tokenizer = tiny_lm()
     text = " think step 9 + 8 = 17 done 17 ."
     plain = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
-    item = b.thought_item(tokenizer, "work it out step by step .", "ben has 9 pens . ben finds 8 .", plain, ce=True)
+    item = b.thought_item(tokenizer, "work it out step by step . ben has 9 pens . ben finds 8 .", "ben has 9 pens . ben finds 8 .", plain, ce=True)
     return model, tokenizer, item
 
 
@@ -53,7 +53,7 @@ def test_zero_change_has_zero_kl_for_a_prompted_thought():
     pytest.importorskip("peft")
     model, tokenizer, _ = setup()
     plain = tokenizer.encode(" think step 9 + 8 = 17 done 17 .") + [tokenizer.eos_token_id]
-    item = b.thought_item(tokenizer, "doubt it and check again .", "ben has 9 pens .", plain, rebake=True)
+    item = b.thought_item(tokenizer, "doubt it and check again . ben has 9 pens .", "ben has 9 pens .", plain, rebake=True)
     teacher = copy.deepcopy(model)
     student = b.add_adapter(model, tokenizer, rank=2).eval()
     assert item.student_ids != item.teacher_ids
@@ -65,7 +65,7 @@ def test_zero_change_has_zero_kl_for_a_prompted_thought():
 def test_a_rebaking_teacher_is_read_as_it_is():
     model, tokenizer, _ = setup()
     plain = tokenizer.encode(" think step 9 + 8 = 17 done 17 .") + [tokenizer.eos_token_id]
-    item = b.thought_item(tokenizer, "doubt it and check again .", "ben has 9 pens .", plain, rebake=True)
+    item = b.thought_item(tokenizer, "doubt it and check again . ben has 9 pens .", "ben has 9 pens .", plain, rebake=True)
     start, end = thinking_ids(tokenizer)[:2]
     assert item.teacher_ids[item.teacher_at[0] + 1] == start and end in item.teacher_ids
     _s, t, targets, _ = b.aligned_log_probs(model, model, [item], tokenizer)
@@ -121,7 +121,7 @@ def test_teacher_is_bit_equal_after_baking_and_the_student_moves():
 
     def sampled(teacher_, tokenizer_, problems_, **_):
         kept.append(teacher_)
-        return [b.thought_item(tokenizer_, "doubt it and check again .", p["question"],
+        return [b.thought_item(tokenizer_, f"doubt it and check again . {p['question']}", p["question"],
                                tokenizer_.encode(f" think step {p['steps'][0]} done {p['answer']} .") +
                                [tokenizer_.eos_token_id]) for p in problems_]  # fmt: skip
 
@@ -141,7 +141,7 @@ def test_teacher_is_bit_equal_after_baking_and_the_student_moves():
 def plain_trajectories(teacher, tokenizer, records, rebake=False, **_):
     """What a champion that knows the task would write; a random one writes no thought."""
     text = " think step {} done {} ."
-    return [b.thought_item(tokenizer, "doubt it and check again .", p["question"],
+    return [b.thought_item(tokenizer, f"doubt it and check again . {p['question']}", p["question"],
                            tokenizer.encode(text.format(p["steps"][0], p["answer"])) + [tokenizer.eos_token_id],
                            rebake=rebake) for p in records]  # fmt: skip
 
@@ -193,6 +193,36 @@ def test_autocast_bakes_float32_weights(monkeypatch):
     small_bake(monkeypatch, plain, tokenizer)
     moved = max((v - cast.state_dict()[k]).abs().max().item() for k, v in plain.state_dict().items())
     assert 0 < moved < 0.05
+
+
+def test_an_adapter_is_its_own_teacher_and_learns_as_beside_a_copy(monkeypatch):
+    """No second copy of the weights: the same adapter, and the same teacher, as with a frozen copy of the model."""
+    pytest.importorskip("peft")
+    (model, tokenizer), (other, _) = tiny_lm(), tiny_lm()
+    copied, real = copy.deepcopy(other).eval(), b.aligned_log_probs
+    copies = []
+    monkeypatch.setattr(b.copy, "deepcopy", lambda thing, *rest, real=copy.deepcopy: copies.append(type(thing).__name__) or real(thing, *rest))
+    torch.manual_seed(0)
+    small_bake(monkeypatch, model, tokenizer, lora_rank=2)
+    assert "LlamaForCausalLM" not in copies
+    monkeypatch.setattr(b, "aligned_log_probs", lambda student, _, *rest: real(student, copied, *rest))
+    torch.manual_seed(0)
+    small_bake(monkeypatch, other, tokenizer, lora_rank=2)
+    assert all(torch.allclose(v, other.state_dict()[k], atol=1e-6) for k, v in model.state_dict().items())
+
+
+def test_a_frozen_adapter_reads_without_dropout_and_is_put_back():
+    pytest.importorskip("peft")
+    model, tokenizer = tiny_lm()
+    ids = torch.tensor([[4, 5, 6]])
+    before = model(ids).logits
+    adapted = b.add_adapter(model, tokenizer, rank=2).train()
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    with b.frozen(adapted) as base:
+        assert torch.equal(base(ids).logits, before) and not base.training
+    assert adapted.training and not torch.allclose(adapted(ids).logits, before)
 
 
 def test_baking_clips_the_student_and_never_the_teacher(monkeypatch):
