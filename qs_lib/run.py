@@ -24,7 +24,9 @@ def stage_notebooks(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")) if not path.name.startswith("00_")]
 
 
-def given_parameters(notebook: Path, variant: str, run_name: str, data: str | None, seed: int | None) -> dict:
+def given_parameters(
+    notebook: Path, variant: str, run_name: str, data: str | None, seed: int | None, champion: str | None = None
+) -> dict:
     """What this run sets: ``params/<stage>/<variant>.yaml`` and the command line's; not checked yet.
 
     Raises ParameterError if the file is not a flat YAML mapping or there is nothing at ``data``.
@@ -38,6 +40,9 @@ def given_parameters(notebook: Path, variant: str, run_name: str, data: str | No
         if not path.exists():
             raise ParameterError(f"there is no file or folder {path} to read data from")
         given["data"] = str(path)
+    if champion and "champion" in notebook_parameters(notebook):
+        path = Path(champion).expanduser()
+        given["champion"] = str(path.resolve()) if path.exists() else champion
     return given
 
 
@@ -51,10 +56,11 @@ def run_stages(
     fresh: bool = False,
     keep: bool = False,
     debug: bool = False,
+    champion: str | None = None,
 ) -> Path:
     """Execute every stage of a run that is not finished yet, in order; returns the run folder.
 
-    ``only``: names of stages, or their numbers; ``fresh``: repeat finished ones; ``keep``: do not repeat them as
+    ``champion``: folder or Hugging Face name of a model in place of the variant's; ``only``: names of stages, or their numbers; ``fresh``: repeat finished ones; ``keep``: do not repeat them as
     ``qs_lib`` changed.
 
     Raises WorkbookError in one sentence.
@@ -70,7 +76,7 @@ def run_stages(
                 unknown_name(name, [path.stem for path in chosen]).replace("parameter", "stage", 1)
             )
     chosen = [path for path in chosen if not only or path.stem in only or path.stem.split("_")[0] in only]
-    given = {path: given_parameters(path, variant, run_name, data, seed) for path in chosen}
+    given = {path: given_parameters(path, variant, run_name, data, seed, champion) for path in chosen}
     values = {
         path: check_parameters(path, given[path]) for path in chosen
     }  # all, before the first minute is spent
@@ -161,6 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--data", metavar="DIR", help="folder or file of problems, for notebooks that take data"
     )
+    parser.add_argument("--champion", metavar="MODEL", help="folder or Hugging Face name of the model to start from")
     parser.add_argument("--seed", type=int, help="seed of every stage")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="only these stages, as 05_rl or 05")
     parser.add_argument("--fresh", action="store_true", help="repeat finished stages too")
@@ -186,6 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.fresh,
             options.keep,
             options.debug,
+            options.champion,
         )
         board = run / "08_scoreboard" / "scoreboard.json"
         if board.is_file():

@@ -9,6 +9,8 @@ from tiny import problems, tiny_lm, tiny_quiet_star
 
 import qs_lib as qs
 from qs_lib import baking
+from qs_lib.run import given_parameters
+from qs_lib.stage import REPOSITORY
 from qs_lib.variants import recipe
 
 VARIANTS = ["gsm8k-qwen2.5-0.5b", "gsm8k-qwen2.5-7b"]
@@ -41,3 +43,10 @@ def test_the_trainings_run_with_these_settings_at_small_width(variant, monkeypat
     model, tokenizer = tiny_quiet_star()
     result = qs.train_quiet_star(model, tokenizer, problems(size=24), problems("validation")[:4], **settings)
     assert len(result.history) == 2 and all(2 <= row["length"] <= 20 for row in result.history)
+
+
+def test_another_model_takes_the_place_of_the_variants_one(tmp_path):
+    first, last = (REPOSITORY / "notebooks" / f"{name}.ipynb" for name in ("01_token_setup", "05_rl"))
+    given = [given_parameters(first, VARIANTS[0], "k", None, None, champion)["champion"] for champion in (None, "some/model", str(tmp_path))]
+    assert given == ["Qwen/Qwen2.5-0.5B", "some/model", str(tmp_path.resolve())]
+    assert "champion" not in given_parameters(last, VARIANTS[0], "k", None, None, "some/model")
