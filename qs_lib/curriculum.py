@@ -37,17 +37,18 @@ def think_where(lm, tokenizer, problems: list[dict], where: str = "question", co
     """A batch and the positions (B, P) to think at: input_ids and attention_mask (B, L), positions or None for all.
 
     ``where``: after the ``question`` of an answered problem; in whole texts at ``every`` token, or at the ``count``
-    ``difficult`` ones, whose next token the model itself finds least likely. Raises ``WorkbookError`` for another place.
+    ``difficult`` ones, whose next token the model itself finds least likely, or ``uncertain`` ones, where its prediction has
+    the highest entropy, which needs no truth. Raises ``WorkbookError`` for another place.
     """
     if where == "question":
         return answer_batch(tokenizer, problems, lm.device)
     ids, mask = text_batch(tokenizer, problems, lm.device)
     if where == "every":
         return ids, mask, None
-    if where == "difficult":
-        logits = lm(input_ids=ids, attention_mask=mask).logits
-        return ids, mask, difficult_positions(logits, ids, mask, count, by="log_prob")
-    raise WorkbookError(f"think at {where!r}: it must be 'question', 'difficult' or 'every'")
+    by = {"difficult": "log_prob", "uncertain": "entropy"}.get(where)
+    if by is None:
+        raise WorkbookError(f"think at {where!r}: it must be 'question', 'difficult', 'uncertain' or 'every'")
+    return ids, mask, difficult_positions(lm(input_ids=ids, attention_mask=mask).logits, ids, mask, count, by=by)
 
 
 def disagreement(thoughts) -> torch.Tensor:

@@ -250,7 +250,7 @@ class Reinforce(NotebookParams):
     reward: Literal["likelihood", "correct"] = "likelihood"
     objective: Literal["signed", "positive", "paper"] = "positive"
     baseline: Literal["others", "value"] = "others"
-    think_at: Literal["question", "difficult", "every"] = "question"
+    think_at: Literal["question", "difficult", "uncertain", "every"] = "question"
     num_positions: int = Field(default=8, ge=1)
     adaptive_length: bool = False
     pg_weight: float = Field(default=1.0, ge=0)

@@ -242,12 +242,14 @@ def test_where_to_think():
     assert torch.equal(at, c.answer_batch(tokenizer, few)[2])
     ids, mask, at = c.think_where(model.lm, tokenizer, few, "every")
     assert at is None and tokenizer.decode(ids[0, : mask[0].sum()]).startswith(f"<bos> {few[0]['question']} think ")
-    ids, mask, at = c.think_where(model.lm, tokenizer, few, "difficult", 3)
     with torch.no_grad():
-        nll = -model.lm(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-    for row in range(5):
-        real = nll[row, : mask[row].sum() - 1]
-        assert sorted(at[row].tolist()) == sorted(real.topk(3).indices.tolist())
+        predicted = model.lm(ids).logits[:, :-1].log_softmax(-1)
+    hardness = {"difficult": -predicted.gather(2, ids[:, 1:, None]).squeeze(2), "uncertain": -(predicted.exp() * predicted).sum(-1)}
+    for where, values in hardness.items():
+        ids, mask, at = c.think_where(model.lm, tokenizer, few, where, 3)
+        for row in range(5):
+            real = values[row, : mask[row].sum() - 1]
+            assert sorted(at[row].tolist()) == sorted(real.topk(3).indices.tolist())
     with pytest.raises(ValueError, match="think at 'here'"):
         c.think_where(model.lm, tokenizer, few, "here")
 
