@@ -20,6 +20,7 @@ from .optim import MuonGrokfast
 from .probability import SHARPENINGS, answer_probability, fitted
 from .reinforce import train_quiet_star
 from .rl_findings import for_scoreboard
+from .stage import read_stage, stage_digest
 from .tokens import thinking_ids
 from .variants import recipe
 
@@ -143,7 +144,7 @@ def reinforcement(run: Path, folder: Path, seeds) -> None:
     arms = {name: rl_recipe() | settings for name, settings in ARMS.items()}
 
     def once(settings: dict, seed: int, checkpoint: Checkpoint) -> dict:
-        return rounded(train_once(seed_run(run, seed, STAGES), settings, seed, checkpoint))
+        return row_of(seed_run(run, seed, STAGES), settings, seed, checkpoint)
 
     others = {name: settings for name, settings in arms.items() if name not in MAIN}
     repeat(folder / "rl.csv", {name: arms[name] for name in MAIN}, seeds, once)
@@ -155,10 +156,12 @@ def look_ahead(run: Path, folder: Path, seeds) -> None:
     """Rewards over four true tokens and over one, from one model that spells numbers in digits; seeds draw the training."""
     digits = seed_run(run.with_name(f"{run.name}-digits"), 0, STAGES, "pocket-digits")
     arms = {name: rl_recipe("pocket-digits") | changed for name, changed in LOOK_AHEAD.items()}
-    repeat(folder / "look_ahead.csv", arms, seeds, lambda *given: rounded(train_once(digits, *given)))
+    repeat(folder / "look_ahead.csv", arms, seeds, lambda *given: row_of(digits, *given))
     for_scoreboard(folder)
 
 
-def rounded(row: dict) -> dict:
-    """Numbers of a row, and lists of them, to five decimals."""
-    return {k: [round(x, 5) for x in v] if isinstance(v, list) else round(float(v), 5) for k, v in row.items()}
+def row_of(run: Path, *given) -> dict:
+    """:func:`train_once`, numbers to five decimals, and ``data``: which baked model of the seed it was, for another processor
+    makes another."""
+    row = {k: [round(x, 5) for x in v] if isinstance(v, list) else round(float(v), 5) for k, v in train_once(run, *given).items()}
+    return row | {"data": stage_digest(read_stage(run / "03_baking")[0])[:12]}

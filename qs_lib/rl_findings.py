@@ -17,9 +17,9 @@ DEPTHS = (("from un-baked", "not baked"), ("from half-baked", "one epoch"), ("fu
 
 
 def paired(rows: list[dict], arm: str, control: str, key: str) -> list[float]:
-    """``arm`` minus ``control`` for every seed that both have, in order of seeds."""
-    values = {name: {r["seed"]: r[key] for r in rows if r["arm"] == name} for name in (arm, control)}
-    return [values[arm][seed] - values[control][seed] for seed in sorted(set(values[arm]) & set(values[control]))]
+    """``arm`` minus ``control`` for every seed that both have, from the same baked model, in order of seeds."""
+    values = {name: {(r["seed"], r.get("data", "")): r[key] for r in rows if r["arm"] == name} for name in (arm, control)}
+    return [values[arm][one] - values[control][one] for one in sorted(set(values[arm]) & set(values[control]))]
 
 
 def steps_to(row: dict, accuracy: float) -> float:

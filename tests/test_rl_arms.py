@@ -10,7 +10,7 @@ from qs_lib import chain_seeds, pocket, rl_arms
 from qs_lib.experiments import read_rows
 from qs_lib.objective import quiet_star_loss
 from qs_lib.reinforce import train_quiet_star
-from qs_lib.stage import find_run
+from qs_lib.stage import find_run, read_stage, stage_digest
 
 
 @pytest.fixture
@@ -80,12 +80,13 @@ def test_rows_are_kept(few, tmp_path, monkeypatch):
     assert sorted((r["arm"], r["seed"]) for r in rows) == sorted(
         [(a, s) for a in ("full", "pg off") for s in range(4)] + [("n_true 1", s) for s in range(3)]
     )
-    assert rows[0]["v"] == [0.12346]
+    assert rows[0]["v"] == [0.12346] and rows[0]["data"] == stage_digest(read_stage(find_run("") / "03_baking")[0])[:12]
 
 
 def test_look_ahead_makes_its_run_once_and_only_where_it_is_missing(tmp_path, monkeypatch):
     made, trained = [], []
     monkeypatch.setattr(rl_arms, "for_scoreboard", lambda folder: None)
+    monkeypatch.setattr(rl_arms, "stage_digest", lambda record: "0123456789abcdef")
     monkeypatch.setattr(chain_seeds, "made_with", lambda run, settings, seed: bool(made))
     monkeypatch.setattr(chain_seeds, "make_run", lambda *given: made.append(given))
     monkeypatch.setattr(rl_arms, "train_once", lambda run, settings, seed, checkpoint: trained.append((run.name, settings["n_true"])) or {"gain": 0})

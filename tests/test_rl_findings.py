@@ -20,6 +20,8 @@ def row(arm, seed, accuracy, gain=0.1, validation=(0.5, 0.7, 0.9, 0.9), **more):
 def test_pairs_are_of_equal_seeds():
     rows = [row("a", 0, 0.9), row("a", 1, 0.8), row("a", 2, 0.7), row("b", 2, 0.6), row("b", 0, 0.85)]
     assert f.paired(rows, "a", "b", "accuracy") == pytest.approx([0.05, 0.1])
+    other = [r | {"data": "x" if (r["arm"], r["seed"]) == ("b", 0) else "y"} for r in rows]
+    assert f.paired(other, "a", "b", "accuracy") == pytest.approx([0.1]), "not from the same model"
 
 
 def test_a_claim_is_reached_refuted_or_open():
