@@ -56,10 +56,11 @@ def disagree(episode: Episode) -> bool:
 def render(episode: Episode, style: bool = True) -> str:
     """One problem: the text, the answers, every thought token by token, its scores, and the predictions they lead to."""
     thoughts = episode.thoughts[:MOST_THOUGHTS]
+    first = {(*t.tokens, t.answer): k for k, t in reversed(list(enumerate(thoughts, 1)))}
     left_out = len(episode.thoughts) - len(thoughts)
     return (
         (STYLE if style else "") + "<div class='qs-episode tex2jax_ignore mathjax_ignore'>" + _heading(episode)
-        + "".join(_thought(k, t) for k, t in enumerate(thoughts, 1))
+        + "".join(_thought(k, t, first[(*t.tokens, t.answer)]) for k, t in enumerate(thoughts, 1))
         + (f"<p>{left_out} more thoughts are not shown.</p>" if left_out else "")
         + _predictions(episode, thoughts) + "</div>"
     )  # fmt: skip
@@ -94,7 +95,9 @@ def _effect(utility: float) -> str:
     return f"helped ({nats})" if utility > 0.05 else f"hurt ({nats})" if utility < -0.05 else f"made no difference ({nats})"
 
 
-def _thought(number: int, t: Thought) -> str:
+def _thought(number: int, t: Thought, first: int) -> str:
+    if first < number:
+        return f"<h4>Thought {number}</h4><p>word for word thought {first}; mixing weight {t.weight:.2f}</p>"
     shown = list(zip(t.tokens, t.logprobs, strict=False))[:MOST_TOKENS]
     words = "".join(f"<td style='background:{_shade(x)}'>{safe_token(token)}</td>" for token, x in shown)
     numbers = "".join(f"<td>{_nats(x)}</td>" for _, x in shown)

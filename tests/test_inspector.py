@@ -264,3 +264,9 @@ def test_ten_thousand_episodes_open_and_move_quickly():
     inspector.index.value = 9_000
     moved = time.process_time() - started
     assert opened < 2 and moved < 0.3
+
+
+def test_a_thought_drawn_twice_is_written_out_once():
+    shown = parsed(render(episode(thoughts=[thought(), thought(answer="3"), thought(), thought(tokens=("<think>", " 8", "</think>"))]))).text
+    assert "Thought 3word for word thought 1; mixing weight 0.25" in shown and shown.count("word for word") == 1
+    assert shown.count("composite") == 3 and shown.count("after thought") == 4
