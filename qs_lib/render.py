@@ -97,7 +97,7 @@ def _effect(utility: float) -> str:
 
 def _thought(number: int, t: Thought, first: int) -> str:
     if first < number:
-        return f"<h4>Thought {number}</h4><p>word for word thought {first}; mixing weight {t.weight:.2f}</p>"
+        return f"<h4>Thought {number}</h4><p>word for word thought {first:d}; mixing weight {t.weight:.2f}</p>"
     shown = list(zip(t.tokens, t.logprobs, strict=False))[:MOST_TOKENS]
     words = "".join(f"<td style='background:{_shade(x)}'>{safe_token(token)}</td>" for token, x in shown)
     numbers = "".join(f"<td>{_nats(x)}</td>" for _, x in shown)
