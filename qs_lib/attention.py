@@ -272,6 +272,11 @@ def forward(base, input_ids, position_ids, work):
     return result.last_hidden_state
 
 
+def layers(model):
+    """The transformer layers of a Hugging Face model or its backbone, whatever its family calls them."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def recompute_layers(model):
     """Gradient checkpointing of a Hugging Face model, for its own passes in training mode and for those of thoughts."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # renamed in 5.23
@@ -281,8 +286,8 @@ def recompute_layers(model):
 @contextmanager
 def _recomputed(base, work, model):
     # transformers checkpoints in training mode only, where dropout is on, and its backward pass would not find `work`.
-    layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
-    before = [vars(layer).get("forward") for layer in layers]
+    again_later = [layer for layer in layers(base) if layer.gradient_checkpointing]
+    before = [vars(layer).get("forward") for layer in again_later]
 
     @contextmanager
     def again():
@@ -291,11 +296,11 @@ def _recomputed(base, work, model):
             yield
 
     try:
-        for layer in layers:
+        for layer in again_later:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
         yield
     finally:
-        for layer, own in zip(layers, before):
+        for layer, own in zip(again_later, before):
             del layer.forward
             if own is not None:
                 layer.forward = own

@@ -52,7 +52,8 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
                      token_scale: float = 1.0, use_curriculum: bool = True, hard_share: float = 0.4,
                      think_at: str = "question", num_positions: int = 8, adaptive_length: bool = False,
                      baseline: str = "others", lora_rank: int = 0, qk_clip_threshold: float = 0.0, gradient_checkpointing: bool = False,
-                     bf16: bool = False, fsdp: bool = False, evaluate_every: int = 50, seed: int = 0, log=lambda **metrics: None, checkpoint: Checkpoint | None = None, **objective) -> TrainingResult:  # fmt: skip
+                     bf16: bool = False, fsdp: bool = False, evaluate_every: int = 50, seed: int = 0, log=lambda **metrics: None,
+                     checkpoint: Checkpoint | None = None, **objective) -> TrainingResult:  # fmt: skip
     """Train a :class:`QuietStarForCausalLM` in place; the weights that did best on validation are kept.
 
     Each step draws ``over`` x ``batch_size`` training problems, samples ``num_thoughts`` thoughts at each position
@@ -126,8 +127,8 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
             validates = (step + 1) % evaluate_every == 0 or step == steps - 1
             if validates:
                 with gathered(model.lm):
-                    found = recorded(model, tokenizer, [chosen[i] for i in own.tolist()], ids[own], mask[own], thoughts.part(own),
-                                     trained_on, n_true, think_at == "question", f"step {step + 1}")  # fmt: skip
+                    found = first_groups(model, tokenizer, [chosen[i] for i in own.tolist()], ids[own], mask[own],
+                                         thoughts.part(own), trained_on, n_true, think_at == "question", f"step {step + 1}")  # fmt: skip
                 episodes += [e.model_dump() | {"problem": n} for n, e in enumerate(found, len(episodes))]
             loss.backward()
             ranks.average(trained)
@@ -166,7 +167,8 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
     return result
 
 
-def recorded(model, tokenizer, problems, ids, mask, thoughts, trained_on, n_true: int, at_end: bool, stage: str) -> list[Episode]:
+def first_groups(model, tokenizer, problems, ids, mask, thoughts, trained_on, n_true: int, at_end: bool,
+                 stage: str) -> list[Episode]:  # fmt: skip
     """The first few texts' thoughts as episodes, with the reward and advantage they were trained on; of a text with several
     positions, the one whose rewards differ most. ``at_end``: thoughts stand before the answer."""
     there, found = (thoughts.positions >= 0).nonzero(), []

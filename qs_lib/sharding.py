@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from . import ranks
-from .attention import backbone
+from .attention import layers
 from .params import WorkbookError
 from .ranks import is_sharded, whole
 
@@ -25,7 +25,7 @@ def shard(model) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(model.device.type, (ranks.count(),))
-    for layer in backbone(model).layers:
+    for layer in layers(model):
         fully_shard(layer, mesh=mesh)
 
 
@@ -68,14 +68,14 @@ def whole_state(model) -> dict[str, torch.Tensor]:
 @contextmanager
 def gathered(model):
     """Within it every process holds all weights of a sharded causal LM, for passes that processes take differing numbers of."""
-    layers = [layer for layer in backbone(model).layers if hasattr(layer, "set_reshard_after_forward")]
-    for layer in layers:
+    sharded = [layer for layer in layers(model) if hasattr(layer, "set_reshard_after_forward")]
+    for layer in sharded:
         layer.set_reshard_after_forward(False)
         layer.unshard()
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in sharded:
             layer.set_reshard_after_forward(True)
             layer.reshard()
 
