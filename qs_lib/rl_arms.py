@@ -1,5 +1,6 @@
 """Reinforcement over seeds and arms: what each part of the objective is worth, and where one may start from."""
 
+import copy
 import random
 from functools import lru_cache
 from pathlib import Path
@@ -8,31 +9,37 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
+from .baking import bake
 from .chain_seeds import seed_run
 from .champion import load_champion, schedule
 from .checkpoint import Checkpoint
 from .comparison import direct_accuracy, measure, named, read_problems
+from .controls import BAKED_WITH, OPTIMIZED_WITH
 from .curriculum import answer_batch, curriculum
 from .evaluate import interval
 from .experiments import repeat
 from .model import QuietStarForCausalLM
 from .optim import MuonGrokfast
 from .probability import SHARPENINGS, answer_probability, fitted
+from .problems import rarefy
 from .reinforce import train_quiet_star
 from .rl_findings import for_scoreboard
 from .stage import read_stage, stage_digest
 from .tokens import thinking_ids
 from .variants import recipe
 
-# Arm -> what differs from the recipe. ``start``: the folder of the model below a run's stages.
+EIGHTH = "an eighth of the baking"
+# Arm -> what differs from the recipe. ``start``: the folder of the model below a run's stages, or EIGHTH (eighth_baked).
 ARMS = {
     "full": {}, "pg off": {"pg_weight": 0.0}, "n_true 1": {"n_true": 1}, "token scale 10": {"token_scale": 10.0},
     "token scale 100": {"token_scale": 100.0}, "KL 0": {"kl_coefficient": 0.0}, "no curriculum": {"use_curriculum": False},
     "2 thoughts": {"num_thoughts": 2}, "8 thoughts": {"num_thoughts": 8}, "paper objective": {"objective": "paper"},
-    "from half-baked": {"start": "03_baking/epochs/1"}, "from un-baked": {"start": "01_token_setup/champion"},
+    "from half-baked": {"start": "03_baking/epochs/1"}, "from eighth-baked": {"start": EIGHTH},
+    "from un-baked": {"start": "01_token_setup/champion"},
     "without thoughts": {"think": False},
 }  # fmt: skip
-MAIN = ("full", "pg off")
+# Arms that seeds 0 to 2 decide; the others run on all seeds that are asked for.
+DECIDED_BY_THREE = ("n_true 1", "token scale 10", "KL 0", "8 thoughts", "paper objective", "from un-baked", "without thoughts")
 # Where numbers are spelt in digits, the token after a thought is only the first of the answer's.
 LOOK_AHEAD = {"n_true 4": {}, "n_true 1": {"n_true": 1}}
 THOUGHTS = 4
@@ -72,10 +79,26 @@ def measured(model, tokenizer, data, weights: str, length: int, seed: int):
 
 def _load(run: Path, start: str):
     _, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))  # half-baked models come without one
-    lm = AutoModelForCausalLM.from_pretrained(run / start).eval()
+    lm = copy.deepcopy(eighth_baked(run)) if start == EIGHTH else AutoModelForCausalLM.from_pretrained(run / start).eval()
     model = QuietStarForCausalLM.from_base(lm, tokenizer, num_thoughts=THOUGHTS)
     folder = run / "02_dataset_generation"
     return model, tokenizer, {s: read_problems(folder / f"{s}.parquet") for s in ("train", "validation", "test")}
+
+
+@lru_cache(maxsize=1)
+def eighth_baked(run: Path):
+    """The champion after one pass over a quarter of the worked examples and trajectories that it is baked with in two: it
+    begins half of its replies with a thought, but most of its thoughts are wrong."""
+    values, seed = recipe("03_baking"), read_stage(run / "03_baking")[0]["seed"]
+    lm, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))
+    folder = run / "02_dataset_generation"
+    examples, train, validation = (read_problems(folder / f"{s}.parquet") for s in ("examples", "train", "validation"))
+    shown = {e["question"] for e in examples}
+    unseen = rarefy([p for p in train if p["question"] not in shown], values["hard_share"], seed=seed)
+    given = {name: values[name] for name in (*BAKED_WITH, *OPTIMIZED_WITH)} | {
+        "epochs": 1, "trajectories": values["trajectories"] // 4}  # fmt: skip
+    bake(lm, tokenizer, random.Random(seed).sample(examples, values["examples"] // 4), unseen, validation[:48], seed=seed, **given)
+    return lm
 
 
 def train_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | None = None) -> dict:
@@ -140,15 +163,15 @@ def train_direct(lm, tokenizer, problems, validation, steps: int, batch_size: in
 
 
 def reinforcement(run: Path, folder: Path, seeds) -> None:
-    """All arms; the main ones on all ``seeds``, the others on the first three."""
+    """All arms on all ``seeds``, those that three decide on seeds 0 to 2 of them."""
     arms = {name: rl_recipe() | settings for name, settings in ARMS.items()}
+    few = {name: settings for name, settings in arms.items() if name in DECIDED_BY_THREE}
 
     def once(settings: dict, seed: int, checkpoint: Checkpoint) -> dict:
         return row_of(seed_run(run, seed, STAGES), settings, seed, checkpoint)
 
-    others = {name: settings for name, settings in arms.items() if name not in MAIN}
-    repeat(folder / "rl.csv", {name: arms[name] for name in MAIN}, seeds, once)
-    repeat(folder / "rl.csv", others, list(seeds)[:3], once)
+    repeat(folder / "rl.csv", {name: arms[name] for name in arms if name not in few}, seeds, once)
+    repeat(folder / "rl.csv", few, [seed for seed in seeds if seed < 3], once)
     for_scoreboard(folder)
 
 

@@ -13,7 +13,7 @@ from .experiments import column, read_rows, seed_interval
 from .files import write_bytes
 
 SMALLEST = 0.01  # accuracy that a part of the objective must add to count as useful
-DEPTHS = (("from un-baked", "not baked"), ("from half-baked", "one epoch"), ("full", "baked"))
+DEPTHS = (("from un-baked", "none"), ("from eighth-baked", "an eighth"), ("from half-baked", "half"), ("full", "all"))
 
 
 def paired(rows: list[dict], arm: str, control: str, key: str) -> list[float]:
@@ -126,7 +126,7 @@ def baking_depth(rl: list[dict]):
             axis.plot(x, row["baseline"], "s", color="#666666", ms=5, label="before RL" if first else None)
             axis.plot(x, row["accuracy"], "o", color="#0072B2", ms=6, label="after RL" if first else None)
             first = False
-    axis.set(xticks=range(len(DEPTHS)), xticklabels=[label for _, label in DEPTHS], xlabel="start of RL",
+    axis.set(xticks=range(len(DEPTHS)), xticklabels=[label for _, label in DEPTHS], xlabel="baking before RL",
              ylabel="accuracy with thoughts (share)", ylim=(0, 1.02))  # fmt: skip
     axis.grid(alpha=0.3, axis="y")
     if not first:

