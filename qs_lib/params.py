@@ -180,6 +180,7 @@ class TokenSetup(Source):
     muon_lr: float = Field(default=0.02, ge=0)
     adamw_lr: float = Field(default=3e-3, ge=0)
     weight_decay: float = Field(default=0.1, ge=0, le=1)
+    context_weight: float = Field(default=0.1, ge=0, le=1)
     direct_share: float = Field(default=0.25, ge=0, le=1)
     hard_worked: float = Field(default=1.0, ge=0, le=1)
     eval_problems: int = Field(default=48, ge=2)
@@ -250,7 +251,7 @@ class Reinforce(NotebookParams):
     reward: Literal["likelihood", "correct"] = "likelihood"
     objective: Literal["signed", "positive", "paper"] = "positive"
     baseline: Literal["others", "value"] = "others"
-    think_at: Literal["question", "difficult", "uncertain", "every"] = "question"
+    think_at: Literal["question", "difficult", "uncertain", "random", "every"] = "question"
     num_positions: int = Field(default=8, ge=1)
     adaptive_length: bool = False
     pg_weight: float = Field(default=1.0, ge=0)

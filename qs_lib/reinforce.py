@@ -105,7 +105,7 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
         for step in (bar := tqdm(range(first, steps), desc="quiet-star", initial=first, total=steps, disable=not ranks.first())):
             chosen = (curriculum(problems, step / steps, rng, over * batch_size, hard_share) if use_curriculum
                       else rng.choices(problems, k=over * batch_size))  # fmt: skip
-            ids, mask, positions = think_where(model.lm, tokenizer, chosen, think_at, num_positions)
+            ids, mask, positions = think_where(model.lm, tokenizer, chosen, think_at, num_positions, generator)
             length = min(thought_length, adapted(ids.shape[1])) if adaptive_length else thought_length
             own = ranks.share(torch.arange(len(ids)))
             with torch.no_grad(), gathered(model.lm), cast():

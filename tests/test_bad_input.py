@@ -315,7 +315,7 @@ CASES = {
     "reinforcement's loss NaN": (lambda _: nan_rl(), "the loss is nan at step 0: lower the learning rates"),
     "gradient NaN": (lambda _: nan_gradient(), "gradient is not finite in model.norm.weight; nothing was updated"),
     "teacher without a thought": (lambda _: no_teacher(), "writes no thought on held-out questions"),
-    "unknown place to think": (lambda _: curriculum.think_where(*tiny_lm(), problems(), "here"), "'question', 'difficult', 'uncertain' or 'every'"),
+    "unknown place to think": (lambda _: curriculum.think_where(*tiny_lm(), problems(), "here"), "'question', 'difficult', 'uncertain', 'random' or 'every'"),
     "too few problems that fit": (lambda _: qs.reasoning_dataset(problems(size=8)), "problems fit mece, 200 are needed"),
     "one problem to attack with": (lambda _: qs.anti_theater(*tiny_quiet_star(), problems()[:1], problems()[:1]), "at least two held-out problems"),
     "NaN in the record": (lambda _: start_stage(p.TokenSetup(run_name="new"), "01_token_setup").log(loss=NAN), "NaN or infinity cannot be recorded"),

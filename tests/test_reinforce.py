@@ -250,11 +250,22 @@ def test_where_to_think():
         for row in range(5):
             real = values[row, : mask[row].sum() - 1]
             assert sorted(at[row].tolist()) == sorted(real.topk(3).indices.tolist())
+    drawn = torch.zeros(mask.shape, dtype=torch.long)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        ids, mask, at = c.think_where(model.lm, tokenizer, few, "random", 3, generator)
+        assert all(len(set(row)) == 3 for row in at.tolist())
+        drawn.scatter_add_(1, at, torch.ones_like(at))
+    lengths = mask.sum(1)
+    for row, n in zip(drawn, lengths.tolist(), strict=True):  # every token that another follows, each as often as any other
+        share = row[: n - 1] / (200 * 3 / (n - 1))
+        assert share.min() > 0.4 and share.max() < 1.8 and row[n - 1 :].sum() == 0
+    assert (c.think_where(model.lm, tokenizer, few, "random", 500, generator)[2] >= 0).sum(1).tolist() == (lengths - 1).tolist()
     with pytest.raises(ValueError, match="think at 'here'"):
         c.think_where(model.lm, tokenizer, few, "here")
 
 
-@pytest.mark.parametrize("settings", [{"think_at": "difficult", "num_positions": 2}, {"think_at": "every"},
+@pytest.mark.parametrize("settings", [{"think_at": "difficult", "num_positions": 2}, {"think_at": "random", "num_positions": 2}, {"think_at": "every"},
                                       {"baseline": "value"}, {"adaptive_length": True}])  # fmt: skip
 def test_options_train_and_say_what_they_did(settings):
     model, tokenizer = tiny_quiet_star()
