@@ -39,7 +39,8 @@ ARMS = {
     "without thoughts": {"think": False},
 }  # fmt: skip
 # Arms that seeds 0 to 2 decide; the others run on all seeds that are asked for.
-DECIDED_BY_THREE = ("n_true 1", "token scale 10", "KL 0", "8 thoughts", "paper objective", "from un-baked", "without thoughts")
+DECIDED_BY_THREE = ("n_true 1", "token scale 10", "KL 0", "8 thoughts", "paper objective", "from half-baked",
+                    "from un-baked", "without thoughts")
 # Where numbers are spelt in digits, the token after a thought is only the first of the answer's.
 LOOK_AHEAD = {"n_true 4": {}, "n_true 1": {"n_true": 1}}
 THOUGHTS = 4
