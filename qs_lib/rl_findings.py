@@ -13,9 +13,6 @@ from .experiments import column, read_rows, seed_interval
 from .files import write_bytes
 
 SMALLEST = 0.01  # accuracy that a part of the objective must add to count as useful
-# Validation accuracy that jumpstarts are timed to: above every baked model, and below where RL levels off, so that it times the
-# climb and not the noise of its end.
-JUMPSTART_LEVEL = 0.95
 DEPTHS = (("from un-baked", "none"), ("from eighth-baked", "an eighth"), ("from half-baked", "half"), ("full", "all"))
 
 
@@ -37,18 +34,20 @@ def steps_to(row: dict, accuracy: float) -> float:
     return next(reached, math.inf)
 
 
-def fewer_steps(rows: list[dict], arm: str, control: str, level: float | None = None) -> tuple[list[float], int, float]:
-    """Steps of ``arm`` over steps of ``control``, minus 1, pair by pair, to the validation accuracy ``level``, by default the one
-    that every run of both reached: (ratios, pairs whose control never got there, level).
+def fewer_steps(rows: list[dict], arm: str, control: str, halve_errors: bool = False) -> tuple[list[float], int, float]:
+    """Steps of ``arm`` over steps of ``control``, minus 1, pair by pair, to a validation accuracy: (ratios, pairs whose control
+    never got there, mean of the accuracies).
 
-    A run that never got there counts with all its steps: where that is the control, its ratio is an upper bound.
+    The accuracy is the one that every run of both reached, or, with ``halve_errors``, for each pair the one at which half of the
+    errors are gone that the model makes from which ``arm`` starts: champions differ in what they can reach. A run that never
+    got there counts with all its steps: where that is the control, its ratio is an upper bound.
     """
     both = pairs(rows, arm, control)
-    if level is None:
-        level = min((max(row["validation"]) for pair in both for row in pair), default=math.nan)
-    steps = [[min(steps_to(row, level), row["settings"]["steps"]) for row in pair] for pair in both]
-    never = sum(math.isinf(steps_to(other, level)) for _, other in both)
-    return [mine / other - 1 for mine, other in steps], never, level
+    common = min((max(row["validation"]) for pair in both for row in pair), default=math.nan)
+    levels = [(1 + mine["baseline"]) / 2 if halve_errors else common for mine, _ in both]
+    steps = [[min(steps_to(row, level), row["settings"]["steps"]) for row in pair] for pair, level in zip(both, levels, strict=True)]
+    never = sum(math.isinf(steps_to(other, level)) for (_, other), level in zip(both, levels, strict=True))
+    return [mine / other - 1 for mine, other in steps], never, float(np.mean(levels)) if levels else math.nan
 
 
 def decided(values: list[float], claim: float, above: bool = True) -> str:
@@ -90,7 +89,7 @@ def claims(rl: list[dict], ahead: list[dict] = ()) -> pd.DataFrame:
     if ahead:
         questions["steps, n_true 4 over 1, minus 1, digits"] = (fewer_steps(ahead, "n_true 4", "n_true 1")[0], -0.25, False)
     for arm, _ in DEPTHS[-2::-1]:
-        ratios, never, _ = fewer_steps(rl, "full", arm, JUMPSTART_LEVEL)
+        ratios, never, _ = fewer_steps(rl, "full", arm, halve_errors=True)
         late = f" (it never arrives in {never} of {len(ratios)} seeds: at least)" if never else ""
         questions[f"jumpstart: share of steps saved over RL {arm}{late}"] = ([-ratio for ratio in ratios], 0.3, True)
     table = {}
@@ -164,6 +163,7 @@ def for_scoreboard(folder: Path) -> None:
         write("nonmyopic_accuracy", paired(ahead, "n_true 4", "n_true 1", "accuracy"), command, " (answers in digits)")
     write("token_scale_use", column(rl, "token scale 100", "thinking_use"), "make evidence X=rl",
           f" (at scale 1: {fixed(float(np.mean(column(rl, 'full', 'thinking_use') or [0])))})")  # fmt: skip
-    ratios, never, level = fewer_steps(rl, "full", "from un-baked", JUMPSTART_LEVEL)
+    ratios, never, level = fewer_steps(rl, "full", "from un-baked", halve_errors=True)
     bound = f"; a lower bound: the un-baked model does not get there in {never} of {len(ratios)} seeds" if never else ""
-    write("jumpstart", [-ratio for ratio in ratios], "make evidence X=rl", f" (to validation accuracy {level:g}{bound})")
+    write("jumpstart", [-ratio for ratio in ratios], "make evidence X=rl",
+          f" (until half of the baked model's errors are gone, validation accuracy {level:.3f}{bound})")

@@ -46,10 +46,10 @@ def test_fewer_steps_to_what_both_reach():
 
 
 def test_who_never_arrives_counts_with_all_its_steps():
-    rows = [row("a", s, 0.9, validation=[0.8, 0.9, 0.9, 0.9]) for s in (0, 1)]
-    rows += [row("b", 0, 0.1, validation=[0.1] * 4), row("b", 1, 0.1, validation=[0.1, 0.1, 0.9, 0.9])]
-    ratios, never, level = f.fewer_steps(rows, "a", "b", 0.85)
-    assert level == 0.85 and never == 1 and ratios == pytest.approx([50 / 90 - 1, 50 / 75 - 1])
+    rows = [row("a", s, 0.9, gain=0.3, validation=[0.75, 0.85, 0.9, 0.9]) for s in (0, 1)]  # they began at .6: to .8
+    rows += [row("b", 0, 0.1, validation=[0.1] * 4), row("b", 1, 0.1, validation=[0.1, 0.1, 0.8, 0.9])]
+    ratios, never, level = f.fewer_steps(rows, "a", "b", halve_errors=True)
+    assert level == pytest.approx(0.8) and never == 1 and ratios == pytest.approx([50 / 90 - 1, 50 / 75 - 1])
     assert f.fewer_steps(rows, "a", "c")[0] == [], "no pair"
 
 
@@ -83,7 +83,7 @@ def test_the_scoreboard_gets_what_was_measured_and_no_more(tmp_path):
     f.for_scoreboard(tmp_path)
     assert [p.name for p in tmp_path.glob("*.json")] == ["jumpstart.json"]
     found = json.loads((tmp_path / "jumpstart.json").read_text())
-    assert found["value"] == pytest.approx(1 - 75 / 90) and "does not get there in 3 of 3 seeds" in found["command"]
+    assert found["value"] == pytest.approx(1 - 50 / 90) and "does not get there in 3 of 3 seeds" in found["command"]
     write_rows(tmp_path / "look_ahead.csv", [row("n_true 4", 0, 0.95), row("n_true 4", 1, 0.96), row("n_true 1", 0, 0.9), row("n_true 1", 1, 0.9)])
     f.for_scoreboard(tmp_path)
     accuracy = json.loads((tmp_path / "nonmyopic_accuracy.json").read_text())
