@@ -41,12 +41,13 @@ def sampled_kl(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, *, n_true=4, reward="likelihood",
-                    objective="signed", pg_weight=1.0, nll_weight=0.5, look_ahead_weight=0.5, kl_coefficient=0.1,
-                    base_kl=1.0, entropy_bonus=0.0, reward_floor=-6.0, value_head=None):  # fmt: skip
+                    objective="signed", pg_weight=1.0, nll_weight=0.5, thought_nll_weight=0.0, look_ahead_weight=0.5,
+                    kl_coefficient=0.1, base_kl=1.0, entropy_bonus=0.0, reward_floor=-6.0, value_head=None):  # fmt: skip
     """Loss, its parts, and reward and advantage of every thought, (U, K) each, for one batch of thoughts.
 
     loss = pg_weight REINFORCE + nll_weight (NLL of the mixture at the next token + ``look_ahead_weight`` x at the
-    following ``n_true`` - 1 true tokens, teacher-forced) + kl_coefficient KL(thoughts || ``reference``) + base_kl
+    following ``n_true`` - 1 true tokens, teacher-forced) + thought_nll_weight (the same of each thought alone, which teaches to
+    read on after a thought while the gate is still shut) + kl_coefficient KL(thoughts || ``reference``) + base_kl
     KL(reference || policy) of the prediction without thoughts - entropy_bonus x entropy. The last KL is taken twice:
     over visible tokens, which keeps the direct answers, and at the first token over all, which keeps the habit to think.
 
@@ -76,10 +77,12 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, *, n_true=
     nll = -(weights * mixed).sum(-1).clamp_min(1e-8).log()
     discount = torch.tensor([1.0] + [look_ahead_weight] * (n_true - 1), device=nll.device)
     predicted, units = valid[..., 0].sum(), len(valid)
-    nll = ranks.weigh((nll * discount * valid).sum() / predicted.clamp_min(1), predicted)
+    nll, alone = (ranks.weigh((x * discount * valid).sum() / predicted.clamp_min(1), predicted) for x in (nll, -after.mean(1)))
     loss = pg_weight * ranks.weigh(policy_gradient_loss(logprobs, advantage), units) + nll_weight * nll
+    if thought_nll_weight:
+        loss = loss + thought_nll_weight * alone
     parts = {
-        "reward": rewards.mean().item(), "nll": nll.item(), "correct": correct.mean().item(),
+        "reward": rewards.mean().item(), "nll": nll.item(), "thought_nll": alone.item(), "correct": correct.mean().item(),
         "no_thought_weight": weights[:, 0, 0].mean().item(), "length": thoughts.lengths[there].float().mean().item(),
         "entropy": (entropy.sum() / thoughts.sampled.sum().clamp_min(1)).item(),
         "signal": (advantage.abs().amax(-1) > 0.1).float().mean().item(),

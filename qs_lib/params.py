@@ -256,6 +256,7 @@ class Reinforce(NotebookParams):
     adaptive_length: bool = False
     pg_weight: float = Field(default=1.0, ge=0)
     nll_weight: float = Field(default=0.5, ge=0)
+    thought_nll_weight: float = Field(default=0.0, ge=0)
     look_ahead_weight: float = Field(default=0.5, ge=0)
     kl_coefficient: float = Field(default=0.1, ge=0)
     base_kl: float = Field(default=1.0, ge=0)

@@ -47,8 +47,8 @@ THOUGHTS = 4
 STAGES = ("01", "02", "03")
 # Parameters of notebook 05 that `train_quiet_star` is not called with, and options that every arm leaves alone.
 ELSEWHERE = {"seed", "run_name", "upstream", "mixing", "eval_problems", "test_problems", "tensorboard"}
-LEFT_ALONE = {"baseline", "think_at", "num_positions", "adaptive_length", "lora_rank", "qk_clip_threshold", "gradient_checkpointing",
-              "bf16"}
+LEFT_ALONE = {"baseline", "think_at", "thought_nll_weight", "num_positions", "adaptive_length", "lora_rank", "qk_clip_threshold",
+              "gradient_checkpointing", "bf16"}
 
 
 def rl_recipe(variant: str = "pocket") -> dict:

@@ -93,6 +93,30 @@ def test_nothing_but_the_named_parts_gives_gradient():
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.mixing_head.parameters())
 
 
+def test_a_thought_alone_is_taught_though_the_gate_is_shut():
+    """Its likelihood of the truth again from plain passes, later tokens at half weight; the shut gate lets none of it through."""
+    model, tokenizer = tiny_quiet_star()
+    ids, mask, thoughts = batch(model, tokenizer)
+    off = {"pg_weight": 0.0, "nll_weight": 0.0, "kl_coefficient": 0.0, "base_kl": 0.0, "n_true": 3}
+    loss, parts, _ = o.quiet_star_loss(model, None, tokenizer, ids, mask, thoughts, thought_nll_weight=2.0, **off)
+    found = []
+    for row in range(6):
+        at = thoughts.positions[row, 0].item()
+        text, truth = ids[row, : at + 1].tolist(), ids[row, at + 1 : at + 4].tolist()
+        for k in range(3):
+            said = thoughts.tokens[row, 0, k, : thoughts.lengths[row, 0, k]].tolist()
+            with torch.no_grad():
+                logits = model.lm(torch.tensor([text + said + truth])).logits[0, -len(truth) - 1 : -1].clone()
+            logits[:, model.config.hidden_ids] = -torch.inf
+            nll = -logits.log_softmax(-1).gather(1, torch.tensor(truth)[:, None]).squeeze(1)
+            found.append((nll * torch.tensor([1.0, 0.5, 0.5])).sum().item())
+    assert parts["no_thought_weight"] == 1.0 and parts["thought_nll"] == pytest.approx(sum(found) / 18, rel=1e-5)
+    assert loss.item() == pytest.approx(2 * sum(found) / 18, rel=1e-5)
+    loss.backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.lm.parameters())
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.mixing_head.parameters())
+
+
 def test_loss_parts_against_a_plain_recomputation():
     """Reward and REINFORCE term again from plain forward passes over text + thought + truth, one thought at a time."""
     model, tokenizer = tiny_quiet_star()
