@@ -16,6 +16,7 @@ STRIP = --keep-output --keep-count --keep-id --extra-keys \
 help:
 	@echo "make run         notebooks 01-08 into outputs/$(RUN_NAME)/, ends with the scoreboard; repeat it to continue"
 	@echo "                 P=variant (params/*/P.yaml)  MODEL=folder or hub name  RUN=name  DATA=folder  NB=05_rl  SEED=1  KEEP=1 FRESH=1 DEBUG=1"
+	@echo "                 SET='steps=4 05_rl.batch_size=2': parameters in place of the variant's, everywhere or in one notebook"
 	@echo "make test        all tests and notebooks, with coverage of qs_lib"
 	@echo "make coverage    the same, and their coverage into outputs/$(RUN_NAME)/ for its scoreboard"
 	@echo "make browser     the inspector in a real JupyterLab and Chromium; screenshots go to outputs/browser/"
@@ -46,6 +47,7 @@ setup: .venv/installed
 run: setup
 	@$(BIN)/python -m qs_lib.run --variant "$(P)" --run "$(RUN_NAME)" $(if $(DATA),--data "$(DATA)") \
 	  $(if $(MODEL),--champion "$(MODEL)") \
+	  $(if $(SET),--set $(SET)) \
 	  $(if $(NB),--only $(NB)) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(KEEP),--keep) $(if $(FRESH),--fresh) $(if $(DEBUG),--debug)
 
