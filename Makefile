@@ -11,7 +11,7 @@ STRIP = --keep-output --keep-count --keep-id --extra-keys \
 	"metadata.widgets metadata.language_info.version metadata.papermill cell.metadata.execution cell.metadata.papermill"
 
 .DEFAULT_GOAL = help
-.PHONY: help setup run test coverage browser lab app bench chaos evidence sweep refresh lint clean-run
+.PHONY: help setup run test coverage browser lab app bench chaos rehearse evidence sweep refresh lint clean-run
 
 help:
 	@echo "make run         notebooks 01-08 into outputs/$(RUN_NAME)/, ends with the scoreboard; repeat it to continue"
@@ -24,6 +24,7 @@ help:
 	@echo "make app         the tour and its inspector as an app, without code (voila)"
 	@echo "make bench       side-by-side timings of thought generation"
 	@echo "make chaos       KILLS=300: kill trainings at random instants, resume them, compare to the bit"
+	@echo "make rehearse    DATA=folder: the variants for real models, end to end, on models of their shapes at small width; a few steps"
 	@echo "make evidence    X=baking, chain, rl, look_ahead, optimizers or grokking: an experiment over arms and seeds; repeat it to continue"
 	@echo "make sweep       X=05_rl GRID='n_true=1,4 seed=0,1', or X=n_true, a file of params/sweeps; W=2 at a time, E=pool, dask or slurm"
 	@echo "make refresh     remake outputs/pocket and the committed notebook outputs"
@@ -79,6 +80,9 @@ bench: setup
 
 chaos: setup
 	$(SMALL) $(BIN)/python tests/chaos.py $(KILLS)
+
+rehearse: setup
+	$(SMALL) $(BIN)/python tests/rehearse.py "$(DATA)" $(P_GIVEN)
 
 evidence: setup
 	$(SMALL) $(BIN)/python -m qs_lib.evidence $(X) $(if $(RUN),--upstream $(RUN)) $(if $(SEEDS),--seeds $(SEEDS))

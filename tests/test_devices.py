@@ -60,9 +60,11 @@ class Strays(TorchFunctionMode):
         named, name, out = named or {}, getattr(function, "__name__", ""), function(*given, **(named or {}))
         read = list(tensors((given, named)))
         there = any(map(is_marked, read))
-        if name == "cpu":
-            return out.view_as(out)  # another object than the marked one
         moves = name in ("to", "copy_")
+        if name in ("cpu", "to") and out is given[0]:
+            out = out.view_as(out)  # another object, for one may be marked and the other not
+        if name == "cpu":
+            return out
         if there and not moves and self.refused(name, given, [x for x in read if not is_marked(x) and x.dim()]):
             self.found |= {f"{Path(f.filename).name}: {f.line}" for f in traceback.extract_stack() if f.filename.startswith(LIBRARY)}
         if there or named.get("device") is not None or (moves and any(isinstance(x, (torch.device, str)) for x in given[1:])):
