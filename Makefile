@@ -11,11 +11,12 @@ STRIP = --keep-output --keep-count --keep-id --extra-keys \
 	"metadata.widgets metadata.language_info.version metadata.papermill cell.metadata.execution cell.metadata.papermill"
 
 .DEFAULT_GOAL = help
-.PHONY: help setup run test coverage browser lab app bench chaos evidence sweep refresh lint clean-run
+.PHONY: help setup run test coverage browser lab app bench chaos rehearse evidence sweep refresh lint clean-run
 
 help:
 	@echo "make run         notebooks 01-08 into outputs/$(RUN_NAME)/, ends with the scoreboard; repeat it to continue"
 	@echo "                 P=variant (params/*/P.yaml)  MODEL=folder or hub name  RUN=name  DATA=folder  NB=05_rl  SEED=1  KEEP=1 FRESH=1 DEBUG=1"
+	@echo "                 SET='steps=4 05_rl.batch_size=2': parameters in place of the variant's, everywhere or in one notebook"
 	@echo "make test        all tests and notebooks, with coverage of qs_lib"
 	@echo "make coverage    the same, and their coverage into outputs/$(RUN_NAME)/ for its scoreboard"
 	@echo "make browser     the inspector in a real JupyterLab and Chromium; screenshots go to outputs/browser/"
@@ -23,6 +24,7 @@ help:
 	@echo "make app         the tour and its inspector as an app, without code (voila)"
 	@echo "make bench       side-by-side timings of thought generation"
 	@echo "make chaos       KILLS=300: kill trainings at random instants, resume them, compare to the bit"
+	@echo "make rehearse    DATA=folder: the variants for real models, end to end, on models of their shapes at small width; a few steps"
 	@echo "make evidence    X=baking, chain, rl, look_ahead, optimizers or grokking: an experiment over arms and seeds; repeat it to continue"
 	@echo "make sweep       X=05_rl GRID='n_true=1,4 seed=0,1', or X=n_true, a file of params/sweeps; W=2 at a time, E=pool, dask or slurm"
 	@echo "make refresh     remake outputs/pocket and the committed notebook outputs"
@@ -46,6 +48,7 @@ setup: .venv/installed
 run: setup
 	@$(BIN)/python -m qs_lib.run --variant "$(P)" --run "$(RUN_NAME)" $(if $(DATA),--data "$(DATA)") \
 	  $(if $(MODEL),--champion "$(MODEL)") \
+	  $(if $(SET),--set $(SET)) \
 	  $(if $(NB),--only $(NB)) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(KEEP),--keep) $(if $(FRESH),--fresh) $(if $(DEBUG),--debug)
 
@@ -77,6 +80,9 @@ bench: setup
 
 chaos: setup
 	$(SMALL) $(BIN)/python tests/chaos.py $(KILLS)
+
+rehearse: setup
+	$(SMALL) $(BIN)/python tests/rehearse.py "$(DATA)" $(P_GIVEN)
 
 evidence: setup
 	$(SMALL) $(BIN)/python -m qs_lib.evidence $(X) $(if $(RUN),--upstream $(RUN)) $(if $(SEEDS),--seeds $(SEEDS))

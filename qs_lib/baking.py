@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint
 from .evaluate import answer_of, replies
 from .optim import MuonGrokfast
 from .params import TrainingError, WorkbookError
-from .qk_clip import watch_max_logits
+from .qk_clip import largest_logit, watch_max_logits
 from .sequences import encode_context, length_batches, mark, marker_spellings, pad
 from .sharding import check_fsdp, clip_grad_norm, shard
 from .strategies import PROMPTS, asked, strategy_of
@@ -196,16 +196,20 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
     epoch where it was lowest (0: all epochs, the last one stays). ``lora_rank``: train an adapter of that rank
     and the eight token rows, merged at the end; 0 trains all weights. ``rebake``: ``model`` is baked already, so the
     teacher, a copy of it, writes and reads thinking tokens itself. ``qk_clip_threshold``: see :class:`MuonGrokfast`;
-    each epoch reports the largest attention logit on held-out text, ``max_logit`` (with an adapter the teacher's passes count too). ``optimizer``: made from the model
-    by this function in place of :class:`MuonGrokfast`. ``gradient_checkpointing``: keep only what goes into each layer and run it
+    each epoch reports the largest attention logit on held-out text, ``max_logit`` (with an adapter the teacher's passes count too; left out
+    for a family that cannot be watched). ``optimizer``: made from the model by this function in place of :class:`MuonGrokfast`. ``gradient_checkpointing``: keep only what goes into each layer and run it
     again in the backward pass; ``bf16``: autocast, the weights stay as they are. ``fsdp``: ``model`` and teacher are sharded over the processes and stay
     so (``sharding``). With a ``checkpoint``, whose log then counts, a stopped training
     goes on where it was; finished epochs are not shown to ``on_epoch`` again.
 
-    Raises ``WorkbookError`` when no teacher reply holds a thought, ``TrainingError`` on a non-finite loss.
+    Raises ``WorkbookError`` when no teacher reply holds a thought, or the family's attention cannot be clipped, ``TrainingError``
+    on a non-finite loss.
     """
     started, rng = time.monotonic(), random.Random(seed)
     check_fsdp(fsdp, checkpoint, lora_rank)
+    if qk_clip_threshold:
+        with watch_max_logits(model):  # a family that cannot be watched is refused before anything is sampled
+            pass
     teacher = model.eval() if lora_rank else copy.deepcopy(model).eval().requires_grad_(False)
     if fsdp:
         shard(teacher)
@@ -277,10 +281,9 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
                     if at + 1 < batches:
                         saving.after(step, parts)
             trained.eval()
-            with watch_max_logits(trained) as watch:
+            with largest_logit(trained) as largest:
                 dose = {"epoch": epoch, "kl": held_out_kl(trained, teacher, tokenizer, held)}
-                dose["max_logit"] = max(heads.max().item() for heads in watch.max_logits.values())
-            dose |= habits(trained, tokenizer, list(validation), max_new_tokens)
+            dose |= largest | habits(trained, tokenizer, list(validation), max_new_tokens)
             result.epochs.append(dose)
             saving.log(step=step, **dose)
             bar.set_postfix(accuracy=f"{dose['accuracy']:.3f}", use=f"{dose['thinking_use']:.2f}")

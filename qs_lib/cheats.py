@@ -87,8 +87,8 @@ def forged(model, words):
         for b, inner in enumerate(words(texts, room)):
             thoughts.tokens[b, :, :, 1 : 1 + len(inner)] = torch.tensor(inner, dtype=torch.long)
             thoughts.lengths[b] = len(inner) + 2
-        within = torch.arange(thoughts.tokens.shape[-1]) < thoughts.lengths.unsqueeze(-1)
-        thoughts.sampled = within & (torch.arange(thoughts.tokens.shape[-1]) > 0)
+        place = torch.arange(thoughts.tokens.shape[-1], device=thoughts.tokens.device)
+        thoughts.sampled = (place < thoughts.lengths.unsqueeze(-1)) & (place > 0)
         thoughts.logprobs = torch.zeros_like(thoughts.logprobs)
         return thoughts
 
@@ -103,8 +103,8 @@ def prompt_words(texts: list[list[int]], room: int) -> list[list[int]]:
 @torch.no_grad()
 def direct_words(model, tokenizer, texts: list[list[int]], room: int) -> list[list[int]]:
     """The greedy continuation of each text without a thought, up to end-of-text."""
-    ids = pad(texts, tokenizer.pad_token_id, "left")
-    mask = pad([[1] * len(t) for t in texts], 0, "left")
+    ids = pad(texts, tokenizer.pad_token_id, "left", model.device)
+    mask = pad([[1] * len(t) for t in texts], 0, "left", model.device)
     written = model.lm.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=room, do_sample=False,
         suppress_tokens=thinking_ids(tokenizer), pad_token_id=tokenizer.pad_token_id,

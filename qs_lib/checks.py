@@ -44,7 +44,7 @@ def grounded(examples: list[dict]) -> float:
 @torch.no_grad()
 def one_by_one(model, text: list[int], thought_length: int, think_id: int, end_id: int) -> list[int]:
     """One greedy thought after ``text`` by plain ``generate``: what the parallel engine has to reproduce."""
-    ids = torch.tensor([[*text, think_id]])
+    ids = torch.tensor([[*text, think_id]], device=model.device)
     written = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=thought_length - 2, do_sample=False,
         eos_token_id=end_id, pad_token_id=end_id,
@@ -59,7 +59,7 @@ def largest_difference(model, input_ids: torch.Tensor, thoughts) -> float:
 
     ``input_ids`` (batch, length) without padding, ``thoughts`` as :func:`qs_lib.generate_thoughts` gave them.
     """
-    worst = 0.0
+    worst, input_ids = 0.0, input_ids.to(model.device)
     for b, p, k in torch.cartesian_prod(*map(torch.arange, thoughts.lengths.shape)).tolist():
         text = input_ids[b, : thoughts.positions[b, p] + 1]
         thought = thoughts.tokens[b, p, k, : thoughts.lengths[b, p, k]]
@@ -78,8 +78,10 @@ def visible_keys(model, input_ids: torch.Tensor, thoughts):
     ``input_ids`` (1, length). Returns (seen, rule, queries, keys): ``seen`` bool (queries, keys) as measured, ``rule`` the
     same by definition (the text up to the position, and the thought's own tokens so far), and names of both axes. Measured
     with random words on the same architecture with fresh weights, in double precision: trained attention is so sharp that
-    much of what may be read leaves no trace.
+    much of what may be read leaves no trace. All of it on the CPU.
     """
+    input_ids = input_ids.cpu()
+    thoughts = replace(thoughts, **{k: v.cpu() for k, v in vars(thoughts).items() if isinstance(v, torch.Tensor)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(model.config).double().eval()

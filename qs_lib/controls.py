@@ -79,7 +79,8 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
     result = bake(model, tokenizer, worked[: settings["examples"]], unseen, held["validation"], seed=seed, checkpoint=checkpoint,
                   **given)  # fmt: skip
     last = result.epochs[-1]
-    row = {"validation_accuracy": last["accuracy"], "gap_closed": result.gap_closed, "max_logit": last["max_logit"]}
+    row = {"validation_accuracy": last["accuracy"], "gap_closed": result.gap_closed}
+    row |= {"max_logit": last["max_logit"]} if "max_logit" in last else {}  # not every family's can be seen
     if tested:
         after = direct_accuracy(model, tokenizer, held["test"])
         row |= habits(model, tokenizer, held["test"], settings["max_new_tokens"])

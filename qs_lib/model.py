@@ -95,6 +95,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             [lm.config.think_token_id, lm.config.end_think_token_id], **settings,
         )  # fmt: skip
         model = cls(config, lm=lm)
+        model.mixing_head.to(lm.device)
         model.generation_config = lm.generation_config
         return model.eval()
 

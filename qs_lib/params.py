@@ -34,6 +34,10 @@ class TrainingError(WorkbookError, FloatingPointError):
     """A loss or gradient is not finite; nothing was updated with it."""
 
 
+class UnwatchedError(WorkbookError, RuntimeError):
+    """A family computes its attention where its logits cannot be seen."""
+
+
 class SourceError(WorkbookError, FileNotFoundError):
     """A model or data set is not where it was said to be, or cannot be read."""
 

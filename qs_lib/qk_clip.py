@@ -1,5 +1,6 @@
 """QK-Clip: the largest attention logit of every head, and weights rescaled where it passes a threshold."""
 
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +9,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
+
+from .params import UnwatchedError
 
 NAME = "max_logits"
 WATCHES = {}  # attention module -> the watch that is open on its model
@@ -25,8 +28,8 @@ class watch_max_logits:
     The logit is scaling * q.k before the softmax, over all allowed (query, key) pairs of all calls since the start or
     the last `reset()`; every pass counts, so keep a teacher's passes outside. The model computes what it computes with
     "sdpa"; its own attention implementations are put back at the end, also after an error. On entry one pass over two
-    tokens checks that every attention layer is really seen, and raises RuntimeError where a family bypasses the
-    attention interface.
+    tokens checks that every attention layer is really seen, and raises UnwatchedError where a family bypasses the
+    attention interface or has no "sdpa".
 
     report_only: `clip_heads` names the heads above the threshold and changes no weight. Use it while a teacher shares
     the weights (an adapter that is switched off): clipping the student would move the teacher.
@@ -40,7 +43,7 @@ class watch_max_logits:
         backbones = [m for m in self.model.modules() if isinstance(m, PreTrainedModel)]
         lacking = [type(m).__name__ for m in backbones if not m._supports_sdpa]
         if lacking:
-            raise RuntimeError(f"{lacking[0]} cannot run with sdpa attention, so its logits cannot be watched")
+            raise UnwatchedError(f"{lacking[0]} cannot run with sdpa attention, so its logits cannot be watched: set qk_clip_threshold to 0")
         expected = [m for m in self.model.modules()
                     if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
         taken = [m for m in expected if m in WATCHES]
@@ -56,8 +59,8 @@ class watch_max_logits:
             with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 self.model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device))
             if not expected or len(self.layers) != len(expected):
-                raise RuntimeError(f"{type(self.model).__name__}: the attention interface was called in "
-                                   f"{len(self.layers)} of {len(expected)} attention layers")
+                raise UnwatchedError(f"{type(self.model).__name__}: the attention interface was called in "
+                                     f"{len(self.layers)} of {len(expected)} attention layers: set qk_clip_threshold to 0")
         except BaseException:
             self.__exit__()
             raise
@@ -93,6 +96,21 @@ class watch_max_logits:
         layer = module.layer_idx
         self.layers[layer] = module
         self.max_logits[layer] = torch.maximum(self.max_logits.get(layer, largest), largest)
+
+
+@contextmanager
+def largest_logit(model):
+    """Context whose value, a dict, holds at its end the largest attention logit of any head in the passes within, as
+    ``max_logit``, and stays empty for a family that cannot be watched. Where it runs away, training soon breaks."""
+    found = {}
+    with ExitStack() as stack:
+        try:
+            watch = stack.enter_context(watch_max_logits(model))
+        except UnwatchedError:
+            watch = None
+        yield found
+        if watch is not None:
+            found["max_logit"] = max(heads.max().item() for heads in watch.max_logits.values())
 
 
 def watched_attention(module, query, key, value, attention_mask, scaling=None, is_causal=None, **kwargs):

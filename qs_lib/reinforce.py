@@ -25,7 +25,7 @@ from .objective import quiet_star_loss
 from .optim import MuonGrokfast
 from .params import TrainingError, WorkbookError
 from .positions import thought_length as adapted
-from .qk_clip import watch_max_logits
+from .qk_clip import largest_logit, watch_max_logits
 from .scoring import record
 from .sharding import check_fsdp, clip_grad_norm, gathered, shard
 from .thoughts import generate_thoughts
@@ -69,7 +69,8 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
     for thoughts inside the text, its log-likelihood with thoughts. With a ``checkpoint``, whose log then counts, a stopped
     training goes on where it was.
 
-    Raises ``WorkbookError`` on empty problems or another baseline or place, ``TrainingError`` on a non-finite loss.
+    Raises ``WorkbookError`` on empty problems, another baseline or place, or a threshold for a family whose attention cannot be
+    watched, ``TrainingError`` on a non-finite loss.
     """
     problems, validation = list(problems), list(validation)
     if not problems or not validation:
@@ -77,6 +78,9 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
     if baseline not in ("others", "value"):
         raise WorkbookError(f"baseline is {baseline!r}; it must be 'others' or 'value'")
     check_fsdp(fsdp, checkpoint, lora_rank)
+    if qk_clip_threshold:
+        with watch_max_logits(model.lm):  # refused before the first step
+            pass
     started, rng = time.monotonic(), random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     adapter = add_adapter(model.lm, tokenizer, lora_rank) if lora_rank else None  # put into model.lm, in place
@@ -147,7 +151,9 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
             metrics |= {"step": step + 1, "loss": value, "diversity": differ.float().mean().item()}
             if validates:
                 name, score = validate(model, tokenizer, validation, think_at, num_thoughts, thought_length, temperature, seed)
-                metrics |= {name: score, "max_logit": largest_logit(model.lm, ids, mask)}
+                with largest_logit(model.lm) as largest, torch.no_grad():
+                    model.lm(input_ids=ids, attention_mask=mask)
+                metrics |= {name: score} | largest
                 if not score < best["validation"]:
                     best.update(step=step + 1, validation=score, weights=[p.detach().clone() for p in trained])
             result.history.append(metrics)
@@ -199,11 +205,3 @@ def validate(model, tokenizer, problems, think_at: str, num_thoughts: int, thoug
         return "validation_accuracy", accuracy_with_thoughts(model, tokenizer, problems, **settings)["mixed"].mean().item()
     likelihood = text_log_likelihood(model, tokenizer, [text_of(p) for p in problems], **settings)
     return "validation_log_likelihood", float(np.nanmean(likelihood["with"]))
-
-
-@torch.no_grad()
-def largest_logit(lm, ids: torch.Tensor, mask: torch.Tensor) -> float:
-    """The largest attention logit of any head on a batch of texts; where it runs away, training soon breaks."""
-    with watch_max_logits(lm) as watch:
-        lm(input_ids=ids, attention_mask=mask)
-    return max(heads.max().item() for heads in watch.max_logits.values())

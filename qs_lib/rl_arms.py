@@ -149,10 +149,10 @@ def train_direct(lm, tokenizer, problems, validation, steps: int, batch_size: in
     optimizer = MuonGrokfast(lm, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps, 20, constant=0.3))
     for step in tqdm(range(steps), desc="direct"):
-        ids, mask, positions = answer_batch(tokenizer, curriculum(problems, step / steps, rng, batch_size, hard_share))
-        logits = lm(input_ids=ids).logits[:, :-1].index_fill(-1, torch.tensor(tags), -torch.inf)
+        ids, mask, positions = answer_batch(tokenizer, curriculum(problems, step / steps, rng, batch_size, hard_share), lm.device)
+        logits = lm(input_ids=ids).logits[:, :-1].index_fill(-1, ids.new_tensor(tags), -torch.inf)
         nll = -logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-        answer = mask[:, 1:].bool() & (torch.arange(ids.shape[1] - 1) >= positions)
+        answer = mask[:, 1:].bool() & (torch.arange(ids.shape[1] - 1, device=ids.device) >= positions)
         nll[answer].mean().backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()

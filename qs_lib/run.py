@@ -12,6 +12,8 @@ import sys
 import traceback
 from pathlib import Path
 
+import yaml
+
 from .execute import execute, shown_path
 from .files import StageError, lock_run
 from .params import ParameterError, WorkbookError, check_parameters, notebook_parameters, unknown_name
@@ -46,6 +48,38 @@ def given_parameters(
     return given
 
 
+def named_stages(notebooks: list[Path], names: list[str]) -> list[Path]:
+    """The notebooks of these stages, each given as ``05_rl`` or ``05``. Raises ParameterError for another name."""
+    for name in names:
+        if not any(name in (path.stem, path.stem.split("_")[0]) for path in notebooks):
+            raise ParameterError(unknown_name(name, [path.stem for path in notebooks]).replace("parameter", "stage", 1))
+    return [path for path in notebooks if path.stem in names or path.stem.split("_")[0] in names]
+
+
+def overrides(notebooks: list[Path], words: list[str]) -> dict[Path, dict]:
+    """Notebook -> what ``words`` set in it: ``steps=4`` wherever there is such a parameter, ``05_rl.steps=4`` in that one alone.
+
+    Values are read as YAML; the word for one notebook wins over that for all. Raises ParameterError.
+    """
+    found = {path: {} for path in notebooks}
+    for word in sorted(words, key=lambda word: "." in word.partition("=")[0]):
+        name, mark, text = word.partition("=")
+        stage, _, name = name.rpartition(".")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = None
+        if not mark or value is None or isinstance(value, dict):
+            raise ParameterError(f"{word!r} is not of the form name=value, or stage.name=value for one notebook")
+        known = {path: notebook_parameters(path).keys() - {"run_name", "upstream"}
+                 for path in (named_stages(notebooks, [stage]) if stage else notebooks)}  # fmt: skip
+        if not any(name in names for names in known.values()):
+            raise ParameterError(unknown_name(name, set().union(*known.values())))
+        for path in (path for path in known if name in known[path]):
+            found[path][name] = value
+    return found
+
+
 def run_stages(
     variant: str,
     run_name: str,
@@ -57,11 +91,12 @@ def run_stages(
     keep: bool = False,
     debug: bool = False,
     champion: str | None = None,
+    given_words: list[str] = (),
 ) -> Path:
     """Execute every stage of a run that is not finished yet, in order; returns the run folder.
 
     ``champion``: folder or Hugging Face name of a model in place of the variant's; ``only``: names of stages, or their numbers; ``fresh``: repeat finished ones; ``keep``: do not repeat them as
-    ``qs_lib`` changed.
+    ``qs_lib`` changed; ``given_words``: parameters in place of the variant's, see :func:`overrides`.
 
     Raises WorkbookError in one sentence.
     """
@@ -70,13 +105,9 @@ def run_stages(
     if not chosen:
         raise StageError(f"there are no notebooks in {notebooks}")
     check_variant(variant, notebooks.parent)
-    for name in only or []:
-        if not any(path.stem == name or path.stem.split("_")[0] == name for path in chosen):
-            raise ParameterError(
-                unknown_name(name, [path.stem for path in chosen]).replace("parameter", "stage", 1)
-            )
-    chosen = [path for path in chosen if not only or path.stem in only or path.stem.split("_")[0] in only]
-    given = {path: given_parameters(path, variant, run_name, data, seed, champion) for path in chosen}
+    chosen = named_stages(chosen, only) if only else chosen
+    changed = overrides(chosen, given_words)
+    given = {path: given_parameters(path, variant, run_name, data, seed, champion) | changed[path] for path in chosen}
     values = {
         path: check_parameters(path, given[path]) for path in chosen
     }  # all, before the first minute is spent
@@ -168,6 +199,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--data", metavar="DIR", help="folder or file of problems, for notebooks that take data"
     )
     parser.add_argument("--champion", metavar="MODEL", help="folder or Hugging Face name of the model to start from")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+        help="parameters in place of the variant's, in every notebook that has them; 05_rl.steps=4 in that one alone",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, help="seed of every stage")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="only these stages, as 05_rl or 05")
     parser.add_argument("--fresh", action="store_true", help="repeat finished stages too")
@@ -194,6 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.keep,
             options.debug,
             options.champion,
+            options.set,
         )
         board = run / "08_scoreboard" / "scoreboard.json"
         if board.is_file():

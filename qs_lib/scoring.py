@@ -68,7 +68,7 @@ def mixing_weights(model, scored, weights: str = "head") -> torch.Tensor:
     mixing = model.mixing_head(scored.base_hidden, scored.thought_hidden.transpose(2, 3))
     if weights == "thoughts":
         k = mixing.shape[-1] - 1
-        mixing = torch.cat([torch.zeros(1), torch.full((k,), 1 / k)]).expand_as(mixing)
+        mixing = mixing.new_tensor([0.0] + k * [1 / k]).expand_as(mixing)
     return mixing
 
 

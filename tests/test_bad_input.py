@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import problems, tiny_champion, tiny_lm, tiny_quiet_star
-from transformers import PreTrainedTokenizerFast
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 import qs_lib as qs
 from qs_lib import baking, champion, curriculum, evaluate, hub, reinforce
@@ -22,6 +22,7 @@ from qs_lib import params as p
 from qs_lib.checkpoint import Checkpoint
 from qs_lib.experiments import repeat
 from qs_lib.files import lock_run, write_bytes
+from qs_lib.qk_clip import watch_max_logits
 from qs_lib.run import main, print_scoreboard
 from qs_lib.stage import find_run, read_stage, run_folder, start_stage
 from qs_lib.variants import read_variant
@@ -315,6 +316,7 @@ CASES = {
     "reinforcement's loss NaN": (lambda _: nan_rl(), "the loss is nan at step 0: lower the learning rates"),
     "gradient NaN": (lambda _: nan_gradient(), "gradient is not finite in model.norm.weight; nothing was updated"),
     "teacher without a thought": (lambda _: no_teacher(), "writes no thought on held-out questions"),
+    "QK-clip for a family that cannot be watched": (lambda _: watched_bloom(), "cannot run with sdpa attention, so its logits cannot be watched: set qk_clip_threshold to 0"),
     "unknown place to think": (lambda _: curriculum.think_where(*tiny_lm(), problems(), "here"), "'question', 'difficult', 'uncertain', 'random' or 'every'"),
     "too few problems that fit": (lambda _: qs.reasoning_dataset(problems(size=8)), "problems fit mece, 200 are needed"),
     "one problem to attack with": (lambda _: qs.anti_theater(*tiny_quiet_star(), problems()[:1], problems()[:1]), "at least two held-out problems"),
@@ -331,6 +333,11 @@ CASES = {
     "disk full, model": (lambda at: full_disk(lambda: big_model(at)), "no space left to write"),
     "file where a folder must be": (lambda at: write_bytes(at / "outputs/done/01_token_setup/run.json/x", b""), "cannot be written"),
 }  # fmt: skip
+
+
+def watched_bloom():
+    with watch_max_logits(BloomForCausalLM(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=1))):
+        pass
 
 
 def variant(place, text):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qs_lib import run
 from qs_lib import stage as stage_module
 from qs_lib.execute import Terminal, _failure
 from qs_lib.files import StageError, write_bytes, write_error
@@ -381,6 +382,32 @@ def test_the_chain_runs_once_and_again_only_where_it_must(notebooks, outputs, ca
     assert "Traceback" not in err
 
 
+def test_parameters_given_by_word_go_where_they_are_known(notebooks):
+    write_notebook(notebooks, "02_second", SECOND)
+    both = run.stage_notebooks(notebooks)
+    first, second = both
+    assert run.overrides(both, ["steps=4"]) == {first: {"steps": 4}, second: {"steps": 4}}
+    assert run.overrides(both, ["02.steps=5", "steps=4"]) == {first: {"steps": 4}, second: {"steps": 5}}
+    text = second.read_text().replace("steps: int", "paces: int")
+    second.write_text(text)
+    assert run.overrides(both, ["steps=4", "paces=true", "data=1e-4"]) == {
+        first: {"steps": 4, "data": "1e-4"}, second: {"paces": True, "data": "1e-4"}}  # fmt: skip
+    assert run.overrides(both, []) == {first: {}, second: {}}
+
+
+def test_parameters_given_by_word_win_over_the_variant(notebooks, outputs, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(run, "run_stage", lambda path, folder, given, values, *_: seen.update({path.stem: values["steps"]}))
+    assert main(["--variant", "small", "--notebooks", str(notebooks), "--set", "02_second.steps=7", "--set", "seed=3"]) == 0
+    assert seen == {"01_first": 5, "02_second": 7}
+
+
+def test_a_value_of_the_wrong_kind_is_one_sentence(capsys, outputs):
+    assert main(["--variant", "pocket", "--set", "05_rl.steps=many", "--only", "05_rl"]) == 1
+    assert "error: parameter steps='many': input should be a valid integer" in capsys.readouterr().err
+    assert not outputs.exists()
+
+
 def test_a_killed_kernel_leaves_the_stage_unfinished(notebooks, outputs):
     write_notebook(
         notebooks,
@@ -442,6 +469,15 @@ def test_a_stopped_run_says_how_to_continue(notebooks, outputs):
         (["--only", "01_frist"], "unknown stage '01_frist'; did you mean 01_first?"),
         (["--notebooks", "/nowhere"], "there are no notebooks"),
         (["--data", "/nowhere/gsm8k"], "there is no file or folder /nowhere/gsm8k"),
+        (["--set", "stepz=4"], "unknown parameter 'stepz'; did you mean steps?"),
+        (["--set", "steps=4", "02_second.stepz=4"], "unknown parameter 'stepz'; did you mean steps?"),
+        (["--set", "02_secund.steps=4"], "unknown stage '02_secund'; did you mean 02_second?"),
+        (["--only", "01", "--set", "02_second.steps=4"], "unknown stage '02_second'; known are 01_first"),
+        (["--set", "run_name=mine"], "unknown parameter 'run_name'"),
+        (["--set", "steps"], "'steps' is not of the form name=value"),
+        (["--set", "steps="], "'steps=' is not of the form name=value"),
+        (["--set", "steps=[1"], "'steps=[1' is not of the form name=value"),
+        (["--set", "steps=2026-01-01"], "plain numbers"),
     ],
 )
 def test_bad_options_are_one_sentence(notebooks, outputs, capsys, options, words):
