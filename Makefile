@@ -26,7 +26,7 @@ help:
 	@echo "make chaos       KILLS=300: kill trainings at random instants, resume them, compare to the bit"
 	@echo "make rehearse    DATA=folder: the variants for real models, end to end, on models of their shapes at small width; a few steps"
 	@echo "make evidence    X=baking, chain, rl, look_ahead, optimizers or grokking: an experiment over arms and seeds; repeat it to continue"
-	@echo "make sweep       X=05_rl GRID='n_true=1,4 seed=0,1', or X=n_true, a file of params/sweeps; W=2 at a time, E=pool, dask or slurm"
+	@echo "make sweep       X=05_rl GRID='n_true=1,4 seed=0,1', or X=n_true, a file of params/sweeps; W=2 at a time, E=pool, dask (A=tcp://host:8786) or slurm"
 	@echo "make refresh     remake outputs/pocket and the committed notebook outputs"
 	@echo "make lint        ruff, and notebooks free of machine metadata"
 	@echo "make clean-run   delete outputs/$(RUN_NAME)/ (RUN=name for another)"
@@ -89,7 +89,7 @@ evidence: setup
 
 sweep: setup
 	@$(BIN)/python -m qs_lib.sweep "$(X)" $(GRID) $(if $(P_GIVEN),--variant "$(P)") $(if $(RUN),--upstream "$(RUN)") \
-	  $(if $(E),--engine $(E)) $(if $(W),--workers $(W)) $(if $(KEEP),--keep)
+	  $(if $(E),--engine $(E)) $(if $(A),--address "$(A)") $(if $(W),--workers $(W)) $(if $(KEEP),--keep)
 
 refresh: setup
 	$(BIN)/python -m qs_lib.run --variant pocket --run pocket $(if $(FRESH),--fresh)

@@ -299,6 +299,15 @@ class Scoreboard(NotebookParams):
     """08: all criteria in one table."""
 
 
+class Scale(NotebookParams):
+    """09: sweeps, several processes, several machines."""
+
+    workers: int = Field(default=2, ge=1)
+    num_thoughts: list[int] = Field(default=[2, 4], min_length=1)
+    num_processes: int = Field(default=2, ge=1, le=64)
+    steps: int = Field(default=6, ge=1)
+
+
 NOTEBOOKS = {
     "01_token_setup": TokenSetup,
     "02_dataset_generation": DatasetGeneration,
@@ -308,4 +317,5 @@ NOTEBOOKS = {
     "06_anti_theater": AntiTheater,
     "07_latency": Latency,
     "08_scoreboard": Scoreboard,
+    "09_scale": Scale,
 }

@@ -14,8 +14,8 @@ PATIENCE = 30.0  # seconds that a killed worker's kernel may take to end and fre
 
 
 def run_point(point: dict) -> dict:
-    """Run what is not finished of a point; returns its row: ``run``, the grid's values, the stages' summaries, ``seconds``
-    and ``peak_memory_mb``.
+    """Run what is not finished of a point; returns its row: ``run``, the grid's values, the stages' summaries, ``seconds``,
+    ``peak_memory_mb``, and the ``command``, ``commit`` and kind of ``machine`` that made it.
 
     ``point``: ``run`` (name), ``outputs`` (folder of all points), ``upstream`` (folder of the run that earlier stages are
     read from), ``notebooks`` (paths, in order), ``given`` (parameters of each), ``values`` (of the grid), ``keep``,
@@ -46,7 +46,8 @@ def _stages(point: dict, run: Path) -> dict:
         found |= {k if k not in found and k not in point["values"] else f"{notebook.stem}.{k}": v for k, v in numbers.items()}
         found["seconds"] = round(found["seconds"] + record["wall_s"], 1)
         found["peak_memory_mb"] = max(found["peak_memory_mb"], record.get("peak_memory_mb") or 0)
-    return found
+    machine = f"{record['device']} ({record['device_name']}, {point['threads']} threads)"
+    return found | {"command": record["command"], "commit": record["git_commit"] or "no commit", "machine": machine}
 
 
 def patiently(run: Path, name: str):

@@ -133,14 +133,20 @@ def gathered(thoughts, rows: torch.Tensor, size: int):
     return replace(thoughts, hidden=None, **{name: whole(getattr(thoughts, name)) for name in names})
 
 
-def check_equal(model, when: str) -> str:
-    """The SHA-256 of the weights; raises ``TrainingError`` where two processes differ in it."""
-    if count() == 1:
-        return ""
+def checksum(model) -> str:
+    """The SHA-256 of the weights as this process holds them, sharded ones gathered (all processes must call)."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + whole(value).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    number = torch.tensor([int(digest.hexdigest()[:12], 16)])
+    return digest.hexdigest()
+
+
+def check_equal(model, when: str) -> str:
+    """The :func:`checksum` of the weights, "" in a single process; raises ``TrainingError`` where two processes differ in it."""
+    if count() == 1:
+        return ""
+    digest = checksum(model)
+    number = torch.tensor([int(digest[:12], 16)])
     if (total(number, dist.ReduceOp.MIN) != total(number, dist.ReduceOp.MAX)).any():
         raise TrainingError(f"the processes hold different weights {when}: load the same model and seed torch alike in each")
-    return digest.hexdigest()
+    return digest

@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -18,12 +19,13 @@ from pathlib import Path
 
 from . import plots
 from .engines import ENGINES, run_points
-from .experiments import write_rows
+from .experiments import read_rows, write_rows
 from .files import lock_run
 from .params import ParameterError, WorkbookError, check_parameters, notebook_parameters, unknown_name
 from .stage import REPOSITORY, find_run, outputs_root
 from .variants import check_variant, read_variant, read_yaml
 
+COSTS = ("seconds", "peak_memory_mb")  # every row has them, and they differ from run to run
 FILE_KEYS = {"notebooks", "variant", "grid", "x", "y"}
 
 
@@ -122,15 +124,39 @@ def _shown(row: dict, y: tuple[str, ...]) -> str:
 
 
 def draw(path: Path, rows: list[dict], x: str, y: tuple[str, ...], parameters: list[str]) -> None:
-    """The figure of a sweep; by default of the first number of the summaries."""
-    whole = [row for row in rows if "error" not in row]
-    numbers = [k for k, v in (whole[0] if whole else {}).items() if isinstance(v, (int, float)) and k not in (*parameters, "seconds")]
-    shown = [name for name in y or numbers[:1] if any(isinstance(row.get(name), (int, float)) for row in whole)]
-    if shown:
-        lines = [name for name in parameters if name not in (x, "seed")]
+    """Save the :func:`figure` of a sweep, if there is anything to draw."""
+    drawn = figure(rows, x, y, parameters)
+    if drawn:
         temporary = path.with_name(f".{path.name}")
-        plots.sweep(whole, x, shown, lines).savefig(temporary, format="png")
+        drawn.savefig(temporary, format="png")
         os.replace(temporary, path)
+
+
+def figure(rows: list[dict], x: str, y: tuple[str, ...] | list[str], parameters: list[str]):
+    """The figure of a sweep, by default of the first number of the summaries; None where no row has a number. A line for each
+    combination of the ``parameters`` that vary, but ``x`` and the seed."""
+    whole = [row for row in rows if "error" not in row]
+    numbers = [k for k, v in (whole[0] if whole else {}).items() if isinstance(v, (int, float)) and k not in (*parameters, *COSTS)]
+    shown = [name for name in y or numbers[:1] if any(isinstance(row.get(name), (int, float)) for row in whole)]
+    lines = [name for name in parameters if name not in (x, "seed") and len({str(row.get(name)) for row in whole}) > 1]
+    return plots.sweep(whole, x, shown, lines) if shown else None
+
+
+def ready_made() -> list[dict]:
+    """The sweeps of ``params/sweeps``, one row each: ``name``, the ``question`` its first comment asks, ``notebooks``, number
+    of ``runs`` and the ``command``."""
+    rows = []
+    for path in sorted((REPOSITORY / "params" / "sweeps").glob("*.yaml")):
+        plan, text = read_sweep(path.stem), path.read_text(encoding="utf-8")
+        comment = " ".join(line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()))
+        rows.append({"name": path.stem, "question": comment.partition("?")[0] + "?", "notebooks": " ".join(plan["notebooks"]),
+                     "runs": math.prod(len(values) for values in plan["grid"].values()), "command": f"make sweep X={path.stem}"})  # fmt: skip
+    return rows
+
+
+def committed_rows(name: str) -> list[dict]:
+    """The rows of a ready-made sweep that are committed with the pocket run; none where there are none."""
+    return read_rows(find_run("") / "sweeps" / name / "sweep.csv")
 
 
 def main(arguments: list[str] | None = None) -> int:
