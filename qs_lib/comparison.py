@@ -101,9 +101,9 @@ def named(prefix: str, value: tuple[float, float, float]) -> dict[str, float]:
     return {prefix: value[0], f"{prefix}_low": value[1], f"{prefix}_high": value[2]}
 
 
-def shown(value: tuple[float, float, float], signed: bool = False) -> str:
+def shown(value: tuple[float, float, float], signed: bool = False, digits: int = 3) -> str:
     """An interval for reading: ``0.812 [0.750, 0.875]``."""
-    mean, low, high = (fixed(x, 3, signed) for x in value)
+    mean, low, high = (fixed(x, digits, signed) for x in value)
     return f"{mean} [{low}, {high}]"
 
 
