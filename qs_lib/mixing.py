@@ -14,7 +14,8 @@ class MixingHead(nn.Module):
 
     The clip passes gradients straight through, so a gate at 0 can open. After Quiet-STaR (arXiv 2403.09629 §4.3),
     whose head interpolates one thought with one unbounded weight; ours stays a distribution so that several thoughts
-    can vote. ``forward(base (..., hidden), thought (..., K, hidden))`` -> weights (..., 1 + K), summing to 1.
+    can vote. ``forward(base (..., hidden), thought (..., K, hidden))`` -> weights (..., 1 + K), summing to 1. Under autocast it
+    keeps its own precision: in bfloat16 a gate just opening would leave 1 - g at 1.
     """
 
     def __init__(self, hidden_size: int, width: int = 64):
@@ -26,9 +27,10 @@ class MixingHead(nn.Module):
     def forward(self, base: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
         dtype = self.features.weight.dtype
         both = torch.cat([base.unsqueeze(-2).expand_as(thought), thought], -1).to(dtype)
-        features = torch.nn.functional.gelu(self.features(both))
-        attention = self.score(features).squeeze(-1).softmax(-1)
-        gate = self.gate(features).squeeze(-1).mean(-1, keepdim=True)
+        with torch.autocast(both.device.type, enabled=False):
+            features = torch.nn.functional.gelu(self.features(both))
+            attention = self.score(features).squeeze(-1).softmax(-1)
+            gate = self.gate(features).squeeze(-1).mean(-1, keepdim=True)
         gate = gate + (gate.clamp(0, 1) - gate).detach()
         return torch.cat([1 - gate, gate * attention], -1)
 

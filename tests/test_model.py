@@ -29,6 +29,15 @@ def test_weights_are_a_distribution_whatever_the_gate_says():
         assert (weights >= 0).all() and weights.sum(-1).allclose(torch.ones(5))
 
 
+def test_weights_keep_their_precision_under_autocast():
+    head = MixingHead(8)
+    torch.nn.init.constant_(head.gate.bias, 0.001)
+    base, thought = torch.randn(5, 8), torch.randn(5, 2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head(base.bfloat16(), thought.bfloat16()), head(base.bfloat16().float(), thought.bfloat16().float()))
+        assert head(base, thought).sum(-1).allclose(torch.ones(5)) and (head(base, thought)[:, 0] < 1).all()
+
+
 def test_mixing_by_hand():
     base, thought = torch.tensor([0.8, 0.2]).log(), torch.tensor([[0.1, 0.9], [0.5, 0.5]]).log()
     mixed = mix_log_probs(torch.tensor([0.5, 0.25, 0.25]), base, thought)
