@@ -85,7 +85,8 @@ def sweep(rows: list[dict], x: str, ys: list[str], lines: list[str]):
     groups = {}
     for row in rows:
         groups.setdefault(", ".join(f"{name} {row[name]}" for name in lines), []).append(row)
-    looks = [(c, d, m) for d, m in (("-", "o"), ("--", "s"), (":", "D"), ("-.", "^")) for c in (BLUE, ORANGE, GREY, "black")]
+    colours, marks = (BLUE, ORANGE, GREY, "black"), (("-", "o"), ("--", "s"), (":", "D"), ("-.", "^"))
+    looks = [(colours[i % 4], *marks[(i + i // 4) % 4]) for i in range(16)]  # neighbours differ in all three
     for axis, y in zip(np.atleast_1d(axes), ys, strict=True):
         for i, (name, group) in enumerate(groups.items()):
             colour, dash, marker = looks[i % len(looks)]

@@ -19,7 +19,7 @@ from qs_lib import stage as stage_module
 from qs_lib.execute import Terminal, _failure
 from qs_lib.files import StageError, write_bytes, write_error
 from qs_lib.params import NotebookParams, ParameterError
-from qs_lib.run import main, print_scoreboard, run_stages
+from qs_lib.run import main, print_scoreboard, run_stages, stage_notebooks
 from qs_lib.stage import (
     UpstreamError,
     code_hash,
@@ -287,6 +287,11 @@ def test_a_run_has_one_writer(outputs):
     holder.kill()
     holder.join()
     start_stage(Toy(run_name="a"), "02_second").finish({})
+
+
+def test_the_chain_is_01_to_08_though_there_are_notebooks_beside_it():
+    chain = [path.name[:3] for path in stage_notebooks(stage_module.REPOSITORY / "notebooks")]
+    assert chain == [f"0{number}_" for number in range(1, 9)] and list((stage_module.REPOSITORY / "notebooks").glob("09_*.ipynb"))
 
 
 def test_the_same_process_may_start_its_stage_again():

@@ -1,8 +1,11 @@
 """Sweeps on a toy notebook: the grid, three engines, a killed worker, resuming."""
 
+import itertools
 import json
 import os
+import shutil
 import signal
+import subprocess
 import threading
 import time
 
@@ -96,7 +99,35 @@ def test_ready_made_sweeps_fit_their_notebooks(path):
     assert len({p["run"] for p in points}) == len(points) > 3 and plan["x"] in plan["grid"]
     summaries = [json.loads((REPOSITORY / f"outputs/pocket/{name}/run.json").read_text())["summary"] for name in plan["notebooks"]]
     every_run = {"seconds": 0, "peak_memory_mb": 0}
+    listed = next(row for row in sweep.ready_made() if row["name"] == path.stem)
+    assert listed["runs"] == len(points) and listed["question"].count("?") == 1 and listed["command"] == f"make sweep X={path.stem}"
     assert all(any(y in known for known in (every_run, *summaries)) for y in plan["y"])
+
+
+def test_committed_results_are_of_the_sweep_that_is_there_and_say_what_made_them():
+    found = {path.stem: sweep.committed_rows(path.stem) for path in (REPOSITORY / "params" / "sweeps").glob("*.yaml")}
+    assert found["memory"] and sweep.committed_rows("nothing") == []
+    for name, rows in found.items():
+        grid = sweep.read_sweep(name)["grid"]
+        assert all(row[parameter] in values for row in rows for parameter, values in grid.items())
+        assert all(row["command"].startswith("python -m qs_lib.sweep") and row["commit"] and row["machine"] for row in rows)
+
+
+def test_a_line_of_the_figure_for_what_varies_besides_x_and_the_seed():
+    rows = [{"run": str(i), "a": a, "seed": s, "b": b, "c": 9, "seconds": 1, "y": i} for i, (a, s, b) in enumerate(itertools.product(*[(1, 2)] * 3))]
+    drawn = sweep.figure([*rows, {"run": "x", "a": 1, "error": "ended"}], "a", [], ["a", "seed", "b", "c"])
+    (axis,) = drawn.axes
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["b 1", "b 2"] and axis.get_ylabel() == "y"
+    assert len({line.get_linestyle() for line in axis.lines[::2]}) == len({line.get_marker() for line in axis.lines[::2]}) == 2
+    assert axis.lines[0].get_ydata().tolist() == [1.0, 5.0]  # means over seeds of rows 0, 2 and 4, 6
+    assert sweep.figure([{"run": "x", "error": "ended"}], "a", [], ["a"]) is None
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_make_hands_the_schedulers_address_on():
+    words = ["make", "-n", "-o", ".venv/installed", "sweep", "X=n_true", "E=dask", "A=tcp://h:8786", "W=3"]
+    said = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert '"n_true"' in said and '--engine dask --address "tcp://h:8786" --workers 3' in " ".join(said.split())
 
 
 def test_the_command_line_runs_what_is_missing_and_keeps_what_is_done(notebooks, outputs, capfd):
@@ -104,6 +135,7 @@ def test_the_command_line_runs_what_is_missing_and_keeps_what_is_done(notebooks,
     assert sweep.main(words) == 1
     good, bad = read_rows(outputs / "toy/sweep.csv")
     assert good["run"] == "steps-3" and good["steps"] == 3 and good["squared"] == 9 and good["text"] == "x" and "list" not in good
+    assert good["command"].endswith("--name toy --workers 1") and good["commit"] and "1 threads)" in good["machine"]
     assert bad["error"] == "01_first: AssertionError: too many steps" and "squared" not in bad
     out = capfd.readouterr().out
     assert "[2/2]" in out and "toy bar" not in out and "running, not run yet" in (outputs / "toy/steps-3/.log").read_text()
