@@ -1,5 +1,6 @@
 """Two processes that train together (gloo), against one process on the same global batches."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -11,13 +12,14 @@ import torch.distributed as dist
 from test_baking import plain_trajectories
 from tiny import problems, tiny_champion, tiny_lm, tiny_quiet_star
 
-from qs_lib import baking, champion, ranks, reinforce
+from qs_lib import baking, champion, processes, ranks, reinforce
 from qs_lib.checkpoint import Checkpoint
 from qs_lib.optim import MuonGrokfast
 from qs_lib.params import TrainingError, WorkbookError
 from qs_lib.sharding import clip_grad_norm, shard, whole_state
 
 FORK = multiprocessing.get_context("fork")  # a fresh Python would import torch again
+PATIENCE = 600  # seconds until two processes that wait for each other count as stuck; a busy machine needs minutes
 
 
 def _child(work, number, store, answer):
@@ -36,7 +38,7 @@ def together(work, tmp_path, fine=True):
     store, pipes = tmp_path / f"store-{os.urandom(4).hex()}", [FORK.Pipe(duplex=False) for _ in range(2)]
     for number, (_, end) in enumerate(pipes):
         FORK.Process(target=_child, args=(work, number, store, end), daemon=True).start()
-    answers = [pipe.recv() if pipe.poll(60) else (False, "no answer") for pipe, _ in pipes]
+    answers = [pipe.recv() if pipe.poll(PATIENCE) else (False, "no answer") for pipe, _ in pipes]
     assert all(well == fine for well, _ in answers), answers
     return [found for _, found in answers]
 
@@ -133,6 +135,22 @@ def test_reinforcement_in_two_processes_is_reinforcement_in_one(tmp_path, settin
     for a, b in zip(history, own, strict=True):
         assert a.keys() == b.keys() and a["loss"] == pytest.approx(b["loss"], abs=1e-3)
         assert a["diversity"] == b["diversity"], "other thoughts were drawn"
+
+
+def test_the_training_to_try_says_how_many_there_were_and_ends_where_one_ends(tmp_path):
+    processes.train(tmp_path / "alone", steps=3)
+    for way, fsdp in processes.WAYS.items():
+        together(lambda way=way, fsdp=fsdp: processes.train(tmp_path / way, steps=3, fsdp=fsdp), tmp_path)
+        one, two = (json.loads((tmp_path / way / f"rank-{number}.json").read_text()) for number in (0, 1))
+        assert one["processes"] == two["processes"] == 2 and one["weights_sha256"] == two["weights_sha256"]
+        assert processes.largest_difference(tmp_path / "alone", tmp_path / way) < processes.BOUND
+        alone = json.loads((tmp_path / "alone" / "rank-0.json").read_text())
+        assert alone["processes"] == 1 and (one["held"] < alone["held"] if fsdp else one["held"] == alone["held"])
+
+
+def test_a_torchrun_that_fails_is_one_sentence(tmp_path):
+    with pytest.raises(WorkbookError, match=r"torchrun ended with \d+ .*see all of it with `torchrun --standalone --nproc_per_node 0"):
+        processes.torchrun(0, tmp_path)
 
 
 def test_a_signal_to_one_process_stops_both_and_both_go_on(tmp_path, monkeypatch):
