@@ -6,7 +6,7 @@ import random
 import torch
 
 from .params import WorkbookError
-from .positions import difficult_positions
+from .positions import difficult_positions, random_positions
 from .sequences import encode, pad
 from .strategies import reply
 
@@ -36,9 +36,9 @@ def text_batch(tokenizer, problems: list[dict], device=None):
 def think_where(lm, tokenizer, problems: list[dict], where: str = "question", count: int = 8, generator=None):
     """A batch and the positions (B, P) to think at: input_ids and attention_mask (B, L), positions or None for all.
 
-    ``where``: after the ``question`` of an answered problem; in whole texts at ``every`` token, at ``count`` ``random`` ones (drawn
-    from ``generator``), which are as many thoughts as can be paid for of ``every``, or at the ``difficult`` ones, whose next token the model itself finds least likely, or ``uncertain`` ones, where its prediction has
-    the highest entropy, which needs no truth. Raises ``WorkbookError`` for another place.
+    ``where``: after the ``question`` of an answered problem; in whole texts at ``every`` token, or at ``count`` of them: ``random``
+    ones (drawn from ``generator``), which stand for every token at a price that can be chosen, ``difficult`` ones, whose next token
+    the model itself finds least likely, or ``uncertain`` ones, where its prediction has the highest entropy, which needs no truth. Raises ``WorkbookError`` for another place.
     """
     if where == "question":
         return answer_batch(tokenizer, problems, lm.device)
@@ -46,9 +46,7 @@ def think_where(lm, tokenizer, problems: list[dict], where: str = "question", co
     if where == "every":
         return ids, mask, None
     if where == "random":
-        readable = mask[:, 1:].cpu().bool()  # a true token follows
-        drawn = torch.rand(readable.shape, generator=generator).masked_fill(~readable, -1).topk(min(count, readable.shape[1]))
-        return ids, mask, drawn.indices.masked_fill(drawn.values < 0, -1).sort(1).values.to(ids.device)
+        return ids, mask, random_positions(mask, count, generator)
     by = {"difficult": "log_prob", "uncertain": "entropy"}.get(where)
     if by is None:
         raise WorkbookError(f"think at {where!r}: it must be 'question', 'difficult', 'uncertain', 'random' or 'every'")

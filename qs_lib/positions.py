@@ -19,13 +19,27 @@ def difficult_positions(logits: torch.Tensor, input_ids: torch.Tensor, attention
     else:
         raise ValueError(f"by is {by!r}; it must be 'entropy' or 'log_prob'")
     if attention_mask is not None:
-        readable = attention_mask[:, :-1].bool() & attention_mask[:, 1:].bool()
-        hardness = hardness.masked_fill(~readable, -torch.inf)
-    best = hardness.topk(min(count, hardness.shape[1]), dim=1)
-    positions = best.indices.masked_fill(best.values == -torch.inf, input_ids.shape[1])
-    positions = positions.sort(1).values
-    positions = positions.masked_fill(positions == input_ids.shape[1], -1)
-    return torch.nn.functional.pad(positions, (0, count - positions.shape[1]), value=-1)
+        hardness = hardness.masked_fill(~followed(attention_mask), -torch.inf)
+    return highest(hardness, count)
+
+
+def random_positions(attention_mask: torch.Tensor, count: int = 8, generator: torch.Generator | None = None) -> torch.LongTensor:
+    """``count`` positions (batch, count), in text order, drawn without replacement among those that a true token follows; rows
+    with fewer are filled with -1. ``generator`` is one of the CPU: the draw is the same on every device."""
+    drawn = torch.rand(attention_mask[:, 1:].shape, generator=generator).to(attention_mask.device)
+    return highest(drawn.masked_fill(~followed(attention_mask), -torch.inf), count)
+
+
+def followed(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Which tokens but the last are read and have a true token after them, (batch, L - 1)."""
+    return attention_mask[:, :-1].bool() & attention_mask[:, 1:].bool()
+
+
+def highest(values: torch.Tensor, count: int) -> torch.LongTensor:
+    """Places of the ``count`` highest values of each row, in order, then -1 for what is -inf or not there: (batch, count)."""
+    best, past = values.topk(min(count, values.shape[1]), dim=1), values.shape[1]
+    places = best.indices.masked_fill(best.values == -torch.inf, past).sort(1).values
+    return torch.nn.functional.pad(places.masked_fill(places == past, -1), (0, count - places.shape[1]), value=-1)
 
 
 def thought_length(problem_length: int, shortest: int = 10, longest: int = 20) -> int:
