@@ -103,8 +103,8 @@ def prompt_words(texts: list[list[int]], room: int) -> list[list[int]]:
 @torch.no_grad()
 def direct_words(model, tokenizer, texts: list[list[int]], room: int) -> list[list[int]]:
     """The greedy continuation of each text without a thought, up to end-of-text."""
-    ids = pad(texts, tokenizer.pad_token_id, "left", model.device)
-    mask = pad([[1] * len(t) for t in texts], 0, "left", model.device)
+    ids = pad(texts, tokenizer.pad_token_id, "left", model.lm.device)
+    mask = pad([[1] * len(t) for t in texts], 0, "left", model.lm.device)
     written = model.lm.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=room, do_sample=False,
         suppress_tokens=thinking_ids(tokenizer), pad_token_id=tokenizer.pad_token_id,

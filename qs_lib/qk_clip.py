@@ -172,7 +172,7 @@ def clip_heads(watch, threshold):
             if reason:
                 report.report_only[layer] = reason
             else:
-                rescale(module, (threshold / largest).clamp(max=1).where(largest > 0, 1))
+                rescale(module, torch.where(largest > threshold, threshold / largest, 1.0))  # exactly 1 at the threshold too
     return report
 
 
