@@ -5,10 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 
 from .baking import habits
-from .curriculum import answer_batch
 from .evaluate import accuracy_with_thoughts, answer_of, best_temperature, interval, replies
 from .sequences import encode
 from .strategies import reply, strategy_of
@@ -66,11 +64,10 @@ def measure(model, tokenizer, validation: list[dict], test: list[dict], weights:
     drawn = accuracy_with_thoughts(model, tokenizer, test, temperature=chosen["temperature"], single=True, **settings)
     one = settings | {"num_thoughts": 1, "weights": "thoughts"}
     greedy = accuracy_with_thoughts(model, tokenizer, test, temperature=0.0, **one)["mixed"]
-    thoughts = draw(model, tokenizer, test, num_thoughts, thought_length, chosen["temperature"], seed)
-    fits = [strategy_of(t) in (p["fits"] or ["cot"]) for ts, p in zip(thoughts, test, strict=True) for t in ts]
+    fits = [strategy_of(t) in (p["fits"] or ["cot"]) for ts, p in zip(drawn["thoughts"], test, strict=True) for t in ts]
     return Performance(
         chosen["temperature"], chosen["by_temperature"], drawn["mixed"].numpy(), drawn["each"].numpy(), greedy.numpy(),
-        direct_accuracy(model.lm, tokenizer, test), thoughts, float(np.mean(fits)),
+        direct_accuracy(model.lm, tokenizer, test), drawn["thoughts"], float(np.mean(fits)),
         habits(model.lm, tokenizer, test, max_new_tokens),
     )  # fmt: skip
 
@@ -80,20 +77,6 @@ def direct_accuracy(lm, tokenizer, problems: list[dict]) -> np.ndarray:
     cap, tags = longest_answer(tokenizer, problems), tuple(thinking_ids(tokenizer))
     written = replies(lm, tokenizer, [p["question"] for p in problems], cap, tags, desc="direct")
     return np.array([answer_of(tokenizer, w) == p["answer"] for w, p in zip(written, problems, strict=True)], float)
-
-
-@torch.no_grad()
-def draw(model, tokenizer, problems: list[dict], num_thoughts: int, thought_length: int, temperature: float,
-         seed: int = 0, batch_size: int = 240) -> list[list[str]]:  # fmt: skip
-    """Decoded thoughts after each question, (problems, K), without their tags."""
-    generator, out = torch.Generator().manual_seed(seed), []
-    for i in range(0, len(problems), batch_size):
-        ids, mask, positions = answer_batch(tokenizer, problems[i : i + batch_size], model.device)
-        thoughts = model.think(ids, mask, positions, generator, num_thoughts=num_thoughts,
-                               thought_length=thought_length, temperature=temperature)  # fmt: skip
-        for row, ends in zip(thoughts.tokens[:, 0], thoughts.lengths[:, 0], strict=True):
-            out.append([tokenizer.decode(t[1 : n - 1]) for t, n in zip(row, ends, strict=True)])
-    return out
 
 
 def named(prefix: str, value: tuple[float, float, float]) -> dict[str, float]:

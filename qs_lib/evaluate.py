@@ -7,7 +7,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
+from .curriculum import answer_batch
 from .model import ThinkingCache
+from .rescoring import rescore_thoughts
 from .sequences import encode_context, line_ends, pad
 
 
@@ -85,8 +87,7 @@ def _decode(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens
     cache = ThinkingCache(ids, mask)
     cache.restart(tokens, lengths, tokenizer.pad_token_id)
     k = tokens.shape[1]
-    fixed = {"thoughts": torch.tensor([0.0] + k * [1 / k]), "none": torch.tensor([1.0] + k * [0.0])}
-    alike = fixed[weights].to(model.device) if weights in fixed else None
+    alike = fixed_weights(weights, k, model.device)
     out, open_rows = [[] for _ in contexts], set(range(len(contexts)))
     for _ in range(max_new_tokens):
         hidden = model._read(model.lm, cache.stream_ids, cache.stream_mask, cache=cache.streams)[:, -1]
@@ -104,37 +105,76 @@ def _decode(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens
     return out
 
 
+def fixed_weights(weights: str, k: int, device=None) -> torch.Tensor | None:
+    """What ``weights`` of :func:`decode_with_thoughts` gives no thought and each of ``k`` thoughts, (1 + k,); None for ``"head"``."""
+    fixed = {"thoughts": [0.0] + k * [1 / k], "none": [1.0] + k * [0.0]}
+    return torch.tensor(fixed[weights], device=device) if weights in fixed else None
+
+
+@torch.no_grad()
+def writes_truth(model, ids, mask, thoughts, weights: str = "head", max_new_tokens: int = 6, max_streams: int = 320):
+    """Whether greedy decoding would write just what follows the thoughts in their texts: with all thoughts of a text together
+    (B,), and with each alone (B, K). ``thoughts``: one position a text, ids and mask (B, L); ``weights`` as in
+    :func:`decode_with_thoughts`. False where that is longer than ``max_new_tokens`` and its end-of-text.
+
+    The true reply is to greedy decoding what a draft is to speculative decoding (Leviathan et al., arXiv 2211.17192): where every
+    token of it is the likeliest, it is what would be written, and one pass that reads each text once has found that.
+    """
+    k, parts = thoughts.tokens.shape[2], []
+    size = max(1, max_streams // (1 + k))
+    last = mask.sum(1) - 1 - thoughts.positions[:, 0]  # tokens after the thoughts
+    for part in (slice(i, i + size) for i in range(0, len(ids), size)):
+        ahead = int(last[part].clamp(max=max_new_tokens + 1).max())
+        scored = rescore_thoughts(model.lm, ids[part], thoughts.part(part), mask[part], ahead, forbid_true=model.config.hidden_ids)
+        together = torch.ones(len(ids[part]), dtype=torch.bool, device=ids.device)
+        alone = together[:, None].repeat(1, k)
+        for step in range(ahead):  # one token at a time: K predictions over a large vocabulary are many numbers
+            there = scored.valid[:, 0, step]
+            at = (thoughts.positions[part] + 1 + step).clamp(max=ids.shape[1] - 1)
+            true, after = ids[part].gather(1, at), scored.thought_hidden[:, 0, :, step]
+            given = fixed_weights(weights, k, ids.device)
+            mixed = model.mix(scored.base_hidden[:, 0, step], after, None if given is None else given.expand(len(true), -1))
+            together &= (mixed.argmax(-1) == true[:, 0]) | ~there
+            alone &= (model.visible_log_probs(after).argmax(-1) == true) | ~there[:, None]
+        short = last[part] <= max_new_tokens + 1
+        parts.append((together & short, alone & short[:, None]))
+    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+
 @torch.no_grad()
 def accuracy_with_thoughts(model, tokenizer, problems: list[dict], num_thoughts: int = 4, thought_length: int = 28,
                            temperature: float = 1.0, weights: str = "head", seed: int = 0, batch_size: int = 240,
-                           single: bool = False, max_new_tokens: int = 6) -> dict[str, torch.Tensor]:
-    """Exact match per problem with thoughts after the question: ``mixed`` (problems,), and with ``single`` also
-    ``each`` (problems, K), every thought answering alone. Floats 0 or 1."""
+                           single: bool = False, max_new_tokens: int = 6) -> dict:  # fmt: skip
+    """Exact match of greedily decoded replies with thoughts after the question, floats 0 or 1: ``mixed`` (problems,), and with
+    ``single`` also ``each`` (problems, K), every thought answering alone. ``thoughts``: theirs, decoded without tags, K per problem."""
     generator = torch.Generator().manual_seed(seed)
-    mixed, each = torch.zeros(len(problems)), torch.zeros(len(problems), num_thoughts)
+    mixed, each, texts = torch.zeros(len(problems)), torch.zeros(len(problems), num_thoughts), [None] * len(problems)
     order = sorted(range(len(problems)), key=lambda i: len(problems[i]["question"]))
     for i in range(0, len(order), batch_size):
         rows = order[i : i + batch_size]
-        contexts = [encode_context(tokenizer, problems[r]["question"]) for r in rows]
-        ids = pad(contexts, tokenizer.pad_token_id, "left", model.device)
-        mask = pad([[1] * len(c) for c in contexts], 0, "left", model.device)
-        last = torch.full((len(rows), 1), ids.shape[1] - 1, device=model.device)
+        asked = [problems[r] for r in rows]
+        ids, mask, last = answer_batch(tokenizer, asked, model.device)
         thoughts = model.think(ids, mask, last, generator, num_thoughts=num_thoughts, thought_length=thought_length,
-                               temperature=temperature)  # fmt: skip
+                               temperature=temperature, with_hidden=False)  # fmt: skip
         tokens, lengths = thoughts.tokens[:, 0], thoughts.lengths[:, 0]
-        answers = [problems[r]["answer"] for r in rows]
-        written = decode_with_thoughts(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens)
-        mixed[rows] = _exact(tokenizer, written, answers)
+        together, alone = writes_truth(model, ids, mask, thoughts, weights, max_new_tokens)
+        mixed[rows] = _right(model, tokenizer, asked, tokens, lengths, together, weights, max_new_tokens)
         if single:
-            for k in range(num_thoughts):
-                written = decode_with_thoughts(model, tokenizer, contexts, tokens[:, k : k + 1], lengths[:, k : k + 1],
-                                               "thoughts", max_new_tokens)  # fmt: skip
-                each[rows, k] = _exact(tokenizer, written, answers)
-    return {"mixed": mixed, "each": each} if single else {"mixed": mixed}
+            each[rows] = _right(model, tokenizer, [p for p in asked for _ in range(num_thoughts)], tokens.flatten(0, 1).unsqueeze(1),
+                                lengths.view(-1, 1), alone.flatten(), "thoughts", max_new_tokens).view(len(rows), -1)  # fmt: skip
+        for r, drawn, ends in zip(rows, tokens, lengths, strict=True):
+            texts[r] = [tokenizer.decode(t[1 : n - 1]) for t, n in zip(drawn, ends, strict=True)]
+    return {"mixed": mixed, "thoughts": texts} | ({"each": each} if single else {})
 
 
-def _exact(tokenizer, written, answers) -> torch.Tensor:
-    return torch.tensor([float(answer_of(tokenizer, w) == a) for w, a in zip(written, answers, strict=True)])
+def _right(model, tokenizer, problems, tokens, lengths, settled, weights, max_new_tokens) -> torch.Tensor:
+    """1 where the reply is known to be the true one or, written out, gives its answer in other words; else 0."""
+    left, right = (~settled).nonzero().squeeze(1), settled.float().cpu()
+    asked = [problems[row] for row in left.tolist()]
+    contexts = [encode_context(tokenizer, p["question"]) for p in asked]
+    written = decode_with_thoughts(model, tokenizer, contexts, tokens[left], lengths[left], weights, max_new_tokens)
+    right[left.cpu()] = torch.tensor([float(answer_of(tokenizer, w) == p["answer"]) for w, p in zip(written, asked, strict=True)])
+    return right
 
 
 def best_temperature(model, tokenizer, validation: list[dict], temperatures=(0.0, 0.5, 0.7, 1.0), **settings) -> dict:

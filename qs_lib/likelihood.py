@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .attention import LanguageHead, backbone
 from .evaluate import interval
 from .probability import SHARPENINGS
 from .rescoring import rescore_thoughts
@@ -24,19 +25,13 @@ def text_log_likelihood(model, tokenizer, texts: list[tuple[str, str]], position
     ``texts``: (context, continuation) pairs, read as plain documents. Returns arrays (texts, positions): ``without``
     (no thoughts), ``with`` (mixed by the head) and ``alone`` (mean over thoughts, no vote for the plain prediction),
     in nats; nan past the end of a short text. With ``controls`` also what the mixture predicts after ``foreign`` thoughts (of
-    the batch's next text) and after ``filler`` (each thought as many ``<step>``), and ``sharpened`` (sharpenings, texts,
-    positions): the plain predictions at other temperatures, for :func:`with_temperature`.
+    the batch's next text) and after ``filler`` (each thought as many ``<step>``).
     """
     generator, out = torch.Generator().manual_seed(seed), {}
-    for i in tqdm(range(0, len(texts), batch_size), desc="log-likelihood", leave=False):
-        rows = [encode(tokenizer, *t).ids[: tokenizer.model_max_length] for t in texts[i : i + batch_size]]
-        ids = pad(rows, tokenizer.pad_token_id, device=model.device)
-        mask = pad([[1] * len(r) for r in rows], 0, device=model.device)
-        at = torch.tensor([np.linspace(1, len(r) - 2, positions).round().astype(int).tolist() for r in rows],
-                          device=model.device)  # fmt: skip
+    for ids, mask, at in _placed(tokenizer, texts, positions, batch_size, model.device):
         thoughts = model.think(ids, mask, at, generator, num_thoughts=num_thoughts, thought_length=thought_length,
-                               temperature=temperature)  # fmt: skip
-        found = predicted(model, ids, mask, thoughts, full=controls)
+                               temperature=temperature, with_hidden=False)  # fmt: skip
+        found = predicted(model, ids, mask, thoughts)
         if controls:
             step = thinking_ids(tokenizer)[2]
             others = {name: getattr(thoughts, name).roll(1, 0) for name in ("tokens", "lengths", "sampled", "logprobs")}
@@ -45,19 +40,39 @@ def text_log_likelihood(model, tokenizer, texts: list[tuple[str, str]], position
                 found[name] = predicted(model, ids, mask, changed)["with"]
         for name, value in found.items():
             out.setdefault(name, []).append(value.cpu())
-    return {name: torch.cat(values, -2).numpy() for name, values in out.items()}
+    return {name: torch.cat(values).numpy() for name, values in out.items()}
 
 
-def predicted(model, ids, mask, thoughts, full: bool = False) -> dict[str, torch.Tensor]:
-    """``without``, ``with`` and ``alone`` of the next token at each position, (B, P), and with ``full`` ``sharpened``."""
-    scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=1, forbid_true=tuple(model.config.hidden_ids), true_logits=full)
+@torch.no_grad()
+def plain_log_likelihood(model, tokenizer, texts: list[tuple[str, str]], positions: int = 8, batch_size: int = 32) -> np.ndarray:
+    """The same places' next-token log-probs without thoughts at each temperature of ``SHARPENINGS``, (sharpenings, texts, positions)."""
+    out = []
+    for ids, mask, at in _placed(tokenizer, texts, positions, batch_size, model.device):
+        hidden = backbone(model.lm)(input_ids=ids, attention_mask=mask).last_hidden_state
+        logits = LanguageHead(model.lm)(hidden.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))).float()
+        logits[..., model.config.hidden_ids] = -torch.inf
+        true = ids.gather(1, at + 1).unsqueeze(-1)
+        found = torch.stack([(logits / s).log_softmax(-1).gather(-1, true).squeeze(-1) for s in SHARPENINGS])
+        out.append(found.masked_fill(mask.gather(1, at + 1) == 0, torch.nan).cpu())
+    return torch.cat(out, 1).numpy()
+
+
+def _placed(tokenizer, texts, positions: int, batch_size: int, device):
+    """Batches of texts and of evenly spaced places in each: ids and mask (B, L), places (B, positions)."""
+    for i in tqdm(range(0, len(texts), batch_size), desc="log-likelihood", leave=False):
+        rows = [encode(tokenizer, *t).ids[: tokenizer.model_max_length] for t in texts[i : i + batch_size]]
+        at = [np.linspace(1, len(r) - 2, positions).round().astype(int).tolist() for r in rows]
+        yield (pad(rows, tokenizer.pad_token_id, device=device), pad([[1] * len(r) for r in rows], 0, device=device),
+               torch.tensor(at, device=device))  # fmt: skip
+
+
+def predicted(model, ids, mask, thoughts) -> dict[str, torch.Tensor]:
+    """``without``, ``with`` and ``alone`` of the next token at each position, (B, P)."""
+    scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=1, forbid_true=tuple(model.config.hidden_ids))
     base, after = scored.base_logprobs[..., 0], scored.true_logprobs[..., 0]
     weights = model.mixing_head(scored.base_hidden[..., 0, :], scored.thought_hidden[..., 0, :])
     mixed = (weights * torch.cat([base.unsqueeze(-1), after], -1).exp()).sum(-1).clamp_min(1e-30).log()
     found = {"without": base, "with": mixed, "alone": after.exp().mean(-1).log()}
-    if full:
-        normaliser = [(scored.base_full[..., 0, :] / s).logsumexp(-1) for s in SHARPENINGS]
-        found["sharpened"] = torch.stack([base / s - n for s, n in zip(SHARPENINGS, normaliser, strict=True)])
     return {name: value.masked_fill(~scored.valid[..., 0], torch.nan) for name, value in found.items()}
 
 
@@ -67,11 +82,11 @@ def inside(thoughts) -> torch.Tensor:
     return (place > 0) & (place < thoughts.lengths.unsqueeze(-1) - 1)
 
 
-def with_temperature(test: dict[str, np.ndarray], validation: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
-    """The scores of test texts and ``temperature``, the plain predictions at the one temperature that makes validation texts
-    likeliest; and that temperature."""
-    best = int(np.nanmean(validation["sharpened"], (1, 2)).argmax())
-    return test | {"temperature": test["sharpened"][best]}, SHARPENINGS[best]
+def with_temperature(scores: dict[str, np.ndarray], test: np.ndarray, validation: np.ndarray) -> tuple[dict[str, np.ndarray], float]:
+    """``scores`` and ``temperature``, the plain predictions of test texts at the one temperature that makes validation texts
+    likeliest; and that temperature. ``test``, ``validation``: from :func:`plain_log_likelihood`."""
+    best = int(np.nanmean(validation, (1, 2)).argmax())
+    return scores | {"temperature": test[best]}, SHARPENINGS[best]
 
 
 def log_likelihood_gain(scores: dict[str, np.ndarray], hardest: float = 0.1,

@@ -57,6 +57,14 @@ def rarefy(problems, hard_share: float, hard_from: int = 3, seed: int = 0) -> li
     return [p for p in problems if p["difficulty"] < hard_from or rng.random() < hard_share]
 
 
+def baking_data(examples: list[dict], train: list[dict], count: int, hard_share: float, seed: int = 0) -> tuple[list[dict], list[dict]]:
+    """What a model is baked with: ``count`` of the worked examples (all, where there are fewer), and the training problems that
+    have none, for the prompted teacher to solve, rarefied (:func:`rarefy`)."""
+    worked = random.Random(seed).sample(examples, min(count, len(examples)))
+    with_example = {e["question"] for e in examples}
+    return worked, rarefy([p for p in train if p["question"] not in with_example], hard_share, seed=seed)
+
+
 def _read(source: str, split: str) -> list[dict]:
     path = Path(source)
     if source in HUB_NAMES:

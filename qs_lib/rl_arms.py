@@ -21,7 +21,7 @@ from .experiments import repeat
 from .model import QuietStarForCausalLM
 from .optim import MuonGrokfast
 from .probability import SHARPENINGS, answer_probability, fitted
-from .problems import rarefy
+from .problems import baking_data
 from .reinforce import train_quiet_star
 from .rl_findings import for_scoreboard
 from .stage import read_stage, stage_digest
@@ -94,11 +94,10 @@ def eighth_baked(run: Path):
     lm, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))
     folder = run / "02_dataset_generation"
     examples, train, validation = (read_problems(folder / f"{s}.parquet") for s in ("examples", "train", "validation"))
-    shown = {e["question"] for e in examples}
-    unseen = rarefy([p for p in train if p["question"] not in shown], values["hard_share"], seed=seed)
+    worked, unseen = baking_data(examples, train, values["examples"] // 4, values["hard_share"], seed)
     given = {name: values[name] for name in (*BAKED_WITH, *OPTIMIZED_WITH)} | {
         "epochs": 1, "trajectories": values["trajectories"] // 4}  # fmt: skip
-    bake(lm, tokenizer, random.Random(seed).sample(examples, values["examples"] // 4), unseen, validation[:48], seed=seed, **given)
+    bake(lm, tokenizer, worked, unseen, validation[:48], seed=seed, **given)
     return lm
 
 

@@ -4,8 +4,8 @@ import torch
 from tiny import problems, tiny_lm, tiny_quiet_star
 
 from qs_lib import evaluate as e
+from qs_lib.curriculum import answer_batch
 from qs_lib.sequences import encode_context
-from qs_lib.thoughts import Thoughts
 
 
 def test_interval_covers_a_known_share_and_resamples_problems_not_thoughts():
@@ -60,31 +60,51 @@ def test_decoding_with_given_thoughts_equals_plain_passes(weights):
         assert out[row] == reply_again(model, tokenizer, contexts[row], thoughts, weights, 3)
 
 
-def test_a_model_that_copies_the_thought_scores_by_its_thoughts(monkeypatch):
-    """A fake reader that answers with the last word of the thought: accuracy must be the share of right thoughts."""
-    model, tokenizer = tiny_quiet_star()
-    asked = problems(size=6)
-    right = {p["question"]: i % 2 == 0 for i, p in enumerate(asked)}
+@pytest.fixture(scope="module")
+def taught():
+    """A model that has learnt what to write after an empty thought: two answers, one without its stop, one wrong, one wrong with
+    the true one behind it; and the problems."""
+    model, tokenizer = tiny_quiet_star(thought_length=2)
+    torch.nn.init.constant_(model.mixing_head.gate.bias, 0.6)
+    asked = [p | {"question": f"{p['question']} {n} ?"} for n, p in enumerate(problems(size=5))]
+    said = [asked[0]["answer"] + " .", asked[1]["answer"] + " .", asked[2]["answer"], "40 .", "40 . " + asked[4]["answer"] + " ."]
+    rows = []
+    for p, reply in zip(asked, said, strict=True):
+        context, written = encode_context(tokenizer, p["question"]), tokenizer.encode(reply) + [tokenizer.eos_token_id]
+        rows.append((torch.tensor([[*context, model.config.think_token_id, model.config.end_think_token_id, *written]]), len(written)))
+    optimizer = torch.optim.AdamW(model.lm.parameters(), lr=1e-2)
+    for _ in range(120):
+        loss = sum(torch.nn.functional.cross_entropy(model.lm(ids).logits[0, -n - 1 : -1], ids[0, -n:]) for ids, n in rows)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.05
+    return model, tokenizer, asked
 
-    def think(ids, mask, positions, generator, num_thoughts, thought_length, temperature):
-        rows = []
-        for row, keep in zip(ids, mask, strict=True):
-            question = tokenizer.decode(row[keep.bool()][1:])
-            answer = next(p["answer"] for p in asked if p["question"] == question)
-            word = answer if right[question] else "40"
-            rows.append([tokenizer.convert_tokens_to_ids(w) for w in ("<think>", word, "</think>")])
-        tokens = torch.tensor(rows)[:, None, None].expand(-1, 1, num_thoughts, -1).contiguous()
-        shape = tokens.shape
-        return Thoughts(tokens, torch.zeros(shape), torch.ones(shape, dtype=torch.bool), torch.full(shape[:3], 3),
-                        torch.zeros(*shape[:3], 32), positions, 1.0, (), *tokens[0, 0, 0, [0, 2]].tolist())  # fmt: skip
 
-    def decode(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens):
-        return [[row[0, 1].item(), tokenizer.convert_tokens_to_ids(".")] for row in tokens]
+@pytest.mark.parametrize("weights", ["head", "thoughts"])
+def test_only_replies_that_one_pass_leaves_open_are_decoded(taught, weights, monkeypatch):
+    model, tokenizer, asked = taught
+    empty = [[model.config.think_token_id, model.config.end_think_token_id]] * 2
+    again = [reply_again(model, tokenizer, encode_context(tokenizer, p["question"]), empty, weights, 6) for p in asked]
+    right = [float(e.answer_of(tokenizer, w) == p["answer"]) for w, p in zip(again, asked, strict=True)]
+    decoded, decode = [], e.decode_with_thoughts
+    monkeypatch.setattr(e, "decode_with_thoughts", lambda m, t, contexts, *given: decoded.extend(contexts) or decode(m, t, contexts, *given))
+    found = e.accuracy_with_thoughts(model, tokenizer, asked, 2, 2, weights=weights, batch_size=2)
+    if weights == "thoughts":
+        assert right == [1, 1, 1, 0, 0]
+        assert sorted(decoded) == sorted(encode_context(tokenizer, p["question"]) for p in asked[2:])
+    assert found["mixed"].tolist() == right and found["thoughts"] == [["", ""]] * 5
+    single = e.accuracy_with_thoughts(model, tokenizer, asked, 2, 2, weights=weights, single=True)
+    assert single["each"].tolist() == [[1, 1]] * 3 + [[0, 0]] * 2
+    cut = e.accuracy_with_thoughts(model, tokenizer, asked, 2, 2, weights="thoughts", max_new_tokens=1)
+    assert cut["mixed"].tolist() == [1, 1, 1, 0, 0]  # the stop is not part of an answer
+    assert not any(map(any, e.writes_truth(model, *taken(model, tokenizer, asked), "thoughts", max_new_tokens=0)[1].tolist()))
 
-    monkeypatch.setattr(model, "think", think)
-    monkeypatch.setattr(e, "decode_with_thoughts", decode)
-    scores = e.accuracy_with_thoughts(model, tokenizer, asked, num_thoughts=2, single=True)
-    assert scores["mixed"].tolist() == [1, 0, 1, 0, 1, 0] and scores["each"].mean() == 0.5
+
+def taken(model, tokenizer, asked):
+    ids, mask, last = answer_batch(tokenizer, asked)
+    return ids, mask, model.think(ids, mask, last, num_thoughts=2, thought_length=2)
 
 
 def test_best_temperature_is_picked_by_validation(monkeypatch):

@@ -22,10 +22,11 @@ def scores(gate: float, **settings):
 
 
 def test_with_a_shut_gate_everything_is_the_plain_model():
-    found, *_ = scores(0.0)
+    found, model, tokenizer, _ = scores(0.0)
     for name in ("with", "foreign", "filler"):
         assert np.allclose(found[name], found["without"], atol=1e-5, equal_nan=True)
-    assert np.allclose(found["sharpened"][SHARPENINGS.index(1.0)], found["without"], atol=1e-5, equal_nan=True)
+    plainly = li.plain_log_likelihood(model, tokenizer, TEXTS, positions=4)
+    assert np.allclose(plainly[SHARPENINGS.index(1.0)], found["without"], atol=1e-5, equal_nan=True)
     assert not np.allclose(found["alone"], found["without"], atol=1e-2, equal_nan=True)
 
 
@@ -39,6 +40,7 @@ def plain(model, ids: list[int], truth: int, sharpening: float = 1.0) -> float:
 def test_controls_again_from_plain_passes():
     """One text after another, read as text + what the control puts in place of each thought."""
     found, model, tokenizer, thoughts = scores(50.0)
+    plainly = li.plain_log_likelihood(model, tokenizer, TEXTS, positions=4, batch_size=2)
     step, (k, places) = thinking_ids(tokenizer)[2], (2, range(4))
     for row, text in enumerate(TEXTS):
         ids = encode(tokenizer, *text).ids
@@ -54,16 +56,16 @@ def test_controls_again_from_plain_passes():
             for name, value in expected.items():
                 # the gate is open but not one: 1e-3 of the plain prediction is left at most
                 assert found[name][row, p] == pytest.approx(np.log(value), abs=0.05), name
-            for s, value in zip(SHARPENINGS, found["sharpened"][:, row, p], strict=True):
+            for s, value in zip(SHARPENINGS, plainly[:, row, p], strict=True):
                 assert value == pytest.approx(plain(model, read, truth, s), abs=1e-3)
 
 
 def test_the_temperature_is_fitted_on_other_texts():
     sharpened = np.full((len(SHARPENINGS), 2, 2), -3.0)
-    validation, test = {"sharpened": sharpened.copy()}, {"sharpened": sharpened.copy(), "with": np.ones((2, 2))}
-    validation["sharpened"][2], test["sharpened"][5], test["sharpened"][2, 0, 0] = -1.0, 0.0, np.nan
-    found, best = li.with_temperature(test, validation)
-    assert best == SHARPENINGS[2] and found["temperature"][1].tolist() == [-3.0, -3.0] and found["with"] is test["with"]
+    validation, test, scores = sharpened.copy(), sharpened.copy(), {"with": np.ones((2, 2))}
+    validation[2], test[5], test[2, 0, 0] = -1.0, 0.0, np.nan
+    found, best = li.with_temperature(scores, test, validation)
+    assert best == SHARPENINGS[2] and found["temperature"][1].tolist() == [-3.0, -3.0] and found["with"] is scores["with"]
 
 
 def test_the_gain_by_hand():

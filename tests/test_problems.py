@@ -5,7 +5,7 @@ import pytest
 
 import qs_lib as qs
 from qs_lib import pocket
-from qs_lib.problems import parse_gsm8k
+from qs_lib.problems import baking_data, parse_gsm8k
 
 GSM8K = "Tom had 48 eggs.\nHe sold 48/2 = <<48/2=24>>24 eggs.\nHe has 1,000+24 = <<1000+24=1024>>1,024.\n#### 1,024"
 
@@ -94,3 +94,13 @@ def test_bad_sources_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("qs_lib.problems.load_dataset", unreachable)
     with pytest.raises(ConnectionError, match="give their folder instead"):
         qs.load_problems("gsm8k")
+
+
+def test_baking_shows_the_teacher_no_problem_with_a_worked_example():
+    train = [{"question": str(i), "difficulty": i % 4} for i in range(40)]
+    examples = train[:12]
+    worked, unseen = baking_data(examples, train, 5, hard_share=0.0, seed=1)
+    assert len({e["question"] for e in worked}) == 5 and all(e in examples for e in worked)
+    assert unseen == [p for p in train[12:] if p["difficulty"] < 3]
+    everything, _ = baking_data(examples, train, 99, hard_share=1.0)
+    assert sorted(e["question"] for e in everything) == sorted(e["question"] for e in examples)
