@@ -121,7 +121,7 @@ def writes_truth(model, ids, mask, thoughts, weights: str = "head", max_new_toke
     token of it is the likeliest, it is what would be written, and one pass that reads each text once has found that.
     """
     k, parts = thoughts.tokens.shape[2], []
-    size = max(1, max_streams // (1 + k))
+    size, alike = max(1, max_streams // (1 + k)), fixed_weights(weights, k, ids.device)
     last = mask.sum(1) - 1 - thoughts.positions[:, 0]  # tokens after the thoughts
     for part in (slice(i, i + size) for i in range(0, len(ids), size)):
         ahead = int(last[part].clamp(max=max_new_tokens + 1).max())
@@ -132,8 +132,7 @@ def writes_truth(model, ids, mask, thoughts, weights: str = "head", max_new_toke
             there = scored.valid[:, 0, step]
             at = (thoughts.positions[part] + 1 + step).clamp(max=ids.shape[1] - 1)
             true, after = ids[part].gather(1, at), scored.thought_hidden[:, 0, :, step]
-            given = fixed_weights(weights, k, ids.device)
-            mixed = model.mix(scored.base_hidden[:, 0, step], after, None if given is None else given.expand(len(true), -1))
+            mixed = model.mix(scored.base_hidden[:, 0, step], after, None if alike is None else alike.expand(len(true), -1))
             together &= (mixed.argmax(-1) == true[:, 0]) | ~there
             alone &= (model.visible_log_probs(after).argmax(-1) == true) | ~there[:, None]
         short = last[part] <= max_new_tokens + 1
