@@ -1,6 +1,7 @@
 """Reinforcement over seeds and arms: what each part of the objective is worth, and where one may start from."""
 
 import copy
+import math
 import random
 from functools import lru_cache
 from pathlib import Path
@@ -38,9 +39,10 @@ ARMS = {
     "from un-baked": {"start": "01_token_setup/champion"},
     "without thoughts": {"think": False},
 }  # fmt: skip
-# Arms that seeds 0 to 2 decide; the others run on all seeds that are asked for.
-DECIDED_BY_THREE = ("n_true 1", "token scale 10", "KL 0", "8 thoughts", "paper objective", "from half-baked",
-                    "from un-baked", "without thoughts")
+# Arm -> how many seeds, from 0 on, are enough to decide what it is asked; the others run on all seeds that are asked for.
+DECIDED_BY = {"n_true 1": 3, "token scale 10": 3, "KL 0": 3, "8 thoughts": 3, "paper objective": 3, "from half-baked": 3,
+              "from un-baked": 3, "without thoughts": 3, "pg off": 6, "token scale 100": 6, "from eighth-baked": 6,
+              "no curriculum": 7}  # fmt: skip
 # Where numbers are spelt in digits, the token after a thought is only the first of the answer's.
 LOOK_AHEAD = {"n_true 4": {}, "n_true 1": {"n_true": 1}}
 THOUGHTS = 4
@@ -163,15 +165,14 @@ def train_direct(lm, tokenizer, problems, validation, steps: int, batch_size: in
 
 
 def reinforcement(run: Path, folder: Path, seeds) -> None:
-    """All arms on all ``seeds``, those that three decide on seeds 0 to 2 of them."""
-    arms = {name: rl_recipe() | settings for name, settings in ARMS.items()}
-    few = {name: settings for name, settings in arms.items() if name in DECIDED_BY_THREE}
+    """All arms on all ``seeds`` but those that fewer of them decide."""
 
     def once(settings: dict, seed: int, checkpoint: Checkpoint) -> dict:
         return row_of(seed_run(run, seed, STAGES), settings, seed, checkpoint)
 
-    repeat(folder / "rl.csv", {name: arms[name] for name in arms if name not in few}, seeds, once)
-    repeat(folder / "rl.csv", few, [seed for seed in seeds if seed < 3], once)
+    for seed in seeds:
+        asked = (name for name in ARMS if seed < DECIDED_BY.get(name, math.inf))
+        repeat(folder / "rl.csv", {name: rl_recipe() | ARMS[name] for name in asked}, [seed], once)
     for_scoreboard(folder)
 
 

@@ -29,6 +29,10 @@ def few(monkeypatch):
     rl_arms.baseline.cache_clear()
 
 
+def test_every_arm_that_few_seeds_decide_is_there():
+    assert set(rl_arms.DECIDED_BY) < set(rl_arms.ARMS) and "full" not in rl_arms.DECIDED_BY
+
+
 def test_every_arm_changes_something_that_training_knows():
     known = set(inspect.signature(train_quiet_star).parameters) | set(inspect.signature(quiet_star_loss).parameters)
     recipe = rl_arms.rl_recipe()
@@ -74,6 +78,7 @@ def test_direct_training_makes_the_answers_likelier_and_needs_no_thought(few):
 def test_rows_are_kept(few, tmp_path, monkeypatch):
     monkeypatch.setattr(rl_arms, "for_scoreboard", lambda folder: None)
     monkeypatch.setattr(rl_arms, "ARMS", {"full": {}, "pg off": {"pg_weight": 0.0}, "n_true 1": {"n_true": 1}})
+    monkeypatch.setattr(rl_arms, "DECIDED_BY", {"n_true 1": 3})
     monkeypatch.setattr(rl_arms, "train_once", lambda run, settings, seed, checkpoint: {"gain": 0.1 + settings["pg_weight"], "v": [0.123456]})
     rl_arms.reinforcement(find_run(""), tmp_path, [0, 1, 2, 3])
     rows = read_rows(tmp_path / "rl.csv")
