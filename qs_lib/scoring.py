@@ -6,7 +6,7 @@ import torch
 from .coherence import coherence, utility
 from .curriculum import answer_batch
 from .episode import Episode, Thought
-from .evaluate import answer_of, decode_with_thoughts
+from .evaluate import answer_of, decode_with_thoughts, fixed_weights
 from .rescoring import rescore_thoughts
 from .sequences import encode_context, pad
 from .tokens import thinking_ids
@@ -63,13 +63,11 @@ def score_drawn(model, tokenizer, ids, mask, thoughts, numbers, scale=None, n_tr
 
 
 def mixing_weights(model, scored, weights: str = "head") -> torch.Tensor:
-    """Weight of no thought and of each thought at every true token, (B, P, n_true, 1 + K): the mixing head's, or with
-    ``weights`` = ``"thoughts"`` the same for all thoughts and none for the plain prediction."""
-    mixing = model.mixing_head(scored.base_hidden, scored.thought_hidden.transpose(2, 3))
-    if weights == "thoughts":
-        k = mixing.shape[-1] - 1
-        mixing = mixing.new_tensor([0.0] + k * [1 / k]).expand_as(mixing)
-    return mixing
+    """Weight of no thought and of each thought at every true token, (B, P, n_true, 1 + K); ``weights`` as in
+    ``decode_with_thoughts``."""
+    base, after = scored.base_hidden, scored.thought_hidden.transpose(2, 3)
+    alike = fixed_weights(weights, after.shape[-2], base.device)
+    return model.mixing_head(base, after) if alike is None else alike.expand(*base.shape[:-1], -1)
 
 
 def answers_with(model, tokenizer, contexts: list[list[int]], tokens, lengths, weights: str,
