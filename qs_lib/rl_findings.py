@@ -61,15 +61,14 @@ def decided(values: list[float], claim: float, above: bool = True) -> str:
     return "reached" if good else "refuted" if bad else "open"
 
 
-def claims(rl: list[dict], ahead: list[dict] = ()) -> pd.DataFrame:
-    """Every question with its claim, what was measured and whether that decides it; questions whose arms have fewer than two
-    seeds in common are left out. ``rl``, ``ahead``: rows of ``rl.csv`` and ``look_ahead.csv``."""
-    ahead = list(ahead)
+def questions(rl: list[dict], ahead: list[dict] = ()) -> dict[str, tuple[list[float], float, bool]]:
+    """Every question as (its number in every seed, what is claimed, whether at least that much or at most); questions whose
+    arms have fewer than two seeds in common are left out. ``rl``, ``ahead``: rows of ``rl.csv`` and ``look_ahead.csv``."""
 
     def over(control, key="accuracy"):
         return paired(rl, "full", control, key)
 
-    questions = {
+    asked = {
         "accuracy after RL minus baked": (column(rl, "full", "gain"), 0.05, True),
         "the same, one greedy thought": (column(rl, "full", "greedy_gain"), 0.0, True),
         "pg off: gain, should not be above 0": (column(rl, "pg off", "gain"), 0.0, False),
@@ -90,19 +89,42 @@ def claims(rl: list[dict], ahead: list[dict] = ()) -> pd.DataFrame:
         "baked minus half-baked start, final accuracy": (over("from half-baked"), SMALLEST, True),
     }
     if ahead:
-        questions["steps, n_true 4 over 1, minus 1, digits"] = (fewer_steps(ahead, "n_true 4", "n_true 1")[0], -0.25, False)
+        asked["steps, n_true 4 over 1, minus 1, digits"] = (fewer_steps(ahead, "n_true 4", "n_true 1")[0], -0.25, False)
     for arm, _ in DEPTHS[-2::-1]:
         ratios, never, _ = fewer_steps(rl, "full", arm, halve_errors=True)
         late = f" (it never arrives in {never} of {len(ratios)} seeds: at least)" if never else ""
         saved = [-ratio for ratio in ratios]
-        questions[f"jumpstart: share of steps saved over RL {arm}{late}"] = (saved, 0.0, True)
-        questions[f"the same over RL {arm}, as much as is claimed"] = (saved, 0.3, True)
-    table = {}
-    for name, (values, claim, above) in questions.items():
-        if len(values) >= 2:
-            table[name] = {"measured": shown(seed_interval(values), signed=True), "seeds": len(values),
-                           "claim": f"{'>=' if above else '<='} {claim:g}", "decided": decided(values, claim, above)}  # fmt: skip
-    return pd.DataFrame(table).T
+        asked[f"jumpstart: share of steps saved over RL {arm}{late}"] = (saved, 0.0, True)
+        asked[f"the same over RL {arm}, as much as is claimed"] = (saved, 0.3, True)
+    return {name: one for name, one in asked.items() if len(one[0]) >= 2}
+
+
+def claims(rl: list[dict], ahead: list[dict] = ()) -> pd.DataFrame:
+    """Every one of :func:`questions` with its claim, what was measured over seeds and whether that decides it."""
+    return pd.DataFrame({
+        name: {"measured": shown(seed_interval(values), signed=True), "seeds": len(values),
+               "claim": f"{'>=' if above else '<='} {claim:g}", "decided": decided(values, claim, above)}
+        for name, (values, claim, above) in questions(rl, ahead).items()
+    }).T  # fmt: skip
+
+
+def parts(rl: list[dict]):
+    """What each part of the objective adds to accuracy: a dot per seed, the mean with its interval over seeds, and the line
+    that the interval must lie beyond for the part to count as useful."""
+    asked = {name: values for name, (values, claim, _) in questions(rl).items() if claim == SMALLEST}
+    figure, axis = plt.subplots(figsize=(7.4, 0.8 + 0.38 * len(asked)), dpi=90, layout="constrained")
+    plt.close(figure)  # shown once, as the value of its cell
+    for y, values in enumerate(asked.values()):
+        mean, low, high = (100 * x for x in seed_interval(values))
+        axis.plot([100 * x for x in values], [y] * len(values), "o", color="#666666", ms=4, alpha=0.6)
+        axis.errorbar(mean, y + 0.22, xerr=[[mean - low], [high - mean]], fmt="D", color="#0072B2", ms=5, capsize=3)
+        axis.annotate(decided(values, SMALLEST), (1.01, y), xycoords=axis.get_yaxis_transform(), va="center", fontsize=9)
+    axis.axvline(0, color="black", lw=0.8)
+    axis.axvline(100 * SMALLEST, color="black", lw=0.8, ls="--")
+    axis.set(yticks=range(len(asked)), yticklabels=list(asked), ylim=(len(asked) - 0.4, -0.6),
+             xlabel="points of accuracy (dashed: a useful part)")  # fmt: skip
+    axis.grid(alpha=0.3, axis="x")
+    return figure
 
 
 def arms_table(rl: list[dict]) -> pd.DataFrame:
@@ -126,8 +148,9 @@ def baking_depth(rl: list[dict]):
     plt.close(figure)  # shown once, as the value of its cell
     first = True
     for at, (arm, _) in enumerate(DEPTHS):
-        for i, row in enumerate(sorted((r for r in rl if r["arm"] == arm), key=lambda row: row["seed"])):
-            x = at + 0.06 * (i - 1)
+        own = sorted((r for r in rl if r["arm"] == arm), key=lambda row: row["seed"])
+        for i, row in enumerate(own):
+            x = at + 0.04 * (i - (len(own) - 1) / 2)
             axis.annotate("", (x, row["accuracy"]), (x, row["baseline"]), arrowprops={"arrowstyle": "->", "color": "#666666"})
             axis.plot(x, row["baseline"], "s", color="#666666", ms=5, label="before RL" if first else None)
             axis.plot(x, row["accuracy"], "o", color="#0072B2", ms=6, label="after RL" if first else None)
