@@ -87,12 +87,11 @@ def _decode(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens
     cache = ThinkingCache(ids, mask)
     cache.restart(tokens, lengths, tokenizer.pad_token_id)
     k = tokens.shape[1]
-    alike = fixed_weights(weights, k, model.device)
+    given = fixed_weights(weights, k, (len(contexts),), model.device)
     out, open_rows = [[] for _ in contexts], set(range(len(contexts)))
     for _ in range(max_new_tokens):
         hidden = model._read(model.lm, cache.stream_ids, cache.stream_mask, cache=cache.streams)[:, -1]
         hidden = hidden.unflatten(0, (len(contexts), -1))
-        given = alike.expand(len(contexts), -1) if alike is not None else None
         chosen = model.mix(hidden[:, 0], hidden[:, 1:], given).argmax(-1)
         for row in list(open_rows):
             if chosen[row] == tokenizer.eos_token_id:
@@ -105,10 +104,11 @@ def _decode(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens
     return out
 
 
-def fixed_weights(weights: str, k: int, device=None) -> torch.Tensor | None:
-    """What ``weights`` of :func:`decode_with_thoughts` gives no thought and each of ``k`` thoughts, (1 + k,); None for ``"head"``."""
+def fixed_weights(weights: str, k: int, rows: tuple[int, ...], device=None) -> torch.Tensor | None:
+    """What ``weights`` of :func:`decode_with_thoughts` gives no thought and each of ``k`` thoughts, alike in all rows,
+    (*rows, 1 + k); None for ``"head"``."""
     fixed = {"thoughts": [0.0] + k * [1 / k], "none": [1.0] + k * [0.0]}
-    return torch.tensor(fixed[weights], device=device) if weights in fixed else None
+    return torch.tensor(fixed[weights], device=device).expand(*rows, -1) if weights in fixed else None
 
 
 @torch.no_grad()
@@ -121,18 +121,18 @@ def writes_truth(model, ids, mask, thoughts, weights: str = "head", max_new_toke
     token of it is the likeliest, it is what would be written, and one pass that reads each text once has found that.
     """
     k, parts = thoughts.tokens.shape[2], []
-    size, alike = max(1, max_streams // (1 + k)), fixed_weights(weights, k, ids.device)
+    size = max(1, max_streams // (1 + k))
     last = mask.sum(1) - 1 - thoughts.positions[:, 0]  # tokens after the thoughts
     for part in (slice(i, i + size) for i in range(0, len(ids), size)):
         ahead = int(last[part].clamp(max=max_new_tokens + 1).max())
         scored = rescore_thoughts(model.lm, ids[part], thoughts.part(part), mask[part], ahead, forbid_true=model.config.hidden_ids)
         together = torch.ones(len(ids[part]), dtype=torch.bool, device=ids.device)
-        alone = together[:, None].repeat(1, k)
+        alone, given = together[:, None].repeat(1, k), fixed_weights(weights, k, together.shape, ids.device)
         for step in range(ahead):  # one token at a time: K predictions over a large vocabulary are many numbers
             there = scored.valid[:, 0, step]
             at = (thoughts.positions[part] + 1 + step).clamp(max=ids.shape[1] - 1)
             true, after = ids[part].gather(1, at), scored.thought_hidden[:, 0, :, step]
-            mixed = model.mix(scored.base_hidden[:, 0, step], after, None if alike is None else alike.expand(len(true), -1))
+            mixed = model.mix(scored.base_hidden[:, 0, step], after, given)
             together &= (mixed.argmax(-1) == true[:, 0]) | ~there
             alone &= (model.visible_log_probs(after).argmax(-1) == true) | ~there[:, None]
         short = last[part] <= max_new_tokens + 1

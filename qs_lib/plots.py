@@ -10,7 +10,8 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 STYLES = ((BLUE, "-", "o", ""), (GREY, "--", "s", "//"))  # this run; the committed pocket run
 
 
-def _axes(width: float = 6.4, height: float = 3.4, columns: int = 1):
+def new_figure(width: float = 6.4, height: float = 3.4, columns: int = 1):
+    """(figure, axes) in inches, of one row."""
     figure, axes = plt.subplots(1, columns, figsize=(width, height), dpi=90, layout="constrained")
     plt.close(figure)  # shown once, as the value of its cell
     return figure, axes
@@ -18,7 +19,7 @@ def _axes(width: float = 6.4, height: float = 3.4, columns: int = 1):
 
 def idea():
     """Quiet-STaR in one picture: thoughts branch off after a token, and their predictions are mixed with the plain one."""
-    figure, axes = _axes(9.0, 3.2)
+    figure, axes = new_figure(9.0, 3.2)
     axes.set(xlim=(0, 12), ylim=(0.2, 4.6))
     axes.axis("off")
 
@@ -51,7 +52,7 @@ def idea():
 
 def curves(runs: dict[str, list[dict]], x: str, panels: dict[str, str], xlabel: str):
     """One panel per key of ``panels`` (key -> axis label with unit) against ``x``; one line per run that has rows."""
-    figure, axes = _axes(max(5.6, 3.6 * len(panels)), 3.2, len(panels))
+    figure, axes = new_figure(max(5.6, 3.6 * len(panels)), 3.2, len(panels))
     for axis, (key, label) in zip(np.atleast_1d(axes), panels.items(), strict=True):
         for (name, rows), (colour, line, marker, _) in zip(runs.items(), STYLES, strict=False):
             points = [(r[x], r[key]) for r in rows if key in r and x in r]
@@ -67,7 +68,7 @@ def curves(runs: dict[str, list[dict]], x: str, panels: dict[str, str], xlabel: 
 
 def lines(series: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str, log: bool = False):
     """One line of (x, y) points per name, told apart by mark and dash; ``log``: logarithmic x axis."""
-    figure, axis = _axes(6.8, 3.4)
+    figure, axis = new_figure(6.8, 3.4)
     looks = ((GREY, "--", "s"), ("black", ":", "D"), (BLUE, "-.", "^"), (ORANGE, "-", "o"))
     for (name, points), (colour, dash, marker) in zip(series.items(), looks[-len(series) :], strict=True):
         every = max(1, len(points) // 12)
@@ -81,7 +82,7 @@ def lines(series: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str
 def sweep(rows: list[dict], x: str, ys: list[str], lines: list[str]):
     """One panel per number of ``ys`` against the parameter ``x``: a line, the mean of its rows, for each combination of the
     parameters ``lines``, and a small mark for each row."""
-    figure, axes = _axes(max(5.6, 4.2 * len(ys)), 3.4, len(ys))
+    figure, axes = new_figure(max(5.6, 4.2 * len(ys)), 3.4, len(ys))
     groups = {}
     for row in rows:
         groups.setdefault(", ".join(f"{name} {row[name]}" for name in lines), []).append(row)
@@ -103,7 +104,7 @@ def sweep(rows: list[dict], x: str, ys: list[str], lines: list[str]):
 
 def row_norms(real: list[float], new: dict[str, float]):
     """Histogram of the norms of the rows a model has, with each new row marked and named."""
-    figure, axis = _axes(6.8, 3.2)
+    figure, axis = new_figure(6.8, 3.2)
     counts, _, _ = axis.hist(real, bins=30, color=GREY, alpha=0.7, label=f"{len(real)} rows it had")
     axis.set_ylim(0, counts.max() * 2.2)
     for i, (token, norm) in enumerate(new.items()):
@@ -117,7 +118,7 @@ def row_norms(real: list[float], new: dict[str, float]):
 
 def difficulty_shares(splits: dict[str, list[int]]):
     """Share of each split's problems by number of worked steps (``splits``: name -> difficulties)."""
-    figure, axis = _axes()
+    figure, axis = new_figure()
     levels = sorted({min(d, 9) for ds in splits.values() for d in ds})
     width = 0.8 / len(splits)
     for i, (name, difficulties) in enumerate(splits.items()):
@@ -132,7 +133,7 @@ def difficulty_shares(splits: dict[str, list[int]]):
 
 def arms(runs: dict[str, dict[str, list[float]]]):
     """Accuracy of each arm as (mean, low, high), one group of bars per arm, one bar per run; whiskers: 95 % intervals."""
-    figure, axis = _axes(7.2, 3.6)
+    figure, axis = new_figure(7.2, 3.6)
     runs = {name: values for name, values in runs.items() if values}
     names = list(next(iter(runs.values())))
     width = 0.8 / len(runs)
@@ -151,7 +152,7 @@ def heat_map(table: dict[str, dict[str, float]], title: str, xlabel: str = "stra
     """A table of shares (row -> column -> share) with every number written in its cell."""
     rows, columns = list(table), list(next(iter(table.values())))
     values = np.array([[table[r][c] for c in columns] for r in rows])
-    figure, axis = _axes(0.8 * len(columns) + 2.2, 0.38 * len(rows) + 1.5)
+    figure, axis = new_figure(0.8 * len(columns) + 2.2, 0.38 * len(rows) + 1.5)
     axis.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value > 0.6 else "black")
@@ -165,7 +166,7 @@ def heat_map(table: dict[str, dict[str, float]], title: str, xlabel: str = "stra
 def visible_keys(seen, queries: list[str], keys: list[str]):
     """The diagonal mask: a filled square with a dot where the query's prediction depends on the key."""
     seen = np.asarray(seen, float)
-    figure, axis = _axes(0.3 * len(keys) + 1.6, 0.3 * len(queries) + 1.2)
+    figure, axis = new_figure(0.3 * len(keys) + 1.6, 0.3 * len(queries) + 1.2)
     axis.imshow(seen, cmap="Blues", vmin=0, vmax=1.6)
     for i, j in np.argwhere(seen > 0):
         axis.plot(j, i, "o", ms=3, color="black")
@@ -180,7 +181,7 @@ def bench(lines: list[dict]):
     claims = ("one by one / ours", "generate / ours", "copied prefix / ours", "dense mask / ours")
     rows = [(claim, line) for claim in claims for line in lines if line["claim"] == claim and line["value"]
             and line["kind"] != "aim"]  # fmt: skip
-    figure, axis = _axes(7.6, 0.34 * len(rows) + 1.2)
+    figure, axis = new_figure(7.6, 0.34 * len(rows) + 1.2)
     looks = dict(zip(claims, ((GREY, "//"), (BLUE, ""), (ORANGE, ".."), ("white", "xx")), strict=True))
     for i, (claim, line) in enumerate(rows):
         axis.barh(i, line["value"], 0.7, color=looks[claim][0], hatch=looks[claim][1], edgecolor="black", lw=0.5)
@@ -195,7 +196,7 @@ def bench(lines: list[dict]):
 
 def hard_positions(tokens: list[str], entropy: list[float], chosen: list[int]):
     """Entropy of the next-token prediction after each token of a text; the chosen positions are hatched and marked."""
-    figure, axis = _axes(max(7.0, 0.24 * len(tokens)), 3.2)
+    figure, axis = new_figure(max(7.0, 0.24 * len(tokens)), 3.2)
     picked = np.isin(np.arange(len(tokens)), chosen)
     bars = axis.bar(range(len(tokens)), entropy, color=np.where(picked, ORANGE, GREY), edgecolor="white")
     for at in np.flatnonzero(picked):
@@ -209,7 +210,7 @@ def hard_positions(tokens: list[str], entropy: list[float], chosen: list[int]):
 def look_ahead(gains: list[list[float]], words: list[str]):
     """Gain in log-likelihood of each of the next true tokens; one dot per thought, a bar for their mean."""
     gains = np.asarray(gains, float)
-    figure, axis = _axes(5.6, 3.2)
+    figure, axis = new_figure(5.6, 3.2)
     axis.bar(range(gains.shape[1]), gains.mean(0), color=GREY, alpha=0.5, hatch="//", edgecolor="white", label="mean")
     for k, row in enumerate(gains):
         axis.plot(np.arange(len(row)) + 0.05 * (k - len(gains) / 2), row, "o", ms=5, color=BLUE,

@@ -170,9 +170,10 @@ def reinforcement(run: Path, folder: Path, seeds) -> None:
     def once(settings: dict, seed: int, checkpoint: Checkpoint) -> dict:
         return row_of(seed_run(run, seed, STAGES), settings, seed, checkpoint)
 
+    arms = {name: rl_recipe() | settings for name, settings in ARMS.items()}
     for seed in seeds:
-        asked = (name for name in ARMS if seed < DECIDED_BY.get(name, math.inf))
-        repeat(folder / "rl.csv", {name: rl_recipe() | ARMS[name] for name in asked}, [seed], once)
+        asked = {name: arms[name] for name in arms if seed < DECIDED_BY.get(name, math.inf)}
+        repeat(folder / "rl.csv", asked, [seed], once)
     for_scoreboard(folder)
 
 

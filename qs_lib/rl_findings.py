@@ -4,13 +4,13 @@ import json
 import math
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from .comparison import fixed, shown
 from .experiments import column, read_rows, seed_interval
 from .files import write_bytes
+from .plots import BLUE, GREY, new_figure
 
 SMALLEST = 0.01  # accuracy that a part of the objective must add to count as useful
 DEPTHS = (("from un-baked", "none"), ("from eighth-baked", "an eighth"), ("from half-baked", "half"), ("full", "all"))
@@ -112,12 +112,11 @@ def parts(rl: list[dict]):
     """What each part of the objective adds to accuracy: a dot per seed, the mean with its interval over seeds, and the line
     that the interval must lie beyond for the part to count as useful."""
     asked = {name: values for name, (values, claim, _) in questions(rl).items() if claim == SMALLEST}
-    figure, axis = plt.subplots(figsize=(7.4, 0.8 + 0.38 * len(asked)), dpi=90, layout="constrained")
-    plt.close(figure)  # shown once, as the value of its cell
+    figure, axis = new_figure(7.4, 0.8 + 0.38 * len(asked))
     for y, values in enumerate(asked.values()):
         mean, low, high = (100 * x for x in seed_interval(values))
-        axis.plot([100 * x for x in values], [y] * len(values), "o", color="#666666", ms=4, alpha=0.6)
-        axis.errorbar(mean, y + 0.22, xerr=[[mean - low], [high - mean]], fmt="D", color="#0072B2", ms=5, capsize=3)
+        axis.plot([100 * x for x in values], [y] * len(values), "o", color=GREY, ms=4, alpha=0.6)
+        axis.errorbar(mean, y + 0.22, xerr=[[mean - low], [high - mean]], fmt="D", color=BLUE, ms=5, capsize=3)
         axis.annotate(decided(values, SMALLEST), (1.01, y), xycoords=axis.get_yaxis_transform(), va="center", fontsize=9)
     axis.axvline(0, color="black", lw=0.8)
     axis.axvline(100 * SMALLEST, color="black", lw=0.8, ls="--")
@@ -144,16 +143,15 @@ def arms_table(rl: list[dict]) -> pd.DataFrame:
 
 def baking_depth(rl: list[dict]):
     """Accuracy with four thoughts before and after RL by how far the start model was baked; one mark per seed."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.4), dpi=90, layout="constrained")
-    plt.close(figure)  # shown once, as the value of its cell
+    figure, axis = new_figure()
     first = True
     for at, (arm, _) in enumerate(DEPTHS):
         own = sorted((r for r in rl if r["arm"] == arm), key=lambda row: row["seed"])
         for i, row in enumerate(own):
             x = at + 0.04 * (i - (len(own) - 1) / 2)
-            axis.annotate("", (x, row["accuracy"]), (x, row["baseline"]), arrowprops={"arrowstyle": "->", "color": "#666666"})
-            axis.plot(x, row["baseline"], "s", color="#666666", ms=5, label="before RL" if first else None)
-            axis.plot(x, row["accuracy"], "o", color="#0072B2", ms=6, label="after RL" if first else None)
+            axis.annotate("", (x, row["accuracy"]), (x, row["baseline"]), arrowprops={"arrowstyle": "->", "color": GREY})
+            axis.plot(x, row["baseline"], "s", color=GREY, ms=5, label="before RL" if first else None)
+            axis.plot(x, row["accuracy"], "o", color=BLUE, ms=6, label="after RL" if first else None)
             first = False
     axis.set(xticks=range(len(DEPTHS)), xticklabels=[label for _, label in DEPTHS], xlabel="baking before RL",
              ylabel="accuracy with thoughts (share)", ylim=(0, 1.02))  # fmt: skip

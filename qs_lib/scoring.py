@@ -66,8 +66,8 @@ def mixing_weights(model, scored, weights: str = "head") -> torch.Tensor:
     """Weight of no thought and of each thought at every true token, (B, P, n_true, 1 + K); ``weights`` as in
     ``decode_with_thoughts``."""
     base, after = scored.base_hidden, scored.thought_hidden.transpose(2, 3)
-    alike = fixed_weights(weights, after.shape[-2], base.device)
-    return model.mixing_head(base, after) if alike is None else alike.expand(*base.shape[:-1], -1)
+    given = fixed_weights(weights, after.shape[-2], base.shape[:-1], base.device)
+    return model.mixing_head(base, after) if given is None else given
 
 
 def answers_with(model, tokenizer, contexts: list[list[int]], tokens, lengths, weights: str,
