@@ -16,9 +16,9 @@ from . import ranks
 from .attention import recompute_layers
 from .champion import schedule
 from .checkpoint import Checkpoint
+from .errors import TrainingError, WorkbookError
 from .evaluate import answer_of, replies
 from .optim import MuonGrokfast
-from .params import TrainingError, WorkbookError
 from .qk_clip import largest_logit, watch_max_logits
 from .sequences import encode_context, length_batches, mark, marker_spellings, pad
 from .sharding import check_fsdp, clip_grad_norm, shard

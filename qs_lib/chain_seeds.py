@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from .comparison import shown
-from .experiments import column, repeat, seed_interval
-from .stage import REPOSITORY, UpstreamError, read_stage
+from .errors import UpstreamError
+from .experiments import repeat
+from .stage import REPOSITORY, read_stage
+from .stats import column, seed_interval, shown
 from .variants import stages_of
 
 # Stage -> what is kept of its summary. Those of GAINS come with the ends of their interval over problems.

@@ -21,12 +21,12 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from . import pocket, ranks
 from .checkpoint import Checkpoint
+from .errors import HubError, SourceError, TrainingError, WorkbookError
+from .files import find_run
 from .hub import hub_answers
 from .optim import MuonGrokfast
-from .params import HubError, SourceError, TrainingError, WorkbookError
 from .sequences import encode, length_batches, pad
 from .sharding import check_fsdp, clip_grad_norm, shard
-from .stage import find_run
 from .strategies import LEAD_WORDS, PROMPTS, reply
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}

@@ -5,8 +5,8 @@ import copy
 import torch
 
 from .coherence import Coherence
+from .errors import WorkbookError
 from .model import QuietStarForCausalLM
-from .params import WorkbookError
 from .sequences import encode_context, pad
 from .tokens import thinking_ids
 

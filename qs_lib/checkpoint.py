@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from . import ranks
-from .files import StageError, discard, write_bytes
+from .errors import StageError
+from .files import discard, write_bytes
 
 FORMAT = "qs-checkpoint-1"
 KEPT = 2

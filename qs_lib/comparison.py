@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from .baking import habits
-from .evaluate import accuracy_with_thoughts, answer_of, best_temperature, interval, replies
+from .evaluate import accuracy_with_thoughts, answer_of, best_temperature, replies
 from .sequences import encode
+from .stats import interval
 from .strategies import reply, strategy_of
 from .tokens import thinking_ids
 
@@ -77,19 +78,3 @@ def direct_accuracy(lm, tokenizer, problems: list[dict]) -> np.ndarray:
     cap, tags = longest_answer(tokenizer, problems), tuple(thinking_ids(tokenizer))
     written = replies(lm, tokenizer, [p["question"] for p in problems], cap, tags, desc="direct")
     return np.array([answer_of(tokenizer, w) == p["answer"] for w, p in zip(written, problems, strict=True)], float)
-
-
-def named(prefix: str, value: tuple[float, float, float]) -> dict[str, float]:
-    """An interval as summary entries: ``prefix``, ``prefix_low``, ``prefix_high``."""
-    return {prefix: value[0], f"{prefix}_low": value[1], f"{prefix}_high": value[2]}
-
-
-def shown(value: tuple[float, float, float], signed: bool = False, digits: int = 3) -> str:
-    """An interval for reading: ``0.812 [0.750, 0.875]``."""
-    mean, low, high = (fixed(x, digits, signed) for x in value)
-    return f"{mean} [{low}, {high}]"
-
-
-def fixed(value: float, digits: int = 3, signed: bool = False) -> str:
-    """A number with fixed decimals and no negative zero, so that rounding noise does not show."""
-    return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}"

@@ -5,7 +5,7 @@ import random
 
 import torch
 
-from .params import WorkbookError
+from .errors import WorkbookError
 from .positions import difficult_positions, random_positions
 from .sequences import encode, pad
 from .strategies import reply

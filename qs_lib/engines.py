@@ -11,7 +11,7 @@ import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from .params import ParameterError, WorkbookError
+from .errors import ParameterError, WorkbookError
 from .point import run_point
 
 

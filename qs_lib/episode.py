@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from .params import WorkbookError
+from .errors import WorkbookError
 
 
 class Thought(BaseModel):

@@ -2,7 +2,6 @@
 
 import itertools
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
@@ -47,17 +46,6 @@ def answer_of(tokenizer, reply: list[int], end_of_thought: tuple[int, ...] = ())
         if end in reply:
             reply = reply[len(reply) - reply[::-1].index(end) :]
     return tokenizer.decode(reply, skip_special_tokens=False).strip().removesuffix(".").strip()
-
-
-def interval(values, confidence: float = 0.95, seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
-    """(mean, low, high): percentile bootstrap over problems. ``values``: (problems,) or (problems, repeats), where
-    repeats (thoughts of one problem) are averaged first so that the problem stays the unit of resampling."""
-    values = np.asarray(values, dtype=float)
-    values = values.reshape(len(values), -1).mean(1)
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(values.mean()), float(low), float(high)
 
 
 @torch.no_grad()

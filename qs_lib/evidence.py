@@ -8,7 +8,7 @@ import argparse
 import torch
 
 from . import chain_seeds, controls, grokking, rl_arms
-from .stage import find_run
+from .files import find_run
 
 EXPERIMENTS = {"baking": controls.baking, "chain": chain_seeds.chain, "optimizers": controls.optimizers,
                "grokking": grokking.grokking, "look_ahead": rl_arms.look_ahead, "rl": rl_arms.reinforcement}  # fmt: skip

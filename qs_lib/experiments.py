@@ -3,45 +3,15 @@
 A run that has its row is not repeated, so an experiment can be stopped and started again at any time.
 """
 
-import csv
-import io
-import json
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from scipy import stats
 from tqdm.auto import tqdm
 
 from .checkpoint import Checkpoint
-from .files import discard, lock_run, to_json, write_bytes
+from .files import discard, lock_run, read_rows, write_rows
 from .origin import code_hash, git_commit
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of an experiment's CSV, numbers and lists as such; none where there is no file."""
-    if not path.is_file():
-        return []
-    with open(path, encoding="utf-8", newline="") as file:
-        return [{k: _cell(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-
-
-def _cell(text: str):
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write the rows aside and rename. A cell is text or JSON; columns are those of all rows, in order of appearance."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
-    table.writeheader()
-    table.writerows({k: v if isinstance(v, str) else to_json(v) for k, v in row.items()} for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, text.getvalue().encode())
 
 
 def repeat(path: Path, arms: dict[str, dict], seeds, measure) -> list[dict]:
@@ -77,35 +47,6 @@ def row_of(rows: list[dict], arm: str, seed: int, settings: dict) -> dict | None
         if (row["arm"], row["seed"], row["settings"]) == (arm, seed, settings):
             return row
     return None
-
-
-def seed_interval(values, confidence: float = 0.95) -> tuple[float, float, float]:
-    """(mean, low, high): Student's t interval over seeds, for what another seed would give on average.
-
-    Not over problems: the test problems are the same for all. Raises ``ValueError`` below two seeds.
-    """
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        raise ValueError("an interval over seeds needs at least two of them")
-    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
-
-
-def column(rows: list[dict], arm: str, key: str) -> list[float]:
-    """One number of an arm's rows, ordered by seed, so that arms can be subtracted seed by seed."""
-    return [row[key] for row in sorted(rows, key=lambda row: row["seed"]) if row["arm"] == arm]
-
-
-def difference(rows: list[dict], arm: str, control: str, key: str) -> tuple[float, float, float]:
-    """``arm`` minus ``control``, paired by seed, with :func:`seed_interval`.
-
-    Raises ``ValueError`` unless both were run on the same seeds and on the same ``data``, where rows name them: the
-    run they read from may have been made anew between two rows.
-    """
-    ran = [sorted((r["seed"], r.get("data", "")) for r in rows if r["arm"] == name) for name in (arm, control)]
-    if ran[0] != ran[1]:
-        raise ValueError(f"{arm} and {control} were not run on the same seeds and data")
-    return seed_interval(np.subtract(column(rows, arm, key), column(rows, control, key)))
 
 
 def verdict(plain, matched, verdicts: tuple[str, str, str, str]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from IPython.display import display
 from matplotlib.ticker import MaxNLocator
 
-from .evaluate import interval
+from .stats import interval, pearson
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 PANELS = (
@@ -128,12 +128,6 @@ def coherence_scatter(table: list[dict]):
         axis.set(xlabel=f"{name} (0 to 1)", title=f"r = {pearson(score, utility):.2f}", xlim=(-0.03, 1.03))
     axes[0].set_ylabel("utility (nats)")
     return _finished(figure)
-
-
-def pearson(x, y) -> float:
-    """Correlation, 0 where one of the two is constant."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) > 0 and np.ptp(y) > 0 else 0.0
 
 
 def latency(rows: list[dict], target_ms: float):

@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .reliability import Reliability
+from .stats import Reliability
 
 BLUE, GREY = "#0072B2", "#666666"
 

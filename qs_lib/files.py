@@ -1,7 +1,9 @@
-"""Files that are there whole or not at all, and the lock on a run folder."""
+"""Files that are there whole or not at all, where runs lie, and the lock on a run folder."""
 
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,11 +13,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .params import WorkbookError
+from .errors import StageError, UpstreamError
 
-
-class StageError(WorkbookError):
-    """A run folder cannot be used or written."""
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+PACKAGE = Path(__file__).resolve().parent
+REPOSITORY = PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else Path.cwd()
 
 
 def sha256(path: Path) -> str:
@@ -109,3 +111,60 @@ def lock_run(folder: Path, user: str, name: str = ".lock") -> FileLock:
         folder / f"{name}.holder", f"process {os.getpid()} on {socket.gethostname()} ({user})".encode()
     )
     return lock
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of an experiment's CSV, numbers and lists as such; none where there is no file."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return [{k: _cell(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def _cell(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write the rows aside and rename. A cell is text or JSON; columns are those of all rows, in order of appearance."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
+    table.writeheader()
+    table.writerows({k: v if isinstance(v, str) else to_json(v) for k, v in row.items()} for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, text.getvalue().encode())
+
+
+def outputs_root() -> Path:
+    """Where runs go: ``QS_OUTPUTS``, or ``outputs/`` of the repository; never a notebook's working directory."""
+    return Path(os.environ.get("QS_OUTPUTS") or REPOSITORY / "outputs").expanduser().resolve()
+
+
+def run_folder(run_name: str) -> Path:
+    """``outputs/<run_name>``, refused when it would lie elsewhere. Raises StageError."""
+    if not re.fullmatch(RUN_NAME, run_name):
+        raise StageError(f"{run_name!r} cannot name a run: use letters, digits, '.', '_' or '-', at most 64")
+    folder = outputs_root() / run_name
+    if folder.resolve() != folder:
+        raise StageError(f"{folder} is a link that leaves {folder.parent}; choose another run_name")
+    return folder
+
+
+def find_run(upstream: str) -> Path:
+    """The run folder that ``upstream`` means: "" the committed pocket run, a run name, or a path.
+
+    Raises UpstreamError.
+    """
+    if not upstream:
+        return REPOSITORY / "outputs" / "pocket"
+    named = outputs_root() / upstream
+    if re.fullmatch(RUN_NAME, upstream) and named.is_dir():
+        return named
+    path = REPOSITORY / Path(upstream).expanduser()
+    if path.is_dir():
+        return path
+    make = f"`make run RUN={upstream}`" if re.fullmatch(RUN_NAME, upstream) else "`make run`"
+    raise UpstreamError(f"there is no run {upstream!r} in {outputs_root()}; make it with {make}")

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .experiments import difference, repeat, verdict
+from .experiments import repeat, verdict
+from .stats import difference
 
 MODULUS = 47
 SETTINGS = {"steps": 3000, "weight_decay": 1.0, "every": 50}

@@ -15,11 +15,11 @@ import yaml
 from tqdm.auto import tqdm
 
 from .champion import load_champion
-from .files import to_json, write_bytes
+from .errors import SourceError, WorkbookError
+from .files import find_run, to_json, write_bytes
 from .model import QuietStarForCausalLM
-from .params import SourceError, WorkbookError
 from .sequences import encode_context, pad
-from .stage import REPOSITORY, find_run
+from .stage import REPOSITORY
 
 try:
     from lm_eval import simple_evaluate

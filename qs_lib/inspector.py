@@ -7,12 +7,11 @@ import ipywidgets as widgets
 from IPython.display import display
 
 from .episode import Episode, read_episodes
+from .errors import WorkbookError
 from .escape import safe_option, safe_text
-from .files import write_bytes
+from .files import outputs_root, write_bytes
 from .live import STEPS, text_tokens, think_at
-from .params import WorkbookError
 from .render import MOST_TOKENS, STYLE, disagree, helped, overview, render, right, wrong
-from .stage import outputs_root
 
 FILTERS = {
     "all": lambda episodes: episodes,

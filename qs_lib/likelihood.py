@@ -7,10 +7,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .attention import LanguageHead, backbone
-from .evaluate import interval
 from .probability import SHARPENINGS
 from .rescoring import rescore_thoughts
 from .sequences import encode, pad
+from .stats import interval
 from .tokens import thinking_ids
 
 CONTROLS = ("without", "temperature", "foreign", "filler")

@@ -4,9 +4,9 @@ import torch
 
 from .curriculum import answer_batch
 from .episode import Episode
+from .errors import WorkbookError
 from .evaluate import answer_of
 from .model import QuietStarForCausalLM
-from .params import WorkbookError
 from .scoring import record
 from .sequences import encode_context
 

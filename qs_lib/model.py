@@ -7,8 +7,8 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import LanguageHead, backbone
+from .errors import WorkbookError
 from .mixing import MixingHead, ZeroLinear, mix_hidden, mix_log_probs
-from .params import WorkbookError
 from .thoughts import generate_thoughts
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from .params import TrainingError
+from .errors import TrainingError
 from .qk_clip import clip_heads
 from .ranks import is_sharded
 from .sharding import gather_like, part, part_like

@@ -8,8 +8,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent
-REPOSITORY = PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else Path.cwd()
+from .files import PACKAGE
 
 
 def code_hash() -> str:

@@ -6,8 +6,8 @@ nothing quadratic in the text is kept.
 
 import torch
 
-from qs_lib.attention import add_sinks, backbone, causal_attend, causal_attend_backward, forward, merge
-from qs_lib.prefix import Grid
+from .attention import add_sinks, backbone, causal_attend, causal_attend_backward, forward, merge
+from .prefix import Grid
 
 _TILE = 1024
 

@@ -9,45 +9,16 @@ anything (:func:`check_parameters`), because papermill runs code written in a pa
 import ast
 import difflib
 import json
-import os
 import re
-import traceback
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .errors import ParameterError
+from .files import RUN_NAME
+
 PARAMETER_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
-RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-
-
-class WorkbookError(ValueError):
-    """An error that one sentence explains: notebooks show the sentence and no traceback (QS_DEBUG=1 brings it back)."""
-
-    def _render_traceback_(self):  # IPython asks for this name
-        if os.environ.get("QS_DEBUG"):
-            return traceback.format_exception(self)
-        return [f"{type(self).__name__}: {self}"]
-
-
-class TrainingError(WorkbookError, FloatingPointError):
-    """A loss or gradient is not finite; nothing was updated with it."""
-
-
-class UnwatchedError(WorkbookError, RuntimeError):
-    """A family computes its attention where its logits cannot be seen."""
-
-
-class SourceError(WorkbookError, FileNotFoundError):
-    """A model or data set is not where it was said to be, or cannot be read."""
-
-
-class HubError(WorkbookError, ConnectionError):
-    """The hub does not answer, or does not have what was asked for."""
-
-
-class ParameterError(WorkbookError):
-    """A parameter is unknown, missing or has a value that cannot be used."""
 
 
 class NotebookParams(BaseModel):
@@ -306,8 +277,6 @@ class Scale(NotebookParams):
     num_thoughts: list[int] = Field(default=[2, 4], min_length=1)
     num_processes: int = Field(default=2, ge=1, le=64)
     steps: int = Field(default=6, ge=1)
-
-
 NOTEBOOKS = {
     "01_token_setup": TokenSetup,
     "02_dataset_generation": DatasetGeneration,

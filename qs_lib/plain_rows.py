@@ -7,7 +7,7 @@ for one packed pass.
 
 import torch
 
-from qs_lib.attention import backbone
+from .attention import backbone
 
 _ROWS = 32
 

@@ -11,7 +11,7 @@ import random
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .params import WorkbookError
+from .errors import WorkbookError
 from .tokens import PLAIN_WORDS
 
 FAMILY_STRATEGY = {

@@ -5,10 +5,10 @@ import os
 import time
 from pathlib import Path
 
-from .files import StageError, lock_run
-from .params import WorkbookError, check_parameters
+from .errors import StageError, WorkbookError
+from .files import lock_run, run_folder
+from .params import check_parameters
 from .run import run_stage
-from .stage import run_folder
 
 PATIENCE = 30.0  # seconds that a killed worker's kernel may take to end and free its run
 

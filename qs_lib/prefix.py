@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from qs_lib.attention import add_sinks, attend, attend_backward, causal_attend, visibility
+from .attention import add_sinks, attend, attend_backward, causal_attend, visibility
 
 _KEPT_NUMBERS = 4_000_000
 

@@ -10,11 +10,11 @@ import weakref
 
 import torch
 
-from qs_lib.attention import LanguageHead, backbone, forward, thinking
-from qs_lib.packed import packed_pass
-from qs_lib.plain_rows import plain_rows
-from qs_lib.prefix import PrefixPass
-from qs_lib.stepping import StepPass
+from .attention import LanguageHead, backbone, forward, thinking
+from .packed import packed_pass
+from .plain_rows import plain_rows
+from .prefix import PrefixPass
+from .stepping import StepPass
 
 _TEXT, _THOUGHT = 10, 3
 _known = weakref.WeakKeyDictionary()

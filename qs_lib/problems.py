@@ -13,8 +13,8 @@ from datasets import Dataset, DownloadConfig, load_dataset
 from huggingface_hub.errors import HfHubHTTPError
 
 from . import pocket
+from .errors import HubError, SourceError, WorkbookError
 from .hub import hub_answers
-from .params import HubError, SourceError, WorkbookError
 from .strategies import evaluate, fitting, result
 
 HUB_NAMES = {"gsm8k": ("openai/gsm8k", "main")}

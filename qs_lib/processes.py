@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 
 from . import pocket, ranks
 from .champion import build_champion, build_tokenizer, corpus, pretrain
-from .files import to_json, write_bytes
-from .origin import REPOSITORY
-from .params import WorkbookError
+from .errors import WorkbookError
+from .files import REPOSITORY, to_json, write_bytes
 from .sharding import part, whole_state
 
 WAYS = {"averaged": False, "sharded": True}  # folder -> fsdp

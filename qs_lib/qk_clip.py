@@ -10,7 +10,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from .params import UnwatchedError
+from .errors import UnwatchedError
 
 NAME = "max_logits"
 WATCHES = {}  # attention module -> the watch that is open on its model

@@ -25,7 +25,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from .params import TrainingError, WorkbookError
+from .errors import TrainingError, WorkbookError
 
 
 def start(expected: int | None = None) -> int:

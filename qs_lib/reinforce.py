@@ -18,12 +18,12 @@ from .champion import schedule
 from .checkpoint import Checkpoint
 from .curriculum import curriculum, disagreement, text_of, think_where
 from .episode import Episode
+from .errors import TrainingError, WorkbookError
 from .evaluate import accuracy_with_thoughts, answer_of
 from .likelihood import text_log_likelihood
 from .mixing import ZeroLinear
 from .objective import quiet_star_loss
 from .optim import MuonGrokfast
-from .params import TrainingError, WorkbookError
 from .positions import thought_length as adapted
 from .qk_clip import largest_logit, watch_max_logits
 from .scoring import record

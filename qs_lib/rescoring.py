@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from qs_lib.attention import LanguageHead, thinking
-from qs_lib.packed import packed_pass
-from qs_lib.plain_rows import plain_states
-from qs_lib.prefix import align_rows
-from qs_lib.probe import shares_prefix
-from qs_lib.sampler import forbidden
+from .attention import LanguageHead, thinking
+from .packed import packed_pass
+from .plain_rows import plain_states
+from .prefix import align_rows
+from .probe import shares_prefix
+from .sampler import forbidden
 
 _LOGIT_NUMBERS = 8_000_000
 

@@ -14,10 +14,9 @@ from .baking import bake
 from .chain_seeds import seed_run
 from .champion import load_champion, schedule
 from .checkpoint import Checkpoint
-from .comparison import direct_accuracy, measure, named, read_problems
+from .comparison import direct_accuracy, measure, read_problems
 from .controls import BAKED_WITH, OPTIMIZED_WITH
 from .curriculum import answer_batch, curriculum
-from .evaluate import interval
 from .experiments import repeat
 from .model import QuietStarForCausalLM
 from .optim import MuonGrokfast
@@ -26,6 +25,7 @@ from .problems import baking_data
 from .reinforce import train_quiet_star
 from .rl_findings import for_scoreboard
 from .stage import read_stage, stage_digest
+from .stats import interval, named
 from .tokens import thinking_ids
 from .variants import recipe
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .comparison import fixed, shown
-from .experiments import column, read_rows, seed_interval
-from .files import write_bytes
+from .files import read_rows, write_bytes
 from .plots import BLUE, GREY, new_figure
+from .stats import column, fixed, seed_interval, shown
 
 SMALLEST = 0.01  # accuracy that a part of the objective must add to count as useful
 DEPTHS = (("from un-baked", "none"), ("from eighth-baked", "an eighth"), ("from half-baked", "half"), ("full", "all"))

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import yaml
 
+from .errors import ParameterError, StageError, WorkbookError
 from .execute import execute, shown_path
-from .files import StageError, lock_run
-from .params import ParameterError, WorkbookError, check_parameters, notebook_parameters, unknown_name
-from .stage import REPOSITORY, find_run, notebook_hash, read_stage, run_folder, stage_finished
+from .files import find_run, lock_run, run_folder
+from .params import check_parameters, notebook_parameters, unknown_name
+from .stage import REPOSITORY, notebook_hash, read_stage, stage_finished
 from .variants import check_variant, read_variant
 
 

@@ -11,8 +11,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .coherence import WEIGHTS, Scale
 from .comparison import read_problems
+from .files import find_run
 from .latency import LatencyReport
-from .stage import Stage, find_run, read_stage
+from .stage import Stage, read_stage
 from .theater import TheaterReport
 
 STAGES = (

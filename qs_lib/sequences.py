@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .params import WorkbookError
+from .errors import WorkbookError
 from .tokens import PLAIN_WORDS, thinking_ids
 
 

@@ -13,7 +13,7 @@ import torch
 
 from . import ranks
 from .attention import layers
-from .params import WorkbookError
+from .errors import WorkbookError
 from .ranks import is_sharded, whole
 
 

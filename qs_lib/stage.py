@@ -9,54 +9,29 @@ are not outputs.
 import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
 import time
 from pathlib import Path
 
-from .files import StageError, discard, lock_run, sha256, sync_folder, to_json, write_bytes, write_error
-from .origin import REPOSITORY, code_hash, git_commit, machine, notebook_hash, versions
-from .params import RUN_NAME, NotebookParams, WorkbookError
+from .errors import StageError, UpstreamError
+from .files import (
+    REPOSITORY,
+    discard,
+    find_run,
+    lock_run,
+    run_folder,
+    sha256,
+    sync_folder,
+    to_json,
+    write_bytes,
+    write_error,
+)
+from .origin import code_hash, git_commit, machine, notebook_hash, versions
+from .params import NotebookParams
 
 FORMAT_VERSION = 1
 CHECKPOINTS = ".checkpoint"
-
-
-class UpstreamError(WorkbookError):
-    """What an earlier stage should have made is missing, unfinished or changed."""
-
-
-def outputs_root() -> Path:
-    """Where runs go: ``QS_OUTPUTS``, or ``outputs/`` of the repository; never a notebook's working directory."""
-    return Path(os.environ.get("QS_OUTPUTS") or REPOSITORY / "outputs").expanduser().resolve()
-
-
-def run_folder(run_name: str) -> Path:
-    """``outputs/<run_name>``, refused when it would lie elsewhere. Raises StageError."""
-    if not re.fullmatch(RUN_NAME, run_name):
-        raise StageError(f"{run_name!r} cannot name a run: use letters, digits, '.', '_' or '-', at most 64")
-    folder = outputs_root() / run_name
-    if folder.resolve() != folder:
-        raise StageError(f"{folder} is a link that leaves {folder.parent}; choose another run_name")
-    return folder
-
-
-def find_run(upstream: str) -> Path:
-    """The run folder that ``upstream`` means: "" the committed pocket run, a run name, or a path.
-
-    Raises UpstreamError.
-    """
-    if not upstream:
-        return REPOSITORY / "outputs" / "pocket"
-    named = outputs_root() / upstream
-    if re.fullmatch(RUN_NAME, upstream) and named.is_dir():
-        return named
-    path = REPOSITORY / Path(upstream).expanduser()
-    if path.is_dir():
-        return path
-    make = f"`make run RUN={upstream}`" if re.fullmatch(RUN_NAME, upstream) else "`make run`"
-    raise UpstreamError(f"there is no run {upstream!r} in {outputs_root()}; make it with {make}")
 
 
 def read_stage(folder: Path) -> tuple[dict | None, str]:

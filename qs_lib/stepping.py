@@ -2,8 +2,8 @@
 
 import torch
 
-from qs_lib.attention import forward
-from qs_lib.prefix import Grid
+from .attention import forward
+from .prefix import Grid
 
 _TILE = 256
 _FEW_NUMBERS = 100_000

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from . import plots
 from .engines import ENGINES, run_points
-from .experiments import read_rows, write_rows
-from .files import lock_run
-from .params import ParameterError, WorkbookError, check_parameters, notebook_parameters, unknown_name
-from .stage import REPOSITORY, find_run, outputs_root
+from .errors import ParameterError, WorkbookError
+from .files import find_run, lock_run, outputs_root, read_rows, write_rows
+from .params import check_parameters, notebook_parameters, unknown_name
+from .stage import REPOSITORY
 from .variants import check_variant, read_variant, read_yaml
 
 COSTS = ("seconds", "peak_memory_mb")  # every row has them, and they differ from run to run

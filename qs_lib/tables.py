@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import torch
 
 from .baking import BakingItem
-from .comparison import fixed
+from .errors import UpstreamError
 from .escape import safe_text, safe_token
 from .evaluate import answer_of, replies
+from .files import find_run
 from .sequences import mark, marker_spellings
-from .stage import UpstreamError, find_run
+from .stats import fixed
 from .strategies import PROMPTS, asked, strategy_of
 from .tokens import PLAIN_WORDS, THINKING_TOKENS, thinking_ids
 

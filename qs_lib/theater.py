@@ -10,11 +10,11 @@ from tqdm.auto import tqdm
 from .attacks import ATTACKS, attacked_thoughts
 from .coherence import Scale, coherence
 from .episode import Episode
-from .evaluate import answer_of, interval, replies
-from .params import WorkbookError
-from .reliability import Reliability, correlation, reliability, votes
+from .errors import WorkbookError
+from .evaluate import answer_of, replies
 from .scoring import answers_alone, answers_with, by_problem, draw_thoughts, episodes, score_thoughts
 from .sequences import encode_context
+from .stats import Reliability, correlation, interval, reliability, votes
 from .tokens import thinking_ids
 
 CHECKS = {

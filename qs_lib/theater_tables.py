@@ -2,9 +2,8 @@
 
 import pandas as pd
 
-from .comparison import fixed, named, shown
-from .reliability import correlation
 from .scoring import by_problem
+from .stats import correlation, fixed, named, shown
 from .theater import CHECKS, TheaterReport
 
 

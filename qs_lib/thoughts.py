@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qs_lib.attention import LanguageHead, backbone, forward, thinking
-from qs_lib.plain_rows import PlainSteps, spliced
-from qs_lib.prefix import PrefixPass, align_rows
-from qs_lib.probe import shares_prefix
-from qs_lib.rescoring import Rescored, rescore_thoughts
-from qs_lib.sampler import draw_seed, forbidden, sample, uniforms
-from qs_lib.stepping import StepPass
+from .attention import LanguageHead, backbone, forward, thinking
+from .plain_rows import PlainSteps, spliced
+from .prefix import PrefixPass, align_rows
+from .probe import shares_prefix
+from .rescoring import Rescored, rescore_thoughts
+from .sampler import draw_seed, forbidden, sample, uniforms
+from .stepping import StepPass
 
 __all__ = ["Rescored", "Thoughts", "generate_thoughts", "rescore_thoughts"]
 

@@ -3,7 +3,7 @@
 import torch
 from tokenizers import AddedToken
 
-from .params import WorkbookError
+from .errors import WorkbookError
 
 THINKING_TOKENS = ("<think>", "</think>", "<step>", "<reason>", "<mece>", "<falsify>", "<expert>", "<doubt>")
 

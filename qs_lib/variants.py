@@ -4,7 +4,8 @@ from pathlib import Path
 
 import yaml
 
-from .params import ParameterError, check_parameters, unknown_name
+from .errors import ParameterError
+from .params import check_parameters, unknown_name
 from .stage import REPOSITORY
 
 

@@ -17,14 +17,14 @@ from tiny import problems, tiny_champion, tiny_lm, tiny_quiet_star
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 import qs_lib as qs
-from qs_lib import baking, champion, curriculum, evaluate, hub, reinforce
+from qs_lib import baking, champion, curriculum, errors, evaluate, hub, reinforce
 from qs_lib import params as p
 from qs_lib.checkpoint import Checkpoint
 from qs_lib.experiments import repeat
-from qs_lib.files import lock_run, write_bytes
+from qs_lib.files import find_run, lock_run, run_folder, write_bytes
 from qs_lib.qk_clip import watch_max_logits
 from qs_lib.run import main, print_scoreboard
-from qs_lib.stage import find_run, read_stage, run_folder, start_stage
+from qs_lib.stage import read_stage, start_stage
 from qs_lib.variants import read_variant
 
 NAN = float("nan")
@@ -101,7 +101,7 @@ def driver(*options):
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         code = main(list(options))
     assert code == 1 and "Traceback" not in err.getvalue()
-    raise p.WorkbookError(err.getvalue().removeprefix("error: ").strip())
+    raise errors.WorkbookError(err.getvalue().removeprefix("error: ").strip())
 
 
 def nan_weights(model):
@@ -232,7 +232,7 @@ def rows_of_another_run(place):
         worker = threading.Thread(target=second)
         worker.start()
         worker.join()
-        raise p.WorkbookError(thread_error[0].strip().splitlines()[-1].split(": ", 1)[1])
+        raise errors.WorkbookError(thread_error[0].strip().splitlines()[-1].split(": ", 1)[1])
     finally:
         lock.release()
 
@@ -359,7 +359,7 @@ def test_there_are_enough_of_them():
 def test_one_sentence_and_nothing_lost(name, place):
     act, words = CASES[name]
     before = fingerprint(place / "outputs/done")
-    with pytest.raises(p.WorkbookError) as found:
+    with pytest.raises(errors.WorkbookError) as found:
         act(place)
     sentence = str(found.value)
     assert words in sentence, sentence

@@ -4,16 +4,17 @@ import torch
 from tiny import problems, tiny_lm, tiny_quiet_star
 
 from qs_lib import evaluate as e
+from qs_lib import stats
 from qs_lib.curriculum import answer_batch
 from qs_lib.sequences import encode_context
 
 
 def test_interval_covers_a_known_share_and_resamples_problems_not_thoughts():
     rng = np.random.default_rng(1)
-    _mean, low, high = e.interval(rng.random(400) < 0.7)
+    _mean, low, high = stats.interval(rng.random(400) < 0.7)
     assert low < 0.7 < high and high - low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 400), rel=0.15)
     repeated = np.repeat(rng.random((50, 1)) < 0.5, 40, axis=1)
-    _, low, high = e.interval(repeated)
+    _, low, high = stats.interval(repeated)
     assert high - low > 0.2  # 50 independent problems, not 2,000
 
 

@@ -4,12 +4,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy.stats import ttest_1samp
 
-from qs_lib import controls, evidence, experiments, grokking
+from qs_lib import controls, evidence, experiments, files, grokking, stats
 from qs_lib.comparison import read_problems
-from qs_lib.files import StageError
-from qs_lib.stage import find_run
+from qs_lib.errors import StageError
+from qs_lib.files import find_run
 
 
 def counting(fail_at=None):
@@ -88,21 +88,21 @@ def test_two_processes_may_not_write_one_file(tmp_path):
 
 def test_interval_over_seeds_against_scipy():
     values = [0.84, 0.86, 0.87, 0.85]
-    mean, low, high = experiments.seed_interval(values)
-    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    mean, low, high = stats.seed_interval(values)
+    expected = ttest_1samp(values, 0).confidence_interval(0.95)
     assert (mean, low, high) == pytest.approx((np.mean(values), expected.low, expected.high))
     with pytest.raises(ValueError, match="at least two"):
-        experiments.seed_interval([1.0])
+        stats.seed_interval([1.0])
 
 
 def test_differences_are_paired_by_seed_in_any_order():
     rows = [{"arm": a, "seed": s, "accuracy": v} for a, s, v in
             [("new", 2, 0.7), ("new", 1, 0.5), ("old", 1, 0.4), ("old", 2, 0.6)]]  # fmt: skip
-    assert experiments.difference(rows, "new", "old", "accuracy") == pytest.approx((0.1, 0.1, 0.1))
+    assert stats.difference(rows, "new", "old", "accuracy") == pytest.approx((0.1, 0.1, 0.1))
     with pytest.raises(ValueError, match="same seeds"):
-        experiments.difference(rows[1:], "new", "old", "accuracy")
+        stats.difference(rows[1:], "new", "old", "accuracy")
     with pytest.raises(ValueError, match="same seeds and data"):
-        experiments.difference([rows[0] | {"data": "made anew"}, *rows[1:]], "new", "old", "accuracy")
+        stats.difference([rows[0] | {"data": "made anew"}, *rows[1:]], "new", "old", "accuracy")
 
 
 def optimizer_rows(**accuracy):
@@ -159,7 +159,7 @@ def test_halves_of_the_addition_table_share_no_sum():
 def test_grokking_command_writes_curves(tmp_path, monkeypatch):
     monkeypatch.setattr(grokking, "SETTINGS", grokking.SETTINGS | {"steps": 4, "every": 2})
     evidence.main(["grokking", "--upstream", str(tmp_path), "--seeds", "3"])
-    rows = experiments.read_rows(tmp_path / "experiments" / "grokking.csv")
+    rows = files.read_rows(tmp_path / "experiments" / "grokking.csv")
     assert len(rows) == len(grokking.methods()) * len(grokking.RATES) and {r["seed"] for r in rows} == {3}
     assert all(r["steps"] == [0, 2, 4] and len(r["validation"]) == 3 for r in rows)
     assert rows[0]["train"][0] == rows[2]["train"][0] and rows[0]["understood"] is None
@@ -222,7 +222,7 @@ def test_optimizers_scan_widens_and_measures_other_seeds(tmp_path, monkeypatch):
     assert sorted(rate for name, rate, _ in scan if name == "AdamW") == [0.25e-3, 0.5e-3, 1e-3, 2e-3, 4e-3, 8e-3]
     assert {(name, rate) for name, rate, _ in tested} == {
         ("AdamW", 0.5e-3), *((name, 6e-3) for name in controls.LOWEST if name != "AdamW")}  # fmt: skip
-    points = controls.scan_lines(experiments.read_rows(tmp_path / "optimizers_scan.csv"))
+    points = controls.scan_lines(files.read_rows(tmp_path / "optimizers_scan.csv"))
     assert points["Muon"] == sorted(points["Muon"]) and len(points["Muon"]) == 4
 
 

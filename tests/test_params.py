@@ -5,14 +5,8 @@ import nbformat
 import pytest
 from pydantic import Field
 
-from qs_lib.params import (
-    NOTEBOOKS,
-    NotebookParams,
-    ParameterError,
-    WorkbookError,
-    check_parameters,
-    notebook_parameters,
-)
+from qs_lib.errors import ParameterError, WorkbookError
+from qs_lib.params import NOTEBOOKS, NotebookParams, check_parameters, notebook_parameters
 
 
 class Toy(NotebookParams):

@@ -6,8 +6,8 @@ from tiny import problems, tiny_champion
 
 from qs_lib import baking, strategies
 from qs_lib.champion import build_champion, build_tokenizer, load_champion
+from qs_lib.errors import WorkbookError
 from qs_lib.evaluate import replies
-from qs_lib.params import WorkbookError
 from qs_lib.sequences import encode, encode_context, line_ends, marker_spellings
 from qs_lib.tokens import add_thinking_tokens, thinking_ids
 

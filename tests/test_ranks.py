@@ -14,8 +14,8 @@ from tiny import problems, tiny_champion, tiny_lm, tiny_quiet_star
 
 from qs_lib import baking, champion, processes, ranks, reinforce
 from qs_lib.checkpoint import Checkpoint
+from qs_lib.errors import TrainingError, WorkbookError
 from qs_lib.optim import MuonGrokfast
-from qs_lib.params import TrainingError, WorkbookError
 from qs_lib.sharding import clip_grad_norm, shard, whole_state
 
 FORK = multiprocessing.get_context("fork")  # a fresh Python would import torch again

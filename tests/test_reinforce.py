@@ -329,7 +329,7 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path):
 def test_without_tensorboard_one_sentence_says_how_to_get_it(tmp_path, monkeypatch):
     import sys
 
-    from qs_lib.params import WorkbookError
+    from qs_lib.errors import WorkbookError
     from qs_lib.tracking import tensorboard
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)

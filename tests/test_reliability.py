@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qs_lib.reliability import correlation, reliability, votes
+from qs_lib.stats import correlation, reliability, votes
 
 
 def test_correlation_recovers_a_known_one():

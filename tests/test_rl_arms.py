@@ -7,10 +7,10 @@ import torch
 from tiny import tiny_quiet_star
 
 from qs_lib import chain_seeds, pocket, rl_arms
-from qs_lib.experiments import read_rows
+from qs_lib.files import find_run, read_rows
 from qs_lib.objective import quiet_star_loss
 from qs_lib.reinforce import train_quiet_star
-from qs_lib.stage import find_run, read_stage, stage_digest
+from qs_lib.stage import read_stage, stage_digest
 
 
 @pytest.fixture

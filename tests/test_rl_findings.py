@@ -6,7 +6,7 @@ import math
 import pytest
 
 from qs_lib import rl_findings as f
-from qs_lib.experiments import write_rows
+from qs_lib.files import write_rows
 
 
 def row(arm, seed, accuracy, gain=0.1, validation=(0.5, 0.7, 0.9, 0.9), **more):

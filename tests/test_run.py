@@ -17,20 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qs_lib import run
 from qs_lib import stage as stage_module
+from qs_lib.errors import ParameterError, StageError, UpstreamError
 from qs_lib.execute import Terminal, _failure
-from qs_lib.files import StageError, write_bytes, write_error
-from qs_lib.params import NotebookParams, ParameterError
+from qs_lib.files import find_run, outputs_root, run_folder, write_bytes, write_error
+from qs_lib.params import NotebookParams
 from qs_lib.run import main, print_scoreboard, run_stages, stage_notebooks
-from qs_lib.stage import (
-    UpstreamError,
-    code_hash,
-    find_run,
-    outputs_root,
-    read_stage,
-    run_folder,
-    stage_finished,
-    start_stage,
-)
+from qs_lib.stage import code_hash, read_stage, stage_finished, start_stage
 
 
 class Toy(NotebookParams):

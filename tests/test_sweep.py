@@ -14,9 +14,8 @@ import pytest
 from test_run import PARAMETERS
 
 from qs_lib import engines, point, sweep
-from qs_lib.experiments import read_rows
-from qs_lib.origin import PACKAGE, REPOSITORY
-from qs_lib.params import ParameterError, WorkbookError
+from qs_lib.errors import ParameterError, WorkbookError
+from qs_lib.files import PACKAGE, REPOSITORY, read_rows
 from qs_lib.run import run_stage
 
 # the kernel takes the modules it needs without the package's own imports, which would cost it seconds

@@ -13,9 +13,9 @@ import torch
 from qs_lib import objective, reinforce
 from qs_lib.champion import load_champion
 from qs_lib.comparison import read_problems
+from qs_lib.files import find_run
 from qs_lib.model import QuietStarForCausalLM
 from qs_lib.rl_arms import rl_recipe
-from qs_lib.stage import find_run
 
 PARTS = (
     ("sampling thoughts", reinforce, "generate_thoughts"), ("re-scoring, policy and reference", objective, "rescore_thoughts"),

@@ -1,11 +1,12 @@
-"""How far a score of thoughts can be believed: correlation with utility, calibration, preference for right thoughts.
+"""Intervals, correlation, calibration, and numbers as text.
 
-Everything is given per problem and thought, (problems, K); intervals are 95 % bootstraps over problems.
+Intervals are 95 %: bootstraps over problems, or Student's t over seeds.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 
 @dataclass
@@ -89,3 +90,65 @@ def _pairs(score, right):
 
 def _resampled(problems: int, seed: int, resamples: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, problems, (resamples, problems))
+
+
+def interval(values, confidence: float = 0.95, seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
+    """(mean, low, high): percentile bootstrap over problems. ``values``: (problems,) or (problems, repeats), where
+    repeats (thoughts of one problem) are averaged first so that the problem stays the unit of resampling."""
+    values = np.asarray(values, dtype=float)
+    values = values.reshape(len(values), -1).mean(1)
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(values.mean()), float(low), float(high)
+
+
+def named(prefix: str, value: tuple[float, float, float]) -> dict[str, float]:
+    """An interval as summary entries: ``prefix``, ``prefix_low``, ``prefix_high``."""
+    return {prefix: value[0], f"{prefix}_low": value[1], f"{prefix}_high": value[2]}
+
+
+def shown(value: tuple[float, float, float], signed: bool = False, digits: int = 3) -> str:
+    """An interval for reading: ``0.812 [0.750, 0.875]``."""
+    mean, low, high = (fixed(x, digits, signed) for x in value)
+    return f"{mean} [{low}, {high}]"
+
+
+def fixed(value: float, digits: int = 3, signed: bool = False) -> str:
+    """A number with fixed decimals and no negative zero, so that rounding noise does not show."""
+    return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}"
+
+
+def seed_interval(values, confidence: float = 0.95) -> tuple[float, float, float]:
+    """(mean, low, high): Student's t interval over seeds, for what another seed would give on average.
+
+    Not over problems: the test problems are the same for all. Raises ``ValueError`` below two seeds.
+    """
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        raise ValueError("an interval over seeds needs at least two of them")
+    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+
+
+def column(rows: list[dict], arm: str, key: str) -> list[float]:
+    """One number of an arm's rows, ordered by seed, so that arms can be subtracted seed by seed."""
+    return [row[key] for row in sorted(rows, key=lambda row: row["seed"]) if row["arm"] == arm]
+
+
+def difference(rows: list[dict], arm: str, control: str, key: str) -> tuple[float, float, float]:
+    """``arm`` minus ``control``, paired by seed, with :func:`seed_interval`.
+
+    Raises ``ValueError`` unless both were run on the same seeds and on the same ``data``, where rows name them: the
+    run they read from may have been made anew between two rows.
+    """
+    ran = [sorted((r["seed"], r.get("data", "")) for r in rows if r["arm"] == name) for name in (arm, control)]
+    if ran[0] != ran[1]:
+        raise ValueError(f"{arm} and {control} were not run on the same seeds and data")
+    return seed_interval(np.subtract(column(rows, arm, key), column(rows, control, key)))
+
+
+def pearson(x, y) -> float:
+    """Correlation, 0 where one of the two is constant."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) > 0 and np.ptp(y) > 0 else 0.0
