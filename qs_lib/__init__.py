@@ -18,14 +18,14 @@ from .positions import thought_length
 from .problems import load_problems
 from .reinforce import TrainingResult
 from .reinforce import train_quiet_star
-from .rescoring import Rescored
-from .rescoring import rescore_thoughts
+from .thoughts.rescore import Rescored
+from .thoughts.rescore import rescore_thoughts
 from .strategies import STRATEGIES
 from .strategies import reasoning_dataset
 from .theater import TheaterReport
 from .theater import anti_theater
-from .thoughts import Thoughts
-from .thoughts import generate_thoughts
+from .thoughts.generate import Thoughts
+from .thoughts.generate import generate_thoughts
 from .tokens import THINKING_TOKENS
 from .tokens import add_thinking_tokens
 

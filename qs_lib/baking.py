@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from . import ranks
-from .attention import recompute_layers
 from .champion import schedule
 from .checkpoint import Checkpoint
 from .errors import TrainingError, WorkbookError
@@ -23,6 +22,7 @@ from .qk_clip import largest_logit, watch_max_logits
 from .sequences import encode_context, length_batches, mark, marker_spellings, pad
 from .sharding import check_fsdp, clip_grad_norm, shard
 from .strategies import PROMPTS, asked, strategy_of
+from .thoughts.attention import recompute_layers
 from .tokens import thinking_ids
 
 

@@ -8,8 +8,8 @@ from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from .curriculum import answer_batch
 from .model import ThinkingCache
-from .rescoring import rescore_thoughts
 from .sequences import encode_context, line_ends, pad
+from .thoughts.rescore import rescore_thoughts
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from .attention import LanguageHead
 from .model import QuietStarForCausalLM
-from .sampler import sample
+from .thoughts.attention import LanguageHead
+from .thoughts.sampler import sample
 
 RANDOM_MODELS = {  # hidden, intermediate, layers, heads, key heads, vocabulary
     "10M": (256, 704, 10, 8, 4, 8192),

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .attention import LanguageHead, backbone
 from .probability import SHARPENINGS
-from .rescoring import rescore_thoughts
 from .sequences import encode, pad
 from .stats import interval
+from .thoughts.attention import LanguageHead, backbone
+from .thoughts.rescore import rescore_thoughts
 from .tokens import thinking_ids
 
 CONTROLS = ("without", "temperature", "foreign", "filler")

@@ -6,10 +6,10 @@ from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention import LanguageHead, backbone
 from .errors import WorkbookError
 from .mixing import MixingHead, ZeroLinear, mix_hidden, mix_log_probs
-from .thoughts import generate_thoughts
+from .thoughts.attention import LanguageHead, backbone
+from .thoughts.generate import generate_thoughts
 
 
 class QuietStarConfig(PreTrainedConfig):

@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from . import ranks
-from .attention import LanguageHead
 from .baking import forward_kl, frozen
-from .rescoring import rescore_thoughts
+from .thoughts.attention import LanguageHead
+from .thoughts.rescore import rescore_thoughts
 from .tokens import thinking_ids
 
 PAPER_TEMPERATURE = 3.0

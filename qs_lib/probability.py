@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 from .curriculum import answer_batch
-from .rescoring import rescore_thoughts
 from .scoring import batches, draw_thoughts, mixing_weights, together
 from .sequences import encode
 from .strategies import reply
+from .thoughts.rescore import rescore_thoughts
 from .tokens import thinking_ids
 
 # Temperatures of the predictions (not of the thoughts) to choose from; below 1 they sharpen.

@@ -12,7 +12,6 @@ import torch
 from tqdm.auto import tqdm
 
 from . import ranks
-from .attention import recompute_layers
 from .baking import add_adapter
 from .champion import schedule
 from .checkpoint import Checkpoint
@@ -28,7 +27,8 @@ from .positions import thought_length as adapted
 from .qk_clip import largest_logit, watch_max_logits
 from .scoring import record
 from .sharding import check_fsdp, clip_grad_norm, gathered, shard
-from .thoughts import generate_thoughts
+from .thoughts.attention import recompute_layers
+from .thoughts.generate import generate_thoughts
 from .tokens import thinking_ids
 
 RECORDED = 4  # groups of thoughts kept as episodes at each validation

@@ -7,8 +7,8 @@ from .coherence import coherence, utility
 from .curriculum import answer_batch
 from .episode import Episode, Thought
 from .evaluate import answer_of, decode_with_thoughts, fixed_weights
-from .rescoring import rescore_thoughts
 from .sequences import encode_context, pad
+from .thoughts.rescore import rescore_thoughts
 from .tokens import thinking_ids
 
 

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import torch
 
 from . import ranks
-from .attention import layers
 from .errors import WorkbookError
 from .ranks import is_sharded, whole
+from .thoughts.attention import layers
 
 
 def shard(model) -> None:

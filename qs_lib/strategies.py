@@ -241,3 +241,35 @@ def _example(strategy: str, problem: dict) -> dict:
         **{k: problem[k] for k in ("question", "answer", "difficulty", "family", "fits")},
         "strategy": strategy, "prompt": PROMPTS[strategy], "reply": reply(strategy, problem),
     }  # fmt: skip
+
+
+def planted_faults(example: dict) -> dict[str, dict]:
+    """The worked example with one fault each: kind of fault -> faulty example."""
+    before, after = example["reply"].split("step ", 1)
+    first = after.split(" step ")[0].split(" doubt ")[0].split(" done ")[0]
+    right, answer = result(first), example["answer"]
+    other = next(s for s in STRATEGIES if s != example["strategy"])
+
+    def steps(equation):
+        return {**example, "reply": f"{before}step {equation}{after[len(first):]}"}
+
+    return {
+        "a false sum": steps(f"{first.split('=')[0]}= 1{right}"),
+        "a number from nowhere": {**steps(f"{right} + 977 - 977 = {right}"), "strict": True},
+        "another answer": {**example, "reply": example["reply"].rsplit(f"{answer} .", 1)[0] + f"1{answer} ."},
+        "another strategy's name": {**example, "strategy": other},
+    }
+
+
+def caught(examples: list[dict]) -> dict[str, float]:
+    """Share of planted faults of each kind that the checker finds when every example gets each of them."""
+    found = {}
+    for example in examples:
+        for kind, faulty in planted_faults(example).items():
+            found.setdefault(kind, []).append(bool(check(faulty)))
+    return {kind: sum(hits) / len(hits) for kind, hits in found.items()}
+
+
+def grounded(examples: list[dict]) -> float:
+    """Share of examples whose every operand stands in the question or was computed in an earlier step."""
+    return sum(not check({**e, "strict": True}) for e in examples) / len(examples)

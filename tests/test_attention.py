@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_thoughts import batch, build, close
 
-from qs_lib import attention
-from qs_lib.attention import (
+from qs_lib.thoughts import attention
+from qs_lib.thoughts.attention import (
     Rule,
     add_sinks,
     attend,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = sorted((Path(__file__).parents[1] / "qs_lib").glob("*.py"))
+SOURCES = sorted((Path(__file__).parents[1] / "qs_lib").rglob("*.py"))
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_CALLS = {"torch.load", "torch.save", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "pd.read_pickle"}
@@ -94,7 +94,7 @@ def test_innocent_lines_are_not(line):
     assert not findings(line)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: "/".join(path.parts[-2:]))
 def test_nothing_of_it_is_in_the_library(path):
     assert not findings(path.read_text(encoding="utf-8"), path.name)
 

@@ -16,7 +16,6 @@ import qs_lib as qs
 from qs_lib import (
     baking,
     cheats,
-    checks,
     comparison,
     curriculum,
     evaluate,
@@ -27,6 +26,7 @@ from qs_lib import (
     reinforce,
 )
 from qs_lib.model import QuietStarForCausalLM
+from qs_lib.thoughts import checks
 
 LIBRARY = str(Path(qs.__file__).parent)
 BUDGET = {"num_thoughts": 3, "thought_length": 8}
@@ -113,15 +113,15 @@ def baked(model, before, tokenizer):
 
 
 def scored(model, before, tokenizer, weights):
-    scale = qs.theater.fit_scale(model, tokenizer, PROBLEMS, **BUDGET)
-    drawn, _ = qs.theater.score_thoughts(model, tokenizer, PROBLEMS, scale, weights=weights, **BUDGET)
-    tokens, lengths = qs.theater._stacked(drawn)
+    scale = qs.evaluation.theater.fit_scale(model, tokenizer, PROBLEMS, **BUDGET)
+    drawn, _ = qs.evaluation.theater.score_thoughts(model, tokenizer, PROBLEMS, scale, weights=weights, **BUDGET)
+    tokens, lengths = qs.evaluation.theater._stacked(drawn)
     contexts = [[5, 6, 7]] * len(PROBLEMS)
-    rng = qs.theater.np.random.default_rng(0)
+    rng = qs.evaluation.theater.np.random.default_rng(0)
     for attack in ("own", "foreign", "shuffled", "filler", "last_step_deleted"):
-        given = qs.theater.attacked_thoughts(attack, tokens, lengths, PROBLEMS, tokenizer, rng)
-        qs.theater.answers_with(model, tokenizer, contexts, *given, weights, 2)
-    qs.theater.answers_alone(model, tokenizer, contexts, tokens, lengths, 2)
+        given = qs.evaluation.theater.attacked_thoughts(attack, tokens, lengths, PROBLEMS, tokenizer, rng)
+        qs.evaluation.theater.answers_with(model, tokenizer, contexts, *given, weights, 2)
+    qs.evaluation.theater.answers_alone(model, tokenizer, contexts, tokens, lengths, 2)
 
 
 def planted(model, before, tokenizer):
@@ -160,7 +160,7 @@ def test_nothing_made_without_a_device_meets_the_model(name, models):
 def test_a_stray_tensor_is_seen(models):
     with Strays() as strays, torch.no_grad():
         model = models[0]
-        qs.attention.LanguageHead(model.lm)(torch.zeros(1, 32) + 0)
+        qs.thoughts.attention.LanguageHead(model.lm)(torch.zeros(1, 32) + 0)
     assert any("self.head(hidden" in line for line in strays.found)
 
 

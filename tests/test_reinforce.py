@@ -11,8 +11,8 @@ from qs_lib import objective as o
 from qs_lib import reinforce as r
 from qs_lib.baking import add_adapter
 from qs_lib.checkpoint import Checkpoint
-from qs_lib.rescoring import rescore_thoughts
-from qs_lib.thoughts import generate_thoughts
+from qs_lib.thoughts.generate import generate_thoughts
+from qs_lib.thoughts.rescore import rescore_thoughts
 from qs_lib.tokens import thinking_ids
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers as tf
 
-from qs_lib import attention, packed, prefix, probe, rescoring, sampler, stepping
-from qs_lib.rescoring import rescore_thoughts
-from qs_lib.thoughts import generate_thoughts
+from qs_lib.thoughts import attention, fallback, prefix, rescore, sampler
+from qs_lib.thoughts.generate import generate_thoughts
+from qs_lib.thoughts.rescore import rescore_thoughts
 
 THINK, END = 1, 2
 SMALL = {
@@ -140,8 +140,8 @@ def test_shapes_equal_plain_forward(family, options):
 def test_in_small_pieces(family, monkeypatch):
     """Many tiles, many chunks of logits, and the loop for long own parts give the same."""
     for module, name, value in (
-        (stepping, "_TILE", 8), (packed, "_TILE", 16), (stepping, "_FEW_NUMBERS", 0),
-        (rescoring, "_LOGIT_NUMBERS", 600), (attention, "_CAUSAL_BLOCK", 4),
+        (prefix, "_STEP_TILE", 8), (prefix, "_PACKED_TILE", 16), (prefix, "_FEW_NUMBERS", 0),
+        (rescore, "_LOGIT_NUMBERS", 600), (attention, "_CAUSAL_BLOCK", 4),
     ):
         monkeypatch.setattr(module, name, value)
     model = build(family)
@@ -250,15 +250,15 @@ def wrong_limit(shift):
 
 
 def wrong_place(shift):
-    before = stepping.StepPass.forward
-    return stepping.StepPass, "forward", lambda self, base, tokens, places, width: before(
+    before = prefix.StepPass.forward
+    return prefix.StepPass, "forward", lambda self, base, tokens, places, width: before(
         self, base, tokens, places + shift, width
     )
 
 
 def without_own_past(shift):
-    before = stepping.StepPass._own
-    return stepping.StepPass, "_own", staticmethod(
+    before = prefix.StepPass._own
+    return prefix.StepPass, "_own", staticmethod(
         lambda query, own, *rest: before(query, own[:, shift:] if own.shape[1] > shift else own, *rest)
     )
 
@@ -272,15 +272,15 @@ def test_planted_faults_are_noticed(fault, shift, monkeypatch):
     with torch.no_grad():
         expected = naive.rescore(model, ids, sound, mask)["thought_logprobs"]
     monkeypatch.setattr(*fault(shift))
-    monkeypatch.setattr("qs_lib.thoughts.shares_prefix", lambda model: True)
-    monkeypatch.setattr("qs_lib.rescoring.shares_prefix", lambda model: True)
+    monkeypatch.setattr("qs_lib.thoughts.generate.shares_prefix", lambda model: True)
+    monkeypatch.setattr("qs_lib.thoughts.rescore.shares_prefix", lambda model: True)
     with pytest.raises(AssertionError):
         check(model, ids, mask, SUBSET)
     if fault is wrong_limit:
         with torch.no_grad():
             result = rescore_thoughts(model, ids, sound, mask)
         assert (result.thought_logprobs - expected).abs().max() > 0.1
-    assert probe._reason(model) == "the result differs from a plain forward"
+    assert fallback._reason(model) == "the result differs from a plain forward"
 
 
 def test_training_goes_on_after_sampling():
@@ -487,15 +487,15 @@ def test_families_that_cannot_share_stay_exact(family):
 def test_probe_notices_a_window_it_is_not_told_and_errors(monkeypatch):
     model = build("llama")
     model.config.sliding_window = 5
-    assert "sliding window" in probe._reason(model)
+    assert "sliding window" in fallback._reason(model)
     del model.config.sliding_window
-    assert probe._reason(model) is None
+    assert fallback._reason(model) is None
 
     def broken(*arguments):
         raise RuntimeError("no such operation")
 
-    monkeypatch.setattr(probe, "packed_pass", broken)
-    assert "no such operation" in probe._reason(model)
+    monkeypatch.setattr(fallback, "packed_pass", broken)
+    assert "no such operation" in fallback._reason(model)
 
 
 def test_models_that_cannot_be_served_say_so():

@@ -216,8 +216,6 @@ def thoughts_attention(
     rule = Rule(size**-0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
     with torch.autocast(device, enabled=False):
         return work.layer(query, key, value, rule)[..., :value_size], None
-
-
 AttentionInterface.register(NAME, thoughts_attention)
 AttentionMaskInterface.register(NAME, eager_mask)
 AttentionInterface.register(_WITHOUT_MASK, thoughts_attention)

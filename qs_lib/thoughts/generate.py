@@ -10,15 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from .attention import LanguageHead, backbone, forward, thinking
-from .plain_rows import PlainSteps, spliced
-from .prefix import PrefixPass, align_rows
-from .probe import shares_prefix
-from .rescoring import Rescored, rescore_thoughts
+from .fallback import PlainSteps, shares_prefix, spliced
+from .prefix import PrefixPass, StepPass, align_rows
+from .rescore import Rescored, rescore_thoughts
 from .sampler import draw_seed, forbidden, sample, uniforms
-from .stepping import StepPass
 
 __all__ = ["Rescored", "Thoughts", "generate_thoughts", "rescore_thoughts"]
-
 _COMPACT_BELOW = 0.85
 _LOGIT_NUMBERS = 8_000_000
 _PER_STREAM = ("tokens", "logprobs", "sampled", "lengths", "hidden")

@@ -12,10 +12,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from .attention import LanguageHead, thinking
-from .packed import packed_pass
-from .plain_rows import plain_states
-from .prefix import align_rows
-from .probe import shares_prefix
+from .fallback import plain_states, shares_prefix
+from .prefix import align_rows, packed_pass
 from .sampler import forbidden
 
 _LOGIT_NUMBERS = 8_000_000
