@@ -1,33 +1,21 @@
 """Quiet-STaR workbook: teach a language model to think before it speaks, and find out whether the thinking helps."""
 
-from .baking import BakingResult
-from .baking import bake
+from .baking import BakingResult, bake
 from .champion import load_champion
-from .coherence import Coherence
-from .coherence import coherence
-from .episode import Episode
-from .episode import read_episodes
-from .latency import LatencyReport
-from .latency import measure_latency
+from .coherence import Coherence, coherence
+from .data.batches import difficult_positions, thought_length
+from .data.problems import load_problems
+from .data.strategies import STRATEGIES, reasoning_dataset
+from .data.tokens import THINKING_TOKENS, add_thinking_tokens
+from .episode import Episode, read_episodes
+from .latency import LatencyReport, measure_latency
 from .mixing import MixingHead
-from .model import QuietStarConfig
-from .model import QuietStarForCausalLM
+from .model import QuietStarConfig, QuietStarForCausalLM
 from .optim import MuonGrokfast
-from .positions import difficult_positions
-from .positions import thought_length
-from .problems import load_problems
-from .reinforce import TrainingResult
-from .reinforce import train_quiet_star
-from .thoughts.rescore import Rescored
-from .thoughts.rescore import rescore_thoughts
-from .strategies import STRATEGIES
-from .strategies import reasoning_dataset
-from .theater import TheaterReport
-from .theater import anti_theater
-from .thoughts.generate import Thoughts
-from .thoughts.generate import generate_thoughts
-from .tokens import THINKING_TOKENS
-from .tokens import add_thinking_tokens
+from .reinforce import TrainingResult, train_quiet_star
+from .theater import TheaterReport, anti_theater
+from .thoughts.generate import Thoughts, generate_thoughts
+from .thoughts.rescore import Rescored, rescore_thoughts
 
 __all__ = [
     "STRATEGIES", "THINKING_TOKENS", "BakingResult", "Coherence", "Episode", "LatencyReport", "MixingHead",

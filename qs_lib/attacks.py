@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from .tokens import thinking_ids
+from .data.tokens import thinking_ids
 
 ATTACKS = ("own", "none", "foreign", "foreign_family", "shuffled", "filler", "last_step_deleted")
 

@@ -15,15 +15,14 @@ from tqdm.auto import tqdm
 from . import ranks
 from .champion import schedule
 from .checkpoint import Checkpoint
+from .data.strategies import PROMPTS, asked, strategy_of
+from .data.tokens import encode_context, length_batches, mark, marker_spellings, pad, thinking_ids
 from .errors import TrainingError, WorkbookError
 from .evaluate import answer_of, replies
 from .optim import MuonGrokfast
 from .qk_clip import largest_logit, watch_max_logits
-from .sequences import encode_context, length_batches, mark, marker_spellings, pad
 from .sharding import check_fsdp, clip_grad_norm, shard
-from .strategies import PROMPTS, asked, strategy_of
 from .thoughts.attention import recompute_layers
-from .tokens import thinking_ids
 
 
 @dataclass

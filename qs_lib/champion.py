@@ -19,15 +19,16 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from . import pocket, ranks
+from . import ranks
 from .checkpoint import Checkpoint
+from .data import pocket
+from .data.problems import hub_answers
+from .data.strategies import LEAD_WORDS, PROMPTS, reply
+from .data.tokens import encode, length_batches, pad
 from .errors import HubError, SourceError, TrainingError, WorkbookError
 from .files import find_run
-from .hub import hub_answers
 from .optim import MuonGrokfast
-from .sequences import encode, length_batches, pad
 from .sharding import check_fsdp, clip_grad_norm, shard
-from .strategies import LEAD_WORDS, PROMPTS, reply
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 

@@ -5,10 +5,9 @@ import copy
 import torch
 
 from .coherence import Coherence
+from .data.tokens import encode_context, pad, thinking_ids
 from .errors import WorkbookError
 from .model import QuietStarForCausalLM
-from .sequences import encode_context, pad
-from .tokens import thinking_ids
 
 CHEATS = {
     "unused": "thoughts are drawn and shown, and the answer ignores them",

@@ -7,11 +7,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from .baking import habits
+from .data.strategies import reply, strategy_of
+from .data.tokens import encode, thinking_ids
 from .evaluate import accuracy_with_thoughts, answer_of, best_temperature, replies
-from .sequences import encode
 from .stats import interval
-from .strategies import reply, strategy_of
-from .tokens import thinking_ids
 
 TEMPERATURES = (0.0, 0.5, 0.7, 1.0)
 

@@ -9,13 +9,13 @@ from .baking import bake, habits
 from .champion import load_champion
 from .checkpoint import Checkpoint
 from .comparison import direct_accuracy, read_problems
+from .data.problems import load_problems, rarefy
+from .data.strategies import reasoning_dataset
 from .experiments import repeat, verdict
 from .grokking import matched_momentum
 from .optim import MuonGrokfast
-from .problems import load_problems, rarefy
 from .stage import read_stage, stage_digest
 from .stats import column, difference, fixed, seed_interval, shown
-from .strategies import reasoning_dataset
 from .variants import recipe
 
 # What the baked model must reach on test problems, as a mean over seeds.

@@ -6,9 +6,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
-from .curriculum import answer_batch
+from .data.batches import answer_batch
+from .data.tokens import encode_context, line_ends, pad
 from .model import ThinkingCache
-from .sequences import encode_context, line_ends, pad
 from .thoughts.rescore import rescore_thoughts
 
 

@@ -15,10 +15,10 @@ import yaml
 from tqdm.auto import tqdm
 
 from .champion import load_champion
+from .data.tokens import encode_context, pad
 from .errors import SourceError, WorkbookError
 from .files import find_run, to_json, write_bytes
 from .model import QuietStarForCausalLM
-from .sequences import encode_context, pad
 from .stage import REPOSITORY
 
 try:

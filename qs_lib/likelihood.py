@@ -6,12 +6,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .data.tokens import encode, pad, thinking_ids
 from .probability import SHARPENINGS
-from .sequences import encode, pad
 from .stats import interval
 from .thoughts.attention import LanguageHead, backbone
 from .thoughts.rescore import rescore_thoughts
-from .tokens import thinking_ids
 
 CONTROLS = ("without", "temperature", "foreign", "filler")
 

@@ -2,13 +2,13 @@
 
 import torch
 
-from .curriculum import answer_batch
+from .data.batches import answer_batch
+from .data.tokens import encode_context
 from .episode import Episode
 from .errors import WorkbookError
 from .evaluate import answer_of
 from .model import QuietStarForCausalLM
 from .scoring import record
-from .sequences import encode_context
 
 STEPS = ("drawing", "scoring", "answering without thoughts", "answering with thoughts", "answering with each alone")
 

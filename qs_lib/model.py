@@ -83,7 +83,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         """Wrap a loaded model that has its thinking tokens; its weights are shared, not copied."""
         if getattr(lm.config, "think_token_id", None) is None:
             raise WorkbookError("the model has no thinking tokens: call add_thinking_tokens(model, tokenizer) first")
-        from .tokens import thinking_ids
+        from .data.tokens import thinking_ids
 
         for module in lm.modules():
             module._is_hf_initialized = True  # post_init must leave the loaded weights alone

@@ -6,9 +6,9 @@ import torch
 
 from . import ranks
 from .baking import forward_kl, frozen
+from .data.tokens import thinking_ids
 from .thoughts.attention import LanguageHead
 from .thoughts.rescore import rescore_thoughts
-from .tokens import thinking_ids
 
 PAPER_TEMPERATURE = 3.0
 

@@ -3,12 +3,11 @@
 import numpy as np
 import torch
 
-from .curriculum import answer_batch
+from .data.batches import answer_batch
+from .data.strategies import reply
+from .data.tokens import encode, thinking_ids
 from .scoring import batches, draw_thoughts, mixing_weights, together
-from .sequences import encode
-from .strategies import reply
 from .thoughts.rescore import rescore_thoughts
-from .tokens import thinking_ids
 
 # Temperatures of the predictions (not of the thoughts) to choose from; below 1 they sharpen.
 SHARPENINGS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)

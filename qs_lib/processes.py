@@ -15,8 +15,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from . import pocket, ranks
+from . import ranks
 from .champion import build_champion, build_tokenizer, corpus, pretrain
+from .data import pocket
 from .errors import WorkbookError
 from .files import REPOSITORY, to_json, write_bytes
 from .sharding import part, whole_state

@@ -15,7 +15,9 @@ from . import ranks
 from .baking import add_adapter
 from .champion import schedule
 from .checkpoint import Checkpoint
-from .curriculum import curriculum, disagreement, text_of, think_where
+from .data.batches import curriculum, disagreement, text_of, think_where
+from .data.batches import thought_length as adapted
+from .data.tokens import thinking_ids
 from .episode import Episode
 from .errors import TrainingError, WorkbookError
 from .evaluate import accuracy_with_thoughts, answer_of
@@ -23,13 +25,11 @@ from .likelihood import text_log_likelihood
 from .mixing import ZeroLinear
 from .objective import quiet_star_loss
 from .optim import MuonGrokfast
-from .positions import thought_length as adapted
 from .qk_clip import largest_logit, watch_max_logits
 from .scoring import record
 from .sharding import check_fsdp, clip_grad_norm, gathered, shard
 from .thoughts.attention import recompute_layers
 from .thoughts.generate import generate_thoughts
-from .tokens import thinking_ids
 
 RECORDED = 4  # groups of thoughts kept as episodes at each validation
 

@@ -16,17 +16,17 @@ from .champion import load_champion, schedule
 from .checkpoint import Checkpoint
 from .comparison import direct_accuracy, measure, read_problems
 from .controls import BAKED_WITH, OPTIMIZED_WITH
-from .curriculum import answer_batch, curriculum
+from .data.batches import answer_batch, curriculum
+from .data.problems import baking_data
+from .data.tokens import thinking_ids
 from .experiments import repeat
 from .model import QuietStarForCausalLM
 from .optim import MuonGrokfast
 from .probability import SHARPENINGS, answer_probability, fitted
-from .problems import baking_data
 from .reinforce import train_quiet_star
 from .rl_findings import for_scoreboard
 from .stage import read_stage, stage_digest
 from .stats import interval, named
-from .tokens import thinking_ids
 from .variants import recipe
 
 EIGHTH = "an eighth of the baking"

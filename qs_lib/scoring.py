@@ -4,12 +4,11 @@ import numpy as np
 import torch
 
 from .coherence import coherence, utility
-from .curriculum import answer_batch
+from .data.batches import answer_batch
+from .data.tokens import encode_context, pad, thinking_ids
 from .episode import Episode, Thought
 from .evaluate import answer_of, decode_with_thoughts, fixed_weights
-from .sequences import encode_context, pad
 from .thoughts.rescore import rescore_thoughts
-from .tokens import thinking_ids
 
 
 @torch.no_grad()

@@ -9,14 +9,13 @@ import pyarrow.parquet as pq
 import torch
 
 from .baking import BakingItem
+from .data.strategies import PROMPTS, asked, strategy_of
+from .data.tokens import PLAIN_WORDS, THINKING_TOKENS, mark, marker_spellings, thinking_ids
 from .errors import UpstreamError
 from .escape import safe_text, safe_token
 from .evaluate import answer_of, replies
 from .files import find_run
-from .sequences import mark, marker_spellings
 from .stats import fixed
-from .strategies import PROMPTS, asked, strategy_of
-from .tokens import PLAIN_WORDS, THINKING_TOKENS, thinking_ids
 
 
 def committed(params, stage: str, name: str):

@@ -9,13 +9,12 @@ from tqdm.auto import tqdm
 
 from .attacks import ATTACKS, attacked_thoughts
 from .coherence import Scale, coherence
+from .data.tokens import encode_context, thinking_ids
 from .episode import Episode
 from .errors import WorkbookError
 from .evaluate import answer_of, replies
 from .scoring import answers_alone, answers_with, by_problem, draw_thoughts, episodes, score_thoughts
-from .sequences import encode_context
 from .stats import Reliability, correlation, interval, reliability, votes
-from .tokens import thinking_ids
 
 CHECKS = {
     "divergence": ("distance from the direct continuation", "thoughts repeat the direct continuation"),

@@ -31,8 +31,8 @@ from qs_lib import checkpoint
 from qs_lib.baking import bake
 from qs_lib.champion import corpus, pretrain
 from qs_lib.checkpoint import Checkpoint
+from qs_lib.data.strategies import reasoning_dataset
 from qs_lib.reinforce import train_quiet_star
-from qs_lib.strategies import reasoning_dataset
 
 INTERVAL = 3
 EXAMPLES = list(reasoning_dataset(problems(size=400), (), 16, 8)["train"])

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import qs_lib as qs
 from qs_lib.champion import build_tokenizer, corpus, pretrain
+from qs_lib.data.strategies import PROMPTS
 from qs_lib.stage import REPOSITORY
-from qs_lib.strategies import PROMPTS
 
 HEAD = 4  # numbers a head, in place of 64 and 128
 SHAPES = {

@@ -17,9 +17,11 @@ from tiny import problems, tiny_champion, tiny_lm, tiny_quiet_star
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 import qs_lib as qs
-from qs_lib import baking, champion, curriculum, errors, evaluate, hub, reinforce
+from qs_lib import baking, champion, errors, evaluate, reinforce
 from qs_lib import params as p
 from qs_lib.checkpoint import Checkpoint
+from qs_lib.data import batches
+from qs_lib.data import problems as hub
 from qs_lib.experiments import repeat
 from qs_lib.files import find_run, lock_run, run_folder, write_bytes
 from qs_lib.qk_clip import watch_max_logits
@@ -317,7 +319,7 @@ CASES = {
     "gradient NaN": (lambda _: nan_gradient(), "gradient is not finite in model.norm.weight; nothing was updated"),
     "teacher without a thought": (lambda _: no_teacher(), "writes no thought on held-out questions"),
     "QK-clip for a family that cannot be watched": (lambda _: watched_bloom(), "cannot run with sdpa attention, so its logits cannot be watched: set qk_clip_threshold to 0"),
-    "unknown place to think": (lambda _: curriculum.think_where(*tiny_lm(), problems(), "here"), "'question', 'difficult', 'uncertain', 'random' or 'every'"),
+    "unknown place to think": (lambda _: batches.think_where(*tiny_lm(), problems(), "here"), "'question', 'difficult', 'uncertain', 'random' or 'every'"),
     "too few problems that fit": (lambda _: qs.reasoning_dataset(problems(size=8)), "problems fit mece, 200 are needed"),
     "one problem to attack with": (lambda _: qs.anti_theater(*tiny_quiet_star(), problems()[:1], problems()[:1]), "at least two held-out problems"),
     "NaN in the record": (lambda _: start_stage(p.TokenSetup(run_name="new"), "01_token_setup").log(loss=NAN), "NaN or infinity cannot be recorded"),

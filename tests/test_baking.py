@@ -7,8 +7,7 @@ from tiny import problems, tiny_lm
 
 import qs_lib as qs
 from qs_lib import baking as b
-from qs_lib.sequences import marker_spellings
-from qs_lib.tokens import thinking_ids
+from qs_lib.data.tokens import marker_spellings, thinking_ids
 
 
 def setup():

@@ -13,18 +13,8 @@ from tiny import problems, tiny_quiet_star
 from torch.overrides import TorchFunctionMode
 
 import qs_lib as qs
-from qs_lib import (
-    baking,
-    cheats,
-    comparison,
-    curriculum,
-    evaluate,
-    likelihood,
-    live,
-    objective,
-    probability,
-    reinforce,
-)
+from qs_lib import baking, cheats, comparison, evaluate, likelihood, live, objective, probability, reinforce
+from qs_lib.data import batches
 from qs_lib.model import QuietStarForCausalLM
 from qs_lib.thoughts import checks
 
@@ -91,14 +81,14 @@ def models():
 
 
 def thoughts_of(model, tokenizer, think=None):
-    ids, mask, at = curriculum.answer_batch(tokenizer, PROBLEMS)
+    ids, mask, at = batches.answer_batch(tokenizer, PROBLEMS)
     return (think or model.think)(ids, mask, at, torch.Generator().manual_seed(0), **BUDGET)
 
 
 def one_training_step(model, before, tokenizer):
-    ids, mask, at = curriculum.think_where(model.lm, tokenizer, PROBLEMS)
+    ids, mask, at = batches.think_where(model.lm, tokenizer, PROBLEMS)
     thoughts = model.think(ids, mask, at, torch.Generator().manual_seed(0), **BUDGET)
-    keep = (curriculum.disagreement(thoughts) + torch.rand(6)).topk(3).indices
+    keep = (batches.disagreement(thoughts) + torch.rand(6)).topk(3).indices
     ids, mask, thoughts = ids[keep], mask[keep], thoughts.part(keep)
     *_, trained_on = objective.quiet_star_loss(model, before.lm, tokenizer, ids, mask, thoughts)
     reinforce.first_groups(model, tokenizer, [PROBLEMS[k] for k in keep.tolist()], ids, mask, thoughts, trained_on, 4, True, "s")
@@ -128,7 +118,7 @@ def planted(model, before, tokenizer):
     honest = {"model": model, "before": before, "tokenizer": tokenizer, "problems": PROBLEMS}
     for cheat in ("copied", "repeated", "leaked"):
         thoughts = thoughts_of(model, tokenizer, cheats.plant(cheat, honest, [])["think"])
-        qs.rescore_thoughts(model.lm, curriculum.answer_batch(tokenizer, PROBLEMS)[0], thoughts)
+        qs.rescore_thoughts(model.lm, batches.answer_batch(tokenizer, PROBLEMS)[0], thoughts)
 
 
 TEXT = torch.tensor([[3, 4, 5, 6, 7]])
@@ -140,7 +130,7 @@ WORK = {
     "scores and attacks, thoughts alike": lambda *given: scored(*given, "thoughts"),
     "cheats": planted,
     "likelihood": lambda model, before, tokenizer: likelihood.text_log_likelihood(
-        model, tokenizer, [curriculum.text_of(p) for p in PROBLEMS], controls=True, positions=3, **BUDGET),
+        model, tokenizer, [batches.text_of(p) for p in PROBLEMS], controls=True, positions=3, **BUDGET),
     "probability of answers": lambda model, before, tokenizer: probability.answer_probability(model, tokenizer, PROBLEMS, **BUDGET),
     "one by one": lambda model, before, tokenizer: checks.one_by_one(model.lm, [3, 4, 5], 8, *model.config.hidden_ids[:2]),
     "largest difference": lambda model, before, tokenizer: checks.largest_difference(model.lm, TEXT, model.think(TEXT, **BUDGET)),

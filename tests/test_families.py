@@ -23,10 +23,10 @@ from transformers import (
 
 import qs_lib as qs
 from qs_lib import figures_rl
+from qs_lib.data.tokens import thinking_ids
 from qs_lib.errors import WorkbookError
 from qs_lib.model import QuietStarForCausalLM
 from qs_lib.thoughts.attention import backbone
-from qs_lib.tokens import thinking_ids
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "max_position_embeddings": 128, "initializer_range": 0.3}  # fmt: skip

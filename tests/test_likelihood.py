@@ -4,9 +4,8 @@ import torch
 from tiny import problems, tiny_quiet_star
 
 from qs_lib import likelihood as li
+from qs_lib.data.tokens import encode, thinking_ids
 from qs_lib.probability import SHARPENINGS
-from qs_lib.sequences import encode
-from qs_lib.tokens import thinking_ids
 
 TEXTS = [(p["question"], p["answer"] + " .") for p in problems(size=5)]
 

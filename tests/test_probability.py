@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import tiny_quiet_star
 
-from qs_lib import pocket
+from qs_lib.data import pocket
 from qs_lib.probability import answer_probability, fitted
 from qs_lib.scoring import draw_thoughts
 

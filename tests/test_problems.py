@@ -4,8 +4,8 @@ from collections import Counter
 import pytest
 
 import qs_lib as qs
-from qs_lib import pocket
-from qs_lib.problems import baking_data, parse_gsm8k
+from qs_lib.data import pocket
+from qs_lib.data.problems import baking_data, parse_gsm8k
 
 GSM8K = "Tom had 48 eggs.\nHe sold 48/2 = <<48/2=24>>24 eggs.\nHe has 1,000+24 = <<1000+24=1024>>1,024.\n#### 1,024"
 
@@ -91,7 +91,7 @@ def test_bad_sources_are_one_sentence(tmp_path, monkeypatch):
     def unreachable(*arguments, **options):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr("qs_lib.problems.load_dataset", unreachable)
+    monkeypatch.setattr("qs_lib.data.problems.load_dataset", unreachable)
     with pytest.raises(ConnectionError, match="give their folder instead"):
         qs.load_problems("gsm8k")
 

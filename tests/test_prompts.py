@@ -4,12 +4,19 @@ import pytest
 import torch
 from tiny import problems, tiny_champion
 
-from qs_lib import baking, strategies
+from qs_lib import baking
 from qs_lib.champion import build_champion, build_tokenizer, load_champion
+from qs_lib.data import strategies
+from qs_lib.data.tokens import (
+    add_thinking_tokens,
+    encode,
+    encode_context,
+    line_ends,
+    marker_spellings,
+    thinking_ids,
+)
 from qs_lib.errors import WorkbookError
 from qs_lib.evaluate import replies
-from qs_lib.sequences import encode, encode_context, line_ends, marker_spellings
-from qs_lib.tokens import add_thinking_tokens, thinking_ids
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -2,8 +2,8 @@ from fractions import Fraction
 
 import pytest
 
-from qs_lib import pocket
-from qs_lib import strategies as s
+from qs_lib.data import pocket
+from qs_lib.data import strategies as s
 
 
 @pytest.mark.parametrize("text, value", [("9 + 8", 17), ("12 * 1.25", 15), ("2 * (3 - 5)", -4), ("7 / 2", Fraction(7, 2))])

@@ -16,11 +16,10 @@ from qs_lib import theater as t
 from qs_lib.attacks import attacked_thoughts
 from qs_lib.champion import build_tokenizer
 from qs_lib.coherence import Scale, coherence, consensus_gain, number_coverage
-from qs_lib.curriculum import answer_batch
-from qs_lib.positions import difficult_positions, thought_length
+from qs_lib.data.batches import answer_batch, difficult_positions, thought_length
+from qs_lib.data.tokens import THINKING_TOKENS, thinking_ids
 from qs_lib.scoring import by_problem
 from qs_lib.stats import correlation
-from qs_lib.tokens import THINKING_TOKENS, thinking_ids
 
 
 def test_consensus_gain_by_hand():

@@ -5,8 +5,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import qs_lib as qs
 from qs_lib.champion import build_champion, build_tokenizer
-from qs_lib.sequences import encode, length_batches, mark, marker_spellings
-from qs_lib.tokens import PLAIN_WORDS, thinking_ids
+from qs_lib.data.tokens import PLAIN_WORDS, encode, length_batches, mark, marker_spellings, thinking_ids
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])

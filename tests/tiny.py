@@ -3,8 +3,8 @@
 from functools import cache
 
 import qs_lib as qs
-from qs_lib import pocket
 from qs_lib.champion import build_champion, build_tokenizer
+from qs_lib.data import pocket
 from qs_lib.model import QuietStarForCausalLM
 
 

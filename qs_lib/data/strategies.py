@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from datasets import Dataset, DatasetDict
 
-from .errors import WorkbookError
+from ..errors import WorkbookError
 from .tokens import PLAIN_WORDS
 
 STRATEGIES = ("mece", "falsification", "expert", "orthogonal", "doubt", "bayesian", "multidomain")

@@ -7,20 +7,23 @@ worked steps), ``family``, ``fits`` (strategies that suit it) and ``lead`` (numb
 import json
 import random
 import re
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from datasets import Dataset, DownloadConfig, load_dataset
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
+from ..errors import HubError, SourceError, WorkbookError
 from . import pocket
-from .errors import HubError, SourceError, WorkbookError
-from .hub import hub_answers
 from .strategies import evaluate, fitting, result
 
 HUB_NAMES = {"gsm8k": ("openai/gsm8k", "main")}
 LONGEST_LINE = 1_000_000
 _ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*|-?\.\d+")
+PATIENCE = 3.0  # seconds
 
 
 def load_problems(source: str = "pocket", split: str = "train", limit: int | None = None, seed: int = 0,
@@ -156,3 +159,16 @@ def plain_number(text: str) -> str:
     if abs(value) > 1e15:
         raise WorkbookError(f"{text[:20]}... is too large a number")
     return str(int(value)) if value == int(value) else f"{value:.10g}"
+
+
+def hub_answers() -> bool:
+    """Whether the hub may be used (``HF_HUB_OFFLINE`` is not set) and answers within ``PATIENCE`` seconds at all."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=PATIENCE).close()
+    except urllib.error.HTTPError:
+        pass  # it answers, if only that it does not like the question
+    except (OSError, ValueError):
+        return False
+    return True

@@ -2,7 +2,7 @@
 
 Eight families of generated problems, one to three steps each, over whole numbers up to 40. Every family goes
 with one way of reasoning (plain chain of thought or one of the seven strategies). This is the only module that
-knows the task: it yields the same records as :mod:`qs_lib.problems` reads from GSM8K, and a word-level tokenizer.
+knows the task: it yields the same records as :mod:`qs_lib.data.problems` reads from GSM8K, and a word-level tokenizer.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import random
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .errors import WorkbookError
+from ..errors import WorkbookError
 from .tokens import PLAIN_WORDS
 
 FAMILY_STRATEGY = {
@@ -151,8 +151,6 @@ def _units(rng, n):
         text = f"{text} then {then} {hours} hours at {speed} {far} ."
         steps = [*steps, equation, _apply(total, "+", second)[0]]
     return f"{text} how many {far} in all ?", steps, []
-
-
 _FAMILIES = dict(zip(
     FAMILY_STRATEGY, (_chain, _groups, _claim, _price, _reverse, _compare, _odds, _units), strict=True
 ))  # fmt: skip

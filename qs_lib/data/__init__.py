@@ -1,0 +1,1 @@
+"""Thinking tokens, problems, worked examples, and the batches that training reads."""
