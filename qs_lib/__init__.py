@@ -9,8 +9,7 @@ from .data.strategies import STRATEGIES, reasoning_dataset
 from .data.tokens import THINKING_TOKENS, add_thinking_tokens
 from .episode import Episode, read_episodes
 from .latency import LatencyReport, measure_latency
-from .mixing import MixingHead
-from .model import QuietStarConfig, QuietStarForCausalLM
+from .model import MixingHead, QuietStarConfig, QuietStarForCausalLM
 from .optim import MuonGrokfast
 from .reinforce import TrainingResult, train_quiet_star
 from .theater import TheaterReport, anti_theater

@@ -22,7 +22,7 @@ from .episode import Episode
 from .errors import TrainingError, WorkbookError
 from .evaluate import accuracy_with_thoughts, answer_of
 from .likelihood import text_log_likelihood
-from .mixing import ZeroLinear
+from .model import ZeroLinear
 from .objective import quiet_star_loss
 from .optim import MuonGrokfast
 from .qk_clip import largest_logit, watch_max_logits
