@@ -2,17 +2,17 @@
 
 from .baking import BakingResult, bake
 from .champion import load_champion
-from .coherence import Coherence, coherence
 from .data.batches import difficult_positions, thought_length
 from .data.problems import load_problems
 from .data.strategies import STRATEGIES, reasoning_dataset
 from .data.tokens import THINKING_TOKENS, add_thinking_tokens
-from .episode import Episode, read_episodes
-from .latency import LatencyReport, measure_latency
+from .evaluation.coherence import Coherence, coherence
+from .evaluation.episodes import Episode, read_episodes
+from .evaluation.latency import LatencyReport, measure_latency
+from .evaluation.theater import TheaterReport, anti_theater
 from .model import MixingHead, QuietStarConfig, QuietStarForCausalLM
 from .optim import MuonGrokfast
 from .reinforce import TrainingResult, train_quiet_star
-from .theater import TheaterReport, anti_theater
 from .thoughts.generate import Thoughts, generate_thoughts
 from .thoughts.rescore import Rescored, rescore_thoughts
 

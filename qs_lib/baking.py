@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from . import ranks
 from .champion import schedule
 from .checkpoint import Checkpoint
-from .data.strategies import PROMPTS, asked, strategy_of
+from .data.strategies import PROMPTS, asked
 from .data.tokens import encode_context, length_batches, mark, marker_spellings, pad, thinking_ids
 from .errors import TrainingError, WorkbookError
-from .evaluate import answer_of, replies
+from .evaluation.accuracy import habits, replies
 from .optim import MuonGrokfast
 from .qk_clip import largest_logit, watch_max_logits
 from .sharding import check_fsdp, clip_grad_norm, shard
@@ -328,20 +328,3 @@ def unprompted_kl(teacher, tokenizer, items: list[BakingItem], batch_size: int =
             logits[:, tags] = -torch.inf
         total.append(forward_kl(F.log_softmax(bare, -1), F.log_softmax(prompted, -1)))
     return torch.cat(total).mean().item()
-
-
-def habits(model, tokenizer, problems: list[dict], max_new_tokens: int = 48) -> dict:
-    """Greedy replies' exact-match ``accuracy``, ``thinking_use`` (share that think) and ``strategy_fit`` (share whose
-    strategy suits the problem)."""
-    start, end = thinking_ids(tokenizer)[:2]
-    spellings = marker_spellings(tokenizer)
-    contexts = [p["question"] for p in problems]
-    correct, use, fit = [], [], []
-    for problem, reply in zip(problems, replies(model, tokenizer, contexts, max_new_tokens), strict=True):
-        reply, _ = mark(reply, spellings)
-        thought = tokenizer.decode(reply[: reply.index(end)]) if end in reply else ""
-        correct.append(answer_of(tokenizer, reply, (end,)) == problem["answer"])
-        use.append(bool(reply) and reply[0] == start and end in reply)
-        fit.append(use[-1] and strategy_of(thought) in (problem["fits"] or ["cot"]))
-    n = len(problems)
-    return {"accuracy": sum(correct) / n, "thinking_use": sum(use) / n, "strategy_fit": sum(fit) / n}

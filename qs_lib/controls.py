@@ -5,12 +5,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .baking import bake, habits
+from .baking import bake
 from .champion import load_champion
 from .checkpoint import Checkpoint
-from .comparison import direct_accuracy, read_problems
 from .data.problems import load_problems, rarefy
 from .data.strategies import reasoning_dataset
+from .evaluation.accuracy import direct_accuracy, habits, read_problems
 from .experiments import repeat, verdict
 from .grokking import matched_momentum
 from .optim import MuonGrokfast

@@ -6,11 +6,10 @@ from pathlib import Path
 import ipywidgets as widgets
 from IPython.display import display
 
-from .episode import Episode, read_episodes
 from .errors import WorkbookError
 from .escape import safe_option, safe_text
+from .evaluation.episodes import STEPS, Episode, read_episodes, text_tokens, think_at
 from .files import outputs_root, write_bytes
-from .live import STEPS, text_tokens, think_at
 from .render import MOST_TOKENS, STYLE, disagree, helped, overview, render, right, wrong
 
 FILTERS = {
@@ -35,7 +34,7 @@ WIDE = {"description_width": "initial"}
 class ThoughtInspector(widgets.VBox):
     """Controls over a list of episodes and one view of the chosen one; with a model it also draws thoughts itself.
 
-    ``episodes``: a list of :class:`~qs_lib.episode.Episode`, an ``episodes.jsonl``, or a dict of name -> either: the
+    ``episodes``: a list of :class:`~qs_lib.evaluation.episodes.Episode`, an ``episodes.jsonl``, or a dict of name -> either: the
     first one's problems can be chosen, another is shown beside it. ``model``: a ``QuietStarForCausalLM`` for the first
     name, or a dict of name -> model (a name without episodes may be given here alone); all read with ``tokenizer``.
     ``scale``: the ``Scale`` their coherence is measured on. Without a model nothing can be drawn, everything else works.

@@ -18,15 +18,14 @@ from .checkpoint import Checkpoint
 from .data.batches import curriculum, disagreement, text_of, think_where
 from .data.batches import thought_length as adapted
 from .data.tokens import thinking_ids
-from .episode import Episode
 from .errors import TrainingError, WorkbookError
-from .evaluate import accuracy_with_thoughts, answer_of
-from .likelihood import text_log_likelihood
+from .evaluation.accuracy import accuracy_with_thoughts, answer_of
+from .evaluation.episodes import Episode, record
+from .evaluation.likelihood import text_log_likelihood
 from .model import ZeroLinear
 from .objective import quiet_star_loss
 from .optim import MuonGrokfast
 from .qk_clip import largest_logit, watch_max_logits
-from .scoring import record
 from .sharding import check_fsdp, clip_grad_norm, gathered, shard
 from .thoughts.attention import recompute_layers
 from .thoughts.generate import generate_thoughts

@@ -1,4 +1,4 @@
-"""Thoughts as HTML: one pure function from an :class:`~qs_lib.episode.Episode` to text.
+"""Thoughts as HTML: one pure function from an :class:`~qs_lib.evaluation.episodes.Episode` to text.
 
 The same HTML serves the live inspector, its static twin and saved pages. It reads well without its style (GitHub drops
 that), and says everything in words or numbers that it also says in colour.
@@ -6,8 +6,8 @@ that), and says everything in words or numbers that it also says in colour.
 
 from collections.abc import Iterable
 
-from .episode import Episode, Thought
 from .escape import safe_text, safe_token
+from .evaluation.episodes import Episode, Thought
 
 PARTS = ("composite", "semantic", "syntactic", "predictive")
 MOST_TOKENS, MOST_THOUGHTS = 256, 64

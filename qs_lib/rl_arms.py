@@ -14,15 +14,15 @@ from .baking import bake
 from .chain_seeds import seed_run
 from .champion import load_champion, schedule
 from .checkpoint import Checkpoint
-from .comparison import direct_accuracy, measure, read_problems
 from .controls import BAKED_WITH, OPTIMIZED_WITH
 from .data.batches import answer_batch, curriculum
 from .data.problems import baking_data
 from .data.tokens import thinking_ids
+from .evaluation.accuracy import direct_accuracy, measure, read_problems
+from .evaluation.likelihood import SHARPENINGS, answer_probability, fitted
 from .experiments import repeat
 from .model import QuietStarForCausalLM
 from .optim import MuonGrokfast
-from .probability import SHARPENINGS, answer_probability, fitted
 from .reinforce import train_quiet_star
 from .rl_findings import for_scoreboard
 from .stage import read_stage, stage_digest

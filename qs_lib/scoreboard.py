@@ -9,12 +9,12 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .coherence import WEIGHTS, Scale
-from .comparison import read_problems
+from .evaluation.accuracy import read_problems
+from .evaluation.coherence import WEIGHTS, Scale
+from .evaluation.latency import LatencyReport
+from .evaluation.theater import TheaterReport
 from .files import find_run
-from .latency import LatencyReport
 from .stage import Stage, read_stage
-from .theater import TheaterReport
 
 STAGES = (
     "01_token_setup", "02_dataset_generation", "03_baking", "04_parallel_thoughts", "05_rl", "06_anti_theater",

@@ -2,9 +2,9 @@
 
 import pandas as pd
 
-from .scoring import by_problem
+from .evaluation.episodes import by_problem
+from .evaluation.theater import CHECKS, TheaterReport
 from .stats import correlation, fixed, named, shown
-from .theater import CHECKS, TheaterReport
 
 
 def verdicts(reports: dict[str, TheaterReport]) -> pd.DataFrame:

@@ -17,11 +17,12 @@ from tiny import problems, tiny_champion, tiny_lm, tiny_quiet_star
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 import qs_lib as qs
-from qs_lib import baking, champion, errors, evaluate, reinforce
+from qs_lib import baking, champion, errors, reinforce
 from qs_lib import params as p
 from qs_lib.checkpoint import Checkpoint
 from qs_lib.data import batches
 from qs_lib.data import problems as hub
+from qs_lib.evaluation import accuracy
 from qs_lib.experiments import repeat
 from qs_lib.files import find_run, lock_run, run_folder, write_bytes
 from qs_lib.qk_clip import watch_max_logits
@@ -354,7 +355,7 @@ def fingerprint(folder):
 
 
 def test_there_are_enough_of_them():
-    assert len(CASES) >= 60 and evaluate is not None and repeat is not None
+    assert len(CASES) >= 60 and accuracy is not None and repeat is not None
 
 
 @pytest.mark.parametrize("name", CASES)

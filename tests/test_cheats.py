@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny import problems, tiny_quiet_star
 
-from qs_lib import scoring
-from qs_lib import theater as t
-from qs_lib.cheats import CHEATS, plant
+from qs_lib.evaluation import episodes
+from qs_lib.evaluation import theater as t
+from qs_lib.evaluation.cheats import CHEATS, plant
 from qs_lib.model import QuietStarForCausalLM
 from qs_lib.params import AntiTheater
 
@@ -89,8 +89,8 @@ def vote(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens):
 @pytest.fixture
 def honest(monkeypatch):
     """Arguments of anti_theater for an honest thinker and the weaker model it was trained from."""
-    monkeypatch.setattr(scoring, "rescore_thoughts", rescore)
-    monkeypatch.setattr(scoring, "decode_with_thoughts", vote)
+    monkeypatch.setattr(episodes, "rescore_thoughts", rescore)
+    monkeypatch.setattr(episodes, "decode_with_thoughts", vote)
     trained, before = Reader(0.75), Reader(0.4)
     used = [p["question"] for p in TRAINED_ON]
     return {"model": trained, "tokenizer": trained.tokenizer, "problems": ASKED, "before": before, "training": used,

@@ -13,8 +13,9 @@ from tiny import problems, tiny_quiet_star
 from torch.overrides import TorchFunctionMode
 
 import qs_lib as qs
-from qs_lib import baking, cheats, comparison, evaluate, likelihood, live, objective, probability, reinforce
+from qs_lib import baking, objective, reinforce
 from qs_lib.data import batches
+from qs_lib.evaluation import accuracy, cheats, episodes, likelihood
 from qs_lib.model import QuietStarForCausalLM
 from qs_lib.thoughts import checks
 
@@ -99,7 +100,7 @@ def baked(model, before, tokenizer):
     question = PROBLEMS[0]["question"]
     items = [baking.thought_item(tokenizer, f"doubt it . {question}", question, plain, ce=True), baking.direct_item(tokenizer, question, [5, 6])]
     baking.baking_loss(model.lm, before.lm, items, tokenizer)
-    baking.habits(model.lm, tokenizer, PROBLEMS, 4)
+    accuracy.habits(model.lm, tokenizer, PROBLEMS, 4)
 
 
 def scored(model, before, tokenizer, weights):
@@ -124,17 +125,17 @@ def planted(model, before, tokenizer):
 TEXT = torch.tensor([[3, 4, 5, 6, 7]])
 WORK = {
     "thoughts after texts on the CPU": lambda model, before, tokenizer: thoughts_of(model, tokenizer),
-    "replies": lambda model, before, tokenizer: evaluate.replies(model.lm, tokenizer, ["a b", "c"], 4, (20, 21)),
-    "before and after": lambda model, before, tokenizer: comparison.measure(model, tokenizer, PROBLEMS[:2], PROBLEMS[:2], "thoughts", **BUDGET),
+    "replies": lambda model, before, tokenizer: accuracy.replies(model.lm, tokenizer, ["a b", "c"], 4, (20, 21)),
+    "before and after": lambda model, before, tokenizer: accuracy.measure(model, tokenizer, PROBLEMS[:2], PROBLEMS[:2], "thoughts", **BUDGET),
     "scores and attacks, head": lambda *given: scored(*given, "head"),
     "scores and attacks, thoughts alike": lambda *given: scored(*given, "thoughts"),
     "cheats": planted,
     "likelihood": lambda model, before, tokenizer: likelihood.text_log_likelihood(
         model, tokenizer, [batches.text_of(p) for p in PROBLEMS], controls=True, positions=3, **BUDGET),
-    "probability of answers": lambda model, before, tokenizer: probability.answer_probability(model, tokenizer, PROBLEMS, **BUDGET),
+    "probability of answers": lambda model, before, tokenizer: likelihood.answer_probability(model, tokenizer, PROBLEMS, **BUDGET),
     "one by one": lambda model, before, tokenizer: checks.one_by_one(model.lm, [3, 4, 5], 8, *model.config.hidden_ids[:2]),
     "largest difference": lambda model, before, tokenizer: checks.largest_difference(model.lm, TEXT, model.think(TEXT, **BUDGET)),
-    "live": lambda model, before, tokenizer: live.think_at(model, tokenizer, PROBLEMS[0]["question"], 3, **BUDGET),
+    "live": lambda model, before, tokenizer: episodes.think_at(model, tokenizer, PROBLEMS[0]["question"], 3, **BUDGET),
     "one training step": one_training_step,
     "baking": baked,
 }  # fmt: skip

@@ -3,10 +3,10 @@ import pytest
 import torch
 from tiny import problems, tiny_lm, tiny_quiet_star
 
-from qs_lib import evaluate as e
 from qs_lib import stats
 from qs_lib.data.batches import answer_batch
 from qs_lib.data.tokens import encode_context
+from qs_lib.evaluation import accuracy as e
 
 
 def test_interval_covers_a_known_share_and_resamples_problems_not_thoughts():

@@ -7,8 +7,8 @@ import torch
 from scipy.stats import ttest_1samp
 
 from qs_lib import controls, evidence, experiments, files, grokking, stats
-from qs_lib.comparison import read_problems
 from qs_lib.errors import StageError
+from qs_lib.evaluation.accuracy import read_problems
 from qs_lib.files import find_run
 
 

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import pytest
 from hostile import HOSTILE
 
-from qs_lib.episode import Episode, Thought
 from qs_lib.escape import invisible, safe_label, safe_line, safe_option, safe_text, safe_token
+from qs_lib.evaluation.episodes import Episode, Thought
 from qs_lib.inspector import FILTERS, SORTS, ThoughtInspector
 from qs_lib.render import MOST_THOUGHTS, MOST_TOKENS, disagree, helped, overview, render, right
 

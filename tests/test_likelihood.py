@@ -3,9 +3,9 @@ import pytest
 import torch
 from tiny import problems, tiny_quiet_star
 
-from qs_lib import likelihood as li
 from qs_lib.data.tokens import encode, thinking_ids
-from qs_lib.probability import SHARPENINGS
+from qs_lib.evaluation import likelihood as li
+from qs_lib.evaluation.likelihood import SHARPENINGS
 
 TEXTS = [(p["question"], p["answer"] + " .") for p in problems(size=5)]
 

@@ -9,10 +9,18 @@ from tiny import problems, tiny_lm, tiny_quiet_star
 
 import qs_lib as qs
 from qs_lib.data.tokens import encode_context
-from qs_lib.evaluate import answer_of, replies
+from qs_lib.evaluation.accuracy import answer_of, replies
+from qs_lib.evaluation.episodes import (
+    STEPS,
+    answers_alone,
+    answers_with,
+    draw_thoughts,
+    episodes,
+    score_thoughts,
+    text_tokens,
+    think_at,
+)
 from qs_lib.inspector import ThoughtInspector
-from qs_lib.live import STEPS, text_tokens, think_at
-from qs_lib.scoring import answers_alone, answers_with, draw_thoughts, episodes, score_thoughts
 
 MODEL, TOKENIZER = tiny_quiet_star()
 SETTINGS = {"num_thoughts": 3, "thought_length": 8}

@@ -6,8 +6,8 @@ import torch
 from tiny import tiny_quiet_star
 
 from qs_lib.data import pocket
-from qs_lib.probability import answer_probability, fitted
-from qs_lib.scoring import draw_thoughts
+from qs_lib.evaluation.episodes import draw_thoughts
+from qs_lib.evaluation.likelihood import answer_probability, fitted
 
 
 def by_hand(model, tokenizer, problem, thoughts, words, sharpening):

@@ -16,7 +16,7 @@ from qs_lib.data.tokens import (
     thinking_ids,
 )
 from qs_lib.errors import WorkbookError
-from qs_lib.evaluate import replies
+from qs_lib.evaluation.accuracy import replies
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -12,13 +12,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from qs_lib import figures_theater, theater_tables
-from qs_lib import theater as t
-from qs_lib.attacks import attacked_thoughts
 from qs_lib.champion import build_tokenizer
-from qs_lib.coherence import Scale, coherence, consensus_gain, number_coverage
 from qs_lib.data.batches import answer_batch, difficult_positions, thought_length
 from qs_lib.data.tokens import THINKING_TOKENS, thinking_ids
-from qs_lib.scoring import by_problem
+from qs_lib.evaluation import theater as t
+from qs_lib.evaluation.coherence import Scale, coherence, consensus_gain, number_coverage
+from qs_lib.evaluation.episodes import by_problem
+from qs_lib.evaluation.theater import attacked_thoughts
 from qs_lib.stats import correlation
 
 

@@ -12,7 +12,7 @@ import torch
 
 from qs_lib import objective, reinforce
 from qs_lib.champion import load_champion
-from qs_lib.comparison import read_problems
+from qs_lib.evaluation.accuracy import read_problems
 from qs_lib.files import find_run
 from qs_lib.model import QuietStarForCausalLM
 from qs_lib.rl_arms import rl_recipe

@@ -11,8 +11,8 @@ import pytest
 from drive import IDLE, free_port, serve
 from hostile import HOSTILE
 
-from qs_lib.episode import Episode, Thought
 from qs_lib.escape import safe_text
+from qs_lib.evaluation.episodes import Episode, Thought
 from qs_lib.inspector import ThoughtInspector
 
 pytestmark = pytest.mark.browser

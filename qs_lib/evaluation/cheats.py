@@ -4,10 +4,10 @@ import copy
 
 import torch
 
+from ..data.tokens import encode_context, pad, thinking_ids
+from ..errors import WorkbookError
+from ..model import QuietStarForCausalLM
 from .coherence import Coherence
-from .data.tokens import encode_context, pad, thinking_ids
-from .errors import WorkbookError
-from .model import QuietStarForCausalLM
 
 CHEATS = {
     "unused": "thoughts are drawn and shown, and the answer ignores them",

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from .errors import WorkbookError
+from ..errors import WorkbookError
 
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 WORD = re.compile(r"\w+")

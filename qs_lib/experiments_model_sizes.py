@@ -1,0 +1,92 @@
+
+
+import time
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from .evaluation.latency import _ms, forward_with_thoughts
+from .model import QuietStarForCausalLM
+from .thoughts.attention import LanguageHead
+from .thoughts.sampler import sample
+
+RANDOM_MODELS = {  # hidden, intermediate, layers, heads, key heads, vocabulary
+    "10M": (256, 704, 10, 8, 4, 8192),
+    "30M": (512, 1408, 8, 8, 4, 16384),
+    "100M": (768, 2048, 12, 12, 4, 32000),
+}
+SETTINGS = ((1, 1, 16), (1, 4, 16), (1, 4, 28), (8, 4, 16))  # positions, thoughts per position, tokens per thought
+
+
+def random_model(name: str) -> QuietStarForCausalLM:
+    """A Llama with random weights and tied embeddings from :data:`RANDOM_MODELS`: what size costs, whatever it says."""
+    hidden, inner, layers, heads, key_heads, size = RANDOM_MODELS[name]
+    torch.manual_seed(0)
+    lm = LlamaForCausalLM(LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=key_heads, vocab_size=size, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+        pad_token_id=0,
+    ))  # fmt: skip
+    lm.config.think_token_id, lm.config.end_think_token_id = 1, 2
+    return QuietStarForCausalLM.from_base(lm)
+
+
+@torch.no_grad()
+def measure_models(names, lengths=(64, 256), settings=SETTINGS, repeats: int = 3, seconds: float = 20.0,
+                   target_ms: float = 200.0) -> list[dict]:
+    """Time random models of several sizes (``names`` of :data:`RANDOM_MODELS`) on random texts of ``lengths`` tokens.
+
+    Every setting (positions, thoughts, tokens per thought) takes its turn; after ``repeats`` rounds they go on until
+    ``seconds`` have passed for the model. Random weights end almost no thought early, so these are worst cases.
+
+    Returns one dict per model, text length and setting: parameters, repeats, median_ms, p95_ms, plain_ms (reading the
+    text once), meets (95th percentile below the target) and shares of the median (they add up to 1): ``reading`` the
+    text, twice as the mixing needs its plain prediction too; ``sampling``: the output head and the draw of each token;
+    ``mixing``; ``steps``: the rest, one pass of all thoughts per token.
+    """
+    rows = []
+    for name in tqdm(names, desc="models"):
+        model = random_model(name)
+        texts = {n: torch.randint(3, model.config.vocab_size, (1, n)) for n in lengths}
+        grid = [(n, *setting) for n in lengths for setting in settings if setting[0] <= n]
+        times, plain = {key: [] for key in grid}, {n: [] for n in lengths}
+        forward_with_thoughts(model, texts[lengths[0]], 1, 1, 4)  # warm-up, and the check of a model new to the engine
+        start = time.perf_counter()
+        while len(times[grid[0]]) < repeats or time.perf_counter() - start < seconds:
+            for n, ids in texts.items():
+                plain[n].append(_ms(model._read, model.lm, ids, None))
+            for n, *setting in grid:
+                times[n, *setting].append(_ms(forward_with_thoughts, model, texts[n], *setting))
+        for key in grid:
+            n, positions, num_thoughts, thought_length = key
+            median, p95 = float(np.median(times[key])), float(np.quantile(times[key], 0.95))
+            rows.append({
+                "model": name, "parameters": sum(p.numel() for p in model.lm.parameters()), "text_length": n,
+                "positions": positions, "num_thoughts": num_thoughts, "thought_length": thought_length,
+                "repeats": len(times[key]), "median_ms": median, "p95_ms": p95, "plain_ms": float(np.median(plain[n])),
+                "meets": p95 < target_ms,
+                "shares": shares(model, median, float(np.median(plain[n])), positions, num_thoughts, thought_length),
+            })  # fmt: skip
+    return rows
+
+
+@torch.no_grad()
+def shares(model, total_ms: float, plain_ms: float, positions: int, num_thoughts: int, thought_length: int) -> dict:
+    """What a forward pass of ``total_ms`` is made of; see :func:`measure_models`."""
+    head, size = LanguageHead(model.lm), model.config.hidden_size
+    states = torch.randn(positions * num_thoughts, size, dtype=model.lm.dtype)
+    base, uniform = states[None, :positions], torch.rand(len(states))
+
+    def median(work):
+        return float(np.median([_ms(work) for _ in range(4)][1:]))
+
+    parts = {
+        "reading": 2 * plain_ms,
+        "sampling": (thought_length - 2) * median(lambda: sample(head(states), uniform)),
+        "mixing": median(lambda: model.mix(base, states.view(1, positions, num_thoughts, size))),
+    }
+    total_ms = max(total_ms, sum(parts.values()))  # parts timed in a busy moment may exceed the whole
+    found = {part: ms / total_ms for part, ms in parts.items()}
+    return found | {"steps": 1 - sum(found.values())}
