@@ -1,6 +1,5 @@
 """Quiet-STaR workbook: teach a language model to think before it speaks, and find out whether the thinking helps."""
 
-from .baking import BakingResult, bake
 from .champion import load_champion
 from .data.batches import difficult_positions, thought_length
 from .data.problems import load_problems
@@ -11,10 +10,11 @@ from .evaluation.episodes import Episode, read_episodes
 from .evaluation.latency import LatencyReport, measure_latency
 from .evaluation.theater import TheaterReport, anti_theater
 from .model import MixingHead, QuietStarConfig, QuietStarForCausalLM
-from .optim import MuonGrokfast
-from .reinforce import TrainingResult, train_quiet_star
 from .thoughts.generate import Thoughts, generate_thoughts
 from .thoughts.rescore import Rescored, rescore_thoughts
+from .training.baking import BakingResult, bake
+from .training.optim import MuonGrokfast
+from .training.reinforce import TrainingResult, train_quiet_star
 
 __all__ = [
     "STRATEGIES", "THINKING_TOKENS", "BakingResult", "Coherence", "Episode", "LatencyReport", "MixingHead",

@@ -5,17 +5,17 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .baking import bake
 from .champion import load_champion
-from .checkpoint import Checkpoint
 from .data.problems import load_problems, rarefy
 from .data.strategies import reasoning_dataset
 from .evaluation.accuracy import direct_accuracy, habits, read_problems
 from .experiments import repeat, verdict
 from .grokking import matched_momentum
-from .optim import MuonGrokfast
 from .stage import read_stage, stage_digest
 from .stats import column, difference, fixed, seed_interval, shown
+from .training.baking import bake
+from .training.checkpoint import Checkpoint
+from .training.optim import MuonGrokfast
 from .variants import recipe
 
 # What the baked model must reach on test problems, as a mean over seeds.

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .checkpoint import Checkpoint
 from .files import discard, lock_run, read_rows, write_rows
 from .origin import code_hash, git_commit
+from .training.checkpoint import Checkpoint
 
 
 def repeat(path: Path, arms: dict[str, dict], seeds, measure) -> list[dict]:

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from . import ranks
-from .champion import build_champion, build_tokenizer, corpus, pretrain
+from .champion import build_champion, build_tokenizer
 from .data import pocket
 from .errors import WorkbookError
 from .files import REPOSITORY, to_json, write_bytes
-from .sharding import part, whole_state
+from .training import distributed
+from .training.distributed import part, whole_state
+from .training.pretrain import corpus, pretrain
 
 WAYS = {"averaged": False, "sharded": True}  # folder -> fsdp
 BOUND = 1e-3  # on a weight: Muon orthogonalises in bfloat16, where the order of a sum shows
@@ -29,17 +30,17 @@ BOUND = 1e-3  # on a weight: Muon orthogonalises in bfloat16, where the order of
 def train(folder: Path, steps: int = 6, fsdp: bool = False, seed: int = 0) -> None:
     """Train a tiny random model in all processes of torchrun, or in one where it was not used. The first saves the model;
     each writes ``rank-N.json``: ``processes``, the ``weights_sha256`` it ends with, and how many weights it ``held``."""
-    ranks.start()
+    distributed.start()
     tokenizer = build_tokenizer("pocket", [])
     model = build_champion(tokenizer, hidden_size=32, layers=2, heads=2, intermediate_size=48, seed=seed)
     texts = corpus(pocket.generate("train", 60, seed=seed), seed)
     pretrain(model, tokenizer, texts, steps, batch_size=8, fsdp=fsdp, seed=seed)  # 8 texts of all processes together
     weights = whole_state(model)  # all processes must call it
     folder.mkdir(parents=True, exist_ok=True)
-    if ranks.first():
+    if distributed.first():
         model.save_pretrained(folder, state_dict=weights)
-    report = {"processes": ranks.count(), "weights_sha256": ranks.checksum(model), "held": sum(part(p).numel() for p in model.parameters())}
-    write_bytes(folder / f"rank-{ranks.rank()}.json", to_json(report).encode())
+    report = {"processes": distributed.count(), "weights_sha256": distributed.checksum(model), "held": sum(part(p).numel() for p in model.parameters())}
+    write_bytes(folder / f"rank-{distributed.rank()}.json", to_json(report).encode())
 
 
 def torchrun(processes: int, folder: Path, steps: int = 6, seed: int = 0) -> dict[str, list[dict]]:
@@ -73,6 +74,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    if ranks.count() > 1:
-        ranks.dist.barrier()  # gloo may abort when one leaves before the other
-        ranks.dist.destroy_process_group()
+    if distributed.count() > 1:
+        distributed.dist.barrier()  # gloo may abort when one leaves before the other
+        distributed.dist.destroy_process_group()

@@ -10,10 +10,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from .baking import bake
 from .chain_seeds import seed_run
-from .champion import load_champion, schedule
-from .checkpoint import Checkpoint
+from .champion import load_champion
 from .controls import BAKED_WITH, OPTIMIZED_WITH
 from .data.batches import answer_batch, curriculum
 from .data.problems import baking_data
@@ -22,11 +20,14 @@ from .evaluation.accuracy import direct_accuracy, measure, read_problems
 from .evaluation.likelihood import SHARPENINGS, answer_probability, fitted
 from .experiments import repeat
 from .model import QuietStarForCausalLM
-from .optim import MuonGrokfast
-from .reinforce import train_quiet_star
 from .rl_findings import for_scoreboard
 from .stage import read_stage, stage_digest
 from .stats import interval, named
+from .training.baking import bake
+from .training.checkpoint import Checkpoint
+from .training.loop import schedule
+from .training.optim import MuonGrokfast
+from .training.reinforce import train_quiet_star
 from .variants import recipe
 
 EIGHTH = "an eighth of the baking"

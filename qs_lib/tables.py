@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from .baking import BakingItem
 from .data.strategies import PROMPTS, asked, strategy_of
 from .data.tokens import PLAIN_WORDS, THINKING_TOKENS, mark, marker_spellings, thinking_ids
 from .errors import UpstreamError
@@ -16,6 +15,7 @@ from .escape import safe_text, safe_token
 from .evaluation.accuracy import answer_of, replies
 from .files import find_run
 from .stats import fixed
+from .training.baking import BakingItem
 
 
 def committed(params, stage: str, name: str):

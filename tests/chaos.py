@@ -27,12 +27,12 @@ import torch
 from tiny import problems, tiny_champion, tiny_lm, tiny_quiet_star
 from tqdm import tqdm
 
-from qs_lib import checkpoint
-from qs_lib.baking import bake
-from qs_lib.champion import corpus, pretrain
-from qs_lib.checkpoint import Checkpoint
 from qs_lib.data.strategies import reasoning_dataset
-from qs_lib.reinforce import train_quiet_star
+from qs_lib.training import checkpoint
+from qs_lib.training.baking import bake
+from qs_lib.training.checkpoint import Checkpoint
+from qs_lib.training.pretrain import corpus, pretrain
+from qs_lib.training.reinforce import train_quiet_star
 
 INTERVAL = 3
 EXAMPLES = list(reasoning_dataset(problems(size=400), (), 16, 8)["train"])
@@ -62,7 +62,7 @@ def baking(saving):
 
 
 def teach(model, tokenizer, saving):
-    from qs_lib import baking as module
+    from qs_lib.training import baking as module
 
     # A model so small writes no whole thought: its held-out and sampled replies are worked examples instead.
     module.sample_trajectories = lambda teacher, tokenizer, problems, **_: [

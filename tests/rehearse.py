@@ -22,9 +22,10 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import qs_lib as qs
-from qs_lib.champion import build_tokenizer, corpus, pretrain
+from qs_lib.champion import build_tokenizer
 from qs_lib.data.strategies import PROMPTS
 from qs_lib.stage import REPOSITORY
+from qs_lib.training.pretrain import corpus, pretrain
 
 HEAD = 4  # numbers a head, in place of 64 and 128
 SHAPES = {

@@ -17,17 +17,18 @@ from tiny import problems, tiny_champion, tiny_lm, tiny_quiet_star
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 import qs_lib as qs
-from qs_lib import baking, champion, errors, reinforce
+from qs_lib import champion, errors
 from qs_lib import params as p
-from qs_lib.checkpoint import Checkpoint
 from qs_lib.data import batches
 from qs_lib.data import problems as hub
 from qs_lib.evaluation import accuracy
 from qs_lib.experiments import repeat
 from qs_lib.files import find_run, lock_run, run_folder, write_bytes
-from qs_lib.qk_clip import watch_max_logits
 from qs_lib.run import main, print_scoreboard
 from qs_lib.stage import read_stage, start_stage
+from qs_lib.training import baking, pretrain, reinforce
+from qs_lib.training.checkpoint import Checkpoint
+from qs_lib.training.qk_clip import watch_max_logits
 from qs_lib.variants import read_variant
 
 NAN = float("nan")
@@ -115,7 +116,7 @@ def nan_weights(model):
 
 def nan_champion():
     model, tokenizer = tiny_champion()
-    champion.pretrain(nan_weights(model), tokenizer, [("a", "b"), ("c", "d")], 2, batch_size=2)
+    pretrain.pretrain(nan_weights(model), tokenizer, [("a", "b"), ("c", "d")], 2, batch_size=2)
 
 
 def nan_rl():
@@ -313,7 +314,7 @@ CASES = {
     "no thinking tokens": (lambda _: qs.QuietStarForCausalLM.from_base(tiny_champion()[0]), "call add_thinking_tokens"),
     "unknown mixing": (lambda _: qs.QuietStarConfig(mixing="sum"), "'log_probs' or 'hidden'"),
     # trainings
-    "no documents": (lambda _: champion.pretrain(*tiny_champion(), [], 1), "corpus is empty"),
+    "no documents": (lambda _: pretrain.pretrain(*tiny_champion(), [], 1), "corpus is empty"),
     "no problems": (lambda _: qs.train_quiet_star(*tiny_quiet_star(), [], problems()), "at least one training and one validation problem"),
     "champion's loss NaN": (lambda _: nan_champion(), "the champion's loss is nan at step 0: lower the learning rates"),
     "reinforcement's loss NaN": (lambda _: nan_rl(), "the loss is nan at step 0: lower the learning rates"),

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from tiny import problems, tiny_lm
 
 import qs_lib as qs
-from qs_lib import baking as b
 from qs_lib.data.tokens import marker_spellings, thinking_ids
+from qs_lib.training import baking as b
+from qs_lib.training import loop
 
 
 def setup():
@@ -20,8 +21,8 @@ def setup():
 
 def test_forward_kl_by_hand():
     teacher, student = torch.tensor([0.5, 0.5, 0.0]).log(), torch.tensor([0.25, 0.5, 0.25]).log()
-    assert b.forward_kl(student, teacher).item() == pytest.approx(0.5 * torch.tensor(2.0).log().item())
-    assert b.forward_kl(teacher[:2], teacher[:2]) == 0
+    assert loop.forward_kl(student, teacher).item() == pytest.approx(0.5 * torch.tensor(2.0).log().item())
+    assert loop.forward_kl(teacher[:2], teacher[:2]) == 0
 
 
 def test_aligned_positions_and_renamed_markers():
@@ -44,7 +45,7 @@ def test_zero_change_has_zero_kl_for_a_direct_answer():
     model, tokenizer, _ = setup()
     item = b.direct_item(tokenizer, "ben has 9 pens .", tokenizer.encode(" 9 .") + [tokenizer.eos_token_id])
     s, t, *_ = b.aligned_log_probs(model, copy.deepcopy(model), [item], tokenizer)
-    assert torch.equal(b.forward_kl(s, t), torch.zeros(len(t)))
+    assert torch.equal(loop.forward_kl(s, t), torch.zeros(len(t)))
 
 
 def test_zero_change_has_zero_kl_for_a_prompted_thought():
@@ -54,11 +55,11 @@ def test_zero_change_has_zero_kl_for_a_prompted_thought():
     plain = tokenizer.encode(" think step 9 + 8 = 17 done 17 .") + [tokenizer.eos_token_id]
     item = b.thought_item(tokenizer, "doubt it and check again . ben has 9 pens .", "ben has 9 pens .", plain, rebake=True)
     teacher = copy.deepcopy(model)
-    student = b.add_adapter(model, tokenizer, rank=2).eval()
+    student = loop.add_adapter(model, tokenizer, rank=2).eval()
     assert item.student_ids != item.teacher_ids
     item.student_ids, item.student_at = item.teacher_ids, item.teacher_at
     s, t, *_ = b.aligned_log_probs(student, teacher, [item], tokenizer)
-    assert torch.equal(b.forward_kl(s, t), torch.zeros(len(t)))
+    assert torch.equal(loop.forward_kl(s, t), torch.zeros(len(t)))
 
 
 def test_a_rebaking_teacher_is_read_as_it_is():
@@ -76,7 +77,7 @@ def test_adapter_trains_lora_and_eight_rows_and_merges_to_the_same_logits(tmp_pa
     pytest.importorskip("peft")
     model, tokenizer = tiny_lm()
     ids, before = torch.arange(4, 16)[None], {k: v.clone() for k, v in model.state_dict().items()}
-    adapted = b.add_adapter(model, tokenizer, rank=2)
+    adapted = loop.add_adapter(model, tokenizer, rank=2)
     optimizer = b.MuonGrokfast(adapted, muon_lr=0.05, adamw_lr=0.05)
     groups = {g["name"]: g["param_names"] for g in optimizer.param_groups}
     assert all("lora_B" in name for name in groups["muon"])
@@ -215,11 +216,11 @@ def test_a_frozen_adapter_reads_without_dropout_and_is_put_back():
     model, tokenizer = tiny_lm()
     ids = torch.tensor([[4, 5, 6]])
     before = model(ids).logits
-    adapted = b.add_adapter(model, tokenizer, rank=2).train()
+    adapted = loop.add_adapter(model, tokenizer, rank=2).train()
     for name, p in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p)
-    with b.frozen(adapted) as base:
+    with loop.frozen(adapted) as base:
         assert torch.equal(base(ids).logits, before) and not base.training
     assert adapted.training and not torch.allclose(adapted(ids).logits, before)
 

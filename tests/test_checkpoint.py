@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from qs_lib import checkpoint as module
-from qs_lib.checkpoint import Checkpoint, pack, read_state, unpack
-from qs_lib.optim import MuonGrokfast
+from qs_lib.training import checkpoint as module
+from qs_lib.training.checkpoint import Checkpoint, pack, read_state, unpack
+from qs_lib.training.optim import MuonGrokfast
 
 HERE = Path(__file__).parent
 

@@ -13,11 +13,11 @@ from tiny import problems, tiny_quiet_star
 from torch.overrides import TorchFunctionMode
 
 import qs_lib as qs
-from qs_lib import baking, objective, reinforce
 from qs_lib.data import batches
 from qs_lib.evaluation import accuracy, cheats, episodes, likelihood
 from qs_lib.model import QuietStarForCausalLM
 from qs_lib.thoughts import checks
+from qs_lib.training import baking, reinforce
 
 LIBRARY = str(Path(qs.__file__).parent)
 BUDGET = {"num_thoughts": 3, "thought_length": 8}
@@ -91,7 +91,7 @@ def one_training_step(model, before, tokenizer):
     thoughts = model.think(ids, mask, at, torch.Generator().manual_seed(0), **BUDGET)
     keep = (batches.disagreement(thoughts) + torch.rand(6)).topk(3).indices
     ids, mask, thoughts = ids[keep], mask[keep], thoughts.part(keep)
-    *_, trained_on = objective.quiet_star_loss(model, before.lm, tokenizer, ids, mask, thoughts)
+    *_, trained_on = reinforce.quiet_star_loss(model, before.lm, tokenizer, ids, mask, thoughts)
     reinforce.first_groups(model, tokenizer, [PROBLEMS[k] for k in keep.tolist()], ids, mask, thoughts, trained_on, 4, True, "s")
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load, save
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import qs_lib.optim
-from qs_lib.optim import MuonGrokfast, orthogonalize, split_parameters
+from qs_lib.training import optim
+from qs_lib.training.optim import MuonGrokfast, orthogonalize, split_parameters
 
 
 def tiny_llama(tied=True, seed=0):
@@ -44,7 +44,7 @@ def relative_error(ours, theirs):
 @pytest.mark.parametrize(("adjust_lr_fn", "bf16"), [("original", True), ("original", False),
                                                     ("match_rms_adamw", True)])
 def test_lambda_zero_is_torch_muon_and_adamw(adjust_lr_fn, bf16, monkeypatch):
-    monkeypatch.setattr(qs_lib.optim, "CPU_HAS_BF16", bf16)
+    monkeypatch.setattr(optim, "CPU_HAS_BF16", bf16)
     start = tiny_llama()
     ours, theirs = copy.deepcopy(start), copy.deepcopy(start)
     optimizer = MuonGrokfast(ours, muon_lr=0.02, adamw_lr=3e-3, grokfast_lambda=0, weight_decay=0.1,
@@ -91,7 +91,7 @@ def test_lambda_zero_trains_like_torch():
 
 @pytest.mark.parametrize(("rows", "cols", "tolerance"), [(48, 48, 1e-4), (1, 7, 1e-5), (8, 300, 1e-4), (64, 96, 0.03)])
 def test_orthogonalize_is_the_quintic_iteration(rows, cols, tolerance, monkeypatch):
-    monkeypatch.setattr(qs_lib.optim, "CPU_HAS_BF16", True)
+    monkeypatch.setattr(optim, "CPU_HAS_BF16", True)
     x = torch.randn(3, rows, cols, generator=torch.Generator().manual_seed(0))
     u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
     s = s / s.norm(dim=1, keepdim=True)

@@ -41,7 +41,8 @@ def test_answers_agree_with_a_reader_of_the_question():
 
 
 def test_every_pocket_word_is_known_to_its_tokenizer():
-    from qs_lib.champion import build_tokenizer, corpus
+    from qs_lib.champion import build_tokenizer
+    from qs_lib.training.pretrain import corpus
 
     tokenizer = build_tokenizer("pocket", [])
     for context, reply in corpus(pocket.generate("train", 480, seed=0)):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from tiny import problems, tiny_champion
 
-from qs_lib import baking
 from qs_lib.champion import build_champion, build_tokenizer, load_champion
 from qs_lib.data import strategies
 from qs_lib.data.tokens import (
@@ -17,6 +16,7 @@ from qs_lib.data.tokens import (
 )
 from qs_lib.errors import WorkbookError
 from qs_lib.evaluation.accuracy import replies
+from qs_lib.training import baking
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

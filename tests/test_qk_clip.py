@@ -22,8 +22,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from qs_lib.optim import MuonGrokfast
-from qs_lib.qk_clip import clip_heads, watch_max_logits
+from qs_lib.training.optim import MuonGrokfast
+from qs_lib.training.qk_clip import clip_heads, watch_max_logits
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "pad_token_id": 0}

@@ -12,11 +12,13 @@ import torch.distributed as dist
 from test_baking import plain_trajectories
 from tiny import problems, tiny_champion, tiny_lm, tiny_quiet_star
 
-from qs_lib import baking, champion, processes, ranks, reinforce
-from qs_lib.checkpoint import Checkpoint
+from qs_lib import champion, processes
 from qs_lib.errors import TrainingError, WorkbookError
-from qs_lib.optim import MuonGrokfast
-from qs_lib.sharding import clip_grad_norm, shard, whole_state
+from qs_lib.training import baking, distributed, reinforce
+from qs_lib.training import pretrain as pretraining
+from qs_lib.training.checkpoint import Checkpoint
+from qs_lib.training.distributed import clip_grad_norm, shard, whole_state
+from qs_lib.training.optim import MuonGrokfast
 
 FORK = multiprocessing.get_context("fork")  # a fresh Python would import torch again
 PATIENCE = 600  # seconds until two processes that wait for each other count as stuck; a busy machine needs minutes
@@ -66,7 +68,7 @@ def bake(log=lambda **_: None, **settings):
 
 def pretrain(log=lambda **_: None, **settings):
     model, tokenizer = tiny_champion()
-    loss = champion.pretrain(model, tokenizer, champion.corpus(problems(size=60)), 5, batch_size=8, log=log, **settings)
+    loss = pretraining.pretrain(model, tokenizer, pretraining.corpus(problems(size=60)), 5, batch_size=8, log=log, **settings)
     return state(model), loss
 
 
@@ -86,14 +88,14 @@ def logged(work, **settings):
 
 def test_shares_and_weighed_means_by_hand(tmp_path):
     def work():
-        mine = ranks.share([1.0, 2.0, 4.0, 8.0, 16.0])
+        mine = distributed.share([1.0, 2.0, 4.0, 8.0, 16.0])
         weight = torch.nn.Parameter(torch.tensor(1.0))
-        ranks.weigh((weight * torch.tensor(mine)).mean(), len(mine)).backward()
+        distributed.weigh((weight * torch.tensor(mine)).mean(), len(mine)).backward()
         unused, one_sided = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-        if ranks.first():
+        if distributed.first():
             one_sided.grad = torch.tensor([2.0, 4.0])
-        ranks.average([weight, unused, one_sided])
-        return mine, ranks.share([7]), weight.grad.item(), unused.grad, one_sided.grad.tolist(), ranks.either(not ranks.first())
+        distributed.average([weight, unused, one_sided])
+        return mine, distributed.share([7]), weight.grad.item(), unused.grad, one_sided.grad.tolist(), distributed.either(not distributed.first())
 
     first, second = together(work, tmp_path)
     assert first[0] == [1.0, 4.0, 16.0] and second[0] == [2.0, 8.0] and first[1] == second[1] == [7]
@@ -102,9 +104,9 @@ def test_shares_and_weighed_means_by_hand(tmp_path):
 
 def test_one_process_shares_nothing():
     loss, batch = torch.tensor(3.0), [1, 2]
-    assert ranks.share(batch) is batch and ranks.weigh(loss, 5) is loss and ranks.first() and ranks.start(1) == 1
+    assert distributed.share(batch) is batch and distributed.weigh(loss, 5) is loss and distributed.first() and distributed.start(1) == 1
     with pytest.raises(WorkbookError, match="1 of 2 processes were started: run it with `torchrun --nproc_per_node 2`"):
-        ranks.start(expected=2)
+        distributed.start(expected=2)
 
 
 def sgd(model):
@@ -158,7 +160,7 @@ def test_a_signal_to_one_process_stops_both_and_both_go_on(tmp_path, monkeypatch
 
     def stopped(*given, **more):
         stopped.calls += 1
-        if stopped.calls == 2 and not ranks.first():
+        if stopped.calls == 2 and not distributed.first():
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*given, **more)
 
@@ -175,25 +177,25 @@ def test_a_signal_to_one_process_stops_both_and_both_go_on(tmp_path, monkeypatch
 
 def test_processes_that_differ_are_told(tmp_path):
     def other_weights():
-        model, tokenizer = tiny_champion(seed=ranks.rank())
-        champion.pretrain(model, tokenizer, champion.corpus(problems(size=60)), 1)
+        model, tokenizer = tiny_champion(seed=distributed.rank())
+        pretraining.pretrain(model, tokenizer, pretraining.corpus(problems(size=60)), 1)
 
     assert all("different weights before training" in text for text in together(other_weights, tmp_path, fine=False))
 
     def bad_loss():
         model, tokenizer = tiny_champion()
         encode = champion.F.cross_entropy
-        champion.F.cross_entropy = lambda *a, **k: encode(*a, **k) * (1 if ranks.first() else float("nan"))
-        champion.pretrain(model, tokenizer, champion.corpus(problems(size=60)), 1)
+        champion.F.cross_entropy = lambda *a, **k: encode(*a, **k) * (1 if distributed.first() else float("nan"))
+        pretraining.pretrain(model, tokenizer, pretraining.corpus(problems(size=60)), 1)
 
     assert all(text.startswith(TrainingError.__name__) and "loss is nan" in text for text in together(bad_loss, tmp_path, fine=False))
 
 
 def test_a_folder_that_only_one_process_sees_is_told(tmp_path):
     def work():
-        folder = tmp_path / "own" if ranks.first() else tmp_path / "elsewhere"
+        folder = tmp_path / "own" if distributed.first() else tmp_path / "elsewhere"
         model = torch.nn.Linear(1, 1)
-        if ranks.first():
+        if distributed.first():
             Checkpoint(folder, {}).save(3, {"model": model})
         Checkpoint(folder, {}).resume({"model": model})
 
@@ -214,14 +216,14 @@ def test_each_process_holds_its_part_of_every_layer(tmp_path):
         model, _ = tiny_lm()
         layers, all_of = sum(p.numel() for p in model.model.layers.parameters()), {n: p.shape for n, p in model.named_parameters()}
         shard(model)
-        held = sum(p.to_local().numel() for p in model.parameters() if ranks.is_sharded(p))
+        held = sum(p.to_local().numel() for p in model.parameters() if distributed.is_sharded(p))
         optimizer = MuonGrokfast(model, grokfast_lambda=0.1)
         model(torch.tensor([[1, 2, 3]])).logits.square().mean().backward()
-        ranks.average(model.parameters())
+        distributed.average(model.parameters())
         before = {n: v.clone() for n, v in whole_state(model).items()}
         clip_grad_norm(model.parameters(), 1e9)
         optimizer.step()
-        kept = sum(v.numel() for p, s in optimizer.state.items() if ranks.is_sharded(p) for v in s.values() if v.dim())
+        kept = sum(v.numel() for p, s in optimizer.state.items() if distributed.is_sharded(p) for v in s.values() if v.dim())
         moved = {n: not torch.equal(v, before[n]) for n, v in whole_state(model).items() if n in all_of}
         return held / layers, kept / held, all(moved.values()), {n: v.shape for n, v in whole_state(model).items() if n in all_of} == all_of
 
@@ -232,12 +234,12 @@ def test_each_process_holds_its_part_of_every_layer(tmp_path):
 def test_the_gradient_norm_of_sharded_weights_is_that_of_all(tmp_path):
     def work():
         model, _ = tiny_lm()
-        if ranks.count() > 1:
+        if distributed.count() > 1:
             shard(model)
         model(torch.tensor([[1, 2, 3]])).logits.square().mean().backward()
-        ranks.average(model.parameters())
+        distributed.average(model.parameters())
         clip_grad_norm(model.parameters(), 0.01)
-        return {n: ranks.whole(p.grad).numpy() for n, p in model.named_parameters()}
+        return {n: distributed.whole(p.grad).numpy() for n, p in model.named_parameters()}
 
     alone, (one, two) = work(), together(work, tmp_path)
     assert largest_difference(one, two) == 0 and largest_difference(alone, one) < 1e-6

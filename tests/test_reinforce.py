@@ -6,14 +6,14 @@ import pytest
 import torch
 from tiny import problems, tiny_quiet_star
 
-from qs_lib import objective as o
-from qs_lib import reinforce as r
-from qs_lib.baking import add_adapter
-from qs_lib.checkpoint import Checkpoint
 from qs_lib.data import batches as c
 from qs_lib.data.tokens import thinking_ids
 from qs_lib.thoughts.generate import generate_thoughts
 from qs_lib.thoughts.rescore import rescore_thoughts
+from qs_lib.training import reinforce as o
+from qs_lib.training import reinforce as r
+from qs_lib.training.checkpoint import Checkpoint
+from qs_lib.training.loop import add_adapter
 
 
 def test_advantages_sum_to_zero_and_leave_one_out():

@@ -10,15 +10,15 @@ from collections import defaultdict
 
 import torch
 
-from qs_lib import objective, reinforce
 from qs_lib.champion import load_champion
 from qs_lib.evaluation.accuracy import read_problems
 from qs_lib.files import find_run
 from qs_lib.model import QuietStarForCausalLM
 from qs_lib.rl_arms import rl_recipe
+from qs_lib.training import reinforce
 
 PARTS = (
-    ("sampling thoughts", reinforce, "generate_thoughts"), ("re-scoring, policy and reference", objective, "rescore_thoughts"),
+    ("sampling thoughts", reinforce, "generate_thoughts"), ("re-scoring, policy and reference", reinforce, "rescore_thoughts"),
     ("choosing problems, tokens", reinforce, "think_where"), ("which thoughts disagree", reinforce, "disagreement"),
     ("backward", torch.Tensor, "backward"), ("optimizer", reinforce.MuonGrokfast, "step"),
     ("validation", reinforce, "validate"),

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from . import ranks
-from .errors import StageError
-from .files import discard, write_bytes
+from ..errors import StageError
+from ..files import discard, write_bytes
+from . import distributed
 
 FORMAT = "qs-checkpoint-1"
 KEPT = 2
@@ -48,7 +48,7 @@ class Checkpoint:
     def __init__(self, folder: str | Path | None = None, identity: dict | None = None, log=lambda **metrics: None,
                  seconds: float = 20.0):  # fmt: skip
         self.folder = None if folder is None else Path(folder)
-        machine = [torch.get_num_threads(), str(torch.__version__), *([ranks.count()] if ranks.count() > 1 else [])]
+        machine = [torch.get_num_threads(), str(torch.__version__), *([distributed.count()] if distributed.count() > 1 else [])]
         self.identity = json.dumps([identity, *machine], sort_keys=True, default=str)
         self.seconds, self.rows, self._log = seconds, [], log
         self._signal, self._saved, self._cost = None, time.monotonic(), 0.0
@@ -56,7 +56,7 @@ class Checkpoint:
     def log(self, **metrics) -> None:
         """Metrics of the current step, logged again when the training is resumed after it."""
         self.rows.append(metrics)
-        if ranks.first():
+        if distributed.first():
             self._log(**metrics)
 
     def __enter__(self):
@@ -84,9 +84,9 @@ class Checkpoint:
         processes found different ones.
         """
         step = self._restored(parts)
-        if ranks.either(step != round(ranks.mean(step))):
+        if distributed.either(step != round(distributed.mean(step))):
             raise StageError(f"the processes do not see the same checkpoints in {self.folder}: put it where all can read it")
-        if step == 0 and self.folder is not None and ranks.first():
+        if step == 0 and self.folder is not None and distributed.first():
             if self._files():
                 print("starting anew: the checkpoints here are damaged, or of other parameters, data, code or threads", file=sys.stderr)
             discard(self.folder)
@@ -107,7 +107,7 @@ class Checkpoint:
             np.random.set_state(saved["numpy"])
             torch.set_rng_state(saved["torch"])
             self.rows = saved["rows"]
-            if ranks.first():
+            if distributed.first():
                 for row in self.rows:
                     self._log(**row)
                 print(f"resumed after step {state['step']}", file=sys.stderr)
@@ -119,8 +119,8 @@ class Checkpoint:
         if self.folder is None:
             return
         due = time.monotonic() - self._saved >= max(self.seconds, self._cost / SHARE)
-        stop = ranks.either(self._signal is not None)  # of several processes all leave after the same step
-        if (due or last or stop) and ranks.first():
+        stop = distributed.either(self._signal is not None)  # of several processes all leave after the same step
+        if (due or last or stop) and distributed.first():
             self.save(step, parts)
         if stop:
             self._leave()

@@ -6,10 +6,9 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from .errors import TrainingError
+from ..errors import TrainingError
+from .distributed import gather_like, is_sharded, part, part_like
 from .qk_clip import clip_heads
-from .ranks import is_sharded
-from .sharding import gather_like, part, part_like
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # Names of an output layer in models that have no get_output_embeddings().

@@ -5,24 +5,24 @@ import functools
 import math
 import random
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from . import ranks
-from .champion import schedule
+from ..data.strategies import PROMPTS, asked
+from ..data.tokens import encode_context, length_batches, mark, marker_spellings, pad, thinking_ids
+from ..errors import TrainingError, WorkbookError
+from ..evaluation.accuracy import habits, replies
+from ..thoughts.attention import recompute_layers
+from . import distributed
 from .checkpoint import Checkpoint
-from .data.strategies import PROMPTS, asked
-from .data.tokens import encode_context, length_batches, mark, marker_spellings, pad, thinking_ids
-from .errors import TrainingError, WorkbookError
-from .evaluation.accuracy import habits, replies
+from .distributed import check_fsdp, clip_grad_norm, shard
+from .loop import add_adapter, forward_kl, frozen, schedule
 from .optim import MuonGrokfast
 from .qk_clip import largest_logit, watch_max_logits
-from .sharding import check_fsdp, clip_grad_norm, shard
-from .thoughts.attention import recompute_layers
 
 
 @dataclass
@@ -98,34 +98,12 @@ def aligned_log_probs(student, teacher, items: list[BakingItem], tokenizer) -> t
     return s, t, new([x for i in items for x in i.targets]), index
 
 
-@contextmanager
-def frozen(reference):
-    """The model to compare with: ``reference`` itself, or of a peft model what it was before its adapter, without dropout."""
-    if not hasattr(reference, "disable_adapter"):
-        yield reference
-        return
-    training = reference.training
-    reference.eval()
-    try:
-        with reference.disable_adapter():
-            yield reference.get_base_model()
-    finally:
-        reference.train(training)
-
-
 def _at(model, rows, positions, tokenizer):
     ids = pad(rows, tokenizer.pad_token_id, device=model.device)
     attention = pad([[1] * len(r) for r in rows], 0, device=model.device)
     logits = model(input_ids=ids, attention_mask=attention).logits.float()
     which = torch.tensor([k for k, p in enumerate(positions) for _ in p])
     return logits[which, torch.tensor([x for p in positions for x in p])]
-
-
-def forward_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) per position from (..., vocab) log-probs; 0 where the teacher's probability is 0."""
-    impossible = teacher == -torch.inf
-    difference = teacher.masked_fill(impossible, 0) - student.masked_fill(impossible, 0)
-    return (teacher.exp() * difference).sum(-1)
 
 
 def baking_loss(student, teacher, items: list[BakingItem], tokenizer, ce_weight: float = 1.0):
@@ -155,23 +133,6 @@ def sample_trajectories(teacher, tokenizer, problems: list[dict], temperature: f
             reply = reply + [tokenizer.eos_token_id]
             items.append(thought_item(tokenizer, context, problem["question"], reply, rebake=rebake))
     return items
-
-
-def add_adapter(model, tokenizer, rank: int):
-    """A peft LoRA adapter on all hidden linear layers, and the thinking tokens' eight rows beside it, in place.
-
-    alpha = 2 rank: the authors' alpha of 1 at rank 32 makes an adapter barely act. Raises ``ImportError`` without peft.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ImportError("lora_rank needs peft: install it with `pip install peft`, or bake all weights") from None
-    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    if model.config.tie_word_embeddings:
-        ends = {id(model.get_input_embeddings())}  # peft gives the tied head the same rows
-    rows = {name: thinking_ids(tokenizer) for name, module in model.named_modules() if id(module) in ends}
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
-                                            trainable_token_indices=rows))  # fmt: skip
 
 
 def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batch_size: int = 32,
@@ -250,9 +211,9 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
     parts = {"model": trained, "optimizer": optimizer, "scheduler": scheduler, "rng": rng, "order": order,
              "epochs": result.epochs, "best": best}  # fmt: skip
     with checkpoint or Checkpoint(log=log) as saving:
-        ranks.check_equal(trained, "before training")
+        distributed.check_equal(trained, "before training")
         step = saving.resume(parts)
-        bar = tqdm(total=steps, initial=step, desc="bake", disable=not ranks.first())
+        bar = tqdm(total=steps, initial=step, desc="bake", disable=not distributed.first())
         while step < steps and not best["stop"]:
             epoch = step // batches + 1
             trained.train()
@@ -260,15 +221,15 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
                 for at in range(step % batches, batches):
                     if at == 0:
                         order[:] = length_batches(lengths, batch_size - share, rng)
-                    chosen = ranks.share([items[i] for i in order[at]] + rng.sample(direct, share))
+                    chosen = distributed.share([items[i] for i in order[at]] + rng.sample(direct, share))
                     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                         loss, kl = baking_loss(trained, teacher, chosen, tokenizer, ce_weight)
-                    loss = ranks.weigh(loss, len(chosen))
-                    value = ranks.mean(loss.item())
+                    loss = distributed.weigh(loss, len(chosen))
+                    value = distributed.mean(loss.item())
                     if not math.isfinite(value):
                         raise TrainingError(f"the baking loss is {value} at step {step}: lower the learning rates")
                     loss.backward()
-                    ranks.average(weights)
+                    distributed.average(weights)
                     clip_grad_norm(weights, 1.0)
                     optimizer.step()
                     scheduler.step()
@@ -276,7 +237,7 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
                     step += 1
                     bar.update()
                     if step % max(1, min(20, steps // 10)) == 0:
-                        saving.log(step=step, epoch=epoch, loss=value, kl=ranks.mean(kl.item()))
+                        saving.log(step=step, epoch=epoch, loss=value, kl=distributed.mean(kl.item()))
                     if at + 1 < batches:
                         saving.after(step, parts)
             trained.eval()
@@ -286,7 +247,7 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
             result.epochs.append(dose)
             saving.log(step=step, **dose)
             bar.set_postfix(accuracy=f"{dose['accuracy']:.3f}", use=f"{dose['thinking_use']:.2f}")
-            if ranks.first():
+            if distributed.first():
                 on_epoch(epoch, trained)
             if patience and (not best["epoch"] or dose["kl"] < result.epochs[best["epoch"] - 1]["kl"]):
                 best.update(epoch=epoch, weights=[p.detach().clone() for p in weights])
@@ -294,7 +255,7 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
             saving.after(step, parts, last=best["stop"] or step == steps)
         bar.close()
     trained.eval()
-    ranks.check_equal(trained, "after training")
+    distributed.check_equal(trained, "after training")
     for p, kept in zip(weights, best["weights"], strict=False):  # none are kept without patience
         p.data.copy_(kept)
     if lora_rank:

@@ -10,7 +10,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from .errors import UnwatchedError
+from ..errors import UnwatchedError
 
 NAME = "max_logits"
 WATCHES = {}  # attention module -> the watch that is open on its model
@@ -122,8 +122,6 @@ def watched_attention(module, query, key, value, attention_mask, scaling=None, i
         watch.record(module, query, key, attention_mask, scale, causal)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal,
                                   **kwargs)
-
-
 # Without its mask function the model would hand over no mask at all and drop padding silently.
 ALL_ATTENTION_FUNCTIONS.register(NAME, watched_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)

@@ -1,0 +1,1 @@
+"""The three trainings (champion, baking, reinforcement), their optimizer and their checkpoints."""
