@@ -30,7 +30,7 @@ def __getattr__(name):
     if name != "ThoughtInspector":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from .inspector import ThoughtInspector
+        from .viewing.inspector import ThoughtInspector
     except ModuleNotFoundError as error:
         if error.name != "ipywidgets":
             raise

@@ -4,7 +4,7 @@ matplotlib Figure; marks differ by shape, line or hatching, never by colour alon
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .escape import safe_label
+from .viewing.html import safe_label
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 STYLES = ((BLUE, "-", "o", ""), (GREY, "--", "s", "//"))  # this run; the committed pocket run

@@ -11,11 +11,11 @@ import torch
 from .data.strategies import PROMPTS, asked, strategy_of
 from .data.tokens import PLAIN_WORDS, THINKING_TOKENS, mark, marker_spellings, thinking_ids
 from .errors import UpstreamError
-from .escape import safe_text, safe_token
 from .evaluation.accuracy import answer_of, replies
 from .files import find_run
 from .stats import fixed
 from .training.baking import BakingItem
+from .viewing.html import safe_text, safe_token
 
 
 def committed(params, stage: str, name: str):

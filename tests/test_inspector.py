@@ -6,10 +6,23 @@ from html.parser import HTMLParser
 import pytest
 from hostile import HOSTILE
 
-from qs_lib.escape import invisible, safe_label, safe_line, safe_option, safe_text, safe_token
 from qs_lib.evaluation.episodes import Episode, Thought
-from qs_lib.inspector import FILTERS, SORTS, ThoughtInspector
-from qs_lib.render import MOST_THOUGHTS, MOST_TOKENS, disagree, helped, overview, render, right
+from qs_lib.viewing.html import (
+    MOST_THOUGHTS,
+    MOST_TOKENS,
+    disagree,
+    helped,
+    invisible,
+    overview,
+    render,
+    right,
+    safe_label,
+    safe_line,
+    safe_option,
+    safe_text,
+    safe_token,
+)
+from qs_lib.viewing.inspector import FILTERS, SORTS, ThoughtInspector
 
 
 def thought(utility=1.0, answer="17", tokens=("<think>", " 9", "</think>")):
@@ -236,7 +249,7 @@ def test_two_checkpoints_of_one_question():
 def test_static_twin_and_page(tmp_path, monkeypatch):
     inspector = ThoughtInspector([episode(i) for i in range(60)])
     outputs = []
-    monkeypatch.setattr("qs_lib.inspector.display", lambda data, raw: outputs.append(data))
+    monkeypatch.setattr("qs_lib.viewing.inspector.display", lambda data, raw: outputs.append(data))
     inspector._ipython_display_()
     live, twin = outputs
     assert live["text/plain"] == "ThoughtInspector(60 episodes)" and "text/html" not in live

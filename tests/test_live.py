@@ -20,7 +20,7 @@ from qs_lib.evaluation.episodes import (
     text_tokens,
     think_at,
 )
-from qs_lib.inspector import ThoughtInspector
+from qs_lib.viewing.inspector import ThoughtInspector
 
 MODEL, TOKENIZER = tiny_quiet_star()
 SETTINGS = {"num_thoughts": 3, "thought_length": 8}

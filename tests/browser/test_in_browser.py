@@ -11,9 +11,9 @@ import pytest
 from drive import IDLE, free_port, serve
 from hostile import HOSTILE
 
-from qs_lib.escape import safe_text
 from qs_lib.evaluation.episodes import Episode, Thought
-from qs_lib.inspector import ThoughtInspector
+from qs_lib.viewing.html import safe_text
+from qs_lib.viewing.inspector import ThoughtInspector
 
 pytestmark = pytest.mark.browser
 NOTEBOOK = "notebooks/04_parallel_thoughts.ipynb"

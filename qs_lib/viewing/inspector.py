@@ -6,11 +6,10 @@ from pathlib import Path
 import ipywidgets as widgets
 from IPython.display import display
 
-from .errors import WorkbookError
-from .escape import safe_option, safe_text
-from .evaluation.episodes import STEPS, Episode, read_episodes, text_tokens, think_at
-from .files import outputs_root, write_bytes
-from .render import MOST_TOKENS, STYLE, disagree, helped, overview, render, right, wrong
+from ..errors import WorkbookError
+from ..evaluation.episodes import STEPS, Episode, read_episodes, text_tokens, think_at
+from ..files import outputs_root, write_bytes
+from .html import MOST_TOKENS, STYLE, disagree, helped, overview, render, right, safe_option, safe_text, wrong
 
 FILTERS = {
     "all": lambda episodes: episodes,

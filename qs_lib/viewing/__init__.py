@@ -1,0 +1,1 @@
+"""Thoughts on the screen: escaped HTML and the inspector."""
