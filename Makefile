@@ -46,7 +46,7 @@ setup: .venv/installed
 	touch $@
 
 run: setup
-	@$(BIN)/python -m qs_lib.run --variant "$(P)" --run "$(RUN_NAME)" $(if $(DATA),--data "$(DATA)") \
+	@$(BIN)/python -m qs_lib.workbook.run --variant "$(P)" --run "$(RUN_NAME)" $(if $(DATA),--data "$(DATA)") \
 	  $(if $(MODEL),--champion "$(MODEL)") \
 	  $(if $(SET),--set $(SET)) \
 	  $(if $(NB),--only $(NB)) $(if $(SEED),--seed $(SEED)) \
@@ -88,11 +88,11 @@ evidence: setup
 	$(SMALL) $(BIN)/python -m qs_lib.evidence $(X) $(if $(RUN),--upstream $(RUN)) $(if $(SEEDS),--seeds $(SEEDS))
 
 sweep: setup
-	@$(BIN)/python -m qs_lib.sweep "$(X)" $(GRID) $(if $(P_GIVEN),--variant "$(P)") $(if $(RUN),--upstream "$(RUN)") \
+	@$(BIN)/python -m qs_lib.workbook.sweep "$(X)" $(GRID) $(if $(P_GIVEN),--variant "$(P)") $(if $(RUN),--upstream "$(RUN)") \
 	  $(if $(E),--engine $(E)) $(if $(A),--address "$(A)") $(if $(W),--workers $(W)) $(if $(KEEP),--keep)
 
 refresh: setup
-	$(BIN)/python -m qs_lib.run --variant pocket --run pocket $(if $(FRESH),--fresh)
+	$(BIN)/python -m qs_lib.workbook.run --variant pocket --run pocket $(if $(FRESH),--fresh)
 	scratch=$$(mktemp -d) && QS_OUTPUTS="$$scratch" $(SMALL) \
 	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb; \
 	  status=$$?; rm -r "$$scratch"; exit $$status

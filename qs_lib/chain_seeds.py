@@ -8,9 +8,9 @@ import pandas as pd
 
 from .errors import UpstreamError
 from .experiments import repeat
-from .stage import REPOSITORY, read_stage
 from .stats import column, seed_interval, shown
-from .variants import stages_of
+from .workbook.params import stages_of
+from .workbook.stage import REPOSITORY, read_stage
 
 # Stage -> what is kept of its summary. Those of GAINS come with the ends of their interval over problems.
 KEPT = {
@@ -53,7 +53,7 @@ def chain_row(run: str | Path) -> dict:
 def make_run(name: str, seed: int, stages, variant: str) -> None:
     """``make run`` of some stages of a variant; what is finished of it is kept. Raises ``CalledProcessError``."""
     command = ["--variant", variant, "--run", name, "--seed", str(seed), "--keep", "--only", *stages]
-    subprocess.run([sys.executable, "-m", "qs_lib.run", *command], check=True, cwd=REPOSITORY)
+    subprocess.run([sys.executable, "-m", "qs_lib.workbook.run", *command], check=True, cwd=REPOSITORY)
 
 
 def made_with(run: Path, settings: dict[str, dict], seed: int) -> bool:

@@ -21,14 +21,14 @@ from .evaluation.likelihood import SHARPENINGS, answer_probability, fitted
 from .experiments import repeat
 from .model import QuietStarForCausalLM
 from .rl_findings import for_scoreboard
-from .stage import read_stage, stage_digest
 from .stats import interval, named
 from .training.baking import bake
 from .training.checkpoint import Checkpoint
 from .training.loop import schedule
 from .training.optim import MuonGrokfast
 from .training.reinforce import train_quiet_star
-from .variants import recipe
+from .workbook.params import recipe
+from .workbook.stage import read_stage, stage_digest
 
 EIGHTH = "an eighth of the baking"
 # Arm -> what differs from the recipe. ``start``: the folder of the model below a run's stages, or EIGHTH (eighth_baked).

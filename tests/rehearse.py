@@ -4,7 +4,7 @@
 
 Qwen2.5-0.5B and -7B as they are in layers (unless fewer are asked for), heads, key heads, tied or own output matrix and its
 unused rows, with a few numbers a head and a tokenizer trained on the folder's train.jsonl. Each is trained until it writes thoughts
-at all, one of a few whatever it is asked, saved, and given to `python -m qs_lib.run` as MODEL with the variant's own parameters; only
+at all, one of a few whatever it is asked, saved, and given to `python -m qs_lib.workbook.run` as MODEL with the variant's own parameters; only
 sizes are set lower. Prints one line a stage and the scoreboard's count; exit code 1 if a stage failed. Nothing the models say is
 worth reading.
 """
@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import qs_lib as qs
 from qs_lib.champion import build_tokenizer
 from qs_lib.data.strategies import PROMPTS
-from qs_lib.stage import REPOSITORY
 from qs_lib.training.pretrain import corpus, pretrain
+from qs_lib.workbook.stage import REPOSITORY
 
 HEAD = 4  # numbers a head, in place of 64 and 128
 SHAPES = {
@@ -80,7 +80,7 @@ def rehearse(variant: str, data: str, folder: Path, layers: int | None) -> bool:
     build(variant, data, folder / "model", layers)
     print(f"{variant}: a model of its shape, {time.monotonic() - started:.0f} s", flush=True)
     sizes = SIZES + (["01.chat_template=true"] if "7b" in variant else [])
-    command = [sys.executable, "-m", "qs_lib.run", "--variant", variant, "--run", "rehearsal", "--data", data,
+    command = [sys.executable, "-m", "qs_lib.workbook.run", "--variant", variant, "--run", "rehearsal", "--data", data,
                "--champion", str(folder / "model"), "--set", *sizes]  # fmt: skip
     driver = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
                               env=os.environ | {"QS_OUTPUTS": str(folder)})  # fmt: skip

@@ -18,18 +18,18 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 import qs_lib as qs
 from qs_lib import champion, errors
-from qs_lib import params as p
 from qs_lib.data import batches
 from qs_lib.data import problems as hub
 from qs_lib.evaluation import accuracy
 from qs_lib.experiments import repeat
 from qs_lib.files import find_run, lock_run, run_folder, write_bytes
-from qs_lib.run import main, print_scoreboard
-from qs_lib.stage import read_stage, start_stage
 from qs_lib.training import baking, pretrain, reinforce
 from qs_lib.training.checkpoint import Checkpoint
 from qs_lib.training.qk_clip import watch_max_logits
-from qs_lib.variants import read_variant
+from qs_lib.workbook import params as p
+from qs_lib.workbook.params import read_variant
+from qs_lib.workbook.run import main, print_scoreboard
+from qs_lib.workbook.stage import read_stage, start_stage
 
 NAN = float("nan")
 

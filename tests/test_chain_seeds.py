@@ -6,8 +6,8 @@ from qs_lib import chain_seeds
 from qs_lib.chain_seeds import GAINS, KEPT, chain, chain_row, chain_table
 from qs_lib.errors import UpstreamError
 from qs_lib.files import read_rows, run_folder
-from qs_lib.params import NOTEBOOKS
-from qs_lib.stage import start_stage
+from qs_lib.workbook.params import NOTEBOOKS
+from qs_lib.workbook.stage import start_stage
 
 
 def finish(run_name: str, seed: int, **known):

@@ -15,7 +15,7 @@ from qs_lib.evaluation import episodes
 from qs_lib.evaluation import theater as t
 from qs_lib.evaluation.cheats import CHEATS, plant
 from qs_lib.model import QuietStarForCausalLM
-from qs_lib.params import AntiTheater
+from qs_lib.workbook.params import AntiTheater
 
 ASKED, TRAINED_ON = problems("test", 30), problems("train", 30)
 ANSWERS = {p["question"]: p["answer"] for p in ASKED + TRAINED_ON}

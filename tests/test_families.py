@@ -22,11 +22,11 @@ from transformers import (
 )
 
 import qs_lib as qs
-from qs_lib import figures_rl
 from qs_lib.data.tokens import thinking_ids
 from qs_lib.errors import WorkbookError
 from qs_lib.model import QuietStarForCausalLM
 from qs_lib.thoughts.attention import backbone
+from qs_lib.workbook import figures
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "max_position_embeddings": 128, "initializer_range": 0.3}  # fmt: skip
@@ -260,7 +260,7 @@ def test_baking_on_any_family(monkeypatch, family):
 
 def test_curves_without_the_largest_logit():
     rows = [{"step": 1, "loss": 2.0, "reward": 0.1}, {"step": 2, "loss": 1.0, "reward": 0.2}]
-    assert len(figures_rl.training_curves(rows).axes[-1].lines) == 0
+    assert len(figures.training_curves(rows).axes[-1].lines) == 0
 
 
 @pytest.mark.parametrize("train", ["baking", "reinforcement"])

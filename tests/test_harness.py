@@ -9,10 +9,10 @@ from tiny import problems
 
 pytest.importorskip("lm_eval")
 import qs_lib as qs
-from qs_lib import harness
 from qs_lib.data.tokens import encode_context
 from qs_lib.errors import SourceError
 from qs_lib.files import find_run
+from qs_lib.workbook import harness
 
 PAIRS = [("ben has 9 pens . ben finds 8 . how many pens ?", " 17 ."), ("tom has 3 .", " 3"), ("a box holds 4 cups .", " 4 red cups .")]
 

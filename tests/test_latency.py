@@ -6,8 +6,9 @@ import pytest
 import tiny
 import torch
 
-from qs_lib import experiments_model_sizes, figures_rl, plots, scoreboard, tables
+from qs_lib import experiments_model_sizes
 from qs_lib.evaluation import latency
+from qs_lib.workbook import figures, scoreboard, tables
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_random_models(monkeypatch):
         assert sum(row["shares"].values()) == pytest.approx(1) and min(row["shares"].values()) >= 0
     table = tables.model_latency(rows)
     assert len(table) == 4 and set(table["outcome"]) == {"meets the target"}
-    figure = figures_rl.model_latency(rows, 200.0)
+    figure = figures.model_latency(rows, 200.0)
     assert len(figure.axes) == 2
 
 
@@ -69,7 +70,7 @@ def test_bench_lines_name_what_was_missed():
     assert table["outcome"].tolist() == ["reached", "NOT reached", "-", "-"]
     assert table["measured"].tolist() == ["5", "3", "not measured", "2"]
     assert table["bound"].tolist() == [">= 4"] * 3 + ["-"]
-    assert len(plots.bench(lines).axes[0].get_yticklabels()) == 3
+    assert len(figures.bench(lines).axes[0].get_yticklabels()) == 3
 
 
 def test_committed_bench_file_says_what_its_numbers_say():

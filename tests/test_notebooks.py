@@ -10,7 +10,7 @@ import pytest
 import yaml
 from nbval.plugin import get_sanitize_patterns
 
-from qs_lib.params import NOTEBOOKS, check_parameters, notebook_parameters
+from qs_lib.workbook.params import NOTEBOOKS, check_parameters, notebook_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field
 
 from qs_lib.errors import ParameterError, WorkbookError
-from qs_lib.params import NOTEBOOKS, NotebookParams, check_parameters, notebook_parameters
+from qs_lib.workbook.params import NOTEBOOKS, NotebookParams, check_parameters, notebook_parameters
 
 
 class Toy(NotebookParams):

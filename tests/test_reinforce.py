@@ -315,7 +315,7 @@ def test_an_unknown_baseline_is_refused():
 
 def test_tensorboard_gets_what_the_log_gets(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    from qs_lib.tracking import tensorboard
+    from qs_lib.workbook.tracking import tensorboard
 
     lines = []
     log = tensorboard(lambda **m: lines.append(m), tmp_path)
@@ -330,7 +330,7 @@ def test_without_tensorboard_one_sentence_says_how_to_get_it(tmp_path, monkeypat
     import sys
 
     from qs_lib.errors import WorkbookError
-    from qs_lib.tracking import tensorboard
+    from qs_lib.workbook.tracking import tensorboard
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(WorkbookError, match="pip install tensorboard"):

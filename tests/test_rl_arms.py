@@ -9,8 +9,8 @@ from tiny import tiny_quiet_star
 from qs_lib import chain_seeds, rl_arms
 from qs_lib.data import pocket
 from qs_lib.files import find_run, read_rows
-from qs_lib.stage import read_stage, stage_digest
 from qs_lib.training.reinforce import quiet_star_loss, train_quiet_star
+from qs_lib.workbook.stage import read_stage, stage_digest
 
 
 @pytest.fixture

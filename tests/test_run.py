@@ -15,14 +15,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qs_lib import run
-from qs_lib import stage as stage_module
 from qs_lib.errors import ParameterError, StageError, UpstreamError
-from qs_lib.execute import Terminal, _failure
 from qs_lib.files import find_run, outputs_root, run_folder, write_bytes, write_error
-from qs_lib.params import NotebookParams
-from qs_lib.run import main, print_scoreboard, run_stages, stage_notebooks
-from qs_lib.stage import code_hash, read_stage, stage_finished, start_stage
+from qs_lib.workbook import run
+from qs_lib.workbook import stage as stage_module
+from qs_lib.workbook.execute import Terminal, _failure
+from qs_lib.workbook.params import NotebookParams
+from qs_lib.workbook.run import main, print_scoreboard, run_stages, stage_notebooks
+from qs_lib.workbook.stage import code_hash, read_stage, stage_finished, start_stage
 
 
 class Toy(NotebookParams):
@@ -359,7 +359,7 @@ def test_the_chain_runs_once_and_again_only_where_it_must(notebooks, outputs, ca
     assert "toy bar: 100%" in err
     record = json.loads((run / "01_first/run.json").read_text())
     assert record["parameters"]["steps"] == 5 and os.path.isabs(record["parameters"]["data"])
-    assert record["command"].startswith("python -m qs_lib.run --variant small")
+    assert record["command"].startswith("python -m qs_lib.workbook.run --variant small")
     assert json.loads((run / "02_second/lines.json").read_text()) == 5
     assert nbformat.read(run / "01_first/01_first.ipynb", 4).cells[1].metadata.tags == ["injected-parameters"]
     assert not [path for path in run.rglob(".*") if "lock" not in path.name]
@@ -441,7 +441,7 @@ def test_papermill_alone_shows_the_sentence(notebooks, tmp_path):
 
 def test_a_stopped_run_says_how_to_continue(notebooks, outputs):
     (notebooks.parent / "params/01_first/small.yaml").write_text("steps: 5000\n")
-    command = [sys.executable, "-m", "qs_lib.run", "--variant", "small", "--notebooks", str(notebooks)]
+    command = [sys.executable, "-m", "qs_lib.workbook.run", "--variant", "small", "--notebooks", str(notebooks)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as driver:
         metrics = outputs / "small-run/01_first/metrics.jsonl"
         end = time.monotonic() + 300

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from qs_lib import scoreboard as s
-from qs_lib.params import Reinforce, Scoreboard
-from qs_lib.run import print_scoreboard
-from qs_lib.stage import start_stage
+from qs_lib.workbook import scoreboard as s
+from qs_lib.workbook.params import Reinforce, Scoreboard
+from qs_lib.workbook.run import print_scoreboard
+from qs_lib.workbook.stage import start_stage
 
 IDS = [
     "tokens_added", "examples", "strategies", "baking_accuracy", "gap_closed", "thinking_use",

@@ -13,10 +13,10 @@ import nbformat
 import pytest
 from test_run import PARAMETERS
 
-from qs_lib import engines, point, sweep
 from qs_lib.errors import ParameterError, WorkbookError
 from qs_lib.files import PACKAGE, REPOSITORY, read_rows
-from qs_lib.run import run_stage
+from qs_lib.workbook import sweep
+from qs_lib.workbook.run import run_stage
 
 # the kernel takes the modules it needs without the package's own imports, which would cost it seconds
 CHECK = f"""import json, sys, time, types
@@ -79,14 +79,14 @@ def test_bad_sweeps_are_one_sentence_before_anything_runs(notebooks, outputs, tm
     for what, sentence in (("05_rl", "at least one parameter"), ("nothing", "no sweep file"), (str(tmp_path / "s.yaml"), "'z'")):
         assert sweep.main([what]) == 1 and sentence in capsys.readouterr().err
     with pytest.raises(ParameterError, match="must be pool, dask, slurm"):
-        list(engines.run_points([], "ray"))
+        list(sweep.run_points([], "ray"))
     assert not outputs.exists()
 
 
 def test_a_missing_engine_is_one_sentence(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "submitit", None)
     with pytest.raises(WorkbookError, match=r"install it with `pip install -e \.\[sweep\]`"):
-        list(engines.run_points([], "slurm"))
+        list(sweep.run_points([], "slurm"))
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "params" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
@@ -109,7 +109,7 @@ def test_committed_results_are_of_the_sweep_that_is_there_and_say_what_made_them
     for name, rows in found.items():
         grid = sweep.read_sweep(name)["grid"]
         assert all(row[parameter] in values for row in rows for parameter, values in grid.items())
-        assert all(row["command"].startswith("python -m qs_lib.sweep") and row["commit"] and row["machine"] for row in rows)
+        assert all(row["command"].startswith("python -m qs_lib.workbook.sweep") and row["commit"] and row["machine"] for row in rows)
 
 
 def test_a_line_of_the_figure_for_what_varies_besides_x_and_the_seed():
@@ -140,7 +140,7 @@ def test_the_command_line_runs_what_is_missing_and_keeps_what_is_done(notebooks,
     assert "[2/2]" in out and "toy bar" not in out and "running, not run yet" in (outputs / "toy/steps-3/.log").read_text()
     assert (outputs / "toy/sweep.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((outputs / "toy/steps-3/01_first/run.json").read_text())
-    assert record["command"].startswith("python -m qs_lib.sweep") and record["threads"] in (None, 1)
+    assert record["command"].startswith("python -m qs_lib.workbook.sweep") and record["threads"] in (None, 1)
 
 
 def test_a_finished_stage_is_kept_and_a_chain_reads_its_own_run(notebooks, outputs, monkeypatch):
@@ -148,17 +148,17 @@ def test_a_finished_stage_is_kept_and_a_chain_reads_its_own_run(notebooks, outpu
     upstream.mkdir(parents=True)
     one, both = (toy_points(notebooks, [3], stages)[0] for stages in (("01_first",), ("01_first", "02_second")))
     alone, first = (toy_points(notebooks, [8], (stage,), upstream=str(upstream))[0] for stage in ("02_second", "01_first"))
-    monkeypatch.setattr(point, "run_stage", lambda path, *rest, **more: ran.append(path.stem) or run_stage(path, *rest, **more))
-    assert point.run_point(one)["squared"] == 9
+    monkeypatch.setattr(sweep, "run_stage", lambda path, *rest, **more: ran.append(path.stem) or run_stage(path, *rest, **more))
+    assert sweep.run_point(one)["squared"] == 9
     stamp = (outputs / "toy/steps-3/01_first/run.json").stat().st_mtime_ns
-    row = point.run_point(both)
+    row = sweep.run_point(both)
     assert (row["squared"], row["02_second.squared"], row["half"]) == (9, -3, 1.5) and ran == ["01_first", "01_first", "02_second"]
     assert (outputs / "toy/steps-3/01_first/run.json").stat().st_mtime_ns == stamp
 
     # the second stage alone reads the first from another run, and running the first later does not write into that run
-    assert point.run_point(alone)["squared"] == -3
+    assert sweep.run_point(alone)["squared"] == -3
     assert (outputs / "toy/steps-8/01_first").is_symlink()
-    assert point.run_point(first)["squared"] == 64
+    assert sweep.run_point(first)["squared"] == 64
     assert not (outputs / "toy/steps-8/01_first").is_symlink()
     assert (upstream / "01_first/run.json").stat().st_mtime_ns == stamp
 

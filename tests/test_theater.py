@@ -11,7 +11,6 @@ from tiny import problems, tiny_quiet_star
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from qs_lib import figures_theater, theater_tables
 from qs_lib.champion import build_tokenizer
 from qs_lib.data.batches import answer_batch, difficult_positions, thought_length
 from qs_lib.data.tokens import THINKING_TOKENS, thinking_ids
@@ -20,6 +19,7 @@ from qs_lib.evaluation.coherence import Scale, coherence, consensus_gain, number
 from qs_lib.evaluation.episodes import by_problem
 from qs_lib.evaluation.theater import attacked_thoughts
 from qs_lib.stats import correlation
+from qs_lib.workbook import figures, tables
 
 
 def test_consensus_gain_by_hand():
@@ -136,23 +136,23 @@ def test_tables_say_what_the_reports_say():
     settings = {"num_thoughts": 3, "thought_length": 8, "weights": "thoughts"}
     first = t.anti_theater(model, tokenizer, problems("test", 6), **settings)
     second = t.anti_theater(model, tokenizer, problems("test", 6), before=model, training=["how ?"], **settings)
-    shown = theater_tables.verdicts({"second": second, "first": first})
+    shown = tables.verdicts({"second": second, "first": first})
     assert list(shown.index) == list(t.CHECKS) and shown.loc["training_gain", "first"] == "not made"
     assert shown.loc["training_gain", "second"] == "0.000 [-0.500, 0.500] open"
     assert shown.loc["moved", "second"] == "0.000 [0.000, 0.000] not reached"
     assert shown.loc["training_overlap", "second"] == "0.000 [0.000, 0.000] reached"
-    added = theater_tables.stages({"first": first, "second": second})
+    added = tables.stages({"first": first, "second": second})
     assert added.loc["gain over the stage before"].tolist() == ["-", "0.000 [-0.500, 0.500]"]
     assert added.loc["checks reached", "second"] == f"{10 - len(second.missed)} of 10"
-    assert theater_tables.turned_red(second, first) == []  # what `first` was not asked, it did not pass
+    assert tables.turned_red(second, first) == []  # what `first` was not asked, it did not pass
     honest = replace(first, checks=[replace(c, reached=True) for c in second.checks])
-    assert theater_tables.turned_red(second, honest) == second.missed
+    assert tables.turned_red(second, honest) == second.missed
     r = correlation(by_problem(second.table, "predictive"), by_problem(second.table, "utility"))[0]
-    assert theater_tables.parts(second).loc["predictive", "pooled r"].startswith(f"{r:+.3f}")
-    assert len(theater_tables.reliabilities({"first": first, "second": second})) == 6
-    numbers = theater_tables.summary(second)
+    assert tables.parts(second).loc["predictive", "pooled r"].startswith(f"{r:+.3f}")
+    assert len(tables.reliabilities({"first": first, "second": second})) == 6
+    numbers = tables.summary(second)
     assert numbers["checks"] == 10 and numbers["redrawn_low"] == 1.0 and "vote_calibration_error_high" in numbers
-    assert figures_theater.reliability(second.reliability).axes[1].get_xlabel() == "vote (0 to 1)"
+    assert figures.reliability(second.reliability).axes[1].get_xlabel() == "vote (0 to 1)"
 
 
 def test_too_few_problems_leave_a_check_open_and_do_not_prove_theater():

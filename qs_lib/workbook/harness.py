@@ -1,4 +1,4 @@
-"""``python -m qs_lib.harness MODEL DATA``: a run's model in lm-evaluation-harness, on local problems and offline.
+"""``python -m qs_lib.workbook.harness MODEL DATA``: a run's model in lm-evaluation-harness, on local problems and offline.
 
 The tasks are lm-eval's own kind of file, in ``tasks/``; the model is lm-eval's ``HFLM`` with two differences: text becomes
 ids as in training, and a log-likelihood thinks before the tokens that are scored only, where ``HFLM`` would think before
@@ -14,11 +14,11 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
-from .champion import load_champion
-from .data.tokens import encode_context, pad
-from .errors import SourceError, WorkbookError
-from .files import find_run, to_json, write_bytes
-from .model import QuietStarForCausalLM
+from ..champion import load_champion
+from ..data.tokens import encode_context, pad
+from ..errors import SourceError, WorkbookError
+from ..files import find_run, to_json, write_bytes
+from ..model import QuietStarForCausalLM
 from .stage import REPOSITORY
 
 try:
@@ -31,7 +31,6 @@ except ImportError as missing:
     if __name__ == "__main__":
         sys.exit(f"error: {sentence}")
     raise WorkbookError(sentence) from None
-
 TASKS = ("gsm8k_generate", "gsm8k_likelihood")
 
 
@@ -122,7 +121,7 @@ def evaluate(model, tokenizer, data, tasks=TASKS, think: bool = True, limit: int
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m qs_lib.harness", description="lm-evaluation-harness on local problems.")
+    parser = argparse.ArgumentParser(prog="python -m qs_lib.workbook.harness", description="lm-evaluation-harness on local problems.")
     parser.add_argument("model", help="a run's name (its quietstar model is taken), a model folder or a Hugging Face name")
     parser.add_argument("data", help="folder with train.jsonl and test.jsonl in GSM8K's form")
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="names in tasks/, or .yaml files")
@@ -145,8 +144,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
 if __name__ == "__main__":
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # the problems are local
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""``python -m qs_lib.sweep 05_rl n_true=1,2,4 seed=0,1``: notebooks x a grid of parameters, one table and one figure.
+"""``python -m qs_lib.workbook.sweep 05_rl n_true=1,2,4 seed=0,1``: notebooks x a grid of parameters, one table and one figure.
 
 Each point is a run of its own, ``outputs/sweeps/<name>/<point>/``; finished stages are kept, so the same command goes on
 where it stopped. The rows are in ``sweep.csv``, parameters and the stages' summaries side by side, the figure in
@@ -6,27 +6,39 @@ where it stopped. The rows are in ``sweep.csv``, parameters and the stages' summ
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from . import plots
-from .engines import ENGINES, run_points
-from .errors import ParameterError, WorkbookError
-from .files import find_run, lock_run, outputs_root, read_rows, write_rows
-from .params import check_parameters, notebook_parameters, unknown_name
+from ..errors import ParameterError, StageError, WorkbookError
+from ..files import find_run, lock_run, outputs_root, read_rows, run_folder, write_rows
+from . import figures
+from .params import (
+    check_parameters,
+    check_variant,
+    notebook_parameters,
+    read_variant,
+    read_yaml,
+    unknown_name,
+)
+from .run import run_stage
 from .stage import REPOSITORY
-from .variants import check_variant, read_variant, read_yaml
 
 COSTS = ("seconds", "peak_memory_mb")  # every row has them, and they differ from run to run
 FILE_KEYS = {"notebooks", "variant", "grid", "x", "y"}
+PATIENCE = 30.0  # seconds that a killed worker's kernel may take to end and free its run
 
 
 def read_sweep(name: str, root: Path = REPOSITORY) -> dict:
@@ -67,7 +79,7 @@ def _value(text: str):
 
 def points_of(name: str, notebooks: list[Path], grid: dict[str, list], variant: str = "defaults", upstream: str = "",
               keep: bool = False, threads: int = 1, command: str = "") -> list[dict]:  # fmt: skip
-    """The points of a sweep, all parameters checked, for :func:`qs_lib.point.run_point`. Raises ParameterError."""
+    """The points of a sweep, all parameters checked, for :func:`qs_lib.workbook.sweep.run_point`. Raises ParameterError."""
     known = {path: notebook_parameters(path) for path in notebooks}
     for parameter in grid:
         if not any(parameter in names for names in known.values()) or parameter in ("run_name", "upstream"):
@@ -83,7 +95,7 @@ def points_of(name: str, notebooks: list[Path], grid: dict[str, list], variant: 
         points.append({
             "run": run_name(values), "values": values, "notebooks": [str(path) for path in notebooks], "given": given,
             "outputs": str(outputs_root() / "sweeps" / name), "upstream": str(source), "keep": keep, "threads": threads,
-            "command": command or f"python -m qs_lib.sweep {name}",
+            "command": command or f"python -m qs_lib.workbook.sweep {name}",
         })  # fmt: skip
     return points
 
@@ -139,7 +151,7 @@ def figure(rows: list[dict], x: str, y: tuple[str, ...] | list[str], parameters:
     numbers = [k for k, v in (whole[0] if whole else {}).items() if isinstance(v, (int, float)) and k not in (*parameters, *COSTS)]
     shown = [name for name in y or numbers[:1] if any(isinstance(row.get(name), (int, float)) for row in whole)]
     lines = [name for name in parameters if name not in (x, "seed") and len({str(row.get(name)) for row in whole}) > 1]
-    return plots.sweep(whole, x, shown, lines) if shown else None
+    return figures.sweep(whole, x, shown, lines) if shown else None
 
 
 def ready_made() -> list[dict]:
@@ -161,7 +173,7 @@ def committed_rows(name: str) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m qs_lib.sweep", description="Notebooks x a grid of parameters.")
+    parser = argparse.ArgumentParser(prog="python -m qs_lib.workbook.sweep", description="Notebooks x a grid of parameters.")
     parser.add_argument("what", help="a notebook (05_rl, or a path) or a sweep file (a name in params/sweeps, or a path)")
     parser.add_argument("grid", nargs="*", metavar="name=v1,v2", help="values of parameters; they replace a file's")
     parser.add_argument("--name", help="results go to outputs/sweeps/NAME; default: WHAT")
@@ -175,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--y", nargs="+", default=(), help="numbers of the summaries to plot; default: the first")
     parser.add_argument("--keep", action="store_true", help="keep finished stages although qs_lib changed")
     given = parser.parse_args(arguments)
-    command = "python -m qs_lib.sweep " + shlex.join(sys.argv[1:] if arguments is None else arguments)
+    command = "python -m qs_lib.workbook.sweep " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     try:
         notebook = Path(given.what) if given.what.endswith(".ipynb") else REPOSITORY / "notebooks" / f"{given.what}.ipynb"
         plan = {"notebooks": [notebook], "grid": {}} if notebook.is_file() else read_sweep(given.what)
@@ -197,8 +209,140 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nstopped; the same command continues", file=sys.stderr)
         return 130 if isinstance(stopped, KeyboardInterrupt) else stopped.code
     return 1 if any("error" in row for row in rows) else 0
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: the workers save and leave
     sys.exit(main())
+
+
+def run_points(points: list[dict], engine: str = "pool", workers: int = 2, address: str = ""):
+    """Rows of all ``points`` as they are done. ``engine``: ``pool``, ``dask`` (``address`` of a scheduler, or a cluster of
+    ``workers`` started here) or ``slurm`` (submitit; without Slurm, and with ``address`` ``"local"``, its local executor).
+
+    Raises ParameterError for another engine, WorkbookError where its package is missing.
+    """
+    if engine not in ENGINES:
+        raise ParameterError(f"engine {engine!r} is unknown; it must be {', '.join(ENGINES)}")
+    try:
+        yield from ENGINES[engine](points, workers, address)
+    except ImportError as missing:
+        raise WorkbookError(f"{missing.name} is missing: install it with `pip install -e .[sweep]`, or use the pool") from None
+
+
+def in_pool(points: list[dict], workers: int, address: str):
+    """Fresh processes of this machine; Ctrl-C lets each save its checkpoint."""
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    jobs = {pool.submit(run_or_leave, point): point for point in points}
+    try:
+        for job in as_completed(jobs):
+            yield row_of(job, jobs[job])
+    except BaseException:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def run_or_leave(point: dict) -> dict:
+    """``run_point`` in a process that ends when it is told to stop, before it takes the next point."""
+    try:
+        return run_point(point)
+    except (KeyboardInterrupt, SystemExit):
+        os._exit(130)
+
+
+def on_dask(points: list[dict], workers: int, address: str):
+    """Dask runs a point again when its worker dies (three times, Dask's own setting); finished stages are kept."""
+    from dask import distributed
+
+    with contextlib.ExitStack() as stack:
+        cluster = address or stack.enter_context(
+            distributed.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
+        )
+        client = stack.enter_context(distributed.Client(cluster))
+        jobs = {client.submit(run_point, point, pure=False): point for point in points}
+        for job in distributed.as_completed(jobs):
+            yield row_of(job, jobs[job])
+
+
+def on_slurm(points: list[dict], workers: int, address: str):
+    """An array of Slurm jobs, ``workers`` of them at a time, or submitit's local processes."""
+    import submitit
+
+    folder = Path(points[0]["outputs"]) / ".jobs"
+    executor = submitit.AutoExecutor(folder, cluster=address or (None if shutil.which("srun") else "local"))
+    executor.update_parameters(timeout_min=24 * 60, cpus_per_task=points[0]["threads"], slurm_array_parallelism=workers)
+    jobs = dict(zip(executor.map_array(run_point, points), points, strict=True))
+    for job in submitit.helpers.as_completed(list(jobs), poll_frequency=1):
+        yield row_of(job, jobs[job])
+
+
+def row_of(job, point: dict) -> dict:
+    """The row of a finished job; one that died is a row with an error."""
+    try:
+        return job.result()
+    except Exception as error:  # noqa: BLE001 (each engine has its own)
+        reason = (str(error).splitlines() or [""])[0]
+        return {"run": point["run"], **point["values"], "error": f"the worker died ({type(error).__name__}: {reason})"}
+ENGINES = {"pool": in_pool, "dask": on_dask, "slurm": on_slurm}
+
+
+def run_point(point: dict) -> dict:
+    """Run what is not finished of a point; returns its row: ``run``, the grid's values, the stages' summaries, ``seconds``,
+    ``peak_memory_mb``, and the ``command``, ``commit`` and kind of ``machine`` that made it.
+
+    ``point``: ``run`` (name), ``outputs`` (folder of all points), ``upstream`` (folder of the run that earlier stages are
+    read from), ``notebooks`` (paths, in order), ``given`` (parameters of each), ``values`` (of the grid), ``keep``,
+    ``threads`` and ``command``. What goes wrong is the row's ``error``. The process works on one point at a time.
+    """
+    row = {"run": point["run"], **point["values"]}
+    os.environ |= {"QS_OUTPUTS": point["outputs"], "OMP_NUM_THREADS": str(point["threads"]), "QS_COMMAND": point["command"]}
+    try:
+        run = run_folder(point["run"])
+        lock = patiently(run, ".driver.lock")
+        try:
+            patiently(run, ".lock").release(force=True)
+            link_upstream(run, Path(point["upstream"]), [Path(notebook).stem for notebook in point["notebooks"]])
+            with open(run / ".log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                return row | _stages(point, run)
+        finally:
+            lock.release(force=True)
+    except (WorkbookError, OSError) as error:
+        return row | {"error": str(error).splitlines()[0]}
+
+
+def _stages(point: dict, run: Path) -> dict:
+    found = {"seconds": 0.0, "peak_memory_mb": 0}
+    for notebook, given in zip(map(Path, point["notebooks"]), point["given"], strict=True):
+        given = given | {"run_name": point["run"], "upstream": point["run"]}
+        record = run_stage(notebook, run, given, check_parameters(notebook, given), keep=point["keep"])
+        numbers = {k: v for k, v in record["summary"].items() if isinstance(v, (bool, int, float, str))}
+        found |= {k if k not in found and k not in point["values"] else f"{notebook.stem}.{k}": v for k, v in numbers.items()}
+        found["seconds"] = round(found["seconds"] + record["wall_s"], 1)
+        found["peak_memory_mb"] = max(found["peak_memory_mb"], record.get("peak_memory_mb") or 0)
+    machine = f"{record['device']} ({record['device_name']}, {point['threads']} threads)"
+    return found | {"command": record["command"], "commit": record["git_commit"] or "no commit", "machine": machine}
+
+
+def patiently(run: Path, name: str):
+    """The lock ``name`` of a run folder; a killed worker's kernel holds it a moment longer. Raises StageError."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return lock_run(run, "a sweep", name)
+        except StageError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+
+def link_upstream(run: Path, upstream: Path, stages: list[str]) -> None:
+    """Let ``run`` have the stages of ``upstream`` that come before its own first one, as links."""
+    for stage in stages:
+        if (run / stage).is_symlink():  # never write into another run
+            (run / stage).unlink()
+    for earlier in upstream.glob("[0-9][0-9]_*"):
+        link = run / earlier.name
+        if earlier.name < min(stages) and (link.is_symlink() or not link.exists()):
+            link.unlink(missing_ok=True)
+            link.symlink_to(earlier.resolve())

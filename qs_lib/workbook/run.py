@@ -1,7 +1,7 @@
-"""Run the notebooks in order: ``python -m qs_lib.run --variant pocket``.
+"""Run the notebooks in order: ``python -m qs_lib.workbook.run --variant pocket``.
 
 Each notebook is executed by papermill into ``outputs/<run>/<stage>/``. A stage is skipped only if its
-``run.json`` still holds (see :mod:`qs_lib.stage`); papermill's own "completed" is not believed.
+``run.json`` still holds (see :mod:`qs_lib.workbook.stage`); papermill's own "completed" is not believed.
 """
 
 import argparse
@@ -14,12 +14,11 @@ from pathlib import Path
 
 import yaml
 
-from .errors import ParameterError, StageError, WorkbookError
+from ..errors import ParameterError, StageError, WorkbookError
+from ..files import find_run, lock_run, run_folder
 from .execute import execute, shown_path
-from .files import find_run, lock_run, run_folder
-from .params import check_parameters, notebook_parameters, unknown_name
+from .params import check_parameters, check_variant, notebook_parameters, read_variant, unknown_name
 from .stage import REPOSITORY, notebook_hash, read_stage, stage_finished
-from .variants import check_variant, read_variant
 
 
 def stage_notebooks(folder: Path) -> list[Path]:
@@ -190,7 +189,7 @@ def print_scoreboard(path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m qs_lib.run", description="Run notebooks 01 to 08 as one chain."
+        prog="python -m qs_lib.workbook.run", description="Run notebooks 01 to 08 as one chain."
     )
     parser.add_argument(
         "--variant", default="pocket", help="params/<stage>/VARIANT.yaml; 'defaults' is the small CI run"
@@ -212,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--notebooks", type=Path, metavar="DIR", help="another folder of notebooks")
     options = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
-    os.environ["QS_COMMAND"] = "python -m qs_lib.run " + shlex.join(words)
+    os.environ["QS_COMMAND"] = "python -m qs_lib.workbook.run " + shlex.join(words)
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
     if options.debug:
         os.environ["QS_DEBUG"] = "1"
@@ -244,8 +243,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nstopped; the same command continues with the unfinished stage", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else error.code
     return 0
-
-
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()

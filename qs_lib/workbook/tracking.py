@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .errors import WorkbookError
+from ..errors import WorkbookError
 
 
 def tensorboard(log, folder: str | Path):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .evaluation.accuracy import read_problems
-from .evaluation.coherence import WEIGHTS, Scale
-from .evaluation.latency import LatencyReport
-from .evaluation.theater import TheaterReport
-from .files import find_run
+from ..evaluation.accuracy import read_problems
+from ..evaluation.coherence import WEIGHTS, Scale
+from ..evaluation.latency import LatencyReport
+from ..evaluation.theater import TheaterReport
+from ..files import find_run
 from .stage import Stage, read_stage
 
 STAGES = (
@@ -21,7 +21,6 @@ STAGES = (
     "07_latency",
 )  # fmt: skip
 GAIN = "> 0, interval above 0"
-
 # id, criterion, target in words, unit, where (a stage, or "" for a file of its own), its key, test of (value, low)
 CRITERIA = (
     ("tokens_added", "thinking tokens added", "8", "tokens", "01_token_setup", "tokens_added", lambda v, low: v == 8),
@@ -185,7 +184,7 @@ def latency_summary(report: LatencyReport) -> dict:
 
 
 def ladder_steps(run: str | Path) -> dict[str, tuple]:
-    """Test accuracy (value, low, high) stage by stage, for :func:`qs_lib.figures_rl.ladder`; None where not measured."""
+    """Test accuracy (value, low, high) stage by stage, for :func:`qs_lib.workbook.figures.ladder`; None where not measured."""
     rungs = {
         "champion, direct": ("06_anti_theater", "champion_direct"), "baked, with thoughts": ("05_rl", "accuracy_baseline"),
         "after RL, with thoughts": ("05_rl", "accuracy_with"), "after RL, thoughts removed": ("05_rl", "accuracy_without"),
@@ -215,8 +214,6 @@ def model_card(board: list[dict], run: str | Path) -> ModelCard:
     text = CARD.format(run=run.name, seed=record["seed"] if record else "unknown", scores=scores,
                        question=json.dumps(question).replace("`", r"\u0060"))  # fmt: skip
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
-
-
 CARD = """\
 # Quiet-STaR model of the run {run}
 
