@@ -85,7 +85,7 @@ rehearse: setup
 	$(SMALL) $(BIN)/python tests/rehearse.py "$(DATA)" $(P_GIVEN)
 
 evidence: setup
-	$(SMALL) $(BIN)/python -m qs_lib.evidence $(X) $(if $(RUN),--upstream $(RUN)) $(if $(SEEDS),--seeds $(SEEDS))
+	$(SMALL) $(BIN)/python -m qs_lib.experiments.__main__ $(X) $(if $(RUN),--upstream $(RUN)) $(if $(SEEDS),--seeds $(SEEDS))
 
 sweep: setup
 	@$(BIN)/python -m qs_lib.workbook.sweep "$(X)" $(GRID) $(if $(P_GIVEN),--variant "$(P)") $(if $(RUN),--upstream "$(RUN)") \

@@ -21,7 +21,7 @@ from qs_lib import champion, errors
 from qs_lib.data import batches
 from qs_lib.data import problems as hub
 from qs_lib.evaluation import accuracy
-from qs_lib.experiments import repeat
+from qs_lib.experiments.arms import repeat
 from qs_lib.files import find_run, lock_run, run_folder, write_bytes
 from qs_lib.training import baking, pretrain, reinforce
 from qs_lib.training.checkpoint import Checkpoint
@@ -230,7 +230,7 @@ def rows_of_another_run(place):
             import subprocess
             import sys
 
-            code = "import sys; from pathlib import Path; from qs_lib.experiments import repeat; repeat(Path(sys.argv[1]), {'a': {}}, [0], None)"
+            code = "import sys; from pathlib import Path; from qs_lib.experiments.arms import repeat; repeat(Path(sys.argv[1]), {'a': {}}, [0], None)"
             thread_error.append(subprocess.run([sys.executable, "-c", code, str(place / "e/rl.csv")], capture_output=True, text=True, check=False).stderr)
 
         worker = threading.Thread(target=second)

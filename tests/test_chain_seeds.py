@@ -2,9 +2,9 @@
 
 import pytest
 
-from qs_lib import chain_seeds
-from qs_lib.chain_seeds import GAINS, KEPT, chain, chain_row, chain_table
 from qs_lib.errors import UpstreamError
+from qs_lib.experiments import chain as chain_seeds
+from qs_lib.experiments.chain import GAINS, KEPT, chain, chain_row, chain_table
 from qs_lib.files import read_rows, run_folder
 from qs_lib.workbook.params import NOTEBOOKS
 from qs_lib.workbook.stage import start_stage

@@ -6,9 +6,11 @@ import pytest
 import torch
 from scipy.stats import ttest_1samp
 
-from qs_lib import controls, evidence, experiments, files, grokking, stats
+from qs_lib import files, stats
 from qs_lib.errors import StageError
 from qs_lib.evaluation.accuracy import read_problems
+from qs_lib.experiments import __main__, baking, grokking
+from qs_lib.experiments import arms as experiments
 from qs_lib.files import find_run
 
 
@@ -107,7 +109,7 @@ def test_differences_are_paired_by_seed_in_any_order():
 
 def optimizer_rows(**accuracy):
     """Three seeds an arm, with the same noise in all of them, so that only the difference of the means is left."""
-    arms = dict(zip(controls.LOWEST, accuracy.values(), strict=True))
+    arms = dict(zip(baking.LOWEST, accuracy.values(), strict=True))
     noise = {"AdamW": (0, 0.001, -0.001), "Muon": (0.001, 0, 0), "Muon, matched momentum": (0, 0, 0.001)}
     return [{"arm": a, "seed": s, "accuracy": m + noise.get(a, (0, 0, 0))[s]} for a, m in arms.items() for s in range(3)]
 
@@ -122,17 +124,17 @@ def optimizer_rows(**accuracy):
     ],
 )
 def test_the_conclusion_follows_from_the_rows(accuracy, verdict):
-    sentence = controls.conclusion(optimizer_rows(**accuracy))
-    assert verdict in sentence and "3 seeds" in sentence and all(n in sentence for n in controls.LOWEST)
+    sentence = baking.conclusion(optimizer_rows(**accuracy))
+    assert verdict in sentence and "3 seeds" in sentence and all(n in sentence for n in baking.LOWEST)
 
 
 def test_scan_takes_the_best_rate_and_widens_at_an_edge():
     scan = [{"settings": {"optimizer": "AdamW", "rate": r}, "validation_accuracy": v}
             for r, v in ((4e-3, 0.8), (1e-3, 0.7), (2e-3, 0.8))]  # fmt: skip
-    assert controls.best_rates(scan) == {"AdamW": 2e-3}
-    assert controls.edge([1, 2, 4, 8], 4) is None
-    assert controls.edge([1, 2, 4, 8], 8) == 16 and controls.edge([1, 2, 4, 8], 1) == 0.5
-    assert controls.edge([0.25, 0.5, 1, 2, 4, 8], 0.25) is None
+    assert baking.best_rates(scan) == {"AdamW": 2e-3}
+    assert baking.edge([1, 2, 4, 8], 4) is None
+    assert baking.edge([1, 2, 4, 8], 8) == 16 and baking.edge([1, 2, 4, 8], 1) == 0.5
+    assert baking.edge([0.25, 0.5, 1, 2, 4, 8], 0.25) is None
 
 
 @pytest.mark.parametrize(("momentum", "strength", "alpha"), [(0.95, 0.2, 0.98), (0.9, 2.0, 0.98), (0.95, 0.0, 0.9)])
@@ -158,7 +160,7 @@ def test_halves_of_the_addition_table_share_no_sum():
 
 def test_grokking_command_writes_curves(tmp_path, monkeypatch):
     monkeypatch.setattr(grokking, "SETTINGS", grokking.SETTINGS | {"steps": 4, "every": 2})
-    evidence.main(["grokking", "--upstream", str(tmp_path), "--seeds", "3"])
+    __main__.main(["grokking", "--upstream", str(tmp_path), "--seeds", "3"])
     rows = files.read_rows(tmp_path / "experiments" / "grokking.csv")
     assert len(rows) == len(grokking.methods()) * len(grokking.RATES) and {r["seed"] for r in rows} == {3}
     assert all(r["steps"] == [0, 2, 4] and len(r["validation"]) == 3 for r in rows)
@@ -187,18 +189,18 @@ def test_the_grokking_conclusion_follows_from_each_method_at_its_best_rate(plain
 
 
 def test_one_small_baking_run_of_the_committed_champion(monkeypatch):
-    monkeypatch.setattr(controls, "read_problems", lambda path: read_problems(path)[:6])
-    settings = controls.baking_recipe() | {"examples": 4, "trajectories": 4, "epochs": 1}
-    row = controls.bake_once(find_run(""), settings, 1)
+    monkeypatch.setattr(baking, "read_problems", lambda path: read_problems(path)[:6])
+    settings = baking.baking_recipe() | {"examples": 4, "trajectories": 4, "epochs": 1}
+    row = baking.bake_once(find_run(""), settings, 1)
     assert row["direct_change"] == pytest.approx(row["direct_after"] - row["direct_before"], abs=1e-4)
     assert {"validation_accuracy", "gap_closed", "accuracy", "thinking_use", "strategy_fit"} <= row.keys()
     settings |= {"optimizer": "AdamW", "rate": 1e-3}
-    assert "accuracy" not in controls.bake_once(find_run(""), settings, 1, tested=False)
+    assert "accuracy" not in baking.bake_once(find_run(""), settings, 1, tested=False)
 
 
 def test_arms_differ_in_what_their_names_say():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-    made = {name: controls.make_optimizer(name, 0.006)(model) for name in controls.LOWEST}
+    made = {name: baking.make_optimizer(name, 0.006)(model) for name in baking.LOWEST}
     assert {g["weight_decay"] for o in made.values() for g in o.param_groups} == {0.0}
     muon, matched, subject = (o.param_groups for n, o in made.items() if n != "AdamW")
     assert [g["lr"] for g in muon] == [g["lr"] for g in matched] == [g["lr"] for g in subject] == [0.006, 0.001]
@@ -215,21 +217,21 @@ def test_optimizers_scan_widens_and_measures_other_seeds(tmp_path, monkeypatch):
         calls.append((name, rate, seed, tested))
         return {"validation_accuracy": -abs(np.log2(rate / best.get(name, 6e-3)))} | ({"accuracy": 0.8} if tested else {})
 
-    monkeypatch.setattr(controls, "bake_once", planted)
-    controls.optimizers(tmp_path, tmp_path, [0, 1])
+    monkeypatch.setattr(baking, "bake_once", planted)
+    baking.optimizers(tmp_path, tmp_path, [0, 1])
     scan, tested = ([c[:3] for c in calls if c[3] is kind] for kind in (False, True))
     assert {seed for *_, seed in scan} == {0} and {seed for *_, seed in tested} == {1, 2}
     assert sorted(rate for name, rate, _ in scan if name == "AdamW") == [0.25e-3, 0.5e-3, 1e-3, 2e-3, 4e-3, 8e-3]
     assert {(name, rate) for name, rate, _ in tested} == {
-        ("AdamW", 0.5e-3), *((name, 6e-3) for name in controls.LOWEST if name != "AdamW")}  # fmt: skip
-    points = controls.scan_lines(files.read_rows(tmp_path / "optimizers_scan.csv"))
+        ("AdamW", 0.5e-3), *((name, 6e-3) for name in baking.LOWEST if name != "AdamW")}  # fmt: skip
+    points = baking.scan_lines(files.read_rows(tmp_path / "optimizers_scan.csv"))
     assert points["Muon"] == sorted(points["Muon"]) and len(points["Muon"]) == 4
 
 
 def test_tables_of_seeds_and_optimizers():
     rows = [{"arm": a, "seed": s, "accuracy": 0.86, "thinking_use": 1, "strategy_fit": 1, "gap_closed": 0.9 + s / 100,
-             "direct_change": -0.06, "settings": {"rate": 0.006}, "seconds": 10} for a in controls.LOWEST for s in range(3)]  # fmt: skip
-    table = controls.seeds_table(rows)
+             "direct_change": -0.06, "settings": {"rate": 0.006}, "seconds": 10} for a in baking.LOWEST for s in range(3)]  # fmt: skip
+    table = baking.seeds_table(rows)
     assert table.loc["accuracy", "Muon: reached"] == "yes" and table.loc["direct_change", "Muon: reached"] == "no"
     assert table.loc["direct_change", "AdamW"] == "-0.060 [-0.060, -0.060]"
-    assert controls.optimizer_table(rows).loc["AdamW", "rate"] == "0.006"
+    assert baking.optimizer_table(rows).loc["AdamW", "rate"] == "0.006"

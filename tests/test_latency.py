@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from qs_lib import experiments_model_sizes
 from qs_lib.evaluation import latency
+from qs_lib.experiments import model_sizes
 from qs_lib.workbook import figures, scoreboard, tables
 
 
@@ -38,9 +38,9 @@ def test_one_by_one_samples_as_many_tokens_as_a_thought_has():
 
 
 def test_random_models(monkeypatch):
-    monkeypatch.setitem(experiments_model_sizes.RANDOM_MODELS, "small", (32, 48, 2, 4, 2, 64))
+    monkeypatch.setitem(model_sizes.RANDOM_MODELS, "small", (32, 48, 2, 4, 2, 64))
     settings = ((1, 1, 4), (2, 3, 5), (8, 1, 4))
-    rows = experiments_model_sizes.measure_models(["small"], (4, 6), settings, repeats=2, seconds=0, target_ms=1e9)
+    rows = model_sizes.measure_models(["small"], (4, 6), settings, repeats=2, seconds=0, target_ms=1e9)
     # eight positions do not fit in texts of four and six tokens
     assert [(r["text_length"], r["positions"]) for r in rows] == [(4, 1), (4, 2), (6, 1), (6, 2)]
     for row in rows:
@@ -53,10 +53,10 @@ def test_random_models(monkeypatch):
     assert len(figure.axes) == 2
 
 
-@pytest.mark.parametrize("name", experiments_model_sizes.RANDOM_MODELS)
+@pytest.mark.parametrize("name", model_sizes.RANDOM_MODELS)
 def test_sizes_are_what_they_are_called(name):
     with torch.device("meta"):
-        size = sum(p.numel() for p in experiments_model_sizes.random_model(name).lm.parameters())
+        size = sum(p.numel() for p in model_sizes.random_model(name).lm.parameters())
     assert abs(size / 1e6 / float(name[:-1]) - 1) < 0.2
 
 

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from test_baking import plain_trajectories
 from tiny import problems, tiny_champion, tiny_lm, tiny_quiet_star
 
-from qs_lib import champion, processes
+from qs_lib import champion
 from qs_lib.errors import TrainingError, WorkbookError
+from qs_lib.experiments import two_processes
 from qs_lib.training import baking, distributed, reinforce
 from qs_lib.training import pretrain as pretraining
 from qs_lib.training.checkpoint import Checkpoint
@@ -140,19 +141,19 @@ def test_reinforcement_in_two_processes_is_reinforcement_in_one(tmp_path, settin
 
 
 def test_the_training_to_try_says_how_many_there_were_and_ends_where_one_ends(tmp_path):
-    processes.train(tmp_path / "alone", steps=3)
-    for way, fsdp in processes.WAYS.items():
-        together(lambda way=way, fsdp=fsdp: processes.train(tmp_path / way, steps=3, fsdp=fsdp), tmp_path)
+    two_processes.train(tmp_path / "alone", steps=3)
+    for way, fsdp in two_processes.WAYS.items():
+        together(lambda way=way, fsdp=fsdp: two_processes.train(tmp_path / way, steps=3, fsdp=fsdp), tmp_path)
         one, two = (json.loads((tmp_path / way / f"rank-{number}.json").read_text()) for number in (0, 1))
         assert one["processes"] == two["processes"] == 2 and one["weights_sha256"] == two["weights_sha256"]
-        assert processes.largest_difference(tmp_path / "alone", tmp_path / way) < processes.BOUND
+        assert two_processes.largest_difference(tmp_path / "alone", tmp_path / way) < two_processes.BOUND
         alone = json.loads((tmp_path / "alone" / "rank-0.json").read_text())
         assert alone["processes"] == 1 and (one["held"] < alone["held"] if fsdp else one["held"] == alone["held"])
 
 
 def test_a_torchrun_that_fails_is_one_sentence(tmp_path):
     with pytest.raises(WorkbookError, match=r"torchrun ended with \d+ .*see all of it with `torchrun --standalone --nproc_per_node 0"):
-        processes.torchrun(0, tmp_path)
+        two_processes.torchrun(0, tmp_path)
 
 
 def test_a_signal_to_one_process_stops_both_and_both_go_on(tmp_path, monkeypatch):

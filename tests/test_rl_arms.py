@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import tiny_quiet_star
 
-from qs_lib import chain_seeds, rl_arms
 from qs_lib.data import pocket
+from qs_lib.experiments import chain, reinforcement
 from qs_lib.files import find_run, read_rows
 from qs_lib.training.reinforce import quiet_star_loss, train_quiet_star
 from qs_lib.workbook.stage import read_stage, stage_digest
@@ -16,49 +16,49 @@ from qs_lib.workbook.stage import read_stage, stage_digest
 @pytest.fixture
 def few(monkeypatch):
     """The committed models, and eight problems of each split."""
-    whole = rl_arms._load
+    whole = reinforcement._load
 
     def load(run, start):
         model, tokenizer, data = whole(run, start)
         return model, tokenizer, {split: problems[:8] for split, problems in data.items()}
 
-    monkeypatch.setattr(rl_arms, "_load", load)
-    monkeypatch.setattr(rl_arms, "seed_run", lambda run, seed, stages: run)
-    rl_arms.baseline.cache_clear()
-    yield rl_arms.rl_recipe() | {"steps": 2, "batch_size": 4, "evaluate_every": 1}
-    rl_arms.baseline.cache_clear()
+    monkeypatch.setattr(reinforcement, "_load", load)
+    monkeypatch.setattr(reinforcement, "seed_run", lambda run, seed, stages: run)
+    reinforcement.baseline.cache_clear()
+    yield reinforcement.rl_recipe() | {"steps": 2, "batch_size": 4, "evaluate_every": 1}
+    reinforcement.baseline.cache_clear()
 
 
 def test_every_arm_that_few_seeds_decide_is_there():
-    assert set(rl_arms.DECIDED_BY) < set(rl_arms.ARMS) and "full" not in rl_arms.DECIDED_BY
+    assert set(reinforcement.DECIDED_BY) < set(reinforcement.ARMS) and "full" not in reinforcement.DECIDED_BY
 
 
 def test_every_arm_changes_something_that_training_knows():
     known = set(inspect.signature(train_quiet_star).parameters) | set(inspect.signature(quiet_star_loss).parameters)
-    recipe = rl_arms.rl_recipe()
+    recipe = reinforcement.rl_recipe()
     assert set(recipe) <= known
-    for name, settings in rl_arms.ARMS.items():
+    for name, settings in reinforcement.ARMS.items():
         assert all(k in ("start", "think") or (k in recipe and recipe[k] != v) for k, v in settings.items()), name
-    starts = {s.get("start", "03_baking/baked") for s in rl_arms.ARMS.values()}
-    assert all((find_run("") / start / "model.safetensors").is_file() for start in starts - {rl_arms.EIGHTH})
+    starts = {s.get("start", "03_baking/baked") for s in reinforcement.ARMS.values()}
+    assert all((find_run("") / start / "model.safetensors").is_file() for start in starts - {reinforcement.EIGHTH})
 
 
 def test_an_arm_is_measured_against_the_model_it_started_from(few):
-    row = rl_arms.train_once(find_run(""), few, 0)
-    again, likely = rl_arms.baseline(find_run(""), "03_baking/baked", 28, 0)
+    row = reinforcement.train_once(find_run(""), few, 0)
+    again, likely = reinforcement.baseline(find_run(""), "03_baking/baked", 28, 0)
     assert row["baseline"] == again.mixed.mean() and row["gain"] == pytest.approx(row["accuracy"] - row["baseline"])
     assert row["gain_low"] <= row["gain"] <= row["gain_high"] and len(row["validation"]) == 2
     assert row["probability_baseline"] == likely["with"].mean()
     beyond = row["probability"] - likely["with fitted"].mean()
     assert row["beyond_temperature"] == pytest.approx(beyond)
-    half = rl_arms.train_once(find_run(""), few | {"start": "03_baking/epochs/1"}, 0)
-    assert half["baseline"] == rl_arms.baseline(find_run(""), "03_baking/epochs/1", 28, 0)[0].mixed.mean()
+    half = reinforcement.train_once(find_run(""), few | {"start": "03_baking/epochs/1"}, 0)
+    assert half["baseline"] == reinforcement.baseline(find_run(""), "03_baking/epochs/1", 28, 0)[0].mixed.mean()
 
 
 def test_direct_training_makes_the_answers_likelier_and_needs_no_thought(few):
     model, tokenizer = tiny_quiet_star()
     problems = pocket.generate("train", 4, 0)
-    ids, mask, positions = rl_arms.answer_batch(tokenizer, problems)
+    ids, mask, positions = reinforcement.answer_batch(tokenizer, problems)
 
     def answer_nll():
         model.lm.eval()
@@ -69,18 +69,18 @@ def test_direct_training_makes_the_answers_likelier_and_needs_no_thought(few):
         return -logits[torch.arange(4), at].log_softmax(-1).gather(1, ids[torch.arange(4), at + 1, None]).mean().item()
 
     before = answer_nll()
-    found = rl_arms.train_direct(model.lm, tokenizer, problems, problems, 40, 4, 2e-2, 1e-2, 0.4, 20)
+    found = reinforcement.train_direct(model.lm, tokenizer, problems, problems, 40, 4, 2e-2, 1e-2, 0.4, 20)
     assert answer_nll() < before / 2 and len(found) == 2
-    row = rl_arms.train_once(find_run(""), few | {"think": False}, 0)
+    row = reinforcement.train_once(find_run(""), few | {"think": False}, 0)
     assert row["without"] == row["accuracy"]
 
 
 def test_rows_are_kept(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(rl_arms, "for_scoreboard", lambda folder: None)
-    monkeypatch.setattr(rl_arms, "ARMS", {"full": {}, "pg off": {"pg_weight": 0.0}, "n_true 1": {"n_true": 1}})
-    monkeypatch.setattr(rl_arms, "DECIDED_BY", {"n_true 1": 3})
-    monkeypatch.setattr(rl_arms, "train_once", lambda run, settings, seed, checkpoint: {"gain": 0.1 + settings["pg_weight"], "v": [0.123456]})
-    rl_arms.reinforcement(find_run(""), tmp_path, [0, 1, 2, 3])
+    monkeypatch.setattr(reinforcement, "for_scoreboard", lambda folder: None)
+    monkeypatch.setattr(reinforcement, "ARMS", {"full": {}, "pg off": {"pg_weight": 0.0}, "n_true 1": {"n_true": 1}})
+    monkeypatch.setattr(reinforcement, "DECIDED_BY", {"n_true 1": 3})
+    monkeypatch.setattr(reinforcement, "train_once", lambda run, settings, seed, checkpoint: {"gain": 0.1 + settings["pg_weight"], "v": [0.123456]})
+    reinforcement.reinforcement(find_run(""), tmp_path, [0, 1, 2, 3])
     rows = read_rows(tmp_path / "rl.csv")
     assert sorted((r["arm"], r["seed"]) for r in rows) == sorted(
         [(a, s) for a in ("full", "pg off") for s in range(4)] + [("n_true 1", s) for s in range(3)]
@@ -90,12 +90,12 @@ def test_rows_are_kept(few, tmp_path, monkeypatch):
 
 def test_look_ahead_makes_its_run_once_and_only_where_it_is_missing(tmp_path, monkeypatch):
     made, trained = [], []
-    monkeypatch.setattr(rl_arms, "for_scoreboard", lambda folder: None)
-    monkeypatch.setattr(rl_arms, "stage_digest", lambda record: "0123456789abcdef")
-    monkeypatch.setattr(chain_seeds, "made_with", lambda run, settings, seed: bool(made))
-    monkeypatch.setattr(chain_seeds, "make_run", lambda *given: made.append(given))
-    monkeypatch.setattr(rl_arms, "train_once", lambda run, settings, seed, checkpoint: trained.append((run.name, settings["n_true"])) or {"gain": 0})
+    monkeypatch.setattr(reinforcement, "for_scoreboard", lambda folder: None)
+    monkeypatch.setattr(reinforcement, "stage_digest", lambda record: "0123456789abcdef")
+    monkeypatch.setattr(chain, "made_with", lambda run, settings, seed: bool(made))
+    monkeypatch.setattr(chain, "make_run", lambda *given: made.append(given))
+    monkeypatch.setattr(reinforcement, "train_once", lambda run, settings, seed, checkpoint: trained.append((run.name, settings["n_true"])) or {"gain": 0})
     for _ in range(2):
-        rl_arms.look_ahead(tmp_path / "pocket", tmp_path / "experiments", [0, 1])
+        reinforcement.look_ahead(tmp_path / "pocket", tmp_path / "experiments", [0, 1])
     assert made == [("pocket-digits-seed0", 0, ("01", "02", "03"), "pocket-digits")]
     assert [n for _, n in trained] == [4, 1] * 2 and trained[0][0] == "pocket-digits-seed0"

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from qs_lib import rl_findings as f
+from qs_lib.experiments import findings as f
 from qs_lib.files import write_rows
 
 

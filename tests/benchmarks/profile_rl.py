@@ -12,9 +12,9 @@ import torch
 
 from qs_lib.champion import load_champion
 from qs_lib.evaluation.accuracy import read_problems
+from qs_lib.experiments.reinforcement import rl_recipe
 from qs_lib.files import find_run
 from qs_lib.model import QuietStarForCausalLM
-from qs_lib.rl_arms import rl_recipe
 from qs_lib.training import reinforce
 
 PARTS = (

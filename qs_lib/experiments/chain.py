@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from .errors import UpstreamError
-from .experiments import repeat
-from .stats import column, seed_interval, shown
-from .workbook.params import stages_of
-from .workbook.stage import REPOSITORY, read_stage
+from ..errors import UpstreamError
+from ..stats import column, seed_interval, shown
+from ..workbook.params import stages_of
+from ..workbook.stage import REPOSITORY, read_stage
+from .arms import repeat
 
 # Stage -> what is kept of its summary. Those of GAINS come with the ends of their interval over problems.
 KEPT = {

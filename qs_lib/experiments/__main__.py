@@ -1,4 +1,4 @@
-"""``python -m qs_lib.evidence NAME``: run an experiment on the models and problems of a run; see ``experiments``.
+"""``python -m qs_lib.experiments NAME``: run an experiment on the models and problems of a run.
 
 It writes ``outputs/<run>/experiments/NAME.csv`` and goes on where it was stopped.
 """
@@ -7,16 +7,16 @@ import argparse
 
 import torch
 
-from . import chain_seeds, controls, grokking, rl_arms
-from .files import find_run
+from ..files import find_run
+from . import baking, chain, grokking, reinforcement
 
-EXPERIMENTS = {"baking": controls.baking, "chain": chain_seeds.chain, "optimizers": controls.optimizers,
-               "grokking": grokking.grokking, "look_ahead": rl_arms.look_ahead, "rl": rl_arms.reinforcement}  # fmt: skip
+EXPERIMENTS = {"baking": baking.baking, "chain": chain.chain, "optimizers": baking.optimizers,
+               "grokking": grokking.grokking, "look_ahead": reinforcement.look_ahead, "rl": reinforcement.reinforcement}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one experiment; its options are on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m qs_lib.evidence", description="Run one experiment: arms x seeds.")
+    parser = argparse.ArgumentParser(prog="python -m qs_lib.experiments", description="Run one experiment: arms x seeds.")
     parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--upstream", default="pocket", help="run whose models and problems are read")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -25,7 +25,5 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     run = find_run(given.upstream)
     EXPERIMENTS[given.name](run, run / "experiments", given.seeds)
-
-
 if __name__ == "__main__":
     main()

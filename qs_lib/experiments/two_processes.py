@@ -1,10 +1,10 @@
 """A training small enough to try several processes with, and whether they end where one process ends.
 
-    torchrun --standalone --nproc_per_node 2 -m qs_lib.processes outputs/two
-    python -m qs_lib.processes outputs/one
+    torchrun --standalone --nproc_per_node 2 -m qs_lib.experiments.two_processes outputs/two
+    python -m qs_lib.experiments.two_processes outputs/one
 
 On two machines the same command on each, with the first one's name and a folder that both see:
-``torchrun --nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id 1 --rdzv_endpoint HOST:29500 -m qs_lib.processes FOLDER``.
+``torchrun --nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id 1 --rdzv_endpoint HOST:29500 -m qs_lib.experiments.two_processes FOLDER``.
 """
 
 import argparse
@@ -15,13 +15,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from .champion import build_champion, build_tokenizer
-from .data import pocket
-from .errors import WorkbookError
-from .files import REPOSITORY, to_json, write_bytes
-from .training import distributed
-from .training.distributed import part, whole_state
-from .training.pretrain import corpus, pretrain
+from ..champion import build_champion, build_tokenizer
+from ..data import pocket
+from ..errors import WorkbookError
+from ..files import REPOSITORY, to_json, write_bytes
+from ..training import distributed
+from ..training.distributed import part, whole_state
+from ..training.pretrain import corpus, pretrain
 
 WAYS = {"averaged": False, "sharded": True}  # folder -> fsdp
 BOUND = 1e-3  # on a weight: Muon orthogonalises in bfloat16, where the order of a sum shows
@@ -63,15 +63,13 @@ def largest_difference(one: Path, other: Path) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line, under torchrun or alone."""
-    parser = argparse.ArgumentParser(prog="python -m qs_lib.processes", description="A tiny training, with whole weights and with sharded ones, in one process or several.")
+    parser = argparse.ArgumentParser(prog="python -m qs_lib.experiments.two_processes", description="A tiny training, with whole weights and with sharded ones, in one process or several.")
     parser.add_argument("folder", type=Path, help="where the model and what each process says go")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     for way, fsdp in WAYS.items():
         train(given.folder / way, given.steps, fsdp, given.seed)
-
-
 if __name__ == "__main__":
     main()
     if distributed.count() > 1:

@@ -5,18 +5,18 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .champion import load_champion
-from .data.problems import load_problems, rarefy
-from .data.strategies import reasoning_dataset
-from .evaluation.accuracy import direct_accuracy, habits, read_problems
-from .experiments import repeat, verdict
+from ..champion import load_champion
+from ..data.problems import load_problems, rarefy
+from ..data.strategies import reasoning_dataset
+from ..evaluation.accuracy import direct_accuracy, habits, read_problems
+from ..stats import column, difference, fixed, seed_interval, shown
+from ..training.baking import bake
+from ..training.checkpoint import Checkpoint
+from ..training.optim import MuonGrokfast
+from ..workbook.params import recipe
+from ..workbook.stage import read_stage, stage_digest
+from .arms import repeat, verdict
 from .grokking import matched_momentum
-from .stats import column, difference, fixed, seed_interval, shown
-from .training.baking import bake
-from .training.checkpoint import Checkpoint
-from .training.optim import MuonGrokfast
-from .workbook.params import recipe
-from .workbook.stage import read_stage, stage_digest
 
 # What the baked model must reach on test problems, as a mean over seeds.
 TARGETS = {"accuracy": 0.85, "thinking_use": 0.95, "strategy_fit": 0.9, "gap_closed": 0.8, "direct_change": -0.05}

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .files import discard, lock_run, read_rows, write_rows
-from .training.checkpoint import Checkpoint
-from .workbook.stage import code_hash, git_commit
+from ..files import discard, lock_run, read_rows, write_rows
+from ..training.checkpoint import Checkpoint
+from ..workbook.stage import code_hash, git_commit
 
 
 def repeat(path: Path, arms: dict[str, dict], seeds, measure) -> list[dict]:

@@ -1,14 +1,13 @@
 """Where Grokfast's own claim lives: a small network learns a + b mod p, by heart long before it understands."""
 
-
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .experiments import repeat, verdict
-from .stats import difference
+from ..stats import difference
+from .arms import repeat, verdict
 
 MODULUS = 47
 SETTINGS = {"steps": 3000, "weight_decay": 1.0, "every": 50}

@@ -10,25 +10,25 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from .chain_seeds import seed_run
-from .champion import load_champion
-from .controls import BAKED_WITH, OPTIMIZED_WITH
-from .data.batches import answer_batch, curriculum
-from .data.problems import baking_data
-from .data.tokens import thinking_ids
-from .evaluation.accuracy import direct_accuracy, measure, read_problems
-from .evaluation.likelihood import SHARPENINGS, answer_probability, fitted
-from .experiments import repeat
-from .model import QuietStarForCausalLM
-from .rl_findings import for_scoreboard
-from .stats import interval, named
-from .training.baking import bake
-from .training.checkpoint import Checkpoint
-from .training.loop import schedule
-from .training.optim import MuonGrokfast
-from .training.reinforce import train_quiet_star
-from .workbook.params import recipe
-from .workbook.stage import read_stage, stage_digest
+from ..champion import load_champion
+from ..data.batches import answer_batch, curriculum
+from ..data.problems import baking_data
+from ..data.tokens import thinking_ids
+from ..evaluation.accuracy import direct_accuracy, measure, read_problems
+from ..evaluation.likelihood import SHARPENINGS, answer_probability, fitted
+from ..model import QuietStarForCausalLM
+from ..stats import interval, named
+from ..training.baking import bake
+from ..training.checkpoint import Checkpoint
+from ..training.loop import schedule
+from ..training.optim import MuonGrokfast
+from ..training.reinforce import train_quiet_star
+from ..workbook.params import recipe
+from ..workbook.stage import read_stage, stage_digest
+from .arms import repeat
+from .baking import BAKED_WITH, OPTIMIZED_WITH
+from .chain import seed_run
+from .findings import for_scoreboard
 
 EIGHTH = "an eighth of the baking"
 # Arm -> what differs from the recipe. ``start``: the folder of the model below a run's stages, or EIGHTH (eighth_baked).

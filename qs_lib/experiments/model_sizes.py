@@ -1,4 +1,4 @@
-
+"""What thoughts cost on larger models with fresh weights: the rows of notebook 07."""
 
 import time
 
@@ -7,10 +7,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from .evaluation.latency import _ms, forward_with_thoughts
-from .model import QuietStarForCausalLM
-from .thoughts.attention import LanguageHead
-from .thoughts.sampler import sample
+from ..evaluation.latency import _ms, forward_with_thoughts
+from ..model import QuietStarForCausalLM
+from ..thoughts.attention import LanguageHead
+from ..thoughts.sampler import sample
 
 RANDOM_MODELS = {  # hidden, intermediate, layers, heads, key heads, vocabulary
     "10M": (256, 704, 10, 8, 4, 8192),
