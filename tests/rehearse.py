@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import qs_lib as qs
 from qs_lib.champion import build_tokenizer
 from qs_lib.data.strategies import PROMPTS
+from qs_lib.files import REPOSITORY
 from qs_lib.training.pretrain import corpus, pretrain
-from qs_lib.workbook.stage import REPOSITORY
 
 HEAD = 4  # numbers a head, in place of 64 and 128
 SHAPES = {

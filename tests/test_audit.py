@@ -15,7 +15,7 @@ FORBIDDEN_CALLS = {"torch.load", "torch.save", "yaml.load", "yaml.unsafe_load", 
 # What may stand between the tags of an f-string: escaping, numbers, and functions whose own result is HTML made this way.
 SAFE_CALLS = {"safe_text", "safe_token", "render", "overview", "_effect", "_outcome", "_nats", "_shade", "_bar", "len", "_coherence", "current_html"}
 SAFE_NAMES = {  # file -> names that hold such results
-    "render.py": {"words", "numbers", "cut", "rows", "head", "body", "rest", "read", "name", "t", "answers", "facts", "number", "n", "k", "left_out", "heading", "effect"},
+    "html.py": {"words", "numbers", "cut", "rows", "head", "body", "rest", "read", "name", "t", "answers", "facts", "number", "n", "k", "left_out", "heading", "effect"},
     "inspector.py": {"body", "title", "STYLE", "place", "listed", "part"},
 }
 
@@ -101,9 +101,9 @@ def test_nothing_of_it_is_in_the_library(path):
 
 def test_an_escape_that_is_taken_out_is_found():
     """A planted fault in the real file: every call of safe_text or safe_token, one after the other."""
-    source = (SOURCES[0].parent / "render.py").read_text(encoding="utf-8")
+    source = next(p for p in SOURCES if p.name == "html.py").read_text(encoding="utf-8")
     for name in ("safe_text(", "safe_token("):
         pieces = source.split(name)
         holes = [name.join(pieces[: i + 1]) + "str(" + name.join(pieces[i + 1 :]) for i in range(len(pieces) - 1)]
-        seen = [bool(findings(hole, "render.py")) for hole in holes]
+        seen = [bool(findings(hole, "html.py")) for hole in holes]
         assert sum(seen) >= len(seen) - 1, "all but those whose result is joined before it meets a tag"

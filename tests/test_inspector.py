@@ -7,21 +7,8 @@ import pytest
 from hostile import HOSTILE
 
 from qs_lib.evaluation.episodes import Episode, Thought
-from qs_lib.viewing.html import (
-    MOST_THOUGHTS,
-    MOST_TOKENS,
-    disagree,
-    helped,
-    invisible,
-    overview,
-    render,
-    right,
-    safe_label,
-    safe_line,
-    safe_option,
-    safe_text,
-    safe_token,
-)
+from qs_lib.viewing.escape import invisible, safe_label, safe_line, safe_option, safe_text, safe_token
+from qs_lib.viewing.html import MOST_THOUGHTS, MOST_TOKENS, disagree, helped, overview, render, right
 from qs_lib.viewing.inspector import FILTERS, SORTS, ThoughtInspector
 
 

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from test_baking import plain_trajectories
 from tiny import problems, tiny_champion, tiny_lm, tiny_quiet_star
 
-from qs_lib import champion
 from qs_lib.errors import TrainingError, WorkbookError
 from qs_lib.experiments import two_processes
 from qs_lib.training import baking, distributed, reinforce
@@ -185,8 +184,8 @@ def test_processes_that_differ_are_told(tmp_path):
 
     def bad_loss():
         model, tokenizer = tiny_champion()
-        encode = champion.F.cross_entropy
-        champion.F.cross_entropy = lambda *a, **k: encode(*a, **k) * (1 if distributed.first() else float("nan"))
+        encode = pretraining.F.cross_entropy
+        pretraining.F.cross_entropy = lambda *a, **k: encode(*a, **k) * (1 if distributed.first() else float("nan"))
         pretraining.pretrain(model, tokenizer, pretraining.corpus(problems(size=60)), 1)
 
     assert all(text.startswith(TrainingError.__name__) and "loss is nan" in text for text in together(bad_loss, tmp_path, fine=False))

@@ -8,10 +8,10 @@ from test_baking import plain_trajectories
 from tiny import problems, tiny_lm, tiny_quiet_star
 
 import qs_lib as qs
+from qs_lib.files import REPOSITORY
 from qs_lib.training import baking
 from qs_lib.workbook.params import recipe
 from qs_lib.workbook.run import given_parameters
-from qs_lib.workbook.stage import REPOSITORY
 
 VARIANTS = ["gsm8k-qwen2.5-0.5b", "gsm8k-qwen2.5-7b"]
 

@@ -299,8 +299,8 @@ data: str = ""  # d
 steps: int = 3  # n
 """
 CHECK = """from tqdm.auto import tqdm
-from qs_lib.params import NotebookParams
-from qs_lib.stage import start_stage
+from qs_lib.workbook.params import NotebookParams
+from qs_lib.workbook.stage import start_stage
 class Toy(NotebookParams):
     data: str = ""
     steps: int = 3

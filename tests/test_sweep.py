@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,8 +23,8 @@ from qs_lib.workbook.run import run_stage
 CHECK = f"""import json, sys, time, types
 sys.modules["qs_lib"] = types.ModuleType("qs_lib")
 sys.modules["qs_lib"].__path__ = [{str(PACKAGE)!r}]
-from qs_lib.params import NotebookParams
-from qs_lib.stage import start_stage
+from qs_lib.workbook.params import NotebookParams
+from qs_lib.workbook.stage import start_stage
 class Toy(NotebookParams):
     data: str = ""
     steps: int = 3
@@ -109,7 +110,7 @@ def test_committed_results_are_of_the_sweep_that_is_there_and_say_what_made_them
     for name, rows in found.items():
         grid = sweep.read_sweep(name)["grid"]
         assert all(row[parameter] in values for row in rows for parameter, values in grid.items())
-        assert all(row["command"].startswith("python -m qs_lib.workbook.sweep") and row["commit"] and row["machine"] for row in rows)
+        assert all(re.match(r"python -m qs_lib\.(workbook\.)?sweep ", row["command"]) and row["commit"] and row["machine"] for row in rows)
 
 
 def test_a_line_of_the_figure_for_what_varies_besides_x_and_the_seed():

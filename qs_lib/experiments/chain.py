@@ -7,9 +7,10 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import UpstreamError
+from ..files import REPOSITORY
 from ..stats import column, seed_interval, shown
 from ..workbook.params import stages_of
-from ..workbook.stage import REPOSITORY, read_stage
+from ..workbook.stage import read_stage
 from .arms import repeat
 
 # Stage -> what is kept of its summary. Those of GAINS come with the ends of their interval over problems.

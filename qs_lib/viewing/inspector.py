@@ -9,7 +9,8 @@ from IPython.display import display
 from ..errors import WorkbookError
 from ..evaluation.episodes import STEPS, Episode, read_episodes, text_tokens, think_at
 from ..files import outputs_root, write_bytes
-from .html import MOST_TOKENS, STYLE, disagree, helped, overview, render, right, safe_option, safe_text, wrong
+from .escape import safe_option, safe_text
+from .html import MOST_TOKENS, STYLE, disagree, helped, overview, render, right, wrong
 
 FILTERS = {
     "all": lambda episodes: episodes,

@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 
 from ..errors import StageError, WorkbookError
-from ..viewing.html import safe_line
+from ..viewing.escape import safe_line
 
 # tqdm.auto draws a widget in a kernel, which a terminal cannot show: text bars there, passed on by Terminal
 TEXT_BARS = "import tqdm.auto as _a, tqdm.std as _s; _a.tqdm, _a.trange = _s.tqdm, _s.trange; del _a, _s"

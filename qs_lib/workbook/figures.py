@@ -9,7 +9,7 @@ from IPython.display import display
 from matplotlib.ticker import MaxNLocator
 
 from ..stats import Reliability, interval, pearson
-from ..viewing.html import safe_label
+from ..viewing.escape import safe_label
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 STYLES = ((BLUE, "-", "o", ""), (GREY, "--", "s", "//"))  # this run; the committed pocket run

@@ -17,9 +17,8 @@ from tqdm.auto import tqdm
 from ..champion import load_champion
 from ..data.tokens import encode_context, pad
 from ..errors import SourceError, WorkbookError
-from ..files import find_run, to_json, write_bytes
+from ..files import REPOSITORY, find_run, to_json, write_bytes
 from ..model import QuietStarForCausalLM
-from .stage import REPOSITORY
 
 try:
     from lm_eval import simple_evaluate

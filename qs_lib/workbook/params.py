@@ -17,8 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ParameterError
-from ..files import RUN_NAME
-from .stage import REPOSITORY
+from ..files import REPOSITORY, RUN_NAME
 
 PARAMETER_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import yaml
 
 from ..errors import ParameterError, StageError, WorkbookError
-from ..files import find_run, lock_run, run_folder
+from ..files import REPOSITORY, find_run, lock_run, run_folder
 from .execute import execute, shown_path
 from .params import check_parameters, check_variant, notebook_parameters, read_variant, unknown_name
-from .stage import REPOSITORY, notebook_hash, read_stage, stage_finished
+from .stage import notebook_hash, read_stage, stage_finished
 
 
 def stage_notebooks(folder: Path) -> list[Path]:

@@ -23,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from ..errors import ParameterError, StageError, WorkbookError
-from ..files import find_run, lock_run, outputs_root, read_rows, run_folder, write_rows
+from ..files import REPOSITORY, find_run, lock_run, outputs_root, read_rows, run_folder, write_rows
 from . import figures
 from .params import (
     check_parameters,
@@ -34,7 +34,6 @@ from .params import (
     unknown_name,
 )
 from .run import run_stage
-from .stage import REPOSITORY
 
 COSTS = ("seconds", "peak_memory_mb")  # every row has them, and they differ from run to run
 FILE_KEYS = {"notebooks", "variant", "grid", "x", "y"}

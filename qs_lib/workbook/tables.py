@@ -17,7 +17,7 @@ from ..evaluation.theater import CHECKS, TheaterReport
 from ..files import find_run
 from ..stats import correlation, fixed, named, shown
 from ..training.baking import BakingItem
-from ..viewing.html import safe_text, safe_token
+from ..viewing.escape import safe_text, safe_token
 
 
 def committed(params, stage: str, name: str):

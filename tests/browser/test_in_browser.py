@@ -12,7 +12,7 @@ from drive import IDLE, free_port, serve
 from hostile import HOSTILE
 
 from qs_lib.evaluation.episodes import Episode, Thought
-from qs_lib.viewing.html import safe_text
+from qs_lib.viewing.escape import safe_text
 from qs_lib.viewing.inspector import ThoughtInspector
 
 pytestmark = pytest.mark.browser
