@@ -17,12 +17,35 @@ from .training.optim import MuonGrokfast
 from .training.reinforce import TrainingResult, train_quiet_star
 
 __all__ = [
-    "STRATEGIES", "THINKING_TOKENS", "BakingResult", "Coherence", "Episode", "LatencyReport", "MixingHead",
-    "MuonGrokfast", "QuietStarConfig", "QuietStarForCausalLM", "Rescored", "TheaterReport", "Thoughts",
-    "TrainingResult", "add_thinking_tokens", "anti_theater", "bake", "coherence", "difficult_positions", "generate_thoughts", "load_champion",
-    "load_problems", "measure_latency", "read_episodes", "reasoning_dataset", "rescore_thoughts", "thought_length",
+    "STRATEGIES",
+    "THINKING_TOKENS",
+    "BakingResult",
+    "Coherence",
+    "Episode",
+    "LatencyReport",
+    "MixingHead",
+    "MuonGrokfast",
+    "QuietStarConfig",
+    "QuietStarForCausalLM",
+    "Rescored",
+    "TheaterReport",
+    "Thoughts",
+    "TrainingResult",
+    "add_thinking_tokens",
+    "anti_theater",
+    "bake",
+    "coherence",
+    "difficult_positions",
+    "generate_thoughts",
+    "load_champion",
+    "load_problems",
+    "measure_latency",
+    "read_episodes",
+    "reasoning_dataset",
+    "rescore_thoughts",
+    "thought_length",
     "train_quiet_star",
-]  # fmt: skip
+]
 
 
 def __getattr__(name):

@@ -24,7 +24,9 @@ from .files import find_run
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 
 
-def load_champion(source: str = "pocket", dtype=torch.float32, device: str | None = None, chat_template: bool | None = None):
+def load_champion(
+    source: str = "pocket", dtype=torch.float32, device: str | None = None, chat_template: bool | None = None
+):
     """(model, tokenizer) from ``"pocket"`` (the committed run's), a Hugging Face name or a folder.
 
     The model is in evaluation mode, on ``device`` (by default what ``QS_DEVICE`` says, else the CPU: notebooks repeat their
@@ -45,12 +47,18 @@ def load_champion(source: str = "pocket", dtype=torch.float32, device: str | Non
     except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise _unloadable(source, local, given["local_files_only"], error) from None
     if found["missing_keys"]:
-        raise SourceError(f"{source} lacks weights that its configuration asks for: {', '.join(sorted(found['missing_keys'])[:3])}")
+        raise SourceError(
+            f"{source} lacks weights that its configuration asks for: {', '.join(sorted(found['missing_keys'])[:3])}"
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise SourceError(f"{source}: the tokenizer knows {len(tokenizer)} tokens and the model {rows}: they do not belong together")
+        raise SourceError(
+            f"{source}: the tokenizer knows {len(tokenizer)} tokens and the model {rows}: they do not belong together"
+        )
     if chat_template and not tokenizer.chat_template:
-        raise SourceError(f"{source} has no chat template: set chat_template to False, or take the instruction-tuned model")
+        raise SourceError(
+            f"{source} has no chat template: set chat_template to False, or take the instruction-tuned model"
+        )
     if chat_template is False:
         tokenizer.chat_template = None
     tokenizer.padding_side = "left"
@@ -73,13 +81,19 @@ def load_tokenizer(source: str | Path, **given):
 def _unloadable(source: str, local: bool, offline: bool, error: Exception) -> WorkbookError:
     """The sentence for a model that could not be loaded."""
     if not local and offline:
-        return HubError(f"there is no folder {source}, the hub does not answer, and no copy of {source} was downloaded before: "
-                        "give a folder that save_pretrained wrote")  # fmt: skip
+        return HubError(
+            f"there is no folder {source}, the hub does not answer, and no copy of {source} was downloaded before: "
+            "give a folder that save_pretrained wrote"
+        )
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return SourceError(f"{source} cannot be loaded as a causal language model with its tokenizer, weights in safetensors: {reason}")
+    return SourceError(
+        f"{source} cannot be loaded as a causal language model with its tokenizer, weights in safetensors: {reason}"
+    )
 
 
-def build_tokenizer(source: str, texts: list[str], vocab_size: int = 2048, byte_level: bool = False) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    source: str, texts: list[str], vocab_size: int = 2048, byte_level: bool = False
+) -> PreTrainedTokenizerFast:
     """The pocket task's word-level tokenizer, or a byte-level BPE trained on ``texts`` in which every digit is a token.
 
     The pocket task's knows the words of the strategy prompts and the marker words; ``byte_level`` replaces it too.
@@ -93,26 +107,48 @@ def build_tokenizer(source: str, texts: list[str], vocab_size: int = 2048, byte_
     )
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     raw.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left",
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        padding_side="left",
         model_max_length=512,
-    )  # fmt: skip
+    )
 
 
-def build_champion(tokenizer, architecture: str = "llama", hidden_size: int = 128, layers: int = 2, heads: int = 4,
-                   intermediate_size: int = 384, seed: int = 0):  # fmt: skip
+def build_champion(
+    tokenizer,
+    architecture: str = "llama",
+    hidden_size: int = 128,
+    layers: int = 2,
+    heads: int = 4,
+    intermediate_size: int = 384,
+    seed: int = 0,
+):
     """A small model of a known family with fresh weights (tied embeddings, RoPE), sized for ``tokenizer``."""
     if architecture not in CONFIGS:
         raise WorkbookError(f"architecture {architecture!r}; known: {', '.join(CONFIGS)}")
     torch.manual_seed(seed)
     config = CONFIGS[architecture](
-        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=intermediate_size,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True,
-        max_position_embeddings=tokenizer.model_max_length, initializer_range=0.05, attention_dropout=0.0,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        tie_word_embeddings=True,
+        max_position_embeddings=tokenizer.model_max_length,
+        initializer_range=0.05,
+        attention_dropout=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return AutoModelForCausalLM.from_config(config)

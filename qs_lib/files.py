@@ -102,14 +102,10 @@ def lock_run(folder: Path, user: str, name: str = ".lock") -> FileLock:
             holder = (folder / f"{name}.holder").read_text(encoding="utf-8")
         except OSError:
             holder = "another process"
-        raise StageError(
-            f"run {folder.name} is in use by {holder}; wait, stop it, or choose another name"
-        ) from None
+        raise StageError(f"run {folder.name} is in use by {holder}; wait, stop it, or choose another name") from None
     except OSError as error:
         raise write_error(error, folder) from None
-    write_bytes(
-        folder / f"{name}.holder", f"process {os.getpid()} on {socket.gethostname()} ({user})".encode()
-    )
+    write_bytes(folder / f"{name}.holder", f"process {os.getpid()} on {socket.gethostname()} ({user})".encode())
     return lock
 
 

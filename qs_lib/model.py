@@ -89,11 +89,15 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             module._is_hf_initialized = True  # post_init must leave the loaded weights alone
         lm.config._name_or_path = ""  # nested configurations keep it: the saved model would tell its maker's folders
         config = QuietStarConfig(
-            text_config=lm.config, attn_implementation=lm.config._attn_implementation,
-            think_token_id=lm.config.think_token_id, end_think_token_id=lm.config.end_think_token_id,
-            hidden_ids=thinking_ids(tokenizer) if tokenizer is not None else
-            [lm.config.think_token_id, lm.config.end_think_token_id], **settings,
-        )  # fmt: skip
+            text_config=lm.config,
+            attn_implementation=lm.config._attn_implementation,
+            think_token_id=lm.config.think_token_id,
+            end_think_token_id=lm.config.end_think_token_id,
+            hidden_ids=thinking_ids(tokenizer)
+            if tokenizer is not None
+            else [lm.config.think_token_id, lm.config.end_think_token_id],
+            **settings,
+        )
         model = cls(config, lm=lm)
         model.mixing_head.to(lm.device)
         model.generation_config = lm.generation_config
@@ -119,16 +123,35 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.lm.set_output_embeddings(value)
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None,
-                logits_to_keep=0, think=None, labels=None, **kwargs):  # fmt: skip
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=None,
+        logits_to_keep=0,
+        think=None,
+        labels=None,
+        **kwargs,
+    ):
         think = self.config.think if think is None else think
         if not think:
-            return self.lm(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                           past_key_values=past_key_values, use_cache=use_cache, logits_to_keep=logits_to_keep,
-                           labels=labels, **kwargs)  # fmt: skip
+            return self.lm(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                labels=labels,
+                **kwargs,
+            )
         if past_key_values is not None:
             if logits_to_keep > 1:  # assisted generation asks for several tokens' predictions at once
-                raise WorkbookError("a draft cannot be checked while thinking: generate without it, or with think=False")
+                raise WorkbookError(
+                    "a draft cannot be checked while thinking: generate without it, or with think=False"
+                )
             return self._write(input_ids, attention_mask, past_key_values)
         keep = logits_to_keep or input_ids.shape[1]
         positions = torch.arange(input_ids.shape[1] - keep, input_ids.shape[1], device=input_ids.device)
@@ -150,18 +173,30 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         Raises ``WorkbookError`` where learned positions leave no room for a thought behind the text.
         """
         c = self.config
-        defaults = {"num_thoughts": c.num_thoughts, "thought_length": c.thought_length,
-                    "temperature": c.thought_temperature}  # fmt: skip
+        defaults = {
+            "num_thoughts": c.num_thoughts,
+            "thought_length": c.thought_length,
+            "temperature": c.thought_temperature,
+        }
         try:
-            return generate_thoughts(self.lm, input_ids, attention_mask, positions, generator=generator,
-                                     think_id=c.think_token_id, end_id=c.end_think_token_id,
-                                     **{**defaults, **settings})  # fmt: skip
+            return generate_thoughts(
+                self.lm,
+                input_ids,
+                attention_mask,
+                positions,
+                generator=generator,
+                think_id=c.think_token_id,
+                end_id=c.end_think_token_id,
+                **{**defaults, **settings},
+            )
         except IndexError:
             most = getattr(c.get_text_config(), "max_position_embeddings", None)
             if most is None or input_ids.shape[1] + {**defaults, **settings}["thought_length"] <= most:
                 raise
-            raise WorkbookError(f"a text of {input_ids.shape[1]} tokens leaves no room for thoughts among the model's {most} "
-                                "positions: shorten the text or thought_length") from None  # fmt: skip
+            raise WorkbookError(
+                f"a text of {input_ids.shape[1]} tokens leaves no room for thoughts among the model's {most} "
+                "positions: shorten the text or thought_length"
+            ) from None
 
     def mix(self, base: torch.Tensor, thought: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Mixed next-token log-probs (..., vocab) from hidden states base (..., hidden) and thought (..., K, hidden).
@@ -184,20 +219,29 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         """Last hidden states (rows, new tokens, hidden); fills ``cache``."""
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
-        return backbone(lm)(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                            past_key_values=cache, use_cache=cache is not None).last_hidden_state  # fmt: skip
+        return backbone(lm)(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
 
     def _write(self, input_ids, attention_mask, cache):
         """One step of cached generation: read the new tokens in all streams, think where it is time, mix."""
         state = cache
         if not isinstance(cache, ThinkingCache):
             if cache.get_seq_length():  # an empty one of any kind is replaced
-                raise WorkbookError(f"thinking cannot go on from a {type(cache).__name__} that it did not fill: leave the cache out, "
-                                    "or generate with think=False")  # fmt: skip
+                raise WorkbookError(
+                    f"thinking cannot go on from a {type(cache).__name__} that it did not fill: leave the cache out, "
+                    "or generate with think=False"
+                )
             state = ThinkingCache(input_ids, attention_mask)
         if state.started:
             state.append(input_ids, attention_mask)
-        if not state.started or state.age >= self.config.n_true or input_ids.shape[1] > 1:  # more text, not a written token
+        if (
+            not state.started or state.age >= self.config.n_true or input_ids.shape[1] > 1
+        ):  # more text, not a written token
             last = torch.full((len(state.ids), 1), state.ids.shape[1] - 1, device=state.ids.device)
             last = last.masked_fill(state.mask[:, -1:] == 0, -1)  # a piece of the prompt may be all padding
             thoughts = self.think(state.ids, state.mask, last)
@@ -262,6 +306,8 @@ def thought_rows(input_ids, attention_mask, tokens, lengths, pad_id: int):
     ids = torch.stack([torch.nn.functional.pad(r, (width - len(r), 0), value=pad_id) for r in rows])
     lengths = torch.tensor([len(r) for r in rows], device=ids.device)
     return ids, (torch.arange(width, device=ids.device) >= (width - lengths)[:, None]).long()
+
+
 AutoConfig.register("quietstar", QuietStarConfig, exist_ok=True)
 AutoModelForCausalLM.register(QuietStarConfig, QuietStarForCausalLM, exist_ok=True)
 

@@ -67,8 +67,9 @@ def reliability(score, right, bins: int = 10, seed: int = 0, resamples: int = 10
         ratios = (times @ wins)[again > 0] / again[again > 0]
         preference = (float(wins.sum() / pairs.sum()), *map(float, np.quantile(ratios, [0.025, 0.975])))
     low, high = np.quantile(errors, [0.025, 0.975])
-    return Reliability(rows, (float(np.abs(s - h).sum() / score.size), float(low), float(high)), preference,
-                       int((pairs > 0).sum()))  # fmt: skip
+    return Reliability(
+        rows, (float(np.abs(s - h).sum() / score.size), float(low), float(high)), preference, int((pairs > 0).sum())
+    )
 
 
 def votes(weights, answers: list[list[str]]) -> np.ndarray:

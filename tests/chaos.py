@@ -66,16 +66,43 @@ def teach(model, tokenizer, saving):
 
     # A model so small writes no whole thought: its held-out and sampled replies are worked examples instead.
     module.sample_trajectories = lambda teacher, tokenizer, problems, **_: [
-        module.thought_item(tokenizer, f"{e['prompt']} {e['question']}", e["question"], tokenizer.encode(" " + e["reply"], add_special_tokens=False)
-                            + [tokenizer.eos_token_id]) for e in EXAMPLES[:6]]  # fmt: skip
-    bake(model, tokenizer, EXAMPLES, problems(size=64), problems("validation", 6), epochs=2, batch_size=12, patience=1,
-         checkpoint=saving)  # fmt: skip
+        module.thought_item(
+            tokenizer,
+            f"{e['prompt']} {e['question']}",
+            e["question"],
+            tokenizer.encode(" " + e["reply"], add_special_tokens=False) + [tokenizer.eos_token_id],
+        )
+        for e in EXAMPLES[:6]
+    ]
+    bake(
+        model,
+        tokenizer,
+        EXAMPLES,
+        problems(size=64),
+        problems("validation", 6),
+        epochs=2,
+        batch_size=12,
+        patience=1,
+        checkpoint=saving,
+    )
 
 
 def rl(saving):
     model, tokenizer = tiny_quiet_star()
-    train_quiet_star(model, tokenizer, problems(size=64), problems("validation", 6), steps=24, batch_size=4, num_thoughts=3,
-                     thought_length=8, n_true=3, evaluate_every=5, baseline="value", checkpoint=saving)  # fmt: skip
+    train_quiet_star(
+        model,
+        tokenizer,
+        problems(size=64),
+        problems("validation", 6),
+        steps=24,
+        batch_size=4,
+        num_thoughts=3,
+        thought_length=8,
+        n_true=3,
+        evaluate_every=5,
+        baseline="value",
+        checkpoint=saving,
+    )
     return model
 
 
@@ -89,6 +116,7 @@ def run(training, folder: Path) -> None:
     random.seed(0)
     checkpoint.SHARE = float("inf")
     with open(folder / "metrics.jsonl", "w") as metrics:
+
         def log(**line):
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()

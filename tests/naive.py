@@ -41,8 +41,7 @@ def rescore(model, input_ids, thoughts, attention_mask=None, n_true=4, forbid_tr
     entropy = [[zero] * length for _ in range(batch * count * number)]
     true = [[zero] * n_true for _ in range(batch * count * number)]
     base = [[zero] * n_true for _ in range(batch * count)]
-    hidden = torch.zeros(batch, count, number, n_true, model.config.get_text_config().hidden_size,
-                         dtype=model.dtype)
+    hidden = torch.zeros(batch, count, number, n_true, model.config.get_text_config().hidden_size, dtype=model.dtype)
     base_hidden = hidden[:, :, 0].clone()
     for row in range(batch):
         for slot in range(count):
@@ -82,6 +81,9 @@ def rescore(model, input_ids, thoughts, attention_mask=None, n_true=4, forbid_tr
         "thought_entropy": stack(entropy, batch, count, number, length),
         "true_logprobs": stack(true, batch, count, number, n_true),
         "base_logprobs": stack(base, batch, count, n_true),
-        "valid": valid, "base_hidden": base_hidden, "thought_hidden": hidden,
-        "true_full": full, "base_full": base_full,
+        "valid": valid,
+        "base_hidden": base_hidden,
+        "thought_hidden": hidden,
+        "true_full": full,
+        "base_full": base_full,
     }

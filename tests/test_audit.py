@@ -11,11 +11,51 @@ import pytest
 SOURCES = sorted((Path(__file__).parents[1] / "qs_lib").rglob("*.py"))
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
-FORBIDDEN_CALLS = {"torch.load", "torch.save", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "pd.read_pickle"}
+FORBIDDEN_CALLS = {
+    "torch.load",
+    "torch.save",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "os.system",
+    "pd.read_pickle",
+}
 # What may stand between the tags of an f-string: escaping, numbers, and functions whose own result is HTML made this way.
-SAFE_CALLS = {"safe_text", "safe_token", "render", "overview", "_effect", "_outcome", "_nats", "_shade", "_bar", "len", "_coherence", "current_html"}
+SAFE_CALLS = {
+    "safe_text",
+    "safe_token",
+    "render",
+    "overview",
+    "_effect",
+    "_outcome",
+    "_nats",
+    "_shade",
+    "_bar",
+    "len",
+    "_coherence",
+    "current_html",
+}
 SAFE_NAMES = {  # file -> names that hold such results
-    "html.py": {"words", "numbers", "cut", "rows", "head", "body", "rest", "read", "name", "t", "answers", "facts", "number", "n", "k", "left_out", "heading", "effect"},
+    "html.py": {
+        "words",
+        "numbers",
+        "cut",
+        "rows",
+        "head",
+        "body",
+        "rest",
+        "read",
+        "name",
+        "t",
+        "answers",
+        "facts",
+        "number",
+        "n",
+        "k",
+        "left_out",
+        "heading",
+        "effect",
+    },
     "inspector.py": {"body", "title", "STYLE", "place", "listed", "part"},
 }
 
@@ -47,8 +87,11 @@ def findings(source: str, file: str = "x.py") -> list[str]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":
             found += [f"{file}:{line} formats HTML"] if "<" in ast.unparse(node.func.value) else []
         if isinstance(node, ast.JoinedStr) and any("<" in p.value for p in node.values if isinstance(p, ast.Constant)):
-            found += [f"{file}:{line} puts {ast.unparse(p.value)} into HTML" for p in node.values
-                      if isinstance(p, ast.FormattedValue) and not escaped(p, file)]  # fmt: skip
+            found += [
+                f"{file}:{line} puts {ast.unparse(p.value)} into HTML"
+                for p in node.values
+                if isinstance(p, ast.FormattedValue) and not escaped(p, file)
+            ]
     return found
 
 
@@ -65,8 +108,11 @@ def escaped(part: ast.FormattedValue, file: str) -> bool:
         return True  # a JoinedStr is looked at for itself
     if isinstance(value, ast.Call):
         name = calls(value.func)
-        return name.split(".")[-1] in SAFE_CALLS or (isinstance(value.func, ast.Attribute) and value.func.attr == "join"
-                                                     and isinstance(value.func.value, ast.Constant))  # fmt: skip
+        return name.split(".")[-1] in SAFE_CALLS or (
+            isinstance(value.func, ast.Attribute)
+            and value.func.attr == "join"
+            and isinstance(value.func.value, ast.Constant)
+        )
     if isinstance(value, ast.BinOp):
         return isinstance(value.op, (ast.Sub, ast.Mult, ast.Add)) and "text" not in ast.unparse(value)
     if isinstance(value, ast.Attribute):
@@ -75,12 +121,28 @@ def escaped(part: ast.FormattedValue, file: str) -> bool:
 
 
 PLANTED = (
-    "import pickle", "from pickle import load", "import dill as p", "torch.load('a.pt')", "torch.load('a', weights_only=False)",
-    "eval('1')", "exec(text)", "__import__('os')", "yaml.load(text)", "yaml.unsafe_load(text)", "np.load('a', allow_pickle=True)",
-    "AutoModel.from_pretrained(name, trust_remote_code=True)", "AutoModel.from_pretrained(name, trust_remote_code=flag)",
-    "subprocess.run(text, shell=True)", "html = f'<p>{question}</p>'", "html = f'<p>{e.question}</p>'",
-    "html = f'<b>{token or 1}</b>'", "html = f'<b>{str(answer)}</b>'", "html = f'<td title={name!r}>'", "html = f'<p>{a + text}</p>'", "html = '<p>{}</p>'.format(x)",
-)  # fmt: skip
+    "import pickle",
+    "from pickle import load",
+    "import dill as p",
+    "torch.load('a.pt')",
+    "torch.load('a', weights_only=False)",
+    "eval('1')",
+    "exec(text)",
+    "__import__('os')",
+    "yaml.load(text)",
+    "yaml.unsafe_load(text)",
+    "np.load('a', allow_pickle=True)",
+    "AutoModel.from_pretrained(name, trust_remote_code=True)",
+    "AutoModel.from_pretrained(name, trust_remote_code=flag)",
+    "subprocess.run(text, shell=True)",
+    "html = f'<p>{question}</p>'",
+    "html = f'<p>{e.question}</p>'",
+    "html = f'<b>{token or 1}</b>'",
+    "html = f'<b>{str(answer)}</b>'",
+    "html = f'<td title={name!r}>'",
+    "html = f'<p>{a + text}</p>'",
+    "html = '<p>{}</p>'.format(x)",
+)
 
 
 @pytest.mark.parametrize("line", PLANTED)
@@ -88,8 +150,18 @@ def test_planted_lines_are_found(line):
     assert findings(line)
 
 
-@pytest.mark.parametrize("line", ["html = f'<p>{safe_text(question)}</p>'", "html = f'<p>{x:.2f}</p>'", "model.eval()", "f'{question}'",
-                                  "yaml.safe_load(text)", "load(name, trust_remote_code=False)", "re.compile('a')"])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "html = f'<p>{safe_text(question)}</p>'",
+        "html = f'<p>{x:.2f}</p>'",
+        "model.eval()",
+        "f'{question}'",
+        "yaml.safe_load(text)",
+        "load(name, trust_remote_code=False)",
+        "re.compile('a')",
+    ],
+)
 def test_innocent_lines_are_not(line):
     assert not findings(line)
 

@@ -124,8 +124,16 @@ def nan_rl():
     original = reinforce.quiet_star_loss
     try:
         reinforce.quiet_star_loss = lambda *a, **k: (torch.tensor(NAN, requires_grad=True), {}, ())
-        qs.train_quiet_star(model, tokenizer, problems(), problems("validation"), steps=1, batch_size=2, num_thoughts=2,
-                            thought_length=5)  # fmt: skip
+        qs.train_quiet_star(
+            model,
+            tokenizer,
+            problems(),
+            problems("validation"),
+            steps=1,
+            batch_size=2,
+            num_thoughts=2,
+            thought_length=5,
+        )
     finally:
         reinforce.quiet_star_loss = original
 
@@ -141,7 +149,17 @@ def nan_gradient():
 
 def no_teacher():
     model, tokenizer = tiny_lm()
-    baking.bake(model, tokenizer, [], problems(), problems("validation"), epochs=1, trajectories=0, rehearsal=0.0, max_new_tokens=2)
+    baking.bake(
+        model,
+        tokenizer,
+        [],
+        problems(),
+        problems("validation"),
+        epochs=1,
+        trajectories=0,
+        rehearsal=0.0,
+        max_new_tokens=2,
+    )
 
 
 def full_disk(write):
@@ -169,7 +187,9 @@ def two_in_one_folder(place):
     import sys
 
     holder = "import sys; from pathlib import Path; from qs_lib.files import lock_run; lock = lock_run(Path(sys.argv[1]), 'the first'); print(1, flush=True); sys.stdin.read()"
-    first = subprocess.Popen([sys.executable, "-c", holder, str(place / "outputs" / "busy")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    first = subprocess.Popen(
+        [sys.executable, "-c", holder, str(place / "outputs" / "busy")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     first.stdout.readline()
     try:
         lock_run(place / "outputs" / "busy", "the second")
@@ -231,7 +251,11 @@ def rows_of_another_run(place):
             import sys
 
             code = "import sys; from pathlib import Path; from qs_lib.experiments.arms import repeat; repeat(Path(sys.argv[1]), {'a': {}}, [0], None)"
-            thread_error.append(subprocess.run([sys.executable, "-c", code, str(place / "e/rl.csv")], capture_output=True, text=True, check=False).stderr)
+            thread_error.append(
+                subprocess.run(
+                    [sys.executable, "-c", code, str(place / "e/rl.csv")], capture_output=True, text=True, check=False
+                ).stderr
+            )
 
         worker = threading.Thread(target=second)
         worker.start()
@@ -248,15 +272,30 @@ def load(source):
 GOOD = b'{"question": "q", "answer": "#### 1"}\n'
 CASES = {
     # parameters and run names
-    "misspelt parameter": (lambda _: p.Reinforce.check({"run_name": "a", "stepz": 1}), "unknown parameter 'stepz'; did you mean steps?"),
-    "unlike any parameter": (lambda _: p.Scoreboard.check({"run_name": "a", "zzz": 1}), "known are run_name, seed, upstream"),
-    "too small": (lambda _: p.Reinforce.check({"run_name": "a", "steps": 0}), "parameter steps=0: input should be greater"),
-    "wrong type": (lambda _: p.Reinforce.check({"run_name": "a", "steps": "many"}), "parameter steps='many': input should be a valid integer"),
+    "misspelt parameter": (
+        lambda _: p.Reinforce.check({"run_name": "a", "stepz": 1}),
+        "unknown parameter 'stepz'; did you mean steps?",
+    ),
+    "unlike any parameter": (
+        lambda _: p.Scoreboard.check({"run_name": "a", "zzz": 1}),
+        "known are run_name, seed, upstream",
+    ),
+    "too small": (
+        lambda _: p.Reinforce.check({"run_name": "a", "steps": 0}),
+        "parameter steps=0: input should be greater",
+    ),
+    "wrong type": (
+        lambda _: p.Reinforce.check({"run_name": "a", "steps": "many"}),
+        "parameter steps='many': input should be a valid integer",
+    ),
     "fraction of a step": (lambda _: p.Reinforce.check({"run_name": "a", "steps": 1.5}), "steps=1.5"),
     "infinite rate": (lambda _: p.Baking.check({"run_name": "a", "muon_lr": float("inf")}), "muon_lr=inf"),
     "rate not a number": (lambda _: p.Baking.check({"run_name": "a", "muon_lr": NAN}), "muon_lr=nan"),
     "negative seed": (lambda _: p.Baking.check({"run_name": "a", "seed": -1}), "seed=-1"),
-    "unknown choice": (lambda _: p.Reinforce.check({"run_name": "a", "objective": "best"}), "'signed', 'positive' or 'paper'"),
+    "unknown choice": (
+        lambda _: p.Reinforce.check({"run_name": "a", "objective": "best"}),
+        "'signed', 'positive' or 'paper'",
+    ),
     "no model listed": (lambda _: p.Latency.check({"run_name": "a", "random_models": []}), "random_models=[]"),
     "run name missing": (lambda _: p.Scoreboard.check({}), "parameter run_name is missing"),
     "run name leaves": (lambda _: run_folder("../x"), "'../x' cannot name a run"),
@@ -265,9 +304,20 @@ CASES = {
     "run name too long": (lambda _: run_folder("a" * 65), "at most 64"),
     "run name with braces": (lambda _: run_folder("{x}"), "cannot name a run"),
     "run name hidden": (lambda _: p.Scoreboard.check({"run_name": ".git"}), "cannot name a folder"),
-    "link out of outputs": (lambda at: ((at / "outputs/link").symlink_to(at), run_folder("link")), "a link that leaves"),
-    "file outside its stage": (lambda _: start_stage(p.TokenSetup(run_name="new"), "01_token_setup").path("../../x"), "not inside the stage's folder"),
-    "code in a name": (lambda _: p.check_parameters(champion.find_run("").parents[1] / "notebooks/05_rl.ipynb", {"x=0;open('f','w');y": 1}), "unknown parameter"),
+    "link out of outputs": (
+        lambda at: ((at / "outputs/link").symlink_to(at), run_folder("link")),
+        "a link that leaves",
+    ),
+    "file outside its stage": (
+        lambda _: start_stage(p.TokenSetup(run_name="new"), "01_token_setup").path("../../x"),
+        "not inside the stage's folder",
+    ),
+    "code in a name": (
+        lambda _: p.check_parameters(
+            champion.find_run("").parents[1] / "notebooks/05_rl.ipynb", {"x=0;open('f','w');y": 1}
+        ),
+        "unknown parameter",
+    ),
     # files of parameters and the command line
     "unknown variant": (lambda _: driver("--variant", "pockett"), "unknown variant 'pockett'; did you mean pocket?"),
     "unknown stage": (lambda _: driver("--only", "05_rk"), "unknown stage '05_rk'; did you mean 05_rl?"),
@@ -283,51 +333,105 @@ CASES = {
     "empty file": (load(lambda at: lines(at, b"")), "holds no train problems"),
     "blank line": (load(lambda at: lines(at, GOOD + b"\n" + GOOD)), "data.jsonl:2 is not a JSON object"),
     "torn line": (load(lambda at: lines(at, GOOD + GOOD[:20])), "data.jsonl:2 is not a JSON object"),
-    "number instead of text": (load(lambda at: lines(at, b'{"question": 1, "answer": "#### 1"}\n')), "data.jsonl:1: question and answer must be text"),
+    "number instead of text": (
+        load(lambda at: lines(at, b'{"question": 1, "answer": "#### 1"}\n')),
+        "data.jsonl:1: question and answer must be text",
+    ),
     "bare number": (load(lambda at: lines(at, b"5\n")), "data.jsonl:1 is not a JSON object"),
     "no answer": (load(lambda at: lines(at, b'{"question": "q"}\n')), "data.jsonl:1 is not a JSON object"),
-    "no final number": (load(lambda at: lines(at, b'{"question": "q", "answer": "none"}\n')), "data.jsonl:1: no '#### number'"),
-    "latin-1": (load(lambda at: lines(at, '{"question": "\xe4", "answer": "#### 1"}'.encode("latin-1"))), "data.jsonl:1 is not a JSON object"),
-    "lone surrogate": (load(lambda at: lines(at, b'{"question": "\\ud800", "answer": "#### 1"}\n')), "data.jsonl:1: the text is not valid Unicode"),
+    "no final number": (
+        load(lambda at: lines(at, b'{"question": "q", "answer": "none"}\n')),
+        "data.jsonl:1: no '#### number'",
+    ),
+    "latin-1": (
+        load(lambda at: lines(at, '{"question": "\xe4", "answer": "#### 1"}'.encode("latin-1"))),
+        "data.jsonl:1 is not a JSON object",
+    ),
+    "lone surrogate": (
+        load(lambda at: lines(at, b'{"question": "\\ud800", "answer": "#### 1"}\n')),
+        "data.jsonl:1: the text is not valid Unicode",
+    ),
     "deep nesting": (load(lambda at: lines(at, b"[" * 100_000)), "data.jsonl:1 is not a JSON object"),
-    "endless line": (load(lambda at: lines(at, b'{"question": "' + b"a" * 2_000_000 + b'", "answer": "#### 1"}')), "data.jsonl:1 has 2,000,0"),
-    "huge number": (load(lambda at: lines(at, b'{"question": "q", "answer": "#### ' + b"9" * 5000 + b'"}')), "data.jsonl:1: "),
-    "too many distinct": (lambda _: qs.load_problems("pocket", "test", 10**7), "fewer than 10000000 different test problems"),
+    "endless line": (
+        load(lambda at: lines(at, b'{"question": "' + b"a" * 2_000_000 + b'", "answer": "#### 1"}')),
+        "data.jsonl:1 has 2,000,0",
+    ),
+    "huge number": (
+        load(lambda at: lines(at, b'{"question": "q", "answer": "#### ' + b"9" * 5000 + b'"}')),
+        "data.jsonl:1: ",
+    ),
+    "too many distinct": (
+        lambda _: qs.load_problems("pocket", "test", 10**7),
+        "fewer than 10000000 different test problems",
+    ),
     "not an episode": (lambda at: qs.read_episodes(lines(at, b'{"a": 1}')), "data.jsonl:1 is not an episode"),
     "scoreboard torn": (lambda at: print_scoreboard(lines(at, b"[{")), "is not a scoreboard"),
     # models
-    "no folder and no hub": (lambda _: qs.load_champion("some/model"), "there is no folder some/model, the hub does not answer"),
+    "no folder and no hub": (
+        lambda _: qs.load_champion("some/model"),
+        "there is no folder some/model, the hub does not answer",
+    ),
     "silent hub, model": (lambda _: silent_hub(lambda: qs.load_champion("some/model")), "the hub does not answer"),
-    "silent hub, data": (lambda _: silent_hub(lambda: qs.load_problems("gsm8k")), "the hub is out of reach for openai/gsm8k"),
+    "silent hub, data": (
+        lambda _: silent_hub(lambda: qs.load_problems("gsm8k")),
+        "the hub is out of reach for openai/gsm8k",
+    ),
     "refused hub": (lambda _: refused_hub(lambda: qs.load_champion("some/model")), "the hub does not answer"),
     "weights cut off": (lambda at: qs.load_champion(saved(at, lambda b: b[: len(b) // 2])), "cannot be loaded"),
     "weights empty": (lambda at: qs.load_champion(saved(at, lambda b: b"")), "cannot be loaded"),
     "no weights": (lambda at: qs.load_champion(saved(at, drop=["model.safetensors"])), "cannot be loaded"),
     "no config": (lambda at: qs.load_champion(saved(at, drop=["config.json"])), "cannot be loaded"),
-    "no tokenizer": (lambda at: qs.load_champion(saved(at, drop=["tokenizer.json", "tokenizer_config.json"])), "cannot be loaded"),
+    "no tokenizer": (
+        lambda at: qs.load_champion(saved(at, drop=["tokenizer.json", "tokenizer_config.json"])),
+        "cannot be loaded",
+    ),
     "pickled weights": (lambda at: qs.load_champion(pickled(at)), "weights in safetensors"),
     "code of its own": (lambda at: qs.load_champion(code_of_its_own(at)), "cannot be loaded"),
     "weights of another model": (lambda at: qs.load_champion(other_model(at)), "cannot be loaded"),
     "missing layers": (lambda at: qs.load_champion(renamed(at)), "lacks weights"),
     "larger tokenizer": (lambda at: qs.load_champion(bigger_tokenizer(at)), "they do not belong together"),
-    "unknown family": (lambda _: champion.build_champion(tiny_champion()[1], "gpt9"), "architecture 'gpt9'; known: llama, qwen2"),
+    "unknown family": (
+        lambda _: champion.build_champion(tiny_champion()[1], "gpt9"),
+        "architecture 'gpt9'; known: llama, qwen2",
+    ),
     "no thinking tokens": (lambda _: qs.QuietStarForCausalLM.from_base(tiny_champion()[0]), "call add_thinking_tokens"),
     "unknown mixing": (lambda _: qs.QuietStarConfig(mixing="sum"), "'log_probs' or 'hidden'"),
     # trainings
     "no documents": (lambda _: pretrain.pretrain(*tiny_champion(), [], 1), "corpus is empty"),
-    "no problems": (lambda _: qs.train_quiet_star(*tiny_quiet_star(), [], problems()), "at least one training and one validation problem"),
+    "no problems": (
+        lambda _: qs.train_quiet_star(*tiny_quiet_star(), [], problems()),
+        "at least one training and one validation problem",
+    ),
     "champion's loss NaN": (lambda _: nan_champion(), "the champion's loss is nan at step 0: lower the learning rates"),
     "reinforcement's loss NaN": (lambda _: nan_rl(), "the loss is nan at step 0: lower the learning rates"),
     "gradient NaN": (lambda _: nan_gradient(), "gradient is not finite in model.norm.weight; nothing was updated"),
     "teacher without a thought": (lambda _: no_teacher(), "writes no thought on held-out questions"),
-    "QK-clip for a family that cannot be watched": (lambda _: watched_bloom(), "cannot run with sdpa attention, so its logits cannot be watched: set qk_clip_threshold to 0"),
-    "unknown place to think": (lambda _: batches.think_where(*tiny_lm(), problems(), "here"), "'question', 'difficult', 'uncertain', 'random' or 'every'"),
-    "too few problems that fit": (lambda _: qs.reasoning_dataset(problems(size=8)), "problems fit mece, 200 are needed"),
-    "one problem to attack with": (lambda _: qs.anti_theater(*tiny_quiet_star(), problems()[:1], problems()[:1]), "at least two held-out problems"),
-    "NaN in the record": (lambda _: start_stage(p.TokenSetup(run_name="new"), "01_token_setup").log(loss=NAN), "NaN or infinity cannot be recorded"),
+    "QK-clip for a family that cannot be watched": (
+        lambda _: watched_bloom(),
+        "cannot run with sdpa attention, so its logits cannot be watched: set qk_clip_threshold to 0",
+    ),
+    "unknown place to think": (
+        lambda _: batches.think_where(*tiny_lm(), problems(), "here"),
+        "'question', 'difficult', 'uncertain', 'random' or 'every'",
+    ),
+    "too few problems that fit": (
+        lambda _: qs.reasoning_dataset(problems(size=8)),
+        "problems fit mece, 200 are needed",
+    ),
+    "one problem to attack with": (
+        lambda _: qs.anti_theater(*tiny_quiet_star(), problems()[:1], problems()[:1]),
+        "at least two held-out problems",
+    ),
+    "NaN in the record": (
+        lambda _: start_stage(p.TokenSetup(run_name="new"), "01_token_setup").log(loss=NAN),
+        "NaN or infinity cannot be recorded",
+    ),
     # runs and files
     "no such upstream": (lambda _: find_run("nowhere"), "there is no run 'nowhere'"),
-    "upstream without the stage": (lambda _: start_stage(p.Reinforce(run_name="next", upstream="done"), "05_rl", needs=("03_baking",)), "needs 03_baking of the run done"),
+    "upstream without the stage": (
+        lambda _: start_stage(p.Reinforce(run_name="next", upstream="done"), "05_rl", needs=("03_baking",)),
+        "needs 03_baking of the run done",
+    ),
     "upstream of a newer version": (old_run, "format 99"),
     "upstream with a flipped bit": (flipped_upstream, "has changed"),
     "two runs in one folder": (two_in_one_folder, "run busy is in use by process"),
@@ -335,8 +439,11 @@ CASES = {
     "disk full, file": (lambda at: full_disk(lambda: write_bytes(at / "f", b"0" * 10_000)), "no space left to write"),
     "disk full, checkpoint": (lambda at: full_disk(lambda: big_checkpoint(at)), "no space left to write"),
     "disk full, model": (lambda at: full_disk(lambda: big_model(at)), "no space left to write"),
-    "file where a folder must be": (lambda at: write_bytes(at / "outputs/done/01_token_setup/run.json/x", b""), "cannot be written"),
-}  # fmt: skip
+    "file where a folder must be": (
+        lambda at: write_bytes(at / "outputs/done/01_token_setup/run.json/x", b""),
+        "cannot be written",
+    ),
+}
 
 
 def watched_bloom():
@@ -352,7 +459,9 @@ def variant(place, text):
 
 
 def fingerprint(folder):
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.rglob("*") if f.is_file()}
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.rglob("*") if f.is_file()
+    }
 
 
 def test_there_are_enough_of_them():
@@ -368,6 +477,8 @@ def test_one_sentence_and_nothing_lost(name, place):
     sentence = str(found.value)
     assert words in sentence, sentence
     assert len(sentence.splitlines()) == 1 and len(sentence) < 700 and "Traceback" not in sentence
-    assert found.value._render_traceback_() == [f"{type(found.value).__name__}: {sentence}"], "notebooks show no traceback"
+    assert found.value._render_traceback_() == [f"{type(found.value).__name__}: {sentence}"], (
+        "notebooks show no traceback"
+    )
     assert fingerprint(place / "outputs/done") == before and read_stage(place / "outputs/done/01_token_setup")[0]
     assert not (place / "canary").exists() and not list(place.rglob("*.tmp"))

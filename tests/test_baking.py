@@ -15,7 +15,13 @@ def setup():
     model, tokenizer = tiny_lm()
     text = " think step 9 + 8 = 17 done 17 ."
     plain = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
-    item = b.thought_item(tokenizer, "work it out step by step . ben has 9 pens . ben finds 8 .", "ben has 9 pens . ben finds 8 .", plain, ce=True)
+    item = b.thought_item(
+        tokenizer,
+        "work it out step by step . ben has 9 pens . ben finds 8 .",
+        "ben has 9 pens . ben finds 8 .",
+        plain,
+        ce=True,
+    )
     return model, tokenizer, item
 
 
@@ -53,7 +59,9 @@ def test_zero_change_has_zero_kl_for_a_prompted_thought():
     pytest.importorskip("peft")
     model, tokenizer, _ = setup()
     plain = tokenizer.encode(" think step 9 + 8 = 17 done 17 .") + [tokenizer.eos_token_id]
-    item = b.thought_item(tokenizer, "doubt it and check again . ben has 9 pens .", "ben has 9 pens .", plain, rebake=True)
+    item = b.thought_item(
+        tokenizer, "doubt it and check again . ben has 9 pens .", "ben has 9 pens .", plain, rebake=True
+    )
     teacher = copy.deepcopy(model)
     student = loop.add_adapter(model, tokenizer, rank=2).eval()
     assert item.student_ids != item.teacher_ids
@@ -65,7 +73,9 @@ def test_zero_change_has_zero_kl_for_a_prompted_thought():
 def test_a_rebaking_teacher_is_read_as_it_is():
     model, tokenizer, _ = setup()
     plain = tokenizer.encode(" think step 9 + 8 = 17 done 17 .") + [tokenizer.eos_token_id]
-    item = b.thought_item(tokenizer, "doubt it and check again . ben has 9 pens .", "ben has 9 pens .", plain, rebake=True)
+    item = b.thought_item(
+        tokenizer, "doubt it and check again . ben has 9 pens .", "ben has 9 pens .", plain, rebake=True
+    )
     start, end = thinking_ids(tokenizer)[:2]
     assert item.teacher_ids[item.teacher_at[0] + 1] == start and end in item.teacher_ids
     _s, t, targets, _ = b.aligned_log_probs(model, model, [item], tokenizer)
@@ -121,15 +131,30 @@ def test_teacher_is_bit_equal_after_baking_and_the_student_moves():
 
     def sampled(teacher_, tokenizer_, problems_, **_):
         kept.append(teacher_)
-        return [b.thought_item(tokenizer_, f"doubt it and check again . {p['question']}", p["question"],
-                               tokenizer_.encode(f" think step {p['steps'][0]} done {p['answer']} .") +
-                               [tokenizer_.eos_token_id]) for p in problems_]  # fmt: skip
+        return [
+            b.thought_item(
+                tokenizer_,
+                f"doubt it and check again . {p['question']}",
+                p["question"],
+                tokenizer_.encode(f" think step {p['steps'][0]} done {p['answer']} .") + [tokenizer_.eos_token_id],
+            )
+            for p in problems_
+        ]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(b, "sample_trajectories", sampled)
         seen = []
-        result = b.bake(model, tokenizer, list(data["train"]), problems(size=40), problems("validation"), epochs=2,
-                        trajectories=8, batch_size=8, on_epoch=lambda e, m: seen.append(e))  # fmt: skip
+        result = b.bake(
+            model,
+            tokenizer,
+            list(data["train"]),
+            problems(size=40),
+            problems("validation"),
+            epochs=2,
+            trajectories=8,
+            batch_size=8,
+            on_epoch=lambda e, m: seen.append(e),
+        )
     for state in (teacher.state_dict(), kept[0].state_dict()):
         assert all(torch.equal(state[k], v) for k, v in original.items())
     assert not all(torch.equal(model.state_dict()[k], v) for k, v in original.items())
@@ -141,9 +166,16 @@ def test_teacher_is_bit_equal_after_baking_and_the_student_moves():
 def plain_trajectories(teacher, tokenizer, records, rebake=False, **_):
     """What a champion that knows the task would write; a random one writes no thought."""
     text = " think step {} done {} ."
-    return [b.thought_item(tokenizer, f"doubt it and check again . {p['question']}", p["question"],
-                           tokenizer.encode(text.format(p["steps"][0], p["answer"])) + [tokenizer.eos_token_id],
-                           rebake=rebake) for p in records]  # fmt: skip
+    return [
+        b.thought_item(
+            tokenizer,
+            f"doubt it and check again . {p['question']}",
+            p["question"],
+            tokenizer.encode(text.format(p["steps"][0], p["answer"])) + [tokenizer.eos_token_id],
+            rebake=rebake,
+        )
+        for p in records
+    ]
 
 
 def small_bake(monkeypatch, model, tokenizer, **settings):
@@ -156,8 +188,14 @@ def test_early_stop_goes_back_to_the_best_epoch(monkeypatch):
     model, tokenizer = tiny_lm()
     losses, kept = iter([3.0, 1.0, 2.0, 2.5, 0.1]), {}
     monkeypatch.setattr(b, "held_out_kl", lambda m, *_: m(torch.tensor([[4, 5]])) and next(losses))
-    result = small_bake(monkeypatch, model, tokenizer, epochs=5, patience=2,
-                        on_epoch=lambda e, m: kept.update({e: copy.deepcopy(m.state_dict())}))  # fmt: skip
+    result = small_bake(
+        monkeypatch,
+        model,
+        tokenizer,
+        epochs=5,
+        patience=2,
+        on_epoch=lambda e, m: kept.update({e: copy.deepcopy(m.state_dict())}),
+    )
     assert list(kept) == [1, 2, 3, 4] and result.kl_after == 1.0
     assert all(torch.equal(v, kept[2][k]) for k, v in model.state_dict().items())
     assert not all(torch.equal(v, kept[4][k]) for k, v in model.state_dict().items())
@@ -187,7 +225,9 @@ def test_autocast_bakes_float32_weights(monkeypatch):
     (plain, tokenizer), (cast, _) = tiny_lm(), tiny_lm()
     losses = []
     real = b.baking_loss
-    monkeypatch.setattr(b, "baking_loss", lambda *given: losses.append(torch.is_autocast_enabled("cpu")) or real(*given))
+    monkeypatch.setattr(
+        b, "baking_loss", lambda *given: losses.append(torch.is_autocast_enabled("cpu")) or real(*given)
+    )
     small_bake(monkeypatch, cast, tokenizer, bf16=True)
     assert all(losses) and all(p.dtype == torch.float32 and p.isfinite().all() for p in cast.parameters())
     small_bake(monkeypatch, plain, tokenizer)
@@ -201,7 +241,11 @@ def test_an_adapter_is_its_own_teacher_and_learns_as_beside_a_copy(monkeypatch):
     (model, tokenizer), (other, _) = tiny_lm(), tiny_lm()
     copied, real = copy.deepcopy(other).eval(), b.aligned_log_probs
     copies = []
-    monkeypatch.setattr(b.copy, "deepcopy", lambda thing, *rest, real=copy.deepcopy: copies.append(type(thing).__name__) or real(thing, *rest))
+    monkeypatch.setattr(
+        b.copy,
+        "deepcopy",
+        lambda thing, *rest, real=copy.deepcopy: copies.append(type(thing).__name__) or real(thing, *rest),
+    )
     torch.manual_seed(0)
     small_bake(monkeypatch, model, tokenizer, lora_rank=2)
     assert "LlamaForCausalLM" not in copies
@@ -230,8 +274,10 @@ def test_baking_clips_the_student_and_never_the_teacher(monkeypatch):
     original, threshold, teachers = copy.deepcopy(model.state_dict()), 0.05, []
     real = b.baking_loss
     monkeypatch.setattr(b, "baking_loss", lambda m, teacher, *rest: teachers.append(teacher) or real(m, teacher, *rest))
-    free, clipped = (small_bake(monkeypatch, tiny_lm()[0], tokenizer, qk_clip_threshold=t).epochs[-1]["max_logit"]
-                     for t in (None, threshold))  # fmt: skip
+    free, clipped = (
+        small_bake(monkeypatch, tiny_lm()[0], tokenizer, qk_clip_threshold=t).epochs[-1]["max_logit"]
+        for t in (None, threshold)
+    )
     assert clipped < 2 * threshold < free
     assert all(torch.equal(v, original[k]) for k, v in teachers[-1].state_dict().items())
 

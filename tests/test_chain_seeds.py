@@ -33,8 +33,14 @@ def rows(outputs, monkeypatch):
     def make_run(name, seed, stages, variant):
         gain = 0.01 + 0.02 * seed
         started.append(seed)
-        finish(name, seed, training_gain=gain, training_gain_low=gain - 0.02, training_gain_high=gain + 0.02,
-               direct_accuracy_baked=0.66)  # fmt: skip
+        finish(
+            name,
+            seed,
+            training_gain=gain,
+            training_gain_low=gain - 0.02,
+            training_gain_high=gain + 0.02,
+            direct_accuracy_baked=0.66,
+        )
 
     monkeypatch.setattr(chain_seeds, "make_run", make_run)
     for _ in range(2):  # what has its row is not run again
@@ -56,7 +62,13 @@ def test_the_table_by_hand(rows):
     gain = table.loc["training_gain"]
     assert gain["mean over seeds"] == f"+0.030 [{0.03 - half:+.3f}, {0.03 + half:+.3f}]"
     assert (gain["least"], gain["least lower end"]) == (0.01, -0.01)
-    assert table["reached"].to_dict() == {name: "yes" for name in table.index} | {"baking_accuracy": "no", "thinking_use": "no", "strategy_fit": "no", "gap_closed": "no", "training_gain": "no"}  # fmt: skip
+    assert table["reached"].to_dict() == {name: "yes" for name in table.index} | {
+        "baking_accuracy": "no",
+        "thinking_use": "no",
+        "strategy_fit": "no",
+        "gap_closed": "no",
+        "training_gain": "no",
+    }
     with pytest.raises(ValueError, match="at least two"):
         chain_table(rows[:1])
 

@@ -40,7 +40,9 @@ class Reader:
         self.share = share
 
     def think(self, ids, mask, positions, generator, num_thoughts=4, thought_length=8, temperature=1.0):
-        thoughts = self.real.think(ids, mask, positions, generator, num_thoughts=num_thoughts, thought_length=thought_length)
+        thoughts = self.real.think(
+            ids, mask, positions, generator, num_thoughts=num_thoughts, thought_length=thought_length
+        )
         for row in range(len(ids)):
             question = self.tokenizer.decode(ids[row, 1 : positions[row, 0] + 1])
             rng = random.Random(f"{question} {generator.initial_seed()}")
@@ -71,12 +73,19 @@ def rescore(lm, ids, thoughts, mask, n_true, **_):
     truth = ids.gather(1, thoughts.positions + 1)[:, :, None]
     valid = torch.zeros(b, 1, n_true, dtype=torch.bool)
     valid[..., 0] = True
-    return type("Scored", (), {
-        "true_full": after, "base_full": base, "valid": valid,
-        "true_logprobs": after.gather(-1, truth[..., None, None].expand(b, 1, k, n_true, 1)).squeeze(-1),
-        "base_logprobs": base.gather(-1, truth[..., None].expand(b, 1, n_true, 1)).squeeze(-1),
-        "base_hidden": torch.zeros(b, 1, n_true, 32), "thought_hidden": torch.zeros(b, 1, k, n_true, 32),
-    })  # fmt: skip
+    return type(
+        "Scored",
+        (),
+        {
+            "true_full": after,
+            "base_full": base,
+            "valid": valid,
+            "true_logprobs": after.gather(-1, truth[..., None, None].expand(b, 1, k, n_true, 1)).squeeze(-1),
+            "base_logprobs": base.gather(-1, truth[..., None].expand(b, 1, n_true, 1)).squeeze(-1),
+            "base_hidden": torch.zeros(b, 1, n_true, 32),
+            "thought_hidden": torch.zeros(b, 1, k, n_true, 32),
+        },
+    )
 
 
 def vote(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens):
@@ -93,8 +102,15 @@ def honest(monkeypatch):
     monkeypatch.setattr(episodes, "decode_with_thoughts", vote)
     trained, before = Reader(0.75), Reader(0.4)
     used = [p["question"] for p in TRAINED_ON]
-    return {"model": trained, "tokenizer": trained.tokenizer, "problems": ASKED, "before": before, "training": used,
-            "num_thoughts": 4, "thought_length": 8}  # fmt: skip
+    return {
+        "model": trained,
+        "tokenizer": trained.tokenizer,
+        "problems": ASKED,
+        "before": before,
+        "training": used,
+        "num_thoughts": 4,
+        "thought_length": 8,
+    }
 
 
 def test_an_honest_thinker_passes_every_check(honest):
@@ -149,8 +165,15 @@ def test_the_parameter_knows_every_cheat_and_others_are_refused(honest):
 def test_cheats_on_a_real_model_leave_it_as_it_is():
     model, tokenizer = tiny_quiet_star()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    few = {"model": model, "tokenizer": tokenizer, "problems": ASKED[:4], "before": model, "training": ["how ?"],
-           "num_thoughts": 2, "thought_length": 8}  # fmt: skip
+    few = {
+        "model": model,
+        "tokenizer": tokenizer,
+        "problems": ASKED[:4],
+        "before": model,
+        "training": ["how ?"],
+        "num_thoughts": 2,
+        "thought_length": 8,
+    }
     for cheat in CHEATS:
         assert not t.anti_theater(**plant(cheat, few, TRAINED_ON)).passed
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

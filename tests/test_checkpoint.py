@@ -22,9 +22,15 @@ HERE = Path(__file__).parent
 def test_a_tree_comes_back_as_it_was(tmp_path):
     shared = torch.randn(3, 4)
     tree = {
-        "tied": [shared, shared], 3: (1, 2.5, None, True, "ä"), "empty": {}, "half": torch.randn(5).bfloat16(),
-        "keys": np.arange(3, dtype=np.uint32), "big": 2**127 + 1, "bytes": torch.get_rng_state(), "zero": torch.zeros(0),
-    }  # fmt: skip
+        "tied": [shared, shared],
+        3: (1, 2.5, None, True, "ä"),
+        "empty": {},
+        "half": torch.randn(5).bfloat16(),
+        "keys": np.arange(3, dtype=np.uint32),
+        "big": 2**127 + 1,
+        "bytes": torch.get_rng_state(),
+        "zero": torch.zeros(0),
+    }
     path = tmp_path / "a.safetensors"
     path.write_bytes(pack({"step": 7}, tree))
     head, tensors = read_state(path)
@@ -60,8 +66,14 @@ def parts(seed):
     torch.manual_seed(seed)
     model = torch.nn.Linear(3, 3)
     optimizer = MuonGrokfast(model, grokfast_lambda=0.2)
-    return {"model": model, "optimizer": optimizer, "rng": random.Random(seed), "draw": torch.Generator().manual_seed(seed),
-            "queue": [], "best": {"sum": 0.0}}  # fmt: skip
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "rng": random.Random(seed),
+        "draw": torch.Generator().manual_seed(seed),
+        "queue": [],
+        "best": {"sum": 0.0},
+    }
 
 
 def train(folder, steps, seed=0, seconds=0.0, **changes):
@@ -119,7 +131,10 @@ def test_a_stopped_training_goes_on_to_the_bit(tmp_path, monkeypatch, capsys, st
     assert f"resumed after step {step}" in capsys.readouterr().err
     wanted, right = whole_run()
     assert lines == wanted and torch.equal(weights, right)
-    assert [p.name for p in sorted((tmp_path / "c").iterdir())] == ["step-00000011.safetensors", "step-00000012.safetensors"]
+    assert [p.name for p in sorted((tmp_path / "c").iterdir())] == [
+        "step-00000011.safetensors",
+        "step-00000012.safetensors",
+    ]
     assert train(tmp_path / "c", 12, seed=5)[0] == wanted, "finished: only the end is read"
 
 
@@ -129,11 +144,17 @@ def test_every_piece_of_state_is_needed(tmp_path, monkeypatch, left_out):
     stopped_at(tmp_path / "c", monkeypatch, 5)
     wanted, right = whole_run()
     if left_out in ("torch", "python", "numpy"):
-        owner, name = {"torch": (torch, "set_rng_state"), "python": (random, "setstate"), "numpy": (np.random, "set_state")}[left_out]
+        owner, name = {
+            "torch": (torch, "set_rng_state"),
+            "python": (random, "setstate"),
+            "numpy": (np.random, "set_state"),
+        }[left_out]
         monkeypatch.setattr(owner, name, lambda state: None)
     else:
         given, whole = parts(5), module.restore
-        monkeypatch.setattr(module, "restore", lambda part, saved: None if part is given[left_out] else whole(part, saved))
+        monkeypatch.setattr(
+            module, "restore", lambda part, saved: None if part is given[left_out] else whole(part, saved)
+        )
         lines, weights = train(tmp_path / "c", 12, **given)
         assert lines != wanted or not torch.equal(weights, right)
         return
@@ -201,7 +222,13 @@ def test_slow_saves_are_made_less_often(tmp_path, monkeypatch):
 
 def test_trainings_survive_random_kills(tmp_path):
     """Champion, baking and RL, small: 20 kills in all, weights and metrics byte-identical to the undisturbed runs'."""
-    done = subprocess.run([sys.executable, HERE / "chaos.py", "20", str(tmp_path)], capture_output=True, text=True, timeout=900, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, HERE / "chaos.py", "20", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["kills"] >= 20 and report["different"] == 0 and report["most_steps_redone"] <= report["interval"]

@@ -57,8 +57,16 @@ class Strays(TorchFunctionMode):
         if name == "cpu":
             return out
         if there and not moves and self.refused(name, given, [x for x in read if not is_marked(x) and x.dim()]):
-            self.found |= {f"{Path(f.filename).name}: {f.line}" for f in traceback.extract_stack() if f.filename.startswith(LIBRARY)}
-        if there or named.get("device") is not None or (moves and any(isinstance(x, (torch.device, str)) for x in given[1:])):
+            self.found |= {
+                f"{Path(f.filename).name}: {f.line}"
+                for f in traceback.extract_stack()
+                if f.filename.startswith(LIBRARY)
+            }
+        if (
+            there
+            or named.get("device") is not None
+            or (moves and any(isinstance(x, (torch.device, str)) for x in given[1:]))
+        ):
             mark(out)
         return out
 
@@ -68,7 +76,9 @@ class Strays(TorchFunctionMode):
             return True
         if name not in ("__getitem__", "__setitem__") or not is_marked(given[0]):
             return bool(here)
-        by_tensor = any(isinstance(x, (torch.Tensor, list)) for x in (given[1] if isinstance(given[1], tuple) else given[1:2]))
+        by_tensor = any(
+            isinstance(x, (torch.Tensor, list)) for x in (given[1] if isinstance(given[1], tuple) else given[1:2])
+        )
         value = given[2:] if by_tensor else ()  # a slice is copied into from anywhere, and an index may lie anywhere
         return any(x is y for x in here for y in tensors(value))
 
@@ -92,13 +102,18 @@ def one_training_step(model, before, tokenizer):
     keep = (batches.disagreement(thoughts) + torch.rand(6)).topk(3).indices
     ids, mask, thoughts = ids[keep], mask[keep], thoughts.part(keep)
     *_, trained_on = reinforce.quiet_star_loss(model, before.lm, tokenizer, ids, mask, thoughts)
-    reinforce.first_groups(model, tokenizer, [PROBLEMS[k] for k in keep.tolist()], ids, mask, thoughts, trained_on, 4, True, "s")
+    reinforce.first_groups(
+        model, tokenizer, [PROBLEMS[k] for k in keep.tolist()], ids, mask, thoughts, trained_on, 4, True, "s"
+    )
 
 
 def baked(model, before, tokenizer):
     plain = tokenizer.encode(" think step 1 + 1 = 2 done 2 .") + [tokenizer.eos_token_id]
     question = PROBLEMS[0]["question"]
-    items = [baking.thought_item(tokenizer, f"doubt it . {question}", question, plain, ce=True), baking.direct_item(tokenizer, question, [5, 6])]
+    items = [
+        baking.thought_item(tokenizer, f"doubt it . {question}", question, plain, ce=True),
+        baking.direct_item(tokenizer, question, [5, 6]),
+    ]
     baking.baking_loss(model.lm, before.lm, items, tokenizer)
     accuracy.habits(model.lm, tokenizer, PROBLEMS, 4)
 
@@ -126,19 +141,28 @@ TEXT = torch.tensor([[3, 4, 5, 6, 7]])
 WORK = {
     "thoughts after texts on the CPU": lambda model, before, tokenizer: thoughts_of(model, tokenizer),
     "replies": lambda model, before, tokenizer: accuracy.replies(model.lm, tokenizer, ["a b", "c"], 4, (20, 21)),
-    "before and after": lambda model, before, tokenizer: accuracy.measure(model, tokenizer, PROBLEMS[:2], PROBLEMS[:2], "thoughts", **BUDGET),
+    "before and after": lambda model, before, tokenizer: accuracy.measure(
+        model, tokenizer, PROBLEMS[:2], PROBLEMS[:2], "thoughts", **BUDGET
+    ),
     "scores and attacks, head": lambda *given: scored(*given, "head"),
     "scores and attacks, thoughts alike": lambda *given: scored(*given, "thoughts"),
     "cheats": planted,
     "likelihood": lambda model, before, tokenizer: likelihood.text_log_likelihood(
-        model, tokenizer, [batches.text_of(p) for p in PROBLEMS], controls=True, positions=3, **BUDGET),
-    "probability of answers": lambda model, before, tokenizer: likelihood.answer_probability(model, tokenizer, PROBLEMS, **BUDGET),
-    "one by one": lambda model, before, tokenizer: checks.one_by_one(model.lm, [3, 4, 5], 8, *model.config.hidden_ids[:2]),
-    "largest difference": lambda model, before, tokenizer: checks.largest_difference(model.lm, TEXT, model.think(TEXT, **BUDGET)),
+        model, tokenizer, [batches.text_of(p) for p in PROBLEMS], controls=True, positions=3, **BUDGET
+    ),
+    "probability of answers": lambda model, before, tokenizer: likelihood.answer_probability(
+        model, tokenizer, PROBLEMS, **BUDGET
+    ),
+    "one by one": lambda model, before, tokenizer: checks.one_by_one(
+        model.lm, [3, 4, 5], 8, *model.config.hidden_ids[:2]
+    ),
+    "largest difference": lambda model, before, tokenizer: checks.largest_difference(
+        model.lm, TEXT, model.think(TEXT, **BUDGET)
+    ),
     "live": lambda model, before, tokenizer: episodes.think_at(model, tokenizer, PROBLEMS[0]["question"], 3, **BUDGET),
     "one training step": one_training_step,
     "baking": baked,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WORK)

@@ -68,14 +68,27 @@ def taught():
     model, tokenizer = tiny_quiet_star(thought_length=2)
     torch.nn.init.constant_(model.mixing_head.gate.bias, 0.6)
     asked = [p | {"question": f"{p['question']} {n} ?"} for n, p in enumerate(problems(size=5))]
-    said = [asked[0]["answer"] + " .", asked[1]["answer"] + " .", asked[2]["answer"], "40 .", "40 . " + asked[4]["answer"] + " ."]
+    said = [
+        asked[0]["answer"] + " .",
+        asked[1]["answer"] + " .",
+        asked[2]["answer"],
+        "40 .",
+        "40 . " + asked[4]["answer"] + " .",
+    ]
     rows = []
     for p, reply in zip(asked, said, strict=True):
         context, written = encode_context(tokenizer, p["question"]), tokenizer.encode(reply) + [tokenizer.eos_token_id]
-        rows.append((torch.tensor([[*context, model.config.think_token_id, model.config.end_think_token_id, *written]]), len(written)))
+        rows.append(
+            (
+                torch.tensor([[*context, model.config.think_token_id, model.config.end_think_token_id, *written]]),
+                len(written),
+            )
+        )
     optimizer = torch.optim.AdamW(model.lm.parameters(), lr=1e-2)
     for _ in range(120):
-        loss = sum(torch.nn.functional.cross_entropy(model.lm(ids).logits[0, -n - 1 : -1], ids[0, -n:]) for ids, n in rows)
+        loss = sum(
+            torch.nn.functional.cross_entropy(model.lm(ids).logits[0, -n - 1 : -1], ids[0, -n:]) for ids, n in rows
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -90,7 +103,11 @@ def test_only_replies_that_one_pass_leaves_open_are_decoded(taught, weights, mon
     again = [reply_again(model, tokenizer, encode_context(tokenizer, p["question"]), empty, weights, 6) for p in asked]
     right = [float(e.answer_of(tokenizer, w) == p["answer"]) for w, p in zip(again, asked, strict=True)]
     decoded, decode = [], e.decode_with_thoughts
-    monkeypatch.setattr(e, "decode_with_thoughts", lambda m, t, contexts, *given: decoded.extend(contexts) or decode(m, t, contexts, *given))
+    monkeypatch.setattr(
+        e,
+        "decode_with_thoughts",
+        lambda m, t, contexts, *given: decoded.extend(contexts) or decode(m, t, contexts, *given),
+    )
     found = e.accuracy_with_thoughts(model, tokenizer, asked, 2, 2, weights=weights, batch_size=2)
     if weights == "thoughts":
         assert right == [1, 1, 1, 0, 0]
@@ -100,7 +117,9 @@ def test_only_replies_that_one_pass_leaves_open_are_decoded(taught, weights, mon
     assert single["each"].tolist() == [[1, 1]] * 3 + [[0, 0]] * 2
     cut = e.accuracy_with_thoughts(model, tokenizer, asked, 2, 2, weights="thoughts", max_new_tokens=1)
     assert cut["mixed"].tolist() == [1, 1, 1, 0, 0]  # the stop is not part of an answer
-    assert not any(map(any, e.writes_truth(model, *taken(model, tokenizer, asked), "thoughts", max_new_tokens=0)[1].tolist()))
+    assert not any(
+        map(any, e.writes_truth(model, *taken(model, tokenizer, asked), "thoughts", max_new_tokens=0)[1].tolist())
+    )
 
 
 def taken(model, tokenizer, asked):
@@ -110,6 +129,8 @@ def taken(model, tokenizer, asked):
 
 def test_best_temperature_is_picked_by_validation(monkeypatch):
     table = {0.0: 0.2, 0.5: 0.8, 1.0: 0.6}
-    monkeypatch.setattr(e, "accuracy_with_thoughts", lambda *a, temperature, **k: {"mixed": torch.tensor([table[temperature]])})
+    monkeypatch.setattr(
+        e, "accuracy_with_thoughts", lambda *a, temperature, **k: {"mixed": torch.tensor([table[temperature]])}
+    )
     found = e.best_temperature(None, None, [], tuple(table))
     assert found["temperature"] == 0.5 and found["accuracy"] == pytest.approx(0.8)

@@ -39,7 +39,11 @@ def test_an_interrupted_experiment_repeats_only_what_is_missing(tmp_path):
     rows = experiments.repeat(path, ARMS, [0, 1], measure)
     assert calls == [(1, 1), (2, 1)] and path.read_text().startswith(kept)
     assert [(r["arm"], r["seed"], r["value"]) for r in rows] == [
-        ("one", 0, 1), ("one", 1, 2), ("two, with comma", 0, 2), ("two, with comma", 1, 3)]  # fmt: skip
+        ("one", 0, 1),
+        ("one", 1, 2),
+        ("two, with comma", 0, 2),
+        ("two, with comma", 1, 3),
+    ]
     assert rows[0]["curve"] == [0.5, 1] and rows[0]["threads"] >= 1 and rows[0]["seconds"] >= 0
     calls, measure = counting()
     assert experiments.repeat(path, ARMS, [0, 1], measure) == rows and calls == []
@@ -98,8 +102,10 @@ def test_interval_over_seeds_against_scipy():
 
 
 def test_differences_are_paired_by_seed_in_any_order():
-    rows = [{"arm": a, "seed": s, "accuracy": v} for a, s, v in
-            [("new", 2, 0.7), ("new", 1, 0.5), ("old", 1, 0.4), ("old", 2, 0.6)]]  # fmt: skip
+    rows = [
+        {"arm": a, "seed": s, "accuracy": v}
+        for a, s, v in [("new", 2, 0.7), ("new", 1, 0.5), ("old", 1, 0.4), ("old", 2, 0.6)]
+    ]
     assert stats.difference(rows, "new", "old", "accuracy") == pytest.approx((0.1, 0.1, 0.1))
     with pytest.raises(ValueError, match="same seeds"):
         stats.difference(rows[1:], "new", "old", "accuracy")
@@ -111,7 +117,9 @@ def optimizer_rows(**accuracy):
     """Three seeds an arm, with the same noise in all of them, so that only the difference of the means is left."""
     arms = dict(zip(baking.LOWEST, accuracy.values(), strict=True))
     noise = {"AdamW": (0, 0.001, -0.001), "Muon": (0.001, 0, 0), "Muon, matched momentum": (0, 0, 0.001)}
-    return [{"arm": a, "seed": s, "accuracy": m + noise.get(a, (0, 0, 0))[s]} for a, m in arms.items() for s in range(3)]
+    return [
+        {"arm": a, "seed": s, "accuracy": m + noise.get(a, (0, 0, 0))[s]} for a, m in arms.items() for s in range(3)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -129,8 +137,10 @@ def test_the_conclusion_follows_from_the_rows(accuracy, verdict):
 
 
 def test_scan_takes_the_best_rate_and_widens_at_an_edge():
-    scan = [{"settings": {"optimizer": "AdamW", "rate": r}, "validation_accuracy": v}
-            for r, v in ((4e-3, 0.8), (1e-3, 0.7), (2e-3, 0.8))]  # fmt: skip
+    scan = [
+        {"settings": {"optimizer": "AdamW", "rate": r}, "validation_accuracy": v}
+        for r, v in ((4e-3, 0.8), (1e-3, 0.7), (2e-3, 0.8))
+    ]
     assert baking.best_rates(scan) == {"AdamW": 2e-3}
     assert baking.edge([1, 2, 4, 8], 4) is None
     assert baking.edge([1, 2, 4, 8], 8) == 16 and baking.edge([1, 2, 4, 8], 1) == 0.5
@@ -180,9 +190,17 @@ def test_grokking_command_writes_curves(tmp_path, monkeypatch):
 )
 def test_the_grokking_conclusion_follows_from_each_method_at_its_best_rate(plain, matched, filtered, verdict):
     steps = dict(zip(grokking.methods(), (plain, matched, filtered), strict=True))
-    rows = [{"arm": f"{a}, rate {lr:g}", "seed": s, "settings": {"lr": lr, "steps": 3000},
-             "understood": v and v + 10 * (s if a == "AdamW" else 0) + (lr != 0.01) * 50}
-            for a, v in steps.items() for s in range(3) for lr in (3e-3, 0.01)]  # fmt: skip
+    rows = [
+        {
+            "arm": f"{a}, rate {lr:g}",
+            "seed": s,
+            "settings": {"lr": lr, "steps": 3000},
+            "understood": v and v + 10 * (s if a == "AdamW" else 0) + (lr != 0.01) * 50,
+        }
+        for a, v in steps.items()
+        for s in range(3)
+        for lr in (3e-3, 0.01)
+    ]
     best = grokking.best_rows(rows)
     assert len(best) == 9 and {r["settings"]["lr"] for r in best if r["understood"]} == {0.01}
     assert verdict in grokking.conclusion(best)
@@ -215,7 +233,9 @@ def test_optimizers_scan_widens_and_measures_other_seeds(tmp_path, monkeypatch):
     def planted(run, settings, seed, checkpoint, tested=True):
         name, rate = settings["optimizer"], settings["rate"]
         calls.append((name, rate, seed, tested))
-        return {"validation_accuracy": -abs(np.log2(rate / best.get(name, 6e-3)))} | ({"accuracy": 0.8} if tested else {})
+        return {"validation_accuracy": -abs(np.log2(rate / best.get(name, 6e-3)))} | (
+            {"accuracy": 0.8} if tested else {}
+        )
 
     monkeypatch.setattr(baking, "bake_once", planted)
     baking.optimizers(tmp_path, tmp_path, [0, 1])
@@ -223,14 +243,29 @@ def test_optimizers_scan_widens_and_measures_other_seeds(tmp_path, monkeypatch):
     assert {seed for *_, seed in scan} == {0} and {seed for *_, seed in tested} == {1, 2}
     assert sorted(rate for name, rate, _ in scan if name == "AdamW") == [0.25e-3, 0.5e-3, 1e-3, 2e-3, 4e-3, 8e-3]
     assert {(name, rate) for name, rate, _ in tested} == {
-        ("AdamW", 0.5e-3), *((name, 6e-3) for name in baking.LOWEST if name != "AdamW")}  # fmt: skip
+        ("AdamW", 0.5e-3),
+        *((name, 6e-3) for name in baking.LOWEST if name != "AdamW"),
+    }
     points = baking.scan_lines(files.read_rows(tmp_path / "optimizers_scan.csv"))
     assert points["Muon"] == sorted(points["Muon"]) and len(points["Muon"]) == 4
 
 
 def test_tables_of_seeds_and_optimizers():
-    rows = [{"arm": a, "seed": s, "accuracy": 0.86, "thinking_use": 1, "strategy_fit": 1, "gap_closed": 0.9 + s / 100,
-             "direct_change": -0.06, "settings": {"rate": 0.006}, "seconds": 10} for a in baking.LOWEST for s in range(3)]  # fmt: skip
+    rows = [
+        {
+            "arm": a,
+            "seed": s,
+            "accuracy": 0.86,
+            "thinking_use": 1,
+            "strategy_fit": 1,
+            "gap_closed": 0.9 + s / 100,
+            "direct_change": -0.06,
+            "settings": {"rate": 0.006},
+            "seconds": 10,
+        }
+        for a in baking.LOWEST
+        for s in range(3)
+    ]
     table = baking.seeds_table(rows)
     assert table.loc["accuracy", "Muon: reached"] == "yes" and table.loc["direct_change", "Muon: reached"] == "no"
     assert table.loc["direct_change", "AdamW"] == "-0.060 [-0.060, -0.060]"

@@ -28,8 +28,15 @@ from qs_lib.model import QuietStarForCausalLM
 from qs_lib.thoughts.attention import backbone
 from qs_lib.workbook import figures
 
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "max_position_embeddings": 128, "initializer_range": 0.3}  # fmt: skip
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+}
 FAMILIES = {
     "llama, tied": (LlamaConfig, {"tie_word_embeddings": True}),
     "llama, untied": (LlamaConfig, {"tie_word_embeddings": False}),
@@ -46,17 +53,28 @@ def plain(family):
     """A random model of the family without thinking tokens, and the pocket tokenizer."""
     tokenizer = tiny_champion()[1]
     kind, settings = FAMILIES[family]
-    shape = SHAPE if kind is not GPT2Config else {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128,
-                                                  "initializer_range": 0.3}  # fmt: skip
+    shape = (
+        SHAPE
+        if kind is not GPT2Config
+        else {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.3}
+    )
     torch.manual_seed(0)
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return AutoModelForCausalLM.from_config(kind(vocab_size=len(tokenizer), **shape, **ends, **settings)).eval(), tokenizer
+    ends = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return AutoModelForCausalLM.from_config(
+        kind(vocab_size=len(tokenizer), **shape, **ends, **settings)
+    ).eval(), tokenizer
 
 
 @cache
 def wrapped(family, n_true=9):
     lm, tokenizer = qs.add_thinking_tokens(*plain(family))
-    model = QuietStarForCausalLM.from_base(lm, tokenizer, num_thoughts=2, thought_length=6, thought_temperature=0.0, n_true=n_true)
+    model = QuietStarForCausalLM.from_base(
+        lm, tokenizer, num_thoughts=2, thought_length=6, thought_temperature=0.0, n_true=n_true
+    )
     open_gate(model, 0.5)
     return model, tokenizer
 
@@ -156,8 +174,14 @@ def test_beams_of_a_batch_are_those_of_its_rows_alone(family):
 
 def test_thoughts_follow_the_beams_they_belong_to():
     model, tokenizer = wrapped("llama, tied", n_true=2)
-    out = model.generate(**batch_of(tokenizer), num_beams=3, max_new_tokens=5, do_sample=False, eos_token_id=-1,
-                         return_dict_in_generate=True)  # fmt: skip
+    out = model.generate(
+        **batch_of(tokenizer),
+        num_beams=3,
+        max_new_tokens=5,
+        do_sample=False,
+        eos_token_id=-1,
+        return_dict_in_generate=True,
+    )
     state = out.past_key_values
     for drawn, length in zip(state.thoughts, (0, 2, 4), strict=True):
         start = batch_of(tokenizer)["input_ids"].shape[1] + length
@@ -167,7 +191,14 @@ def test_thoughts_follow_the_beams_they_belong_to():
 
 def test_sampling_repeats_itself_and_several_replies_differ():
     model, tokenizer = wrapped("llama, tied")
-    settings = {"max_new_tokens": 6, "do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "num_return_sequences": 3}
+    settings = {
+        "max_new_tokens": 6,
+        "do_sample": True,
+        "top_k": 0,
+        "top_p": 1.0,
+        "temperature": 1.0,
+        "num_return_sequences": 3,
+    }
     runs = []
     for _ in range(2):
         torch.manual_seed(5)
@@ -190,7 +221,10 @@ def test_pipeline_and_streamer_give_what_generate_gives(tmp_path, capsys):
             assert answers[0]["generated_text"].split() == new.split()
     plain_text = write(TEXTS[0], return_full_text=False, think=False, **settings)[0]["generated_text"]
     base = model.lm.generate(**batch_of(tokenizer, TEXTS[:1]), **settings)[0]
-    assert plain_text.split() == tokenizer.decode(base[len(tokenizer.encode(TEXTS[0])) :], skip_special_tokens=True).split()
+    assert (
+        plain_text.split()
+        == tokenizer.decode(base[len(tokenizer.encode(TEXTS[0])) :], skip_special_tokens=True).split()
+    )
     capsys.readouterr()
     model.generate(**batch_of(tokenizer, TEXTS[:1]), streamer=TextStreamer(tokenizer, skip_prompt=True), **settings)
     assert capsys.readouterr().out.split() == tokenizer.decode(expected[0][len(tokenizer.encode(TEXTS[0])) :]).split()
@@ -206,7 +240,9 @@ def test_a_prompt_read_in_pieces_or_continued_thinks_at_its_end():
     more = torch.cat([first.sequences, batch["input_ids"][:, -3:]], 1)
     mask = torch.cat([batch["attention_mask"], torch.ones(3, 5, dtype=torch.long)], 1)
     alone = model.generate(input_ids=more, attention_mask=mask, **settings)
-    assert torch.equal(model.generate(input_ids=more, attention_mask=mask, past_key_values=first.past_key_values, **settings), alone)
+    assert torch.equal(
+        model.generate(input_ids=more, attention_mask=mask, past_key_values=first.past_key_values, **settings), alone
+    )
 
 
 def test_a_text_that_leaves_no_room_for_a_thought_is_one_sentence():
@@ -214,7 +250,9 @@ def test_a_text_that_leaves_no_room_for_a_thought_is_one_sentence():
         model, _ = wrapped(family)
         ids = torch.full((1, 125), 7)
         if family == "gpt2":
-            with pytest.raises(WorkbookError, match="a text of 125 tokens leaves no room for thoughts among the model's 128"):
+            with pytest.raises(
+                WorkbookError, match="a text of 125 tokens leaves no room for thoughts among the model's 128"
+            ):
                 model(ids, logits_to_keep=1)
         else:
             assert model(ids, logits_to_keep=1).logits.isfinite().any()  # rotary positions have no end
@@ -242,8 +280,18 @@ def test_a_step_of_reinforcement_on_any_family(family, gradient_checkpointing):
     lm, tokenizer = qs.add_thinking_tokens(*plain(family))
     model = QuietStarForCausalLM.from_base(lm, tokenizer, num_thoughts=2, thought_length=6)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    result = qs.train_quiet_star(model, tokenizer, problems(size=12), problems("validation")[:2], steps=1, batch_size=2, num_thoughts=2,
-                                 thought_length=6, evaluate_every=1, gradient_checkpointing=gradient_checkpointing)  # fmt: skip
+    result = qs.train_quiet_star(
+        model,
+        tokenizer,
+        problems(size=12),
+        problems("validation")[:2],
+        steps=1,
+        batch_size=2,
+        num_thoughts=2,
+        thought_length=6,
+        evaluate_every=1,
+        gradient_checkpointing=gradient_checkpointing,
+    )
     assert math.isfinite(result.history[0]["loss"]) and len(result.episodes) == 2
     assert ("max_logit" in result.history[0]) == is_watched(family)
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -271,6 +319,12 @@ def test_clipping_what_cannot_be_watched_is_one_sentence_before_anything_is_trai
         if train == "baking":
             small_bake(monkeypatch, lm, tokenizer, qk_clip_threshold=30.0)
         else:
-            qs.train_quiet_star(QuietStarForCausalLM.from_base(lm, tokenizer), tokenizer, problems(), problems("validation"),
-                                steps=1, qk_clip_threshold=25.0)  # fmt: skip
+            qs.train_quiet_star(
+                QuietStarForCausalLM.from_base(lm, tokenizer),
+                tokenizer,
+                problems(),
+                problems("validation"),
+                steps=1,
+                qk_clip_threshold=25.0,
+            )
     assert all(torch.equal(value, before[name]) for name, value in lm.state_dict().items())

@@ -14,7 +14,11 @@ from qs_lib.errors import SourceError
 from qs_lib.files import find_run
 from qs_lib.workbook import harness
 
-PAIRS = [("ben has 9 pens . ben finds 8 . how many pens ?", " 17 ."), ("tom has 3 .", " 3"), ("a box holds 4 cups .", " 4 red cups .")]
+PAIRS = [
+    ("ben has 9 pens . ben finds 8 . how many pens ?", " 17 ."),
+    ("tom has 3 .", " 3"),
+    ("a box holds 4 cups .", " 4 red cups ."),
+]
 
 
 @pytest.fixture
@@ -45,7 +49,9 @@ def by_hand(lm, pair, think):
 def test_log_likelihood_is_the_sum_by_hand(family, think):
     model, tokenizer = wrapped(family)
     lm = harness.ThinkingLM(model, tokenizer, think, batch_size=3)
-    likeliest = lm.model(torch.tensor([encode_context(tokenizer, PAIRS[1][0])]), logits_to_keep=1).logits[0, -1].argmax().item()
+    likeliest = (
+        lm.model(torch.tensor([encode_context(tokenizer, PAIRS[1][0])]), logits_to_keep=1).logits[0, -1].argmax().item()
+    )
     pairs = [*PAIRS, (PAIRS[1][0], " " + tokenizer.decode(likeliest))]
     requests = [(pair, *ids_of(lm, pair)) for pair in pairs]
     found = lm._loglikelihood_tokens(requests, disable_tqdm=True)
@@ -95,7 +101,16 @@ def test_the_command_line_and_its_errors(data, tmp_path, capsys):
     model, tokenizer = wrapped("llama, tied")
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
-    words = [str(tmp_path / "model"), str(data), "--limit", "1", "--tasks", "gsm8k_likelihood", "--output", str(tmp_path / "out.json")]
+    words = [
+        str(tmp_path / "model"),
+        str(data),
+        "--limit",
+        "1",
+        "--tasks",
+        "gsm8k_likelihood",
+        "--output",
+        str(tmp_path / "out.json"),
+    ]
     assert harness.main(words) == 0 and "perplexity" in capsys.readouterr().out
     assert json.loads((tmp_path / "out.json").read_text())["n-samples"]["gsm8k_likelihood"]["effective"] == 1
     assert harness.main([words[0], str(tmp_path / "nowhere")]) == 1

@@ -14,19 +14,34 @@ from qs_lib.viewing.inspector import FILTERS, SORTS, ThoughtInspector
 
 def thought(utility=1.0, answer="17", tokens=("<think>", " 9", "</think>")):
     return Thought(
-        tokens=list(tokens), logprobs=[0.0, -1.25, -0.0001][: len(tokens)], utility=utility, weight=0.25, answer=answer,
+        tokens=list(tokens),
+        logprobs=[0.0, -1.25, -0.0001][: len(tokens)],
+        utility=utility,
+        weight=0.25,
+        answer=answer,
         coherence={"semantic": 0.5, "syntactic": 0.25, "predictive": 1.0, "composite": 0.575},
-        next_tokens=[(answer, 0.9), ("3", 0.1)], reward=utility or 0.0, advantage=0.5,
-    )  # fmt: skip
+        next_tokens=[(answer, 0.9), ("3", 0.1)],
+        reward=utility or 0.0,
+        advantage=0.5,
+    )
 
 
 def episode(problem=0, answer_with="17", thoughts=None, **changes):
     values = {
-        "problem": problem, "question": f"how many {problem} ?", "answer": "17", "family": "chain", "difficulty": 2,
-        "position": 3, "tokens": ["how", "many", "?"], "thoughts": [thought(), thought()] if thoughts is None else thoughts,
-        "no_thought_weight": 0.5, "base_tokens": [("3", 0.7)], "mixed_tokens": [("17", 0.8)], "answer_without": "3",
+        "problem": problem,
+        "question": f"how many {problem} ?",
+        "answer": "17",
+        "family": "chain",
+        "difficulty": 2,
+        "position": 3,
+        "tokens": ["how", "many", "?"],
+        "thoughts": [thought(), thought()] if thoughts is None else thoughts,
+        "no_thought_weight": 0.5,
+        "base_tokens": [("3", 0.7)],
+        "mixed_tokens": [("17", 0.8)],
+        "answer_without": "3",
         "answer_with": answer_with,
-    }  # fmt: skip
+    }
     return Episode(**values | changes)
 
 
@@ -110,9 +125,17 @@ def test_a_hostile_episode_adds_no_tag_and_no_attribute():
         one = thought(answer=text, tokens=(text, text, text))
         one.next_tokens = [(text, 0.5)]
         bad = episode(
-            question=text, answer=text, family=text, stage=text, tokens=[text], answer_with=text, answer_without=text,
-            thoughts=[one], base_tokens=[(text, 0.5)], mixed_tokens=[(text, 0.5)],
-        )  # fmt: skip
+            question=text,
+            answer=text,
+            family=text,
+            stage=text,
+            tokens=[text],
+            answer_with=text,
+            answer_without=text,
+            thoughts=[one],
+            base_tokens=[(text, 0.5)],
+            mixed_tokens=[(text, 0.5)],
+        )
         started = time.process_time()
         found = parsed(render(bad))
         assert time.process_time() - started < 1, "one text must not freeze the page"
@@ -122,8 +145,24 @@ def test_a_hostile_episode_adds_no_tag_and_no_attribute():
 
 def test_everything_is_said_in_words_and_numbers():
     text = parsed(render(episode())).text
-    for part in ("-1.25", "composite", "0.57", "semantic", "0.50", "mixing weight 0.25", "helped (+1.00 nats)", "17 0.900",
-                 "without thoughts", "after thought 2", "mixed", "0.800", "right", "wrong", "reward 1.00", "chain"):  # fmt: skip
+    for part in (
+        "-1.25",
+        "composite",
+        "0.57",
+        "semantic",
+        "0.50",
+        "mixing weight 0.25",
+        "helped (+1.00 nats)",
+        "17 0.900",
+        "without thoughts",
+        "after thought 2",
+        "mixed",
+        "0.800",
+        "right",
+        "wrong",
+        "reward 1.00",
+        "chain",
+    ):
         assert part in text, part
     assert "-0.00" not in text
     assert "hurt (-1.00 nats)" in parsed(render(episode(thoughts=[thought(-1.0)]))).text
@@ -146,12 +185,20 @@ def test_bare_episodes_render():
 
 def test_filters():
     episodes = [
-        episode(0), episode(1, "3", [thought(-2.0), thought(-1.0, "3")]), episode(2, thoughts=[thought(5.0)]),
+        episode(0),
+        episode(1, "3", [thought(-2.0), thought(-1.0, "3")]),
+        episode(2, thoughts=[thought(5.0)]),
         episode(3, "3", [thought(-3.0)]),
-    ]  # fmt: skip
+    ]
     chosen = {name: [e.problem for e in pick(episodes)] for name, pick in FILTERS.items()}
-    assert chosen == {"all": [0, 1, 2, 3], "wrong": [1, 3], "right": [0, 2], "thoughts disagree": [1],
-                      "most helped": [2, 0], "most hurt": [3, 1]}  # fmt: skip
+    assert chosen == {
+        "all": [0, 1, 2, 3],
+        "wrong": [1, 3],
+        "right": [0, 2],
+        "thoughts disagree": [1],
+        "most helped": [2, 0],
+        "most hurt": [3, 1],
+    }
 
 
 def test_a_problem_without_a_truth_is_neither_right_nor_wrong():
@@ -163,18 +210,22 @@ def test_a_problem_without_a_truth_is_neither_right_nor_wrong():
 
 def test_orders():
     episodes = [
-        episode(0, difficulty=1, thoughts=[thought(0.0), thought(0.0, "3")]), episode(1, difficulty=3, thoughts=[thought(2.0)]),
+        episode(0, difficulty=1, thoughts=[thought(0.0), thought(0.0, "3")]),
+        episode(1, difficulty=3, thoughts=[thought(2.0)]),
         episode(2, difficulty=2, thoughts=[]),
-    ]  # fmt: skip
+    ]
     inspector = ThoughtInspector(episodes)
     orders = {}
     for name in SORTS:
         inspector.sort.value = name
         orders[name] = [e.problem for e in inspector.shown]
     assert orders == {
-        "as chosen": [0, 1, 2], "utility, best first": [1, 0, 2], "coherence, best first": [0, 1, 2],
-        "hardest first": [1, 2, 0], "most different answers first": [0, 1, 2],
-    }  # fmt: skip
+        "as chosen": [0, 1, 2],
+        "utility, best first": [1, 0, 2],
+        "coherence, best first": [0, 1, 2],
+        "hardest first": [1, 2, 0],
+        "most different answers first": [0, 1, 2],
+    }
     inspector.filter.value, inspector.sort.value = "most helped", "as chosen"
     assert [e.problem for e in inspector.shown] == [1]
 
@@ -194,7 +245,12 @@ def test_tokens_of_saved_episodes_can_be_stepped_through():
 def test_saved_from_the_button(tmp_path, monkeypatch):
     monkeypatch.setenv("QS_OUTPUTS", str(tmp_path))
     inspector = ThoughtInspector([episode(0)])
-    for given, name in (("mine.html", "mine.html"), ("../../x<b>.html", "x_b_.html"), ("/", "thoughts.html"), (".x", "x")):
+    for given, name in (
+        ("mine.html", "mine.html"),
+        ("../../x<b>.html", "x_b_.html"),
+        ("/", "thoughts.html"),
+        (".x", "x"),
+    ):
         inspector.file.value = given
         inspector.save.click()
         assert (tmp_path / "inspector" / name).is_file() and f"inspector/{name}" in inspector.saved.value
@@ -217,7 +273,9 @@ def test_moving_and_choosing():
     inspector.filter.value = "wrong"
     assert inspector.index.max == 3 and inspector.current.problem == 0 and "1 of 3" in inspector.count.value
     inspector.filter.value = "thoughts disagree"
-    assert inspector.current is None and "No problem matches" in inspector.view.value and "0 of 0" in inspector.count.value
+    assert (
+        inspector.current is None and "No problem matches" in inspector.view.value and "0 of 0" in inspector.count.value
+    )
     inspector.filter.value = "all"
     assert inspector.current.problem == 0
 
@@ -267,6 +325,10 @@ def test_ten_thousand_episodes_open_and_move_quickly():
 
 
 def test_a_thought_drawn_twice_is_written_out_once():
-    shown = parsed(render(episode(thoughts=[thought(), thought(answer="3"), thought(), thought(tokens=("<think>", " 8", "</think>"))]))).text
+    shown = parsed(
+        render(
+            episode(thoughts=[thought(), thought(answer="3"), thought(), thought(tokens=("<think>", " 8", "</think>"))])
+        )
+    ).text
     assert "Thought 3word for word thought 1; mixing weight 0.25" in shown and shown.count("word for word") == 1
     assert shown.count("composite") == 3 and shown.count("after thought") == 4

@@ -63,9 +63,11 @@ def test_sizes_are_what_they_are_called(name):
 def test_bench_lines_name_what_was_missed():
     line = {"kind": "bar", "claim": "generate / ours", "shape": "10M_L64", "direction": ">=", "bound": 4}
     lines = [
-        line | {"value": 5.0, "reached": True}, line | {"value": 3.0, "reached": False},
-        line | {"value": None, "reached": None}, line | {"kind": "seen", "bound": None, "value": 2.0, "reached": None},
-    ]  # fmt: skip
+        line | {"value": 5.0, "reached": True},
+        line | {"value": 3.0, "reached": False},
+        line | {"value": None, "reached": None},
+        line | {"kind": "seen", "bound": None, "value": 2.0, "reached": None},
+    ]
     table = tables.bench_lines({"lines": lines})
     assert table["outcome"].tolist() == ["reached", "NOT reached", "-", "-"]
     assert table["measured"].tolist() == ["5", "3", "not measured", "2"]
@@ -80,10 +82,14 @@ def test_committed_bench_file_says_what_its_numbers_say():
     assert result["repeats"] >= 3 and result["command"] == "make bench"
     for line in result["lines"]:
         found = [
-            value for section in ("generation", "rescoring", "latency", "masks", "memory")
-            for value in result.get(section, {}).get(line["shape"], {}).values() if value == line["value"]
-        ]  # fmt: skip
+            value
+            for section in ("generation", "rescoring", "latency", "masks", "memory")
+            for value in result.get(section, {}).get(line["shape"], {}).values()
+            if value == line["value"]
+        ]
         assert found or line["value"] is None, line
         if None not in (line["value"], line["bound"]):
             over = line["value"] >= line["bound"]
-            assert line["reached"] == (over if line["direction"] == ">=" else not over or line["value"] == line["bound"])
+            assert line["reached"] == (
+                over if line["direction"] == ">=" else not over or line["value"] == line["bound"]
+            )

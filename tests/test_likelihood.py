@@ -16,7 +16,9 @@ def scores(gate: float, **settings):
     torch.nn.init.constant_(model.mixing_head.gate.bias, gate)
     drawn, think = [], model.think
     model.think = lambda *given, **more: drawn.append(think(*given, **more)) or drawn[-1]
-    found = li.text_log_likelihood(model, tokenizer, TEXTS, positions=4, num_thoughts=2, thought_length=6, controls=True, **settings)
+    found = li.text_log_likelihood(
+        model, tokenizer, TEXTS, positions=4, num_thoughts=2, thought_length=6, controls=True, **settings
+    )
     return found, model, tokenizer, drawn[0]
 
 
@@ -64,12 +66,17 @@ def test_the_temperature_is_fitted_on_other_texts():
     validation, test, scores = sharpened.copy(), sharpened.copy(), {"with": np.ones((2, 2))}
     validation[2], test[5], test[2, 0, 0] = -1.0, 0.0, np.nan
     found, best = li.with_temperature(scores, test, validation)
-    assert best == SHARPENINGS[2] and found["temperature"][1].tolist() == [-3.0, -3.0] and found["with"] is scores["with"]
+    assert (
+        best == SHARPENINGS[2] and found["temperature"][1].tolist() == [-3.0, -3.0] and found["with"] is scores["with"]
+    )
 
 
 def test_the_gain_by_hand():
-    given = {"without": np.array([[-1.0, -9.0], [-2.0, -3.0]]), "with": np.array([[-1.0, -4.0], [-2.0, -3.0]]),
-             "filler": np.array([[-1.0, -4.0], [-2.0, -4.0]])}  # fmt: skip
+    given = {
+        "without": np.array([[-1.0, -9.0], [-2.0, -3.0]]),
+        "with": np.array([[-1.0, -4.0], [-2.0, -3.0]]),
+        "filler": np.array([[-1.0, -4.0], [-2.0, -4.0]]),
+    }
     gain = li.log_likelihood_gain(given)
     assert gain["all"][0] == pytest.approx(1.25) and gain["hardest"][0] == pytest.approx(5.0)
     over = li.log_likelihood_gain(given, control="filler")

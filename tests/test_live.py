@@ -31,8 +31,10 @@ def saved(problem, seed=0):
     drawn, rows = score_thoughts(MODEL, TOKENIZER, [problem], seed=seed, **SETTINGS)
     contexts = [encode_context(TOKENIZER, problem["question"])]
     given = (drawn[0].tokens[:, 0], drawn[0].lengths[:, 0])
-    answers = {name: answers_with(MODEL, TOKENIZER, contexts, *given, weights, 6)
-               for name, weights in (("own", "head"), ("none", "none"))}  # fmt: skip
+    answers = {
+        name: answers_with(MODEL, TOKENIZER, contexts, *given, weights, 6)
+        for name, weights in (("own", "head"), ("none", "none"))
+    }
     answers["alone"] = answers_alone(MODEL, TOKENIZER, contexts, *given, 6).tolist()
     return episodes(TOKENIZER, [problem], drawn, rows, answers, "live")[0]
 
@@ -101,12 +103,16 @@ def test_the_two_answers_are_the_plain_one_and_the_mixed_one():
 
 def test_settings_count():
     text = "ana has 3 cups"
-    drawn = [think_at(MODEL, TOKENIZER, text, seed=s, num_thoughts=k, thought_length=n, temperature=t)
-             for s, k, n, t in ((0, 2, 5, 1.0), (1, 2, 5, 1.0), (0, 2, 5, 0.0), (0, 3, 9, 1.0))]  # fmt: skip
+    drawn = [
+        think_at(MODEL, TOKENIZER, text, seed=s, num_thoughts=k, thought_length=n, temperature=t)
+        for s, k, n, t in ((0, 2, 5, 1.0), (1, 2, 5, 1.0), (0, 2, 5, 0.0), (0, 3, 9, 1.0))
+    ]
     thoughts = [[t.tokens for t in one.thoughts] for one in drawn]
     assert thoughts[0] != thoughts[1] and thoughts[2][0] == thoughts[2][1]
     assert [len(t) for t in thoughts] == [2, 2, 2, 3] and max(map(len, thoughts[0])) <= 5
-    assert think_at(MODEL, TOKENIZER, text, num_thoughts=2, thought_length=5) == drawn[0], "the same seed, the same thoughts"
+    assert think_at(MODEL, TOKENIZER, text, num_thoughts=2, thought_length=5) == drawn[0], (
+        "the same seed, the same thoughts"
+    )
 
 
 def test_progress_names_every_step():
@@ -157,7 +163,9 @@ def test_the_inspector_draws_at_the_chosen_token():
     inspector.draw.click()
     assert inspector.view.value != before, "another draw takes another seed"
     inspector.token.value = last
-    assert inspector.strip.value == last and inspector.view.value.count("tokens of thought") == 3, "the saved ones are kept"
+    assert inspector.strip.value == last and inspector.view.value.count("tokens of thought") == 3, (
+        "the saved ones are kept"
+    )
     inspector.next.click()
     inspector.previous.click()
     inspector.token.value = 3

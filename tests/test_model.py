@@ -33,7 +33,9 @@ def test_weights_keep_their_precision_under_autocast():
     torch.nn.init.constant_(head.gate.bias, 0.001)
     base, thought = torch.randn(5, 8), torch.randn(5, 2, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(head(base.bfloat16(), thought.bfloat16()), head(base.bfloat16().float(), thought.bfloat16().float()))
+        assert torch.equal(
+            head(base.bfloat16(), thought.bfloat16()), head(base.bfloat16().float(), thought.bfloat16().float())
+        )
         assert head(base, thought).sum(-1).allclose(torch.ones(5)) and (head(base, thought)[:, 0] < 1).all()
 
 
@@ -90,8 +92,13 @@ def test_cached_generation_with_thoughts_equals_a_reference_on_left_padded_rows(
     texts = ["ben has 9 pens . ben finds 8 .", "tom has 3 .", "a box holds 4 red 5 blue cups ."]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     torch.manual_seed(0)
-    out = model.generate(**{k: batch[k] for k in ("input_ids", "attention_mask")}, max_new_tokens=4, do_sample=False,
-                         min_new_tokens=4, return_dict_in_generate=True)  # fmt: skip
+    out = model.generate(
+        **{k: batch[k] for k in ("input_ids", "attention_mask")},
+        max_new_tokens=4,
+        do_sample=False,
+        min_new_tokens=4,
+        return_dict_in_generate=True,
+    )
     for row, text in enumerate(texts):
         drawn = out.past_key_values.thoughts[0]
         thoughts = [t[:n] for t, n in zip(drawn.tokens[row, 0].tolist(), drawn.lengths[row, 0].tolist(), strict=True)]
@@ -106,7 +113,9 @@ def test_cached_generation_with_thoughts_equals_a_reference_on_left_padded_rows(
 def test_generation_thinks_again_every_n_true_tokens():
     model, tokenizer = tiny_quiet_star(n_true=2)
     ids = torch.tensor([tokenizer.encode("ben has 9 pens .")])
-    out = model.generate(input_ids=ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    out = model.generate(
+        input_ids=ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, return_dict_in_generate=True
+    )
     assert len(out.past_key_values.thoughts) == 3
 
 
@@ -122,7 +131,9 @@ def test_think_false_generates_as_the_base_does():
     model, tokenizer = tiny_quiet_star()
     ids = torch.tensor([tokenizer.encode("ben has 9 pens .")])
     settings = {"max_new_tokens": 5, "do_sample": False}
-    assert torch.equal(model.generate(input_ids=ids, think=False, **settings), model.lm.generate(input_ids=ids, **settings))
+    assert torch.equal(
+        model.generate(input_ids=ids, think=False, **settings), model.lm.generate(input_ids=ids, **settings)
+    )
 
 
 def test_beams_run_and_keep_rows_apart():

@@ -46,9 +46,7 @@ def test_parameters_are_those_of_the_model(path):
     if path.stem in NOTEBOOKS:
         names = set(NOTEBOOKS[path.stem].model_fields)
         assert set(notebook_parameters(path)) == names
-        assert set(papermill.inspect_notebook(str(path))) == names, (
-            "papermill reads no line whose comment holds ="
-        )
+        assert set(papermill.inspect_notebook(str(path))) == names, "papermill reads no line whose comment holds ="
         check_parameters(path, {})
 
 
@@ -106,8 +104,13 @@ def test_at_least_nine_of_ten_outputs_are_compared():
 
 @pytest.mark.parametrize("name", ["00_start_here", "04_parallel_thoughts", "06_anti_theater"])
 def test_the_inspector_can_be_read_without_a_kernel(name):
-    shown = [output.data for cell in code_cells(ROOT / "notebooks" / f"{name}.ipynb") if cell.id == "inspector"
-             for output in cell.outputs if "data" in output]  # fmt: skip
+    shown = [
+        output.data
+        for cell in code_cells(ROOT / "notebooks" / f"{name}.ipynb")
+        if cell.id == "inspector"
+        for output in cell.outputs
+        if "data" in output
+    ]
     twin = next(data["text/html"] for data in shown if "text/html" in data)
     assert "Thought 1" in twin and "mixing weight" in twin and "problems</p>" in twin
 
@@ -144,9 +147,7 @@ def test_every_sanitize_rule_is_read():
     ],
 )
 def test_sanitize_rules_clean_what_they_name(text, cleaned):
-    for pattern, replacement in get_sanitize_patterns(
-        (ROOT / "tests" / "sanitize.cfg").read_text(encoding="utf-8")
-    ):
+    for pattern, replacement in get_sanitize_patterns((ROOT / "tests" / "sanitize.cfg").read_text(encoding="utf-8")):
         text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
     assert text == cleaned
 

@@ -16,9 +16,18 @@ from qs_lib.training.optim import MuonGrokfast, orthogonalize, split_parameters
 
 def tiny_llama(tied=True, seed=0):
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, attention_bias=True, tie_word_embeddings=tied))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attention_bias=True,
+            tie_word_embeddings=tied,
+        )
+    )
 
 
 def set_gradients(model, step):
@@ -41,17 +50,19 @@ def relative_error(ours, theirs):
     return max((a - b).norm() / b.norm() for a, b in zip(ours, theirs, strict=True)).item()
 
 
-@pytest.mark.parametrize(("adjust_lr_fn", "bf16"), [("original", True), ("original", False),
-                                                    ("match_rms_adamw", True)])
+@pytest.mark.parametrize(("adjust_lr_fn", "bf16"), [("original", True), ("original", False), ("match_rms_adamw", True)])
 def test_lambda_zero_is_torch_muon_and_adamw(adjust_lr_fn, bf16, monkeypatch):
     monkeypatch.setattr(optim, "CPU_HAS_BF16", bf16)
     start = tiny_llama()
     ours, theirs = copy.deepcopy(start), copy.deepcopy(start)
-    optimizer = MuonGrokfast(ours, muon_lr=0.02, adamw_lr=3e-3, grokfast_lambda=0, weight_decay=0.1,
-                             adjust_lr_fn=adjust_lr_fn)
+    optimizer = MuonGrokfast(
+        ours, muon_lr=0.02, adamw_lr=3e-3, grokfast_lambda=0, weight_decay=0.1, adjust_lr_fn=adjust_lr_fn
+    )
     hidden, rest = ([p for _, p in part] for part in split_parameters(theirs))
-    references = [torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust_lr_fn),
-                  torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)]
+    references = [
+        torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust_lr_fn),
+        torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1),
+    ]
     for step in range(20):
         set_gradients(ours, step)
         set_gradients(theirs, step)
@@ -76,8 +87,10 @@ def test_lambda_zero_trains_like_torch():
         hidden, rest = ([p for _, p in part] for part in split_parameters(model))
         optimizers = [MuonGrokfast(model, 0.02, 3e-3, grokfast_lambda=0)]
         if reference:
-            optimizers = [torch.optim.Muon(hidden, lr=0.02, weight_decay=0),
-                          torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0)]
+            optimizers = [
+                torch.optim.Muon(hidden, lr=0.02, weight_decay=0),
+                torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0),
+            ]
         for _ in range(20):
             loss = model(ids, labels=ids).loss
             model.zero_grad()
@@ -96,7 +109,7 @@ def test_orthogonalize_is_the_quintic_iteration(rows, cols, tolerance, monkeypat
     u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
     s = s / s.norm(dim=1, keepdim=True)
     for _ in range(5):  # on singular values the matrix polynomial is a scalar one
-        s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     exact = u @ torch.diag_embed(s) @ vh
     assert (orthogonalize(x) - exact).norm() / exact.norm() < tolerance
     assert torch.equal(orthogonalize(torch.zeros(1, 4, 6)), torch.zeros(1, 4, 6))
@@ -115,7 +128,7 @@ def test_filter_is_the_published_ema_rule():
         history.append([p.grad.clone() for p in filtered.parameters()])
         optimizer.step()
         assert all(torch.equal(p.grad, g) for p, g in zip(filtered.parameters(), history[-1], strict=True))
-        weights = [a ** t] + [(1 - a) * a ** (t - s) for s in range(1, t + 1)]
+        weights = [a**t] + [(1 - a) * a ** (t - s) for s in range(1, t + 1)]
         slow = [sum(w * g for w, g in zip(weights, grads, strict=True)) for grads in zip(*history, strict=True)]
         for p, q, g, mu in zip(by_hand.parameters(), inverted.parameters(), history[-1], slow, strict=True):
             p.grad = g + lam * mu
@@ -131,8 +144,9 @@ def test_filter_is_the_published_ema_rule():
 
 def test_resume_is_bit_exact_without_pickle():
     def make(model):
-        optimizer = MuonGrokfast(model, 0.02, 1e-3, grokfast_lambda=0.5, weight_decay=0.01, token_rows=[3, 5],
-                                 token_scale=10)
+        optimizer = MuonGrokfast(
+            model, 0.02, 1e-3, grokfast_lambda=0.5, weight_decay=0.01, token_rows=[3, 5], token_scale=10
+        )
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t))
 
     straight = tiny_llama(tied=False)
@@ -183,12 +197,20 @@ def test_routing_llama(tied):
 
 def test_routing_gpt2_and_plain_modules():
     gpt2 = MuonGrokfast(GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=4)))
-    assert names(gpt2, "muon") == {f"transformer.h.0.{n}.weight"
-                                   for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    assert names(gpt2, "muon") == {
+        f"transformer.h.0.{n}.weight" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
     assert {"transformer.wte.weight", "transformer.wpe.weight"} <= names(gpt2, "adamw")
 
-    plain = nn.ModuleDict({"embed": nn.Embedding(7, 4), "hidden": nn.Linear(4, 6), "gate": nn.Linear(6, 1),
-                           "unembed": nn.Linear(6, 7, bias=False), "conv": nn.Conv1d(2, 3, 5)})
+    plain = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(7, 4),
+            "hidden": nn.Linear(4, 6),
+            "gate": nn.Linear(6, 1),
+            "unembed": nn.Linear(6, 7, bias=False),
+            "conv": nn.Conv1d(2, 3, 5),
+        }
+    )
     assert names(MuonGrokfast(plain), "muon") == {"hidden.weight"}
 
     shapes = [(6, 4), (6,), (6, 1), (2, 3, 4)]
@@ -211,8 +233,9 @@ def test_routing_lora():
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(trained)
 
 
-@pytest.mark.parametrize(("name", "bad"), [("model.layers.1.mlp.up_proj.weight", math.nan),
-                                           ("model.norm.weight", math.inf)])
+@pytest.mark.parametrize(
+    ("name", "bad"), [("model.layers.1.mlp.up_proj.weight", math.nan), ("model.norm.weight", math.inf)]
+)
 def test_non_finite_gradient_names_the_tensor_and_changes_nothing(name, bad):
     model = tiny_llama()
     optimizer = MuonGrokfast(model, grokfast_lambda=0.1)
@@ -239,18 +262,20 @@ def test_token_scale_scales_the_update(tied):
     rows, others, kept = [3, 5, 39], [0, 4, 38], 1 - 1e-4 * 0.1  # what weight decay leaves, of every row
     start = tiny_llama(tied)
     models = {scale: copy.deepcopy(start) for scale in (1, 100)}
-    optimizers = {scale: MuonGrokfast(m, adamw_lr=1e-4, weight_decay=0.1, token_rows=torch.tensor(rows),
-                                      token_scale=scale)
-                  for scale, m in models.items()}
+    optimizers = {
+        scale: MuonGrokfast(m, adamw_lr=1e-4, weight_decay=0.1, token_rows=torch.tensor(rows), token_scale=scale)
+        for scale, m in models.items()
+    }
     for t in range(3):
-        before = {s: [end.weight.detach().clone() for end in (m.get_input_embeddings(), m.get_output_embeddings())]
-                  for s, m in models.items()}
+        before = {
+            s: [end.weight.detach().clone() for end in (m.get_input_embeddings(), m.get_output_embeddings())]
+            for s, m in models.items()
+        }
         for scale, model in models.items():
             set_gradients(model, t)
             optimizers[scale].step()
         for i, getter in enumerate(("get_input_embeddings", "get_output_embeddings")):
-            delta = {s: getattr(m, getter)().weight.detach() - before[s][i] * kept
-                     for s, m in models.items()}
+            delta = {s: getattr(m, getter)().weight.detach() - before[s][i] * kept for s, m in models.items()}
             # The scale-1 change is read from rounded weights: a few 1e-9 of about 1e-4.
             torch.testing.assert_close(delta[100][rows], 100 * delta[1][rows], rtol=1e-3, atol=1e-6)
             assert torch.equal(delta[100][others], delta[1][others])

@@ -25,7 +25,10 @@ TEMPLATE = (
 
 
 def byte_level(chat=False):
-    texts = [f"user assistant\nAnswer: {p['question']} {strategies.reply((p['fits'] or ['cot'])[0], p)}\n" for p in problems(size=200)]
+    texts = [
+        f"user assistant\nAnswer: {p['question']} {strategies.reply((p['fits'] or ['cot'])[0], p)}\n"
+        for p in problems(size=200)
+    ]
     tokenizer = build_tokenizer("gsm8k", texts, 600)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = TEMPLATE if chat else None
@@ -75,7 +78,9 @@ def test_the_teacher_reads_the_examples_and_the_student_does_not(monkeypatch):
     held = problems("validation")[:4]
     plain = tokenizer.encode(" think step 1 + 1 = 2 done 2 .", add_special_tokens=False)
     seen = []
-    monkeypatch.setattr(baking, "replies", lambda m, t, contexts, *a, **k: seen.extend(contexts) or [plain] * len(contexts))
+    monkeypatch.setattr(
+        baking, "replies", lambda m, t, contexts, *a, **k: seen.extend(contexts) or [plain] * len(contexts)
+    )
     items = baking.sample_trajectories(model, tokenizer, held, prompts=prompts)
     think, end = thinking_ids(tokenizer)[:2]
     for p, context, item in zip(held, seen, items, strict=True):

@@ -25,8 +25,14 @@ from transformers import (
 from qs_lib.training.optim import MuonGrokfast
 from qs_lib.training.qk_clip import clip_heads, watch_max_logits
 
-SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "pad_token_id": 0}
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+}
 FAMILIES = {
     "llama MHA": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=4)),
     "llama GQA": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)),
@@ -77,8 +83,8 @@ def scores(module, hidden, rotary):
     q, k = (x.unflatten(-1, (-1, d)).transpose(1, 2) for x in (q, k))
     if rotary is not None:
         cos, sin = (x.unsqueeze(1) for x in rotary)
-        q, k = (x * cos + torch.cat((-x[..., d // 2:], x[..., :d // 2]), -1) * sin for x in (q, k))
-    return q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / d ** 0.5
+        q, k = (x * cos + torch.cat((-x[..., d // 2 :], x[..., : d // 2]), -1) * sin for x in (q, k))
+    return q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / d**0.5
 
 
 def largest(logits, attention_mask):
@@ -156,7 +162,7 @@ def test_one_factor_per_group_would_be_noticed():
     clip_heads(watch, threshold)
     assert torch.equal(scores(module, hidden, rotary)[:, innocent], old)
     with torch.no_grad():
-        module.k_proj.weight[group * 8:(group + 1) * 8] *= threshold / tops[group].max()
+        module.k_proj.weight[group * 8 : (group + 1) * 8] *= threshold / tops[group].max()
     assert not torch.equal(scores(module, hidden, rotary)[:, innocent], old)
 
 
@@ -190,13 +196,16 @@ def lora_model(family):
     return peft.get_peft_model(FAMILIES[family](), peft.LoraConfig(r=2, lora_alpha=2, target_modules=targets))
 
 
-@pytest.mark.parametrize(("make", "report_only", "reason"), [
-    (lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8)), False, "normalised"),
-    (lambda: Phi3ForCausalLM(Phi3Config(**SIZES, num_key_value_heads=2)), False, "no separate"),
-    (lambda: FAMILIES["llama MHA"](), True, "report only"),
-    (lambda: lora_model("llama MHA"), False, "adapter"),
-    (lambda: lora_model("gpt2"), False, "adapter"),
-])
+@pytest.mark.parametrize(
+    ("make", "report_only", "reason"),
+    [
+        (lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8)), False, "normalised"),
+        (lambda: Phi3ForCausalLM(Phi3Config(**SIZES, num_key_value_heads=2)), False, "no separate"),
+        (lambda: FAMILIES["llama MHA"](), True, "report only"),
+        (lambda: lora_model("llama MHA"), False, "adapter"),
+        (lambda: lora_model("gpt2"), False, "adapter"),
+    ],
+)
 def test_report_only_changes_no_weight(make, report_only, reason):
     model = make()
     weights = [p.clone() for p in model.parameters()]

@@ -59,8 +59,16 @@ def bake(log=lambda **_: None, **settings):
     baking.sample_trajectories = plain_trajectories
     try:
         settings = {"epochs": 2, "trajectories": 18, "batch_size": 8, "max_new_tokens": 4} | settings
-        baking.bake(model, tokenizer, [], problems(size=40), problems("validation")[:6], log=log,
-                    on_epoch=lambda epoch, _: epochs.append(epoch), **settings)  # fmt: skip
+        baking.bake(
+            model,
+            tokenizer,
+            [],
+            problems(size=40),
+            problems("validation")[:6],
+            log=log,
+            on_epoch=lambda epoch, _: epochs.append(epoch),
+            **settings,
+        )
     finally:
         baking.sample_trajectories = before
     return state(model), epochs
@@ -68,16 +76,26 @@ def bake(log=lambda **_: None, **settings):
 
 def pretrain(log=lambda **_: None, **settings):
     model, tokenizer = tiny_champion()
-    loss = pretraining.pretrain(model, tokenizer, pretraining.corpus(problems(size=60)), 5, batch_size=8, log=log, **settings)
+    loss = pretraining.pretrain(
+        model, tokenizer, pretraining.corpus(problems(size=60)), 5, batch_size=8, log=log, **settings
+    )
     return state(model), loss
 
 
 def reinforced(log=lambda **_: None, checkpoint=None, **settings):
     model, tokenizer = tiny_quiet_star()
     torch.nn.init.constant_(model.mixing_head.gate.bias, 0.5)
-    settings = {"steps": 3, "batch_size": 5, "num_thoughts": 3, "thought_length": 8, "n_true": 3, "evaluate_every": 3} | settings
-    result = reinforce.train_quiet_star(model, tokenizer, problems(size=24), problems("validation")[:4], log=log,
-                                        checkpoint=checkpoint, **settings)  # fmt: skip
+    settings = {
+        "steps": 3,
+        "batch_size": 5,
+        "num_thoughts": 3,
+        "thought_length": 8,
+        "n_true": 3,
+        "evaluate_every": 3,
+    } | settings
+    result = reinforce.train_quiet_star(
+        model, tokenizer, problems(size=24), problems("validation")[:4], log=log, checkpoint=checkpoint, **settings
+    )
     return state(model), result.history
 
 
@@ -95,7 +113,14 @@ def test_shares_and_weighed_means_by_hand(tmp_path):
         if distributed.first():
             one_sided.grad = torch.tensor([2.0, 4.0])
         distributed.average([weight, unused, one_sided])
-        return mine, distributed.share([7]), weight.grad.item(), unused.grad, one_sided.grad.tolist(), distributed.either(not distributed.first())
+        return (
+            mine,
+            distributed.share([7]),
+            weight.grad.item(),
+            unused.grad,
+            one_sided.grad.tolist(),
+            distributed.either(not distributed.first()),
+        )
 
     first, second = together(work, tmp_path)
     assert first[0] == [1.0, 4.0, 16.0] and second[0] == [2.0, 8.0] and first[1] == second[1] == [7]
@@ -104,7 +129,12 @@ def test_shares_and_weighed_means_by_hand(tmp_path):
 
 def test_one_process_shares_nothing():
     loss, batch = torch.tensor(3.0), [1, 2]
-    assert distributed.share(batch) is batch and distributed.weigh(loss, 5) is loss and distributed.first() and distributed.start(1) == 1
+    assert (
+        distributed.share(batch) is batch
+        and distributed.weigh(loss, 5) is loss
+        and distributed.first()
+        and distributed.start(1) == 1
+    )
     with pytest.raises(WorkbookError, match="1 of 2 processes were started: run it with `torchrun --nproc_per_node 2`"):
         distributed.start(expected=2)
 
@@ -113,9 +143,14 @@ def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.05)
 
 
-@pytest.mark.parametrize(("settings", "bound"), [({"optimizer": sgd}, 1e-6), ({}, 2e-4), ({"qk_clip_threshold": 0.05}, 2e-4)])
+@pytest.mark.parametrize(
+    ("settings", "bound"), [({"optimizer": sgd}, 1e-6), ({}, 2e-4), ({"qk_clip_threshold": 0.05}, 2e-4)]
+)
 def test_baking_in_two_processes_is_baking_in_one(tmp_path, settings, bound):
-    (alone, _, lines), (one, epochs, own), (two, other_epochs, other) = logged(bake, **settings)(), *together(logged(bake, **settings), tmp_path)
+    (alone, _, lines), (one, epochs, own), (two, other_epochs, other) = (
+        logged(bake, **settings)(),
+        *together(logged(bake, **settings), tmp_path),
+    )
     assert largest_difference(one, two) == 0 and largest_difference(alone, one) < bound
     assert epochs == [1, 2] and other_epochs == [] and other == [] and len(own) == len(lines)
     for a, b in zip(lines, own, strict=True):
@@ -129,9 +164,15 @@ def test_pretraining_in_two_processes_is_pretraining_in_one(tmp_path):
     assert own == pytest.approx(loss, rel=1e-4) and lines and not other
 
 
-@pytest.mark.parametrize("settings", [{}, {"baseline": "value", "think_at": "difficult", "num_positions": 3}, {"think_at": "every", "over": 1}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"baseline": "value", "think_at": "difficult", "num_positions": 3}, {"think_at": "every", "over": 1}],
+)
 def test_reinforcement_in_two_processes_is_reinforcement_in_one(tmp_path, settings):
-    (alone, history, _), (one, own, lines), (two, other, none) = logged(reinforced, **settings)(), *together(logged(reinforced, **settings), tmp_path)
+    (alone, history, _), (one, own, lines), (two, other, none) = (
+        logged(reinforced, **settings)(),
+        *together(logged(reinforced, **settings), tmp_path),
+    )
     assert largest_difference(one, two) == 0 and largest_difference(alone, one) < 1e-3
     assert own == other and lines == own and none == []
     for a, b in zip(history, own, strict=True):
@@ -151,7 +192,9 @@ def test_the_training_to_try_says_how_many_there_were_and_ends_where_one_ends(tm
 
 
 def test_a_torchrun_that_fails_is_one_sentence(tmp_path):
-    with pytest.raises(WorkbookError, match=r"torchrun ended with \d+ .*see all of it with `torchrun --standalone --nproc_per_node 0"):
+    with pytest.raises(
+        WorkbookError, match=r"torchrun ended with \d+ .*see all of it with `torchrun --standalone --nproc_per_node 0"
+    ):
         two_processes.torchrun(0, tmp_path)
 
 
@@ -188,7 +231,10 @@ def test_processes_that_differ_are_told(tmp_path):
         pretraining.F.cross_entropy = lambda *a, **k: encode(*a, **k) * (1 if distributed.first() else float("nan"))
         pretraining.pretrain(model, tokenizer, pretraining.corpus(problems(size=60)), 1)
 
-    assert all(text.startswith(TrainingError.__name__) and "loss is nan" in text for text in together(bad_loss, tmp_path, fine=False))
+    assert all(
+        text.startswith(TrainingError.__name__) and "loss is nan" in text
+        for text in together(bad_loss, tmp_path, fine=False)
+    )
 
 
 def test_a_folder_that_only_one_process_sees_is_told(tmp_path):
@@ -202,10 +248,16 @@ def test_a_folder_that_only_one_process_sees_is_told(tmp_path):
     assert all("do not see the same checkpoints" in text for text in together(work, tmp_path, fine=False))
 
 
-@pytest.mark.parametrize("work", [
-    lambda fsdp: bake(optimizer=sgd, fsdp=fsdp)[0], lambda fsdp: bake(fsdp=fsdp)[0], lambda fsdp: pretrain(fsdp=fsdp)[0],
-    lambda fsdp: reinforced(fsdp=fsdp)[0], lambda fsdp: reinforced(fsdp=fsdp, think_at="difficult", num_positions=3)[0],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda fsdp: bake(optimizer=sgd, fsdp=fsdp)[0],
+        lambda fsdp: bake(fsdp=fsdp)[0],
+        lambda fsdp: pretrain(fsdp=fsdp)[0],
+        lambda fsdp: reinforced(fsdp=fsdp)[0],
+        lambda fsdp: reinforced(fsdp=fsdp, think_at="difficult", num_positions=3)[0],
+    ],
+)
 def test_sharded_weights_are_trained_as_in_one_process(tmp_path, work):
     alone, (one, two) = work(False), together(lambda: work(True), tmp_path)
     assert largest_difference(one, two) == 0 and largest_difference(alone, one) < 1e-3
@@ -214,7 +266,10 @@ def test_sharded_weights_are_trained_as_in_one_process(tmp_path, work):
 def test_each_process_holds_its_part_of_every_layer(tmp_path):
     def work():
         model, _ = tiny_lm()
-        layers, all_of = sum(p.numel() for p in model.model.layers.parameters()), {n: p.shape for n, p in model.named_parameters()}
+        layers, all_of = (
+            sum(p.numel() for p in model.model.layers.parameters()),
+            {n: p.shape for n, p in model.named_parameters()},
+        )
         shard(model)
         held = sum(p.to_local().numel() for p in model.parameters() if distributed.is_sharded(p))
         optimizer = MuonGrokfast(model, grokfast_lambda=0.1)
@@ -223,9 +278,16 @@ def test_each_process_holds_its_part_of_every_layer(tmp_path):
         before = {n: v.clone() for n, v in whole_state(model).items()}
         clip_grad_norm(model.parameters(), 1e9)
         optimizer.step()
-        kept = sum(v.numel() for p, s in optimizer.state.items() if distributed.is_sharded(p) for v in s.values() if v.dim())
+        kept = sum(
+            v.numel() for p, s in optimizer.state.items() if distributed.is_sharded(p) for v in s.values() if v.dim()
+        )
         moved = {n: not torch.equal(v, before[n]) for n, v in whole_state(model).items() if n in all_of}
-        return held / layers, kept / held, all(moved.values()), {n: v.shape for n, v in whole_state(model).items() if n in all_of} == all_of
+        return (
+            held / layers,
+            kept / held,
+            all(moved.values()),
+            {n: v.shape for n, v in whole_state(model).items() if n in all_of} == all_of,
+        )
 
     for held, kept, moved, shapes in together(work, tmp_path):
         assert held == pytest.approx(0.5, abs=0.02) and 2 <= kept < 2.2 and moved and shapes

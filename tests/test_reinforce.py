@@ -166,7 +166,9 @@ def test_habit_kl_sees_a_model_that_no_longer_begins_to_think():
         head.weight[thoughts.think_id] *= -3
     _, parts, _ = o.quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, n_true=3)
     at = thoughts.positions[:, 0]
-    true, mine = (lm(ids, attention_mask=mask).logits[torch.arange(6), at].log_softmax(-1) for lm in (reference, model.lm))
+    true, mine = (
+        lm(ids, attention_mask=mask).logits[torch.arange(6), at].log_softmax(-1) for lm in (reference, model.lm)
+    )
     expected = (true.exp() * (true - mine)).sum(-1).mean().item()
     assert expected > 1e-3 and parts["habit_kl"] == pytest.approx(expected, abs=1e-4)
     assert parts["base_kl"] == pytest.approx(0, abs=1e-6)
@@ -177,9 +179,19 @@ def test_training_repeats_itself_and_keeps_the_best_weights():
     for _ in range(2):
         model, tokenizer = tiny_quiet_star()
         lines = []
-        result = r.train_quiet_star(model, tokenizer, problems(size=24), problems("validation", 6), steps=3, batch_size=4,
-                                    num_thoughts=3, thought_length=8, evaluate_every=1, n_true=3,
-                                    log=lambda lines=lines, **m: lines.append(m))  # fmt: skip
+        result = r.train_quiet_star(
+            model,
+            tokenizer,
+            problems(size=24),
+            problems("validation", 6),
+            steps=3,
+            batch_size=4,
+            num_thoughts=3,
+            thought_length=8,
+            evaluate_every=1,
+            n_true=3,
+            log=lambda lines=lines, **m: lines.append(m),
+        )
         assert result.best_validation == max(m["validation_accuracy"] for m in lines)
         runs.append((lines, model.state_dict()))
     assert runs[0][0] == runs[1][0]
@@ -201,8 +213,16 @@ def test_bad_input_is_one_sentence():
         r.train_quiet_star(model, tokenizer, [], problems())
     with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError, match="lower the learning rates"):
         patch.setattr(r, "quiet_star_loss", lambda *a, **k: (torch.tensor(float("nan"), requires_grad=True), {}, ()))
-        r.train_quiet_star(model, tokenizer, problems(), problems("validation"), steps=1, batch_size=4, num_thoughts=2,
-                           thought_length=6)  # fmt: skip
+        r.train_quiet_star(
+            model,
+            tokenizer,
+            problems(),
+            problems("validation"),
+            steps=1,
+            batch_size=4,
+            num_thoughts=2,
+            thought_length=6,
+        )
 
 
 def test_the_paper_scores_thoughts_at_its_own_temperature():
@@ -241,7 +261,9 @@ def test_a_learned_value_is_the_baseline_and_is_fitted_by_squared_error():
     assert loss.item() == pytest.approx(((predicted - rewards) ** 2).mean().item(), rel=1e-4) == parts["value_error"]
     loss.backward()
     assert head.weight.grad.abs().max() > 0
-    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters()), "the value does not move the model"
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters()), (
+        "the value does not move the model"
+    )
 
 
 def test_positions_without_thoughts_count_nothing():
@@ -268,7 +290,10 @@ def test_where_to_think():
     assert at is None and tokenizer.decode(ids[0, : mask[0].sum()]).startswith(f"<bos> {few[0]['question']} think ")
     with torch.no_grad():
         predicted = model.lm(ids).logits[:, :-1].log_softmax(-1)
-    hardness = {"difficult": -predicted.gather(2, ids[:, 1:, None]).squeeze(2), "uncertain": -(predicted.exp() * predicted).sum(-1)}
+    hardness = {
+        "difficult": -predicted.gather(2, ids[:, 1:, None]).squeeze(2),
+        "uncertain": -(predicted.exp() * predicted).sum(-1),
+    }
     for where, values in hardness.items():
         ids, mask, at = c.think_where(model.lm, tokenizer, few, where, 3)
         for row in range(5):
@@ -281,21 +306,44 @@ def test_where_to_think():
         assert all(len(set(row)) == 3 for row in at.tolist())
         drawn.scatter_add_(1, at, torch.ones_like(at))
     lengths = mask.sum(1)
-    for row, n in zip(drawn, lengths.tolist(), strict=True):  # every token that another follows, each as often as any other
+    for row, n in zip(
+        drawn, lengths.tolist(), strict=True
+    ):  # every token that another follows, each as often as any other
         share = row[: n - 1] / (200 * 3 / (n - 1))
         assert share.min() > 0.4 and share.max() < 1.8 and row[n - 1 :].sum() == 0
-    assert (c.think_where(model.lm, tokenizer, few, "random", 500, generator)[2] >= 0).sum(1).tolist() == (lengths - 1).tolist()
+    assert (c.think_where(model.lm, tokenizer, few, "random", 500, generator)[2] >= 0).sum(1).tolist() == (
+        lengths - 1
+    ).tolist()
     with pytest.raises(ValueError, match="think at 'here'"):
         c.think_where(model.lm, tokenizer, few, "here")
 
 
-@pytest.mark.parametrize("settings", [{"think_at": "difficult", "num_positions": 2}, {"think_at": "random", "num_positions": 2}, {"think_at": "every"},
-                                      {"baseline": "value"}, {"adaptive_length": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"think_at": "difficult", "num_positions": 2},
+        {"think_at": "random", "num_positions": 2},
+        {"think_at": "every"},
+        {"baseline": "value"},
+        {"adaptive_length": True},
+    ],
+)
 def test_options_train_and_say_what_they_did(settings):
     model, tokenizer = tiny_quiet_star()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    result = r.train_quiet_star(model, tokenizer, problems(size=24), problems("validation", 4), steps=2, batch_size=3,
-                                num_thoughts=2, thought_length=16, n_true=2, evaluate_every=1, **settings)  # fmt: skip
+    result = r.train_quiet_star(
+        model,
+        tokenizer,
+        problems(size=24),
+        problems("validation", 4),
+        steps=2,
+        batch_size=3,
+        num_thoughts=2,
+        thought_length=16,
+        n_true=2,
+        evaluate_every=1,
+        **settings,
+    )
     last = result.history[-1]
     name = "validation_log_likelihood" if "think_at" in settings else "validation_accuracy"
     assert math.isfinite(last[name]) and last["max_logit"] > 0 and last["diversity"] >= 1
@@ -342,20 +390,28 @@ def test_lora_training_moves_hidden_matrices_eight_rows_and_the_head(tmp_path, t
     pytest.importorskip("peft")
     model, tokenizer = tiny_quiet_star()
     if not tied:
-        model.lm.get_output_embeddings().weight = torch.nn.Parameter(model.lm.get_input_embeddings().weight.detach().clone())
+        model.lm.get_output_embeddings().weight = torch.nn.Parameter(
+            model.lm.get_input_embeddings().weight.detach().clone()
+        )
         model.config.text_config.tie_word_embeddings = model.config.tie_word_embeddings = False
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    seen, settings = [], {"steps": 2, "batch_size": 4, "num_thoughts": 3, "thought_length": 8, "evaluate_every": 1, "n_true": 3}
+    seen, settings = (
+        [],
+        {"steps": 2, "batch_size": 4, "num_thoughts": 3, "thought_length": 8, "evaluate_every": 1, "n_true": 3},
+    )
     make = r.MuonGrokfast
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(r, "MuonGrokfast", lambda *a, **k: seen.append(make(*a, **k)) or seen[-1])
-        result = r.train_quiet_star(model, tokenizer, problems(size=24), problems("validation", 6), lora_rank=2, token_scale=10.0,
-                                    **settings)  # fmt: skip
+        result = r.train_quiet_star(
+            model, tokenizer, problems(size=24), problems("validation", 6), lora_rank=2, token_scale=10.0, **settings
+        )
     groups = {group["name"]: group["param_names"] for group in seen[0].param_groups}
     assert all("lora_B" in name or "mixing_head" in name for name in groups["muon"])
     assert groups["tokens"] and all("trainable_tokens_delta" in name for name in groups["tokens"])
     after, rows = model.state_dict(), set(thinking_ids(tokenizer))
-    assert after.keys() == before.keys() and len(result.history) == 2 and all(p.requires_grad for p in model.parameters())
+    assert (
+        after.keys() == before.keys() and len(result.history) == 2 and all(p.requires_grad for p in model.parameters())
+    )
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert any("q_proj" in name for name in moved) and any("mixing_head" in name for name in moved)
     assert not any("norm" in name for name in moved)
@@ -378,14 +434,24 @@ def test_the_reference_of_an_adapter_is_the_model_without_it():
         for name, p in model.named_parameters():
             if p.requires_grad and "lora_A" not in name:
                 p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
-    losses = [o.quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, n_true=3) for reference in (frozen, adapter)]
+    losses = [
+        o.quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, n_true=3) for reference in (frozen, adapter)
+    ]
     assert losses[0][1] == losses[1][1] and losses[0][0].item() == losses[1][0].item()
     assert min(losses[0][1][name] for name in ("kl", "base_kl", "habit_kl")) > 1e-4
 
 
 def test_lora_training_goes_on_where_it_was_stopped(tmp_path):
     pytest.importorskip("peft")
-    settings = {"steps": 4, "batch_size": 4, "num_thoughts": 3, "thought_length": 8, "evaluate_every": 2, "n_true": 3, "lora_rank": 2}
+    settings = {
+        "steps": 4,
+        "batch_size": 4,
+        "num_thoughts": 3,
+        "thought_length": 8,
+        "evaluate_every": 2,
+        "n_true": 3,
+        "lora_rank": 2,
+    }
     states = []
     for stop in (None, 3, None):
         model, tokenizer = tiny_quiet_star()
@@ -398,7 +464,9 @@ def test_lora_training_goes_on_where_it_was_stopped(tmp_path):
 
         saving._log = log
         try:
-            r.train_quiet_star(model, tokenizer, problems(size=24), problems("validation", 6), checkpoint=saving, **settings)
+            r.train_quiet_star(
+                model, tokenizer, problems(size=24), problems("validation", 6), checkpoint=saving, **settings
+            )
             states.append(model.state_dict())
         except InterruptedError:
             assert stop and any(tmp_path.iterdir())
@@ -410,7 +478,9 @@ def test_heads_above_the_threshold_are_clipped_in_training():
     largest = {}
     for threshold in (0.0, 0.05):
         model, tokenizer = tiny_quiet_star()
-        result = r.train_quiet_star(model, tokenizer, problems(size=24), problems("validation", 6), qk_clip_threshold=threshold, **settings)
+        result = r.train_quiet_star(
+            model, tokenizer, problems(size=24), problems("validation", 6), qk_clip_threshold=threshold, **settings
+        )
         largest[threshold] = result.history[-1]["max_logit"]
     assert largest[0.05] < 0.1 < largest[0.0]
 
@@ -421,8 +491,20 @@ def test_groups_that_were_trained_on_are_kept_as_episodes(where):
     model, tokenizer = tiny_quiet_star()
     fresh = tiny_quiet_star()[0]
     pool = problems(size=24)
-    result = r.train_quiet_star(model, tokenizer, pool, problems("validation", 6), steps=2, batch_size=4, num_thoughts=3,
-                                thought_length=8, evaluate_every=1, n_true=2, think_at=where, objective="signed")  # fmt: skip
+    result = r.train_quiet_star(
+        model,
+        tokenizer,
+        pool,
+        problems("validation", 6),
+        steps=2,
+        batch_size=4,
+        num_thoughts=3,
+        thought_length=8,
+        evaluate_every=1,
+        n_true=2,
+        think_at=where,
+        objective="signed",
+    )
     assert [e.stage for e in result.episodes] == ["step 1"] * 4 + ["step 2"] * 4
     assert all(len(e.thoughts) == 3 and e.question in {p["question"] for p in pool} for e in result.episodes)
     for e in result.episodes[:4]:
@@ -447,8 +529,19 @@ def likeliest(model, tokenizer, tokens) -> float:
 def trained_with(**settings):
     model, tokenizer = tiny_quiet_star()
     torch.nn.init.constant_(model.mixing_head.gate.bias, 0.5)
-    result = r.train_quiet_star(model, tokenizer, problems(size=24), problems("validation", 6), steps=3, batch_size=4, num_thoughts=3,
-                                thought_length=8, evaluate_every=3, n_true=2, **settings)  # fmt: skip
+    result = r.train_quiet_star(
+        model,
+        tokenizer,
+        problems(size=24),
+        problems("validation", 6),
+        steps=3,
+        batch_size=4,
+        num_thoughts=3,
+        thought_length=8,
+        evaluate_every=3,
+        n_true=2,
+        **settings,
+    )
     return model.state_dict(), result.history
 
 
@@ -459,8 +552,16 @@ def test_running_layers_again_trains_the_same_weights_to_the_bit():
 
 def test_autocast_draws_and_scores_in_bfloat16_and_keeps_float32_weights(monkeypatch):
     kinds = []
-    monkeypatch.setattr(r, "generate_thoughts", lambda *a, real=r.generate_thoughts, **k: kinds.append(torch.is_autocast_enabled("cpu")) or real(*a, **k))
-    monkeypatch.setattr(r, "quiet_star_loss", lambda *a, real=r.quiet_star_loss, **k: kinds.append(torch.is_autocast_enabled("cpu")) or real(*a, **k))
+    monkeypatch.setattr(
+        r,
+        "generate_thoughts",
+        lambda *a, real=r.generate_thoughts, **k: kinds.append(torch.is_autocast_enabled("cpu")) or real(*a, **k),
+    )
+    monkeypatch.setattr(
+        r,
+        "quiet_star_loss",
+        lambda *a, real=r.quiet_star_loss, **k: kinds.append(torch.is_autocast_enabled("cpu")) or real(*a, **k),
+    )
     found, history = trained_with(bf16=True)
     assert kinds == [True] * 6 and all(math.isfinite(row["loss"]) for row in history)
     assert all(value.dtype == torch.float32 for value in found.values())

@@ -42,7 +42,11 @@ def test_calibration_and_preference_by_hand():
     right = np.array([[1, 0], [1, 0], [1, 0]])
     got = reliability(score, right)
     assert [(round(b["score"], 3), b["right"], b["count"]) for b in got.bins] == [
-        (0.1, 0, 1), (0.2, 1, 1), (0.3, 0, 1), (0.9, 2 / 3, 3)]  # fmt: skip
+        (0.1, 0, 1),
+        (0.2, 1, 1),
+        (0.3, 0, 1),
+        (0.9, 2 / 3, 3),
+    ]
     assert got.error[0] == pytest.approx((0.1 + 0.8 + 0.3 + 3 * (0.9 - 2 / 3)) / 6)
     assert got.preference[0] == 0.5 and got.disputed == 3  # one won, one tied, one lost
 

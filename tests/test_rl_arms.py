@@ -79,7 +79,11 @@ def test_rows_are_kept(few, tmp_path, monkeypatch):
     monkeypatch.setattr(reinforcement, "for_scoreboard", lambda folder: None)
     monkeypatch.setattr(reinforcement, "ARMS", {"full": {}, "pg off": {"pg_weight": 0.0}, "n_true 1": {"n_true": 1}})
     monkeypatch.setattr(reinforcement, "DECIDED_BY", {"n_true 1": 3})
-    monkeypatch.setattr(reinforcement, "train_once", lambda run, settings, seed, checkpoint: {"gain": 0.1 + settings["pg_weight"], "v": [0.123456]})
+    monkeypatch.setattr(
+        reinforcement,
+        "train_once",
+        lambda run, settings, seed, checkpoint: {"gain": 0.1 + settings["pg_weight"], "v": [0.123456]},
+    )
     reinforcement.reinforcement(find_run(""), tmp_path, [0, 1, 2, 3])
     rows = read_rows(tmp_path / "rl.csv")
     assert sorted((r["arm"], r["seed"]) for r in rows) == sorted(
@@ -94,7 +98,11 @@ def test_look_ahead_makes_its_run_once_and_only_where_it_is_missing(tmp_path, mo
     monkeypatch.setattr(reinforcement, "stage_digest", lambda record: "0123456789abcdef")
     monkeypatch.setattr(chain, "made_with", lambda run, settings, seed: bool(made))
     monkeypatch.setattr(chain, "make_run", lambda *given: made.append(given))
-    monkeypatch.setattr(reinforcement, "train_once", lambda run, settings, seed, checkpoint: trained.append((run.name, settings["n_true"])) or {"gain": 0})
+    monkeypatch.setattr(
+        reinforcement,
+        "train_once",
+        lambda run, settings, seed, checkpoint: trained.append((run.name, settings["n_true"])) or {"gain": 0},
+    )
     for _ in range(2):
         reinforcement.look_ahead(tmp_path / "pocket", tmp_path / "experiments", [0, 1])
     assert made == [("pocket-digits-seed0", 0, ("01", "02", "03"), "pocket-digits")]

@@ -11,10 +11,24 @@ from qs_lib.files import write_rows
 
 def row(arm, seed, accuracy, gain=0.1, validation=(0.5, 0.7, 0.9, 0.9), **more):
     settings = {"evaluate_every": 25, "steps": 90}
-    values = {"greedy_gain": gain, "beyond_temperature": gain, "baseline": accuracy - gain, "greedy": accuracy, "without": 0.5,
-              "thinking_use": 1.0}  # fmt: skip
-    return {"arm": arm, "seed": seed, "settings": settings, "accuracy": accuracy, "gain": gain, "validation": list(validation),
-            **values, **more}  # fmt: skip
+    values = {
+        "greedy_gain": gain,
+        "beyond_temperature": gain,
+        "baseline": accuracy - gain,
+        "greedy": accuracy,
+        "without": 0.5,
+        "thinking_use": 1.0,
+    }
+    return {
+        "arm": arm,
+        "seed": seed,
+        "settings": settings,
+        "accuracy": accuracy,
+        "gain": gain,
+        "validation": list(validation),
+        **values,
+        **more,
+    }
 
 
 def test_pairs_are_of_equal_seeds():
@@ -35,7 +49,9 @@ def test_a_claim_is_reached_refuted_or_open():
 def test_steps_to_an_accuracy():
     one = row("a", 0, 0.9)
     assert f.steps_to(one, 0.6) == 50 and f.steps_to(one, 0.5) == 25 and f.steps_to(one, 0.95) == math.inf
-    assert f.steps_to(row("a", 0, 0.9, validation=[0.1, 0.1, 0.1, 0.9]), 0.9) == 90, "the last validation is at the last step"
+    assert f.steps_to(row("a", 0, 0.9, validation=[0.1, 0.1, 0.1, 0.9]), 0.9) == 90, (
+        "the last validation is at the last step"
+    )
 
 
 def test_fewer_steps_to_what_both_reach():
@@ -71,8 +87,12 @@ def test_planted_claims():
 
 def test_the_parts_are_drawn_in_points_with_their_verdicts():
     axis = f.parts(planted()).axes[0]
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["KL 0.1 minus 0"], "accuracy on both sides, claimed a point"
-    assert axis.lines[0].get_xdata() == pytest.approx([0.1] * 3) and [text.get_text() for text in axis.texts] == ["refuted"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["KL 0.1 minus 0"], (
+        "accuracy on both sides, claimed a point"
+    )
+    assert axis.lines[0].get_xdata() == pytest.approx([0.1] * 3) and [text.get_text() for text in axis.texts] == [
+        "refuted"
+    ]
     assert f.parts([]).axes[0].get_yticklabels() == []
 
 
@@ -91,7 +111,14 @@ def test_the_scoreboard_gets_what_was_measured_and_no_more(tmp_path):
     assert [p.name for p in tmp_path.glob("*.json")] == ["jumpstart.json"]
     found = json.loads((tmp_path / "jumpstart.json").read_text())
     assert found["value"] == pytest.approx(1 - 50 / 90) and "does not get there in 3 of 3 seeds" in found["command"]
-    write_rows(tmp_path / "look_ahead.csv", [row("n_true 4", 0, 0.95), row("n_true 4", 1, 0.96), row("n_true 1", 0, 0.9), row("n_true 1", 1, 0.9)])
+    write_rows(
+        tmp_path / "look_ahead.csv",
+        [row("n_true 4", 0, 0.95), row("n_true 4", 1, 0.96), row("n_true 1", 0, 0.9), row("n_true 1", 1, 0.9)],
+    )
     f.for_scoreboard(tmp_path)
     accuracy = json.loads((tmp_path / "nonmyopic_accuracy.json").read_text())
-    assert accuracy["value"] == pytest.approx(0.055) and accuracy["seeds"] == 2 and accuracy["low"] < 0.055 < accuracy["high"]
+    assert (
+        accuracy["value"] == pytest.approx(0.055)
+        and accuracy["seeds"] == 2
+        and accuracy["low"] < 0.055 < accuracy["high"]
+    )

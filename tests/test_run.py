@@ -58,11 +58,7 @@ def test_a_stage_leaves_a_record_written_last(outputs):
     assert set(record["outputs"]) == {"metrics.jsonl", "deep/numbers.json"}
     assert record["parameters"] == {"seed": 0, "run_name": "a", "upstream": "a", "steps": 3}
     assert record["seed"] == 0 and record["format_version"] == 1 and record["device"] in ("cpu", "cuda")
-    assert (
-        record["versions"]["torch"]
-        and record["wall_s"] >= 0
-        and "papermill notebooks/01_first" in record["command"]
-    )
+    assert record["versions"]["torch"] and record["wall_s"] >= 0 and "papermill notebooks/01_first" in record["command"]
     assert json.loads((first.folder / "metrics.jsonl").read_text()) == {"step": 0, "loss": 0.5, "norm": 2.0}
     newest = max(first.folder.rglob("*"), key=lambda path: (path.is_file(), path.stat().st_mtime_ns))
     assert newest.name == "run.json"
@@ -73,11 +69,7 @@ def test_a_stage_reads_an_earlier_one_and_records_it(outputs):
     finish_first()
     second = finish_second()
     record, reason = read_stage(second.folder)
-    assert (
-        reason == ""
-        and list(record["upstream"]["stages"]) == ["01_first"]
-        and record["upstream"]["run"] == "a"
-    )
+    assert reason == "" and list(record["upstream"]["stages"]) == ["01_first"] and record["upstream"]["run"] == "a"
     assert second.need("01_first") == outputs / "a/01_first"
 
 
@@ -204,9 +196,7 @@ def test_only_finite_plain_values_are_recorded():
 
 
 def test_models_are_saved_whole_and_published(outputs, monkeypatch):
-    config = LlamaConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     model = LlamaForCausalLM(config)
     stage = start_stage(Toy(run_name="a"), "01_first")
     stage.save_model("model", model)
@@ -284,7 +274,9 @@ def test_a_run_has_one_writer(outputs):
 
 def test_the_chain_is_01_to_08_though_there_are_notebooks_beside_it():
     chain = [path.name[:3] for path in stage_notebooks(stage_module.REPOSITORY / "notebooks")]
-    assert chain == [f"0{number}_" for number in range(1, 9)] and list((stage_module.REPOSITORY / "notebooks").glob("09_*.ipynb"))
+    assert chain == [f"0{number}_" for number in range(1, 9)] and list(
+        (stage_module.REPOSITORY / "notebooks").glob("09_*.ipynb")
+    )
 
 
 def test_the_same_process_may_start_its_stage_again():
@@ -321,9 +313,7 @@ def write_notebook(folder, name, body):
     cells = [nbformat.v4.new_code_cell(source) for source in (PARAMETERS, CHECK, body)]
     cells[0].metadata["tags"] = ["parameters"]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(
-        nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / f"{name}.ipynb"
-    )
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / f"{name}.ipynb")
 
 
 @pytest.fixture
@@ -351,11 +341,7 @@ def test_the_chain_runs_once_and_again_only_where_it_must(notebooks, outputs, ca
     assert main(options) == 0
     out, err = capfd.readouterr()
     run = outputs / "small-run"
-    assert (
-        "01_first: running, not run yet" in out
-        and "01_first: done in" in out
-        and "steps 5, share 0.123" in out
-    )
+    assert "01_first: running, not run yet" in out and "01_first: done in" in out and "steps 5, share 0.123" in out
     assert "toy bar: 100%" in err
     record = json.loads((run / "01_first/run.json").read_text())
     assert record["parameters"]["steps"] == 5 and os.path.isabs(record["parameters"]["data"])
@@ -388,14 +374,21 @@ def test_parameters_given_by_word_go_where_they_are_known(notebooks):
     text = second.read_text().replace("steps: int", "paces: int")
     second.write_text(text)
     assert run.overrides(both, ["steps=4", "paces=true", "data=1e-4"]) == {
-        first: {"steps": 4, "data": "1e-4"}, second: {"paces": True, "data": "1e-4"}}  # fmt: skip
+        first: {"steps": 4, "data": "1e-4"},
+        second: {"paces": True, "data": "1e-4"},
+    }
     assert run.overrides(both, []) == {first: {}, second: {}}
 
 
 def test_parameters_given_by_word_win_over_the_variant(notebooks, outputs, monkeypatch):
     seen = {}
-    monkeypatch.setattr(run, "run_stage", lambda path, folder, given, values, *_: seen.update({path.stem: values["steps"]}))
-    assert main(["--variant", "small", "--notebooks", str(notebooks), "--set", "02_second.steps=7", "--set", "seed=3"]) == 0
+    monkeypatch.setattr(
+        run, "run_stage", lambda path, folder, given, values, *_: seen.update({path.stem: values["steps"]})
+    )
+    assert (
+        main(["--variant", "small", "--notebooks", str(notebooks), "--set", "02_second.steps=7", "--set", "seed=3"])
+        == 0
+    )
     assert seen == {"01_first": 5, "02_second": 7}
 
 
@@ -429,14 +422,9 @@ def test_papermill_alone_shows_the_sentence(notebooks, tmp_path):
         "8",
     ]
     command[3] = str(command[3]).replace("{", "{{").replace("}", "}}")
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
-    )
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     assert done.returncode != 0
-    assert (
-        done.stderr.strip().splitlines()[-1]
-        == "ParameterError: unknown parameter 'stepz'; did you mean steps?"
-    )
+    assert done.stderr.strip().splitlines()[-1] == "ParameterError: unknown parameter 'stepz'; did you mean steps?"
 
 
 def test_a_stopped_run_says_how_to_continue(notebooks, outputs):
@@ -536,12 +524,7 @@ def test_scoreboard_table(tmp_path, capsys):
     path.write_text(json.dumps(rows))
     print_scoreboard(path)
     out = capsys.readouterr().out
-    assert (
-        "0.0712 [0.01, 0.13]" in out
-        and "250 ms" in out
-        and "not measured" in out
-        and "reached: 1 of 3" in out
-    )
+    assert "0.0712 [0.01, 0.13]" in out and "250 ms" in out and "not measured" in out and "reached: 1 of 3" in out
     path.write_text("{}x")
     with pytest.raises(StageError, match="not a scoreboard"):
         print_scoreboard(path)
@@ -567,7 +550,11 @@ def test_outputs_are_found_without_the_working_directory(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("MemoryError", ""), ("OutOfMemoryError", "CUDA out of memory"), ("RuntimeError", "[x] DefaultCPUAllocator: can't allocate memory: 8")],
+    [
+        ("MemoryError", ""),
+        ("OutOfMemoryError", "CUDA out of memory"),
+        ("RuntimeError", "[x] DefaultCPUAllocator: can't allocate memory: 8"),
+    ],
 )
 def test_a_lack_of_memory_is_one_sentence(tmp_path, name, value):
     error = RuntimeError("cell")

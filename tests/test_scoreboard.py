@@ -12,20 +12,48 @@ from qs_lib.workbook.run import print_scoreboard
 from qs_lib.workbook.stage import start_stage
 
 IDS = [
-    "tokens_added", "examples", "strategies", "baking_accuracy", "gap_closed", "thinking_use",
-    "strategy_fit", "accuracy_gain", "accuracy_with", "accuracy_without", "divergence", "ablation_gain",
-    "foreign_gain", "filler_gain", "coherence_utility_r", "latency_ms", "latency_p95_ms",
-    "parallel_speedup", "memory_overhead", "jumpstart", "nonmyopic_steps", "nonmyopic_accuracy",
-    "token_scale_use", "coverage",
-]  # fmt: skip
+    "tokens_added",
+    "examples",
+    "strategies",
+    "baking_accuracy",
+    "gap_closed",
+    "thinking_use",
+    "strategy_fit",
+    "accuracy_gain",
+    "accuracy_with",
+    "accuracy_without",
+    "divergence",
+    "ablation_gain",
+    "foreign_gain",
+    "filler_gain",
+    "coherence_utility_r",
+    "latency_ms",
+    "latency_p95_ms",
+    "parallel_speedup",
+    "memory_overhead",
+    "jumpstart",
+    "nonmyopic_steps",
+    "nonmyopic_accuracy",
+    "token_scale_use",
+    "coverage",
+]
 GOOD = {
     "01_token_setup": {"tokens_added": 8},
     "02_dataset_generation": {"verified": 1800, "strategies": 7},
     "03_baking": {"baking_accuracy": 0.85, "gap_closed": 0.9, "thinking_use": 0.81, "strategy_fit": 0.61},
-    "05_rl": {"accuracy_gain": 0.05, "accuracy_gain_low": 0.01, "accuracy_gain_high": 0.09, "accuracy_with": 0.9,
-              "accuracy_without": 0.4},
+    "05_rl": {
+        "accuracy_gain": 0.05,
+        "accuracy_gain_low": 0.01,
+        "accuracy_gain_high": 0.09,
+        "accuracy_with": 0.9,
+        "accuracy_without": 0.4,
+    },
     "06_anti_theater": {"divergence": 0.31, "coherence_utility_r": 0.51}
-    | {f"{n}_gain{end}": v for n in ("ablation", "foreign", "filler") for end, v in (("", 0.2), ("_low", 0.1), ("_high", 0.3))},
+    | {
+        f"{n}_gain{end}": v
+        for n in ("ablation", "foreign", "filler")
+        for end, v in (("", 0.2), ("_low", 0.1), ("_high", 0.3))
+    },
     "07_latency": {"latency_ms": 199.0, "latency_p95_ms": 199.9, "parallel_speedup": 3.7, "memory_overhead": 0.33},
 }
 EXPERIMENTS = {"jumpstart": 0.3, "nonmyopic_steps": -0.25, "nonmyopic_accuracy": 0.044, "token_scale_use": 0.89}

@@ -6,7 +6,9 @@ from qs_lib.data import pocket
 from qs_lib.data import strategies as s
 
 
-@pytest.mark.parametrize("text, value", [("9 + 8", 17), ("12 * 1.25", 15), ("2 * (3 - 5)", -4), ("7 / 2", Fraction(7, 2))])
+@pytest.mark.parametrize(
+    "text, value", [("9 + 8", 17), ("12 * 1.25", 15), ("2 * (3 - 5)", -4), ("7 / 2", Fraction(7, 2))]
+)
 def test_evaluate(text, value):
     assert s.evaluate(text) == value
 
@@ -30,26 +32,36 @@ def test_each_strategy_has_a_body_of_its_own_that_ends_on_the_answer():
 def test_dataset_is_complete_checked_and_apart_from_held_out():
     held = pocket.generate("test", 120)
     data = s.reasoning_dataset(pocket.generate("train", 4000), held, cot=40, per_strategy=20)
-    counts = {k: data["train"]["strategy"].count(k) if isinstance(data["train"]["strategy"], list) else
-              sum(x == k for x in data["train"]["strategy"]) for k in ("cot", *s.STRATEGIES)}  # fmt: skip
+    counts = {
+        k: data["train"]["strategy"].count(k)
+        if isinstance(data["train"]["strategy"], list)
+        else sum(x == k for x in data["train"]["strategy"])
+        for k in ("cot", *s.STRATEGIES)
+    }
     assert counts == {"cot": 40, **dict.fromkeys(s.STRATEGIES, 20)}
     questions = list(data["train"]["question"])
     assert len(set(questions)) == len(questions) and not set(questions) & {p["question"] for p in held}
     assert not any(s.check({**row, "strict": True}) for row in data["train"])
 
 
-@pytest.mark.parametrize("old, new, fault", [
-    ("= 17", "= 18", "is false"),
-    ("step 9 + 8 = 17", "step 5 + 12 = 17", "comes from nowhere"),
-    ("done 13", "done 14", "does not end on the answer"),
-    ("parts 9 8", "expert plus", "reads as expert"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "old, new, fault",
+    [
+        ("= 17", "= 18", "is false"),
+        ("step 9 + 8 = 17", "step 5 + 12 = 17", "comes from nowhere"),
+        ("done 13", "done 14", "does not end on the answer"),
+        ("parts 9 8", "expert plus", "reads as expert"),
+    ],
+)
 def test_planted_faults_are_found(old, new, fault):
     example = {
-        "question": "a box holds 9 red 8 blue pens . 4 are lost . how many in all ?", "answer": "13",
-        "strategy": "mece", "fits": ["mece"], "strict": True,
+        "question": "a box holds 9 red 8 blue pens . 4 are lost . how many in all ?",
+        "answer": "13",
+        "strategy": "mece",
+        "fits": ["mece"],
+        "strict": True,
         "reply": "think parts 9 8 step 9 + 8 = 17 step 17 - 4 = 13 done 13 .",
-    }  # fmt: skip
+    }
     assert s.check(example) == []
     assert any(fault in f for f in s.check({**example, "reply": example["reply"].replace(old, new)}))
 

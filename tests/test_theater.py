@@ -74,7 +74,9 @@ def bpe(digits):
         plain = Tokenizer(models.BPE())
         plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        plain.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False))
+        plain.train_from_iterator(
+            corpus, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+        )
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<|end|>", pad_token="<|end|>")
     tokenizer.add_tokens([AddedToken(t, special=True) for t in THINKING_TOKENS])
     return tokenizer
@@ -83,7 +85,9 @@ def bpe(digits):
 @pytest.mark.parametrize("digits", [True, False])
 def test_number_coverage_reads_numbers_however_they_are_spelt(digits):
     tokenizer = bpe(digits)
-    ids, thoughts = thoughts_of(tokenizer, " 16 + 8 = 24", "16+8<step>8", "<step> 1 and 6 and 12 and 80", " 1200 , 16 , 8", "")
+    ids, thoughts = thoughts_of(
+        tokenizer, " 16 + 8 = 24", "16+8<step>8", "<step> 1 and 6 and 12 and 80", " 1200 , 16 , 8", ""
+    )
     if not digits:
         assert len(tokenizer.encode(" 16")) < len(tokenizer.encode("16")) and len(tokenizer.encode(" 1,200")) > 1
     got = number_coverage(tokenizer, ids, thoughts)[0, 0]
@@ -121,8 +125,16 @@ def test_a_single_thought_is_scored_too():
 
 def test_every_thought_and_answer_of_the_report_is_there():
     model, tokenizer = tiny_quiet_star()
-    report = t.anti_theater(model, tokenizer, problems("test", 6), num_thoughts=3, thought_length=8, before=model,
-                            training=[], weights="thoughts")  # fmt: skip
+    report = t.anti_theater(
+        model,
+        tokenizer,
+        problems("test", 6),
+        num_thoughts=3,
+        thought_length=8,
+        before=model,
+        training=[],
+        weights="thoughts",
+    )
     assert [c.id for c in report.checks] == list(t.CHECKS)
     assert report.check("training_gain").value == 0 and report.check("redrawn").value == 1
     assert len(report.table) == 18 and len(report.episodes) == 6
@@ -156,7 +168,10 @@ def test_tables_say_what_the_reports_say():
 
 
 def test_too_few_problems_leave_a_check_open_and_do_not_prove_theater():
-    checks = [t._above("divergence", (0.9, 0.8, 1.0), 0.3), t._above("training_gain", (0.04, -0.04, 0.1), 0, surely=True)]
+    checks = [
+        t._above("divergence", (0.9, 0.8, 1.0), 0.3),
+        t._above("training_gain", (0.04, -0.04, 0.1), 0, surely=True),
+    ]
     report = t.TheaterReport(checks, {}, *[(0.0, 0.0, 0.0)] * 3, {}, [], [])
     assert not report.passed and report.verdict.startswith("NOT SHOWN, too few problems to tell: training_gain (the ")
     checks[1] = t._gain("training_gain", np.zeros(60))  # not one problem differs: 3 in 60 may

@@ -13,9 +13,17 @@ from qs_lib.thoughts.rescore import rescore_thoughts
 
 THINK, END = 1, 2
 SMALL = {
-    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0,
-    "bos_token_id": 3, "eos_token_id": 4,
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 3,
+    "eos_token_id": 4,
 }
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
@@ -27,14 +35,15 @@ FAMILIES = {
     "gemma2": (tf.Gemma2Config, WINDOW | {"head_dim": 8, "query_pre_attn_scalar": 8}),
     "gpt_oss": (
         tf.GptOssConfig,
-        WINDOW | {
-            "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+        WINDOW
+        | {
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
     ),
-    "qwen2_sliding": (
-        tf.Qwen2Config, {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
-    ),
+    "qwen2_sliding": (tf.Qwen2Config, {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     "qwen3": (tf.Qwen3Config, {"head_dim": 8}),
     "mistral": (tf.MistralConfig, {"sliding_window": None}),
     "gemma": (tf.GemmaConfig, {"head_dim": 8}),
@@ -56,9 +65,17 @@ FAMILIES = {
     "qwen3_moe": (tf.Qwen3MoeConfig, MOE | {"num_experts": 4, "head_dim": 8}),
     "deepseek_v3": (
         tf.DeepseekV3Config,
-        MOE | {
-            "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 16,
-            "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
+        MOE
+        | {
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
             "num_key_value_heads": 4,
         },
     ),
@@ -86,7 +103,11 @@ def batch(length=11):
 def think(model, ids, mask=None, positions=None, seed=3, **options):
     # Few tokens are left to sample, so that many thoughts end early.
     options = {
-        "num_thoughts": 3, "thought_length": 7, "think_id": THINK, "end_id": END, "forbid": range(5, 48)
+        "num_thoughts": 3,
+        "thought_length": 7,
+        "think_id": THINK,
+        "end_id": END,
+        "forbid": range(5, 48),
     } | options
     generator = torch.Generator().manual_seed(seed)
     return generate_thoughts(model, ids, mask, positions, generator=generator, **options)
@@ -127,8 +148,11 @@ def test_family_equals_plain_forward(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral_sliding", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("options", [{"num_thoughts": 1}, {"thought_length": 2}, {"thought_length": 3},
-                                     {"temperature": 0.6}, {"max_streams": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"num_thoughts": 1}, {"thought_length": 2}, {"thought_length": 3}, {"temperature": 0.6}, {"max_streams": 4}],
+    ids=str,
+)
 def test_shapes_equal_plain_forward(family, options):
     model = build(family)
     ids, mask = batch()
@@ -140,8 +164,11 @@ def test_shapes_equal_plain_forward(family, options):
 def test_in_small_pieces(family, monkeypatch):
     """Many tiles, many chunks of logits, and the loop for long own parts give the same."""
     for module, name, value in (
-        (prefix, "_STEP_TILE", 8), (prefix, "_PACKED_TILE", 16), (prefix, "_FEW_NUMBERS", 0),
-        (rescore, "_LOGIT_NUMBERS", 600), (attention, "_CAUSAL_BLOCK", 4),
+        (prefix, "_STEP_TILE", 8),
+        (prefix, "_PACKED_TILE", 16),
+        (prefix, "_FEW_NUMBERS", 0),
+        (rescore, "_LOGIT_NUMBERS", 600),
+        (attention, "_CAUSAL_BLOCK", 4),
     ):
         monkeypatch.setattr(module, name, value)
     model = build(family)
@@ -251,15 +278,19 @@ def wrong_limit(shift):
 
 def wrong_place(shift):
     before = prefix.StepPass.forward
-    return prefix.StepPass, "forward", lambda self, base, tokens, places, width: before(
-        self, base, tokens, places + shift, width
+    return (
+        prefix.StepPass,
+        "forward",
+        lambda self, base, tokens, places, width: before(self, base, tokens, places + shift, width),
     )
 
 
 def without_own_past(shift):
     before = prefix.StepPass._own
-    return prefix.StepPass, "_own", staticmethod(
-        lambda query, own, *rest: before(query, own[:, shift:] if own.shape[1] > shift else own, *rest)
+    return (
+        prefix.StepPass,
+        "_own",
+        staticmethod(lambda query, own, *rest: before(query, own[:, shift:] if own.shape[1] > shift else own, *rest)),
     )
 
 
@@ -348,8 +379,9 @@ def test_tokens_without_states_are_the_same(length):
     ids, mask = batch()
     for positions in (None, LAST):
         whole = think(model, ids, mask if positions is None else None, positions, thought_length=length)
-        bare = think(model, ids, mask if positions is None else None, positions, thought_length=length,
-                     with_hidden=False)
+        bare = think(
+            model, ids, mask if positions is None else None, positions, thought_length=length, with_hidden=False
+        )
         assert bare.hidden is None
         for name in ("tokens", "logprobs", "sampled", "lengths"):
             assert torch.equal(getattr(whole, name), getattr(bare, name)), name
@@ -375,7 +407,8 @@ def test_layout_of_thoughts():
     none = thoughts.positions < 0
     assert (thoughts.lengths[none] == 0).all() and (thoughts.tokens[none] == END).all()
     for tokens, sampled, length in zip(
-        thoughts.tokens[~none].view(-1, 7).tolist(), thoughts.sampled[~none].view(-1, 7).tolist(),
+        thoughts.tokens[~none].view(-1, 7).tolist(),
+        thoughts.sampled[~none].view(-1, 7).tolist(),
         thoughts.lengths[~none].flatten().tolist(),
     ):
         assert tokens[0] == THINK and THINK not in tokens[1:] and not any(5 <= t < 48 for t in tokens)
@@ -429,18 +462,21 @@ def test_model_is_put_back():
     assert model.config._attn_implementation == name and getattr(attention._local, "work", None) is None
 
 
-@pytest.mark.parametrize("wrong, match", [
-    ({"positions": torch.tensor([[11], [0], [0]])}, "below 11"),
-    ({"positions": torch.tensor([[0], [0], [0]])}, "padding"),
-    ({"positions": torch.zeros(2, 1, dtype=torch.long)}, "LongTensor"),
-    ({"mask": torch.ones(3, 4)}, "attention_mask has shape"),
-    ({"think_id": None}, "think_token_id is not set"),
-    ({"forbid": (END,)}, "must stay possible"),
-    ({"forbid": (60,)}, "must lie in"),
-    ({"thought_length": 1}, "thought_length"),
-    ({"temperature": -1}, "temperature"),
-    ({"num_thoughts": 0}, "num_thoughts"),
-])
+@pytest.mark.parametrize(
+    "wrong, match",
+    [
+        ({"positions": torch.tensor([[11], [0], [0]])}, "below 11"),
+        ({"positions": torch.tensor([[0], [0], [0]])}, "padding"),
+        ({"positions": torch.zeros(2, 1, dtype=torch.long)}, "LongTensor"),
+        ({"mask": torch.ones(3, 4)}, "attention_mask has shape"),
+        ({"think_id": None}, "think_token_id is not set"),
+        ({"forbid": (END,)}, "must stay possible"),
+        ({"forbid": (60,)}, "must lie in"),
+        ({"thought_length": 1}, "thought_length"),
+        ({"temperature": -1}, "temperature"),
+        ({"num_thoughts": 0}, "num_thoughts"),
+    ],
+)
 def test_wrong_input_is_named(wrong, match):
     ids, mask = batch()
     with pytest.raises(ValueError, match=match):
@@ -466,9 +502,15 @@ UNSHARED = {
     "qwen3_next": (
         tf.Qwen3NextConfig,
         {
-            "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
             "layer_types": ["linear_attention", "full_attention"],
         },
     ),

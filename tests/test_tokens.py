@@ -30,8 +30,9 @@ def test_new_rows_have_the_norm_of_real_rows():
 
 def test_untied_head_and_padded_matrix_never_shrink():
     tokenizer = build_tokenizer("bpe", ["how many eggs has tom ? think step done parts"] * 5, vocab_size=300)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer) + 64, n_embd=16, n_layer=1, n_head=2,
-                                       tie_word_embeddings=False))  # fmt: skip
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer) + 64, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False)
+    )
     qs.add_thinking_tokens(model, tokenizer)
     assert model.get_input_embeddings().num_embeddings == len(tokenizer) + 56
     rows = thinking_ids(tokenizer)
@@ -59,7 +60,10 @@ def test_marked_and_plain_replies_are_aligned(kind):
     tags = [t for t in marked if t in thinking_ids(tokenizer)]
     assert tokenizer.convert_ids_to_tokens(tags) == ["<think>", "<mece>", "<step>", "</think>"]
     assert last[-1] == len(plain) - 1 and sorted(last) == last and len(last) == len(marked)
-    rebuilt = [" " + PLAIN_WORDS[tokenizer.decode([i])] if i in thinking_ids(tokenizer) else tokenizer.decode([i]) for i in marked]
+    rebuilt = [
+        " " + PLAIN_WORDS[tokenizer.decode([i])] if i in thinking_ids(tokenizer) else tokenizer.decode([i])
+        for i in marked
+    ]
     assert "".join("".join(rebuilt).split()) == "".join(text.split())
 
 

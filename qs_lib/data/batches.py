@@ -70,8 +70,13 @@ def curriculum(problems: list[dict], progress: float, rng: random.Random, size: 
     return picked + [rng.choice(by_level[rng.choice(reached)]) for _ in range(size - hard)]
 
 
-def difficult_positions(logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
-                        count: int = 8, by: str = "entropy") -> torch.LongTensor:
+def difficult_positions(
+    logits: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    count: int = 8,
+    by: str = "entropy",
+) -> torch.LongTensor:
     """The ``count`` positions (batch, count), in text order, where the next token is hardest for the plain model.
 
     ``logits`` (batch, L, vocab) of a plain forward pass. ``by``: ``"entropy"`` of the prediction (no label: usable at
@@ -90,7 +95,9 @@ def difficult_positions(logits: torch.Tensor, input_ids: torch.Tensor, attention
     return highest(hardness, count)
 
 
-def random_positions(attention_mask: torch.Tensor, count: int = 8, generator: torch.Generator | None = None) -> torch.LongTensor:
+def random_positions(
+    attention_mask: torch.Tensor, count: int = 8, generator: torch.Generator | None = None
+) -> torch.LongTensor:
     """``count`` positions (batch, count), in text order, drawn without replacement among those that a true token follows; rows
     with fewer are filled with -1. ``generator`` is one of the CPU: the draw is the same on every device."""
     drawn = torch.rand(attention_mask[:, 1:].shape, generator=generator).to(attention_mask.device)

@@ -15,9 +15,15 @@ from ..errors import WorkbookError
 from .tokens import PLAIN_WORDS
 
 FAMILY_STRATEGY = {
-    "chain": "cot", "groups": "mece", "claim": "falsification", "price": "expert",
-    "reverse": "orthogonal", "compare": "doubt", "odds": "bayesian", "units": "multidomain",
-}  # fmt: skip
+    "chain": "cot",
+    "groups": "mece",
+    "claim": "falsification",
+    "price": "expert",
+    "reverse": "orthogonal",
+    "compare": "doubt",
+    "odds": "bayesian",
+    "units": "multidomain",
+}
 NAMES = "ben tom mia zoe ana leo sam eva".split()
 ITEMS = "pens books nuts cups keys balls coins cards".split()
 COLOURS = "red blue green white black".split()
@@ -151,9 +157,11 @@ def _units(rng, n):
         text = f"{text} then {then} {hours} hours at {speed} {far} ."
         steps = [*steps, equation, _apply(total, "+", second)[0]]
     return f"{text} how many {far} in all ?", steps, []
-_FAMILIES = dict(zip(
-    FAMILY_STRATEGY, (_chain, _groups, _claim, _price, _reverse, _compare, _odds, _units), strict=True
-))  # fmt: skip
+
+
+_FAMILIES = dict(
+    zip(FAMILY_STRATEGY, (_chain, _groups, _claim, _price, _reverse, _compare, _odds, _units), strict=True)
+)
 
 
 def split_of(question: str) -> str:
@@ -179,10 +187,17 @@ def generate(split: str, size: int, seed: int = 0, distinct: bool = True) -> lis
             continue
         misses = 0
         seen.add(question)
-        records.append({
-            "question": question, "answer": steps[-1].split()[-1], "steps": steps, "difficulty": n,
-            "family": family, "fits": [FAMILY_STRATEGY[family]], "lead": [str(x) for x in lead],
-        })  # fmt: skip
+        records.append(
+            {
+                "question": question,
+                "answer": steps[-1].split()[-1],
+                "steps": steps,
+                "difficulty": n,
+                "family": family,
+                "fits": [FAMILY_STRATEGY[family]],
+                "lead": [str(x) for x in lead],
+            }
+        )
     rng.shuffle(records)
     return records
 
@@ -195,6 +210,11 @@ def build_tokenizer(extra_words: list[str]) -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-        padding_side="left", model_max_length=192,
-    )  # fmt: skip
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_max_length=192,
+    )

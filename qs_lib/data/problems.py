@@ -26,8 +26,9 @@ _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*|-?\.\d+")
 PATIENCE = 3.0  # seconds
 
 
-def load_problems(source: str = "pocket", split: str = "train", limit: int | None = None, seed: int = 0,
-                  distinct: bool = True) -> Dataset:  # fmt: skip
+def load_problems(
+    source: str = "pocket", split: str = "train", limit: int | None = None, seed: int = 0, distinct: bool = True
+) -> Dataset:
     """Problems of ``split`` (train, validation or test) as a ``datasets.Dataset`` of records.
 
     ``source``: ``"pocket"`` (generated: ``limit`` of them, 2,000 by default, which may repeat unless ``distinct``), ``"gsm8k"`` (from the hub), a folder with
@@ -60,7 +61,9 @@ def rarefy(problems, hard_share: float, hard_from: int = 3, seed: int = 0) -> li
     return [p for p in problems if p["difficulty"] < hard_from or rng.random() < hard_share]
 
 
-def baking_data(examples: list[dict], train: list[dict], count: int, hard_share: float, seed: int = 0) -> tuple[list[dict], list[dict]]:
+def baking_data(
+    examples: list[dict], train: list[dict], count: int, hard_share: float, seed: int = 0
+) -> tuple[list[dict], list[dict]]:
     """What a model is baked with: ``count`` of the worked examples (all, where there are fewer), and the training problems that
     have none, for the prompted teacher to solve, rarefied (:func:`rarefy`)."""
     worked = random.Random(seed).sample(examples, min(count, len(examples)))
@@ -75,8 +78,9 @@ def _read(source: str, split: str) -> list[dict]:
     if path.is_dir():
         path = path / ("test.jsonl" if split == "test" else "train.jsonl")
     if not path.is_file():
-        raise SourceError(f"no problems at {path}: give 'pocket', 'gsm8k', a folder with train.jsonl and "
-                          "test.jsonl, or a .jsonl file")  # fmt: skip
+        raise SourceError(
+            f"no problems at {path}: give 'pocket', 'gsm8k', a folder with train.jsonl and test.jsonl, or a .jsonl file"
+        )
     records = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -137,9 +141,14 @@ def parse_gsm8k(question: str, worked: str) -> dict:
     if None in steps or not steps or result(steps[-1]) != answer:
         steps = []
     return {
-        "question": question.strip(), "answer": answer, "steps": steps, "difficulty": difficulty, "family": "gsm8k",
-        "fits": fitting(steps) if steps else [], "lead": [],
-    }  # fmt: skip
+        "question": question.strip(),
+        "answer": answer,
+        "steps": steps,
+        "difficulty": difficulty,
+        "family": "gsm8k",
+        "fits": fitting(steps) if steps else [],
+        "lead": [],
+    }
 
 
 def _equation(left: str, right: str) -> str | None:

@@ -84,11 +84,15 @@ def fitting(steps: list[str]) -> list[str]:
     ops = {sign for step in steps for sign in signs(step)}
     fresh = fresh_operands(steps)
     conditions = {
-        "mece": set(signs(steps[-1])) == {"+"}, "falsification": True, "expert": bool(ops), "orthogonal": ops <= {"+", "-"},
+        "mece": set(signs(steps[-1])) == {"+"},
+        "falsification": True,
+        "expert": bool(ops),
+        "orthogonal": ops <= {"+", "-"},
         "doubt": inverse(steps[-1]) is not None,
-        "bayesian": len(steps) > 1 and all(len(f) < len(operands(s)) for f, s in zip(fresh[1:], steps[1:], strict=True)),
+        "bayesian": len(steps) > 1
+        and all(len(f) < len(operands(s)) for f, s in zip(fresh[1:], steps[1:], strict=True)),
         "multidomain": sum(len(f) == len(operands(s)) for f, s in zip(fresh, steps, strict=True)) > 1,
-    }  # fmt: skip
+    }
     return [s for s in STRATEGIES if conditions[s]]
 
 
@@ -141,7 +145,9 @@ def prompts_with(problems: list[dict], count: int) -> dict[str, str]:
     for strategy, prompt in PROMPTS.items():
         suits = [p for p in problems if p["steps"] and (strategy == "cot" or strategy in p["fits"])][:count]
         if len(suits) < count:
-            raise WorkbookError(f"{len(suits)} problems fit {strategy}, its prompt needs {count} worked examples: load more problems")
+            raise WorkbookError(
+                f"{len(suits)} problems fit {strategy}, its prompt needs {count} worked examples: load more problems"
+            )
         found[strategy] = "".join(f"{prompt} {_line(p['question'])} {reply(strategy, p)}\n" for p in suits) + prompt
     return found
 
@@ -239,8 +245,10 @@ def reasoning_dataset(problems, held_out=(), cot: int = 400, per_strategy: int =
 def _example(strategy: str, problem: dict) -> dict:
     return {
         **{k: problem[k] for k in ("question", "answer", "difficulty", "family", "fits")},
-        "strategy": strategy, "prompt": PROMPTS[strategy], "reply": reply(strategy, problem),
-    }  # fmt: skip
+        "strategy": strategy,
+        "prompt": PROMPTS[strategy],
+        "reply": reply(strategy, problem),
+    }
 
 
 def planted_faults(example: dict) -> dict[str, dict]:
@@ -251,7 +259,7 @@ def planted_faults(example: dict) -> dict[str, dict]:
     other = next(s for s in STRATEGIES if s != example["strategy"])
 
     def steps(equation):
-        return {**example, "reply": f"{before}step {equation}{after[len(first):]}"}
+        return {**example, "reply": f"{before}step {equation}{after[len(first) :]}"}
 
     return {
         "a false sum": steps(f"{first.split('=')[0]}= 1{right}"),

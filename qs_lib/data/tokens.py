@@ -17,15 +17,26 @@ THINKING_TOKENS = ("<think>", "</think>", "<step>", "<reason>", "<mece>", "<fals
 # The word a prompted model writes where a baked one writes the token. Replies are made and sampled in words, then
 # turned into tokens one for one, so the prompted teacher never has to read rows it was not trained on.
 PLAIN_WORDS = {
-    "<think>": "think", "</think>": "done", "<step>": "step", "<reason>": "reason", "<mece>": "parts",
-    "<falsify>": "refute", "<expert>": "expert", "<doubt>": "doubt",
-}  # fmt: skip
+    "<think>": "think",
+    "</think>": "done",
+    "<step>": "step",
+    "<reason>": "reason",
+    "<mece>": "parts",
+    "<falsify>": "refute",
+    "<expert>": "expert",
+    "<doubt>": "doubt",
+}
 # Plain words whose embeddings are averaged into a new token's first row.
 DESCRIPTIONS = {
-    "<think>": "think work out", "</think>": "done answer so", "<step>": "step next then",
-    "<reason>": "reason because side", "<mece>": "parts all groups", "<falsify>": "refute wrong false",
-    "<expert>": "expert rule how", "<doubt>": "doubt check again",
-}  # fmt: skip
+    "<think>": "think work out",
+    "</think>": "done answer so",
+    "<step>": "step next then",
+    "<reason>": "reason because side",
+    "<mece>": "parts all groups",
+    "<falsify>": "refute wrong false",
+    "<expert>": "expert rule how",
+    "<doubt>": "doubt check again",
+}
 
 
 def thinking_ids(tokenizer) -> list[int]:
@@ -33,7 +44,9 @@ def thinking_ids(tokenizer) -> list[int]:
     vocabulary = tokenizer.get_vocab()
     missing = [t for t in THINKING_TOKENS if t not in vocabulary]
     if missing:
-        raise WorkbookError(f"the tokenizer lacks {', '.join(missing)}: call add_thinking_tokens(model, tokenizer) first")
+        raise WorkbookError(
+            f"the tokenizer lacks {', '.join(missing)}: call add_thinking_tokens(model, tokenizer) first"
+        )
     return [vocabulary[t] for t in THINKING_TOKENS]
 
 
@@ -102,8 +115,9 @@ def encode(tokenizer, context: str, reply: str) -> Sequence:
     """``context`` then `` reply`` then end-of-text. The two are tokenised apart, so the reply's ids never depend on
     the context and the teacher's and the student's copies are equal."""
     prefix = encode_context(tokenizer, context)
-    return Sequence(prefix + tokenizer.encode(" " + reply, add_special_tokens=False) + [tokenizer.eos_token_id],
-                    len(prefix))  # fmt: skip
+    return Sequence(
+        prefix + tokenizer.encode(" " + reply, add_special_tokens=False) + [tokenizer.eos_token_id], len(prefix)
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -120,7 +134,9 @@ def marker_spellings(tokenizer) -> dict[int, list[int]]:
         for tag, word in zip(thinking_ids(tokenizer), PLAIN_WORDS.values(), strict=True)
     }
     if len({ids[0] for ids in spellings.values()}) < len(spellings):
-        raise WorkbookError("two marker words begin with the same token in this tokenizer; choose other words in tokens.py")
+        raise WorkbookError(
+            "two marker words begin with the same token in this tokenizer; choose other words in tokens.py"
+        )
     return spellings
 
 

@@ -38,8 +38,17 @@ def habits(model, tokenizer, problems: list[dict], max_new_tokens: int = 48) -> 
 
 
 @torch.no_grad()
-def replies(model, tokenizer, contexts: list[str], max_new_tokens: int = 48, forbid: tuple[int, ...] = (),
-            temperature: float = 0.0, batch_size: int = 240, seed: int = 0, desc: str = "reply") -> list[list[int]]:
+def replies(
+    model,
+    tokenizer,
+    contexts: list[str],
+    max_new_tokens: int = 48,
+    forbid: tuple[int, ...] = (),
+    temperature: float = 0.0,
+    batch_size: int = 240,
+    seed: int = 0,
+    desc: str = "reply",
+) -> list[list[int]]:
     """Reply ids of a plain causal LM for each context, greedy or sampled: one line, without its end or end-of-text.
 
     ``forbid``: ids that may not be written (the eight thinking tokens, to answer without thoughts).
@@ -50,16 +59,24 @@ def replies(model, tokenizer, contexts: list[str], max_new_tokens: int = 48, for
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
     encoded, out = [encode_context(tokenizer, c) for c in contexts], [None] * len(contexts)
     processors = LogitsProcessorList([SuppressTokensLogitsProcessor(list(forbid))] if forbid else [])
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {
-        "do_sample": False}  # fmt: skip
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
     for i in tqdm(range(0, len(order), batch_size), desc=desc, leave=False):
         rows = order[i : i + batch_size]
         ids = pad([encoded[k] for k in rows], tokenizer.pad_token_id, "left", model.device)
         mask = pad([[1] * len(encoded[k]) for k in rows], 0, "left", model.device)
         written = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, logits_processor=processors,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=ends, **sampling,
-        )[:, ids.shape[1] :]  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            logits_processor=processors,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=ends,
+            **sampling,
+        )[:, ids.shape[1] :]
         for k, row in zip(rows, written.tolist(), strict=True):
             out[k] = list(itertools.takewhile(lambda i: i not in stops, row))
     return out
@@ -74,8 +91,16 @@ def answer_of(tokenizer, reply: list[int], end_of_thought: tuple[int, ...] = ())
 
 
 @torch.no_grad()
-def decode_with_thoughts(model, tokenizer, contexts: list[list[int]], tokens, lengths, weights: str = "head",
-                         max_new_tokens: int = 4, max_streams: int = 320) -> list[list[int]]:
+def decode_with_thoughts(
+    model,
+    tokenizer,
+    contexts: list[list[int]],
+    tokens,
+    lengths,
+    weights: str = "head",
+    max_new_tokens: int = 4,
+    max_streams: int = 320,
+) -> list[list[int]]:
     """Greedy replies (ids, without end-of-text) of a :class:`QuietStarForCausalLM` to contexts (ids) with given thoughts.
 
     ``tokens`` (rows, K, T) and ``lengths`` (rows, K), any thoughts at all: own, foreign, shuffled. ``weights``:
@@ -88,7 +113,9 @@ def decode_with_thoughts(model, tokenizer, contexts: list[list[int]], tokens, le
     out, size = [None] * len(contexts), max(1, max_streams // (1 + tokens.shape[1]))
     for i in tqdm(range(0, len(order), size), desc="answer", leave=False, delay=2):
         rows = order[i : i + size]
-        replies = _decode(model, tokenizer, [contexts[r] for r in rows], tokens[rows], lengths[rows], weights, max_new_tokens)
+        replies = _decode(
+            model, tokenizer, [contexts[r] for r in rows], tokens[rows], lengths[rows], weights, max_new_tokens
+        )
         for row, written in zip(rows, replies, strict=True):
             out[row] = written
     return out
@@ -138,7 +165,9 @@ def writes_truth(model, ids, mask, thoughts, weights: str = "head", max_new_toke
     last = mask.sum(1) - 1 - thoughts.positions[:, 0]  # tokens after the thoughts
     for part in (slice(i, i + size) for i in range(0, len(ids), size)):
         ahead = int(last[part].clamp(max=max_new_tokens + 1).max())
-        scored = rescore_thoughts(model.lm, ids[part], thoughts.part(part), mask[part], ahead, forbid_true=model.config.hidden_ids)
+        scored = rescore_thoughts(
+            model.lm, ids[part], thoughts.part(part), mask[part], ahead, forbid_true=model.config.hidden_ids
+        )
         together = torch.ones(len(ids[part]), dtype=torch.bool, device=ids.device)
         alone, given = together[:, None].repeat(1, k), fixed_weights(weights, k, together.shape, ids.device)
         for step in range(ahead):  # one token at a time: K predictions over a large vocabulary are many numbers
@@ -154,9 +183,19 @@ def writes_truth(model, ids, mask, thoughts, weights: str = "head", max_new_toke
 
 
 @torch.no_grad()
-def accuracy_with_thoughts(model, tokenizer, problems: list[dict], num_thoughts: int = 4, thought_length: int = 28,
-                           temperature: float = 1.0, weights: str = "head", seed: int = 0, batch_size: int = 240,
-                           single: bool = False, max_new_tokens: int = 6) -> dict:  # fmt: skip
+def accuracy_with_thoughts(
+    model,
+    tokenizer,
+    problems: list[dict],
+    num_thoughts: int = 4,
+    thought_length: int = 28,
+    temperature: float = 1.0,
+    weights: str = "head",
+    seed: int = 0,
+    batch_size: int = 240,
+    single: bool = False,
+    max_new_tokens: int = 6,
+) -> dict:
     """Exact match of greedily decoded replies with thoughts after the question, floats 0 or 1: ``mixed`` (problems,), and with
     ``single`` also ``each`` (problems, K), every thought answering alone. ``thoughts``: theirs, decoded without tags, K per problem."""
     generator = torch.Generator().manual_seed(seed)
@@ -166,14 +205,30 @@ def accuracy_with_thoughts(model, tokenizer, problems: list[dict], num_thoughts:
         rows = order[i : i + batch_size]
         asked = [problems[r] for r in rows]
         ids, mask, last = answer_batch(tokenizer, asked, model.device)
-        thoughts = model.think(ids, mask, last, generator, num_thoughts=num_thoughts, thought_length=thought_length,
-                               temperature=temperature, with_hidden=False)  # fmt: skip
+        thoughts = model.think(
+            ids,
+            mask,
+            last,
+            generator,
+            num_thoughts=num_thoughts,
+            thought_length=thought_length,
+            temperature=temperature,
+            with_hidden=False,
+        )
         tokens, lengths = thoughts.tokens[:, 0], thoughts.lengths[:, 0]
         together, alone = writes_truth(model, ids, mask, thoughts, weights, max_new_tokens)
         mixed[rows] = _right(model, tokenizer, asked, tokens, lengths, together, weights, max_new_tokens)
         if single:
-            each[rows] = _right(model, tokenizer, [p for p in asked for _ in range(num_thoughts)], tokens.flatten(0, 1).unsqueeze(1),
-                                lengths.view(-1, 1), alone.flatten(), "thoughts", max_new_tokens).view(len(rows), -1)  # fmt: skip
+            each[rows] = _right(
+                model,
+                tokenizer,
+                [p for p in asked for _ in range(num_thoughts)],
+                tokens.flatten(0, 1).unsqueeze(1),
+                lengths.view(-1, 1),
+                alone.flatten(),
+                "thoughts",
+                max_new_tokens,
+            ).view(len(rows), -1)
         for r, drawn, ends in zip(rows, tokens, lengths, strict=True):
             texts[r] = [tokenizer.decode(t[1 : n - 1]) for t, n in zip(drawn, ends, strict=True)]
     return {"mixed": mixed, "thoughts": texts} | ({"each": each} if single else {})
@@ -185,7 +240,9 @@ def _right(model, tokenizer, problems, tokens, lengths, settled, weights, max_ne
     asked = [problems[row] for row in left.tolist()]
     contexts = [encode_context(tokenizer, p["question"]) for p in asked]
     written = decode_with_thoughts(model, tokenizer, contexts, tokens[left], lengths[left], weights, max_new_tokens)
-    right[left.cpu()] = torch.tensor([float(answer_of(tokenizer, w) == p["answer"]) for w, p in zip(written, asked, strict=True)])
+    right[left.cpu()] = torch.tensor(
+        [float(answer_of(tokenizer, w) == p["answer"]) for w, p in zip(written, asked, strict=True)]
+    )
     return right
 
 
@@ -193,8 +250,10 @@ def best_temperature(model, tokenizer, validation: list[dict], temperatures=(0.0
     """The sampling temperature with the best mixed accuracy on validation problems (0 = greedy thoughts; of equals the
     highest, so that thoughts differ), and all of them: ``{"temperature", "accuracy", "by_temperature"}``. ``settings``
     go to :func:`accuracy_with_thoughts`."""
-    by = {t: accuracy_with_thoughts(model, tokenizer, validation, temperature=t, **settings)["mixed"].mean().item()
-          for t in temperatures}  # fmt: skip
+    by = {
+        t: accuracy_with_thoughts(model, tokenizer, validation, temperature=t, **settings)["mixed"].mean().item()
+        for t in temperatures
+    }
     best = max(by, key=lambda t: (by[t], t))
     return {"temperature": best, "accuracy": by[best], "by_temperature": by}
 
@@ -235,25 +294,46 @@ def longest_answer(tokenizer, problems: list[dict]) -> int:
     return max(len(s.ids) - s.start for s in sequences)
 
 
-def measure(model, tokenizer, validation: list[dict], test: list[dict], weights: str, num_thoughts: int = 4,
-            thought_length: int = 28, seed: int = 0, temperatures=TEMPERATURES, max_new_tokens: int = 48) -> Performance:  # fmt: skip
+def measure(
+    model,
+    tokenizer,
+    validation: list[dict],
+    test: list[dict],
+    weights: str,
+    num_thoughts: int = 4,
+    thought_length: int = 28,
+    seed: int = 0,
+    temperatures=TEMPERATURES,
+    max_new_tokens: int = 48,
+) -> Performance:
     """Performance of a :class:`QuietStarForCausalLM` on ``test``; the temperature is chosen on ``validation``.
 
     ``weights``: ``"head"``, or ``"thoughts"`` for a model whose mixing head is untrained (every thought votes alike).
     ``max_new_tokens`` bounds the free replies that ``habits`` reads.
     """
-    settings = {"num_thoughts": num_thoughts, "thought_length": thought_length, "weights": weights, "seed": seed,
-                "max_new_tokens": longest_answer(tokenizer, [*validation, *test])}  # fmt: skip
+    settings = {
+        "num_thoughts": num_thoughts,
+        "thought_length": thought_length,
+        "weights": weights,
+        "seed": seed,
+        "max_new_tokens": longest_answer(tokenizer, [*validation, *test]),
+    }
     chosen = best_temperature(model, tokenizer, validation, temperatures, **settings)
     drawn = accuracy_with_thoughts(model, tokenizer, test, temperature=chosen["temperature"], single=True, **settings)
     one = settings | {"num_thoughts": 1, "weights": "thoughts"}
     greedy = accuracy_with_thoughts(model, tokenizer, test, temperature=0.0, **one)["mixed"]
     fits = [strategy_of(t) in (p["fits"] or ["cot"]) for ts, p in zip(drawn["thoughts"], test, strict=True) for t in ts]
     return Performance(
-        chosen["temperature"], chosen["by_temperature"], drawn["mixed"].numpy(), drawn["each"].numpy(), greedy.numpy(),
-        direct_accuracy(model.lm, tokenizer, test), drawn["thoughts"], float(np.mean(fits)),
+        chosen["temperature"],
+        chosen["by_temperature"],
+        drawn["mixed"].numpy(),
+        drawn["each"].numpy(),
+        greedy.numpy(),
+        direct_accuracy(model.lm, tokenizer, test),
+        drawn["thoughts"],
+        float(np.mean(fits)),
         habits(model.lm, tokenizer, test, max_new_tokens),
-    )  # fmt: skip
+    )
 
 
 def direct_accuracy(lm, tokenizer, problems: list[dict]) -> np.ndarray:

@@ -57,8 +57,10 @@ def random_score(seed: int = 0):
 
 def leaked(model, tokenizer, problems: list[dict]):
     """A sampler that draws the model's own thoughts and writes the true answer over the end of each."""
-    answers = {tuple(encode_context(tokenizer, p["question"])): tokenizer.encode(" " + p["answer"], add_special_tokens=False)
-               for p in problems}  # fmt: skip
+    answers = {
+        tuple(encode_context(tokenizer, p["question"])): tokenizer.encode(" " + p["answer"], add_special_tokens=False)
+        for p in problems
+    }
 
     def think(ids, mask, positions, generator=None, **settings):
         thoughts = model.think(ids, mask, positions, generator, **settings)
@@ -105,9 +107,13 @@ def direct_words(model, tokenizer, texts: list[list[int]], room: int) -> list[li
     ids = pad(texts, tokenizer.pad_token_id, "left", model.lm.device)
     mask = pad([[1] * len(t) for t in texts], 0, "left", model.lm.device)
     written = model.lm.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=room, do_sample=False,
-        suppress_tokens=thinking_ids(tokenizer), pad_token_id=tokenizer.pad_token_id,
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=room,
+        do_sample=False,
+        suppress_tokens=thinking_ids(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-    )[:, ids.shape[1] :]  # fmt: skip
+    )[:, ids.shape[1] :]
     end = tokenizer.eos_token_id
     return [row[: row.index(end)] if end in row else row for row in written.tolist()]

@@ -24,8 +24,7 @@ class Scale:
         """From raw components of any shape. Raises ``WorkbookError`` when there is no thought to fit on."""
         if not raw or min(v.numel() for v in raw.values()) < 2:
             raise WorkbookError("the coherence scale needs at least two validation thoughts")
-        return cls({k: v.mean().item() for k, v in raw.items()},
-                   {k: max(v.std().item(), 1e-6) for k, v in raw.items()})  # fmt: skip
+        return cls({k: v.mean().item() for k, v in raw.items()}, {k: max(v.std().item(), 1e-6) for k, v in raw.items()})
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -42,8 +41,16 @@ class Coherence:
     raw: dict[str, torch.Tensor]
 
 
-def coherence(tokenizer, input_ids, thoughts, after_log_probs, base_log_probs, scale: Scale | None = None,
-              attention_mask=None, weights: dict[str, float] = WEIGHTS) -> Coherence:
+def coherence(
+    tokenizer,
+    input_ids,
+    thoughts,
+    after_log_probs,
+    base_log_probs,
+    scale: Scale | None = None,
+    attention_mask=None,
+    weights: dict[str, float] = WEIGHTS,
+) -> Coherence:
     """Label-free coherence of thoughts (``qs_lib.Thoughts``) at their positions.
 
     ``after_log_probs`` (batch, P, K, vocab) and ``base_log_probs`` (batch, P, vocab): next-token log-probs after each
@@ -89,7 +96,9 @@ def number_coverage(tokenizer, input_ids, thoughts, attention_mask=None) -> torc
         text = tokenizer.decode([i for i in ids if i not in special])
         pattern = NUMBER if NUMBER.search(text) else WORD
         wanted = _found(pattern, text)
-        for k, (thought, length) in enumerate(zip(thoughts.tokens[b, p].tolist(), thoughts.lengths[b, p].tolist(), strict=True)):
+        for k, (thought, length) in enumerate(
+            zip(thoughts.tokens[b, p].tolist(), thoughts.lengths[b, p].tolist(), strict=True)
+        ):
             out[b, p, k] = len(wanted & _found(pattern, tokenizer.decode(thought[:length]))) / max(1, len(wanted))
     return out
 

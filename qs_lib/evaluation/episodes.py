@@ -86,16 +86,37 @@ def draw_thoughts(think, tokenizer, questions: list[str], seed: int = 0, batch_s
 
 
 @torch.no_grad()
-def score_thoughts(model, tokenizer, problems, scale=None, num_thoughts=4, thought_length=28, temperature=1.0, n_true=4,
-                   seed=0, batch_size=120, think=None, score=coherence, weights="head"):
+def score_thoughts(
+    model,
+    tokenizer,
+    problems,
+    scale=None,
+    num_thoughts=4,
+    thought_length=28,
+    temperature=1.0,
+    n_true=4,
+    seed=0,
+    batch_size=120,
+    think=None,
+    score=coherence,
+    weights="head",
+):
     """Draw and score thoughts after each question: (thoughts per problem, one dict per thought in problem order).
 
     ``think`` and ``score`` replace the model's sampler and the coherence score; ``weights`` as in
     ``decode_with_thoughts``.
     """
     questions = [p["question"] for p in problems]
-    drawn = draw_thoughts(think or model.think, tokenizer, questions, seed, batch_size, num_thoughts=num_thoughts,
-                          thought_length=thought_length, temperature=temperature)  # fmt: skip
+    drawn = draw_thoughts(
+        think or model.think,
+        tokenizer,
+        questions,
+        seed,
+        batch_size,
+        num_thoughts=num_thoughts,
+        thought_length=thought_length,
+        temperature=temperature,
+    )
     rows = []
     for batch in batches(questions, batch_size):
         thoughts = together([drawn[i] for i in batch])
@@ -104,8 +125,9 @@ def score_thoughts(model, tokenizer, problems, scale=None, num_thoughts=4, thoug
     return drawn, sorted(rows, key=lambda r: r["problem"])
 
 
-def score_drawn(model, tokenizer, ids, mask, thoughts, numbers, scale=None, n_true=4, score=coherence,
-                weights="head") -> list[dict]:  # fmt: skip
+def score_drawn(
+    model, tokenizer, ids, mask, thoughts, numbers, scale=None, n_true=4, score=coherence, weights="head"
+) -> list[dict]:
     """One dict per thought drawn at one position of each text: ids and mask (B, L), ``numbers`` the texts' names.
 
     ``utility`` is the gain on those of the next ``n_true`` tokens that the text has; 0 where it ends there.
@@ -126,8 +148,9 @@ def mixing_weights(model, scored, weights: str = "head") -> torch.Tensor:
     return model.mixing_head(base, after) if given is None else given
 
 
-def answers_with(model, tokenizer, contexts: list[list[int]], tokens, lengths, weights: str,
-                 max_new_tokens: int) -> list[str]:  # fmt: skip
+def answers_with(
+    model, tokenizer, contexts: list[list[int]], tokens, lengths, weights: str, max_new_tokens: int
+) -> list[str]:
     """The answer to each context (ids) with the thoughts given: tokens (rows, K, T), lengths (rows, K)."""
     written = decode_with_thoughts(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens)
     return [answer_of(tokenizer, w) for w in written]
@@ -136,8 +159,15 @@ def answers_with(model, tokenizer, contexts: list[list[int]], tokens, lengths, w
 def answers_alone(model, tokenizer, contexts, tokens, lengths, max_new_tokens: int) -> np.ndarray:
     """The answer each thought leads to by itself, (problems, K) of text."""
     k = lengths.shape[1]
-    each = answers_with(model, tokenizer, [c for c in contexts for _ in range(k)], tokens.flatten(0, 1).unsqueeze(1),
-                        lengths.view(-1, 1), "thoughts", max_new_tokens)  # fmt: skip
+    each = answers_with(
+        model,
+        tokenizer,
+        [c for c in contexts for _ in range(k)],
+        tokens.flatten(0, 1).unsqueeze(1),
+        lengths.view(-1, 1),
+        "thoughts",
+        max_new_tokens,
+    )
     return np.array(each, dtype=object).reshape(-1, k)
 
 
@@ -157,20 +187,28 @@ def together(thoughts: list):
     """Thoughts of single rows as one batch."""
     first = thoughts[0]
     names = ("tokens", "logprobs", "sampled", "lengths", "positions")
-    return first.__class__(**{**vars(first), "hidden": None} | {n: torch.cat([getattr(t, n) for t in thoughts]) for n in names})
+    return first.__class__(
+        **{**vars(first), "hidden": None} | {n: torch.cat([getattr(t, n) for t in thoughts]) for n in names}
+    )
 
 
 def _scored(batch, parts, gains, mixing, after, base) -> list[dict]:
     names = ("semantic", "syntactic", "predictive", "composite")
     return [
         {
-            "problem": problem, "thought": k, "utility": gains[b, 0, k].item(), "weight": mixing[b, 0, k + 1].item(),
-            "no_thought": mixing[b, 0, 0].item(), "coherence": {n: getattr(parts, n)[b, 0, k].item() for n in names},
-            "after": _top(after[b, 0, k]), "base": _top(base[b, 0]),
+            "problem": problem,
+            "thought": k,
+            "utility": gains[b, 0, k].item(),
+            "weight": mixing[b, 0, k + 1].item(),
+            "no_thought": mixing[b, 0, 0].item(),
+            "coherence": {n: getattr(parts, n)[b, 0, k].item() for n in names},
+            "after": _top(after[b, 0, k]),
+            "base": _top(base[b, 0]),
             "mixed": _top((mixing[b, 0, :, None] * torch.cat([base[b], after[b, 0]]).exp()).sum(0).log()),
         }
-        for b, problem in enumerate(batch) for k in range(gains.shape[2])
-    ]  # fmt: skip
+        for b, problem in enumerate(batch)
+        for k in range(gains.shape[2])
+    ]
 
 
 def _top(log_probs: torch.Tensor, n: int = 5) -> list[tuple[int, float]]:
@@ -183,19 +221,42 @@ def episodes(tokenizer, problems, drawn, rows, answers: dict[str, list[str]], st
     ``none``, and those ``alone`` of each thought."""
     out, k = [], len(rows) // len(problems)
     for i, problem in enumerate(problems):
-        out.append(Episode(
-            problem=i, question=problem["question"], answer=problem["answer"], family=problem["family"],
-            difficulty=problem["difficulty"], stage=stage,
-            answer_without=answers["none"][i], answer_with=answers["own"][i],
-            **recorded(tokenizer, encode_context(tokenizer, problem["question"]), drawn[i], rows[i * k : (i + 1) * k],
-                       answers["alone"][i]),
-        ))  # fmt: skip
+        out.append(
+            Episode(
+                problem=i,
+                question=problem["question"],
+                answer=problem["answer"],
+                family=problem["family"],
+                difficulty=problem["difficulty"],
+                stage=stage,
+                answer_without=answers["none"][i],
+                answer_with=answers["own"][i],
+                **recorded(
+                    tokenizer,
+                    encode_context(tokenizer, problem["question"]),
+                    drawn[i],
+                    rows[i * k : (i + 1) * k],
+                    answers["alone"][i],
+                ),
+            )
+        )
     return out
 
 
 @torch.no_grad()
-def record(model, tokenizer, document: list[int], thoughts, problem: dict, max_new_tokens: int, n_true: int = 4, scale=None,
-           stage: str = "", begin=lambda: None, trained=None) -> Episode:  # fmt: skip
+def record(
+    model,
+    tokenizer,
+    document: list[int],
+    thoughts,
+    problem: dict,
+    max_new_tokens: int,
+    n_true: int = 4,
+    scale=None,
+    stage: str = "",
+    begin=lambda: None,
+    trained=None,
+) -> Episode:
     """The thoughts (of one row and position) drawn in a text (ids) as an episode: scored, and answered with.
 
     ``problem``: its question, its answer (None where the truth is not known) and what else an episode names;
@@ -220,25 +281,37 @@ def record(model, tokenizer, document: list[int], thoughts, problem: dict, max_n
 def recorded(tokenizer, context: list[int], thoughts, group: list[dict], alone, known: bool = True) -> dict:
     """What an ``Episode`` holds of the scored thoughts after one text (ids). ``alone``: the answer each leads to;
     ``known``: whether their utility means anything."""
+
     def named(top):
         return [(tokenizer.decode([i]), round(p, 4)) for i, p in top]
 
     mean, listed = sum(r["utility"] for r in group) / len(group), []
     for j, r in enumerate(group):
         n = thoughts.lengths[0, 0, j].item()
-        gain = {"reward": r.get("reward", r["utility"]), "advantage": r.get("advantage", r["utility"] - mean),
-                "utility": r["utility"]}  # fmt: skip
-        listed.append(Thought(
-            tokens=[tokenizer.decode([t]) for t in thoughts.tokens[0, 0, j, :n].tolist()],
-            logprobs=[round(x, 4) for x in thoughts.logprobs[0, 0, j, :n].tolist()],
-            weight=r["weight"], coherence=r["coherence"], next_tokens=named(r["after"]), answer=alone[j],
-            **(gain if known else {"utility": None}),
-        ))  # fmt: skip
+        gain = {
+            "reward": r.get("reward", r["utility"]),
+            "advantage": r.get("advantage", r["utility"] - mean),
+            "utility": r["utility"],
+        }
+        listed.append(
+            Thought(
+                tokens=[tokenizer.decode([t]) for t in thoughts.tokens[0, 0, j, :n].tolist()],
+                logprobs=[round(x, 4) for x in thoughts.logprobs[0, 0, j, :n].tolist()],
+                weight=r["weight"],
+                coherence=r["coherence"],
+                next_tokens=named(r["after"]),
+                answer=alone[j],
+                **(gain if known else {"utility": None}),
+            )
+        )
     return {
-        "position": len(context) - 1, "tokens": [tokenizer.decode([t]) for t in context], "thoughts": listed,
-        "no_thought_weight": group[0]["no_thought"], "base_tokens": named(group[0]["base"]),
+        "position": len(context) - 1,
+        "tokens": [tokenizer.decode([t]) for t in context],
+        "thoughts": listed,
+        "no_thought_weight": group[0]["no_thought"],
+        "base_tokens": named(group[0]["base"]),
         "mixed_tokens": named(group[0]["mixed"]),
-    }  # fmt: skip
+    }
 
 
 def text_tokens(tokenizer, text: str) -> list[str]:
@@ -247,9 +320,22 @@ def text_tokens(tokenizer, text: str) -> list[str]:
 
 
 @torch.no_grad()
-def think_at(model, tokenizer, text: str, position: int | None = None, answer: str | None = None, num_thoughts: int = 4,
-             thought_length: int = 28, temperature: float = 1.0, seed: int = 0, n_true: int = 4, scale=None,
-             max_new_tokens: int = 6, stage: str = "live", progress=lambda done, of, what: None) -> Episode:  # fmt: skip
+def think_at(
+    model,
+    tokenizer,
+    text: str,
+    position: int | None = None,
+    answer: str | None = None,
+    num_thoughts: int = 4,
+    thought_length: int = 28,
+    temperature: float = 1.0,
+    seed: int = 0,
+    n_true: int = 4,
+    scale=None,
+    max_new_tokens: int = 6,
+    stage: str = "live",
+    progress=lambda done, of, what: None,
+) -> Episode:
     """Draw thoughts after token ``position`` (from 0; None: the last) of a text and record all that is known of them.
 
     The truth is what follows: at the last token the ``answer``, where one is given, before it the next ``n_true``
@@ -274,9 +360,13 @@ def think_at(model, tokenizer, text: str, position: int | None = None, answer: s
 
     begin()
     thoughts = model.think(
-        torch.tensor([read]), positions=torch.tensor([[last]]), generator=torch.Generator().manual_seed(seed),
-        num_thoughts=num_thoughts, thought_length=thought_length, temperature=temperature,
-    )  # fmt: skip
+        torch.tensor([read]),
+        positions=torch.tensor([[last]]),
+        generator=torch.Generator().manual_seed(seed),
+        num_thoughts=num_thoughts,
+        thought_length=thought_length,
+        temperature=temperature,
+    )
     truth = answer if at_end else answer_of(tokenizer, following)
     problem = {"problem": 0, "question": text, "answer": truth or None}
     made = record(model, tokenizer, document, thoughts, problem, tokens, n_true, scale, stage, begin)
@@ -287,15 +377,21 @@ def think_at(model, tokenizer, text: str, position: int | None = None, answer: s
 def _checked(model, tokenizer, text, position, room) -> list[int]:
     """The ids of the text, after a look at everything that a user can get wrong."""
     if not isinstance(model, QuietStarForCausalLM):
-        raise WorkbookError("thoughts are drawn by a QuietStarForCausalLM: wrap the model with its from_base(model, tokenizer)")
+        raise WorkbookError(
+            "thoughts are drawn by a QuietStarForCausalLM: wrap the model with its from_base(model, tokenizer)"
+        )
     if not text.strip():
         raise WorkbookError("there is no text to think about: write at least one word")
     most = min(tokenizer.model_max_length, getattr(model.config.text_config, "max_position_embeddings", None) or 10**9)
     if len(text) > 100 * most:
-        raise WorkbookError(f"the text has {len(text):,} characters, far more than the model's {most:,} tokens: shorten it")
+        raise WorkbookError(
+            f"the text has {len(text):,} characters, far more than the model's {most:,} tokens: shorten it"
+        )
     context = encode_context(tokenizer, text)
     if len(context) + room > most:
-        raise WorkbookError(f"the text has {len(context)} tokens and the model reads {most}, thought and answer ({room}) included")
+        raise WorkbookError(
+            f"the text has {len(context)} tokens and the model reads {most}, thought and answer ({room}) included"
+        )
     if position is not None and not 0 <= position < len(context):
         raise WorkbookError(f"token {position} is not in the text, whose tokens are 0 to {len(context) - 1}")
     return context

@@ -33,8 +33,15 @@ class LatencyReport:
 
 
 @torch.no_grad()
-def measure_latency(model, input_ids, positions=(1, 4), num_thoughts=(1, 4, 8), thought_lengths=(16, 28),
-                    repeats: int = 20, target_ms: float = 200.0) -> LatencyReport:
+def measure_latency(
+    model,
+    input_ids,
+    positions=(1, 4),
+    num_thoughts=(1, 4, 8),
+    thought_lengths=(16, 28),
+    repeats: int = 20,
+    target_ms: float = 200.0,
+) -> LatencyReport:
     """Time a :class:`QuietStarForCausalLM` on one text, ``input_ids`` (1, L): every combination of thinking positions
     (the last so many), thoughts per position and tokens per thought, interleaved, ``repeats`` times after a warm-up.
 
@@ -69,15 +76,26 @@ def measure_latency(model, input_ids, positions=(1, 4), num_thoughts=(1, 4, 8), 
         every_together.append(everywhere)
         every_alone.append(each * c.num_thoughts * length / len(some))
     rows = [
-        {"positions": p, "num_thoughts": n, "thought_length": t, "median_ms": float(np.median(v)),
-         "p95_ms": float(np.quantile(v, 0.95)), "meets": bool(np.quantile(v, 0.95) < target_ms)}
+        {
+            "positions": p,
+            "num_thoughts": n,
+            "thought_length": t,
+            "median_ms": float(np.median(v)),
+            "p95_ms": float(np.quantile(v, 0.95)),
+            "meets": bool(np.quantile(v, 0.95) < target_ms),
+        }
         for (p, n, t), v in times.items()
-    ]  # fmt: skip
+    ]
     return LatencyReport(
-        rows, float(np.median(times[default])), float(np.quantile(times[default], 0.95)), float(np.median(plain)),
-        float(np.median(one_by_one) / np.median(together)), float(np.median(every_alone) / np.median(every_together)),
-        memory_overhead(model, input_ids), target_ms,
-    )  # fmt: skip
+        rows,
+        float(np.median(times[default])),
+        float(np.quantile(times[default], 0.95)),
+        float(np.median(plain)),
+        float(np.median(one_by_one) / np.median(together)),
+        float(np.median(every_alone) / np.median(every_together)),
+        memory_overhead(model, input_ids),
+        target_ms,
+    )
 
 
 def forward_with_thoughts(model, input_ids, positions: int, num_thoughts: int, thought_length: int):
@@ -96,15 +114,23 @@ def generate_alone(model, input_ids):
     c = model.config
     start = torch.cat([input_ids, torch.tensor([[c.think_token_id]], device=input_ids.device)], 1)
     return model.lm.generate(
-        input_ids=start, attention_mask=torch.ones_like(start), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-        max_new_tokens=c.thought_length - 2, eos_token_id=c.end_think_token_id, pad_token_id=c.end_think_token_id,
-    )  # fmt: skip
+        input_ids=start,
+        attention_mask=torch.ones_like(start),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=c.thought_length - 2,
+        eos_token_id=c.end_think_token_id,
+        pad_token_id=c.end_think_token_id,
+    )
 
 
 def memory_overhead(model, input_ids, resolution: int = 2**20) -> float | None:
     """Extra peak memory of a pass with the default thoughts over a plain forward pass, as a share of what the plain pass
     adds to the resting process; None where that is less than ``resolution`` bytes (a tiny model on a short text is not
     seen by the system's accounting) or the kernel does not report a resettable peak."""
+
     def plain():
         model.lm(input_ids=input_ids)
 

@@ -20,8 +20,16 @@ CONTROLS = ("without", "temperature", "foreign", "filler")
 
 
 @torch.no_grad()
-def answer_probability(model, tokenizer, problems: list[dict], sharpenings=SHARPENINGS, weights: str = "head", seed: int = 0,
-                       batch_size: int = 120, **settings) -> dict[str, np.ndarray]:  # fmt: skip
+def answer_probability(
+    model,
+    tokenizer,
+    problems: list[dict],
+    sharpenings=SHARPENINGS,
+    weights: str = "head",
+    seed: int = 0,
+    batch_size: int = 120,
+    **settings,
+) -> dict[str, np.ndarray]:
     """Probability of each problem's true answer ``with`` thoughts (mixed) and ``without``, arrays (sharpenings, problems).
 
     Teacher-forced; the product over the answer's tokens and its closing stop, each prediction renormalised over the tokens
@@ -34,7 +42,9 @@ def answer_probability(model, tokenizer, problems: list[dict], sharpenings=SHARP
     alphabet = torch.tensor(sorted({token for ids in answers for token in ids}), device=model.device)
     place = {token: i for i, token in enumerate(alphabet.tolist())}
     longest = max(map(len, answers))
-    truth = torch.tensor([[place[t] for t in ids] + [-1] * (longest - len(ids)) for ids in answers], device=model.device)
+    truth = torch.tensor(
+        [[place[t] for t in ids] + [-1] * (longest - len(ids)) for ids in answers], device=model.device
+    )
     questions, tags = [p["question"] for p in problems], tuple(thinking_ids(tokenizer))
     drawn = draw_thoughts(model.think, tokenizer, questions, seed, batch_size, **settings)
     out = {name: np.zeros((len(sharpenings), len(problems))) for name in ("with", "without")}
@@ -60,9 +70,18 @@ def fitted(validation: np.ndarray) -> int:
 
 
 @torch.no_grad()
-def text_log_likelihood(model, tokenizer, texts: list[tuple[str, str]], positions: int = 8, num_thoughts: int = 4,
-                        thought_length: int = 16, temperature: float = 1.0, seed: int = 0, batch_size: int = 32,
-                        controls: bool = False) -> dict[str, np.ndarray]:  # fmt: skip
+def text_log_likelihood(
+    model,
+    tokenizer,
+    texts: list[tuple[str, str]],
+    positions: int = 8,
+    num_thoughts: int = 4,
+    thought_length: int = 16,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    controls: bool = False,
+) -> dict[str, np.ndarray]:
     """Next-token log-probs of held-out text without and with thoughts, at ``positions`` evenly spaced places of each text.
 
     ``texts``: (context, continuation) pairs, read as plain documents. Returns arrays (texts, positions): ``without``
@@ -72,14 +91,25 @@ def text_log_likelihood(model, tokenizer, texts: list[tuple[str, str]], position
     """
     generator, out = torch.Generator().manual_seed(seed), {}
     for ids, mask, at in _placed(tokenizer, texts, positions, batch_size, model.device):
-        thoughts = model.think(ids, mask, at, generator, num_thoughts=num_thoughts, thought_length=thought_length,
-                               temperature=temperature, with_hidden=False)  # fmt: skip
+        thoughts = model.think(
+            ids,
+            mask,
+            at,
+            generator,
+            num_thoughts=num_thoughts,
+            thought_length=thought_length,
+            temperature=temperature,
+            with_hidden=False,
+        )
         found = predicted(model, ids, mask, thoughts)
         if controls:
             step = thinking_ids(tokenizer)[2]
             others = {name: getattr(thoughts, name).roll(1, 0) for name in ("tokens", "lengths", "sampled", "logprobs")}
             inner = thoughts.tokens.masked_fill(inside(thoughts), step)
-            for name, changed in (("foreign", replace(thoughts, **others)), ("filler", replace(thoughts, tokens=inner))):
+            for name, changed in (
+                ("foreign", replace(thoughts, **others)),
+                ("filler", replace(thoughts, tokens=inner)),
+            ):
                 found[name] = predicted(model, ids, mask, changed)["with"]
         for name, value in found.items():
             out.setdefault(name, []).append(value.cpu())
@@ -87,7 +117,9 @@ def text_log_likelihood(model, tokenizer, texts: list[tuple[str, str]], position
 
 
 @torch.no_grad()
-def plain_log_likelihood(model, tokenizer, texts: list[tuple[str, str]], positions: int = 8, batch_size: int = 32) -> np.ndarray:
+def plain_log_likelihood(
+    model, tokenizer, texts: list[tuple[str, str]], positions: int = 8, batch_size: int = 32
+) -> np.ndarray:
     """The same places' next-token log-probs without thoughts at each temperature of ``SHARPENINGS``, (sharpenings, texts, positions)."""
     out = []
     for ids, mask, at in _placed(tokenizer, texts, positions, batch_size, model.device):
@@ -105,8 +137,11 @@ def _placed(tokenizer, texts, positions: int, batch_size: int, device):
     for i in tqdm(range(0, len(texts), batch_size), desc="log-likelihood", leave=False):
         rows = [encode(tokenizer, *t).ids[: tokenizer.model_max_length] for t in texts[i : i + batch_size]]
         at = [np.linspace(1, len(r) - 2, positions).round().astype(int).tolist() for r in rows]
-        yield (pad(rows, tokenizer.pad_token_id, device=device), pad([[1] * len(r) for r in rows], 0, device=device),
-               torch.tensor(at, device=device))  # fmt: skip
+        yield (
+            pad(rows, tokenizer.pad_token_id, device=device),
+            pad([[1] * len(r) for r in rows], 0, device=device),
+            torch.tensor(at, device=device),
+        )
 
 
 def predicted(model, ids, mask, thoughts) -> dict[str, torch.Tensor]:
@@ -125,15 +160,18 @@ def inside(thoughts) -> torch.Tensor:
     return (place > 0) & (place < thoughts.lengths.unsqueeze(-1) - 1)
 
 
-def with_temperature(scores: dict[str, np.ndarray], test: np.ndarray, validation: np.ndarray) -> tuple[dict[str, np.ndarray], float]:
+def with_temperature(
+    scores: dict[str, np.ndarray], test: np.ndarray, validation: np.ndarray
+) -> tuple[dict[str, np.ndarray], float]:
     """``scores`` and ``temperature``, the plain predictions of test texts at the one temperature that makes validation texts
     likeliest; and that temperature. ``test``, ``validation``: from :func:`plain_log_likelihood`."""
     best = int(np.nanmean(validation, (1, 2)).argmax())
     return scores | {"temperature": test[best]}, SHARPENINGS[best]
 
 
-def log_likelihood_gain(scores: dict[str, np.ndarray], hardest: float = 0.1,
-                        control: str = "without") -> dict[str, tuple[float, float, float]]:  # fmt: skip
+def log_likelihood_gain(
+    scores: dict[str, np.ndarray], hardest: float = 0.1, control: str = "without"
+) -> dict[str, tuple[float, float, float]]:
     """Mean gain of ``with`` over a ``control`` in nats per token with its interval, over all tokens (``all``) and over
     the share of tokens the plain model finds hardest (``hardest``). Texts are the unit of resampling."""
     gain = scores["with"] - scores[control]

@@ -29,15 +29,27 @@ CHECKS = {
     "foreign_gain": ("accuracy with own thoughts minus foreign", "another problem's thoughts serve as well"),
     "shuffled_gain": ("accuracy with own thoughts minus shuffled", "the thought's words in any order serve as well"),
     "filler_gain": ("accuracy with own thoughts minus filler", "blank filler serves as well"),
-    "training_gain": ("accuracy with own thoughts minus that of the model before training, same budget",
-                      "the model before training answers as well with its thoughts"),
-    "moved": ("share of thoughts that differ from those of the model before training, same seed",
-              "training never moved the thoughts"),
-    "redrawn": ("share of thoughts that come out again from model, question and seed alone",
-                "the harness put something into the thoughts"),
-    "training_overlap": ("share of evaluated questions that were trained or selected on", "the problems were seen in training"),
-    "coherence_utility_r": ("correlation of coherence with utility", "coherence does not tell useful thoughts from useless ones"),
-}  # fmt: skip
+    "training_gain": (
+        "accuracy with own thoughts minus that of the model before training, same budget",
+        "the model before training answers as well with its thoughts",
+    ),
+    "moved": (
+        "share of thoughts that differ from those of the model before training, same seed",
+        "training never moved the thoughts",
+    ),
+    "redrawn": (
+        "share of thoughts that come out again from model, question and seed alone",
+        "the harness put something into the thoughts",
+    ),
+    "training_overlap": (
+        "share of evaluated questions that were trained or selected on",
+        "the problems were seen in training",
+    ),
+    "coherence_utility_r": (
+        "correlation of coherence with utility",
+        "coherence does not tell useful thoughts from useless ones",
+    ),
+}
 
 
 def attacked_thoughts(attack: str, tokens, lengths, problems, tokenizer, rng):
@@ -140,17 +152,37 @@ class TheaterReport:
     def to_dict(self) -> dict:
         """Everything but the single problems and thoughts, ready for JSON."""
         return {
-            "passed": self.passed, "verdict": self.verdict, "checks": [asdict(c) for c in self.checks],
-            "accuracy": self.accuracy, "within_r": self.within_r, "diversity": self.diversity,
-            "matched_divergence": self.matched_divergence, "reliability": {k: asdict(v) for k, v in self.reliability.items()},
-        }  # fmt: skip
+            "passed": self.passed,
+            "verdict": self.verdict,
+            "checks": [asdict(c) for c in self.checks],
+            "accuracy": self.accuracy,
+            "within_r": self.within_r,
+            "diversity": self.diversity,
+            "matched_divergence": self.matched_divergence,
+            "reliability": {k: asdict(v) for k, v in self.reliability.items()},
+        }
 
 
 @torch.no_grad()
-def anti_theater(model, tokenizer, problems: list[dict], scale: Scale | None = None, num_thoughts: int = 4,
-                 thought_length: int = 28, temperature: float = 1.0, n_true: int = 4, weights: str = "head",
-                 seed: int = 0, batch_size: int = 120, before=None, training=None, think=None, score=coherence,
-                 stage: str = "", max_new_tokens: int = 6) -> TheaterReport:  # fmt: skip
+def anti_theater(
+    model,
+    tokenizer,
+    problems: list[dict],
+    scale: Scale | None = None,
+    num_thoughts: int = 4,
+    thought_length: int = 28,
+    temperature: float = 1.0,
+    n_true: int = 4,
+    weights: str = "head",
+    seed: int = 0,
+    batch_size: int = 120,
+    before=None,
+    training=None,
+    think=None,
+    score=coherence,
+    stage: str = "",
+    max_new_tokens: int = 6,
+) -> TheaterReport:
     """Attack a :class:`QuietStarForCausalLM` on held-out problems.
 
     1. divergence: mean normalised edit distance of a thought from the direct greedy continuation, above 0.3. Beside it
@@ -174,10 +206,16 @@ def anti_theater(model, tokenizer, problems: list[dict], scale: Scale | None = N
     questions = [p["question"] for p in problems]
     contexts = [encode_context(tokenizer, q) for q in questions]
     truth, rng = np.array([p["answer"] for p in problems], object), np.random.default_rng(seed)
-    drawing = {"num_thoughts": num_thoughts, "thought_length": thought_length, "temperature": temperature,
-               "seed": seed, "batch_size": batch_size}  # fmt: skip
-    drawn, rows = score_thoughts(model, tokenizer, problems, scale, n_true=n_true, think=think, score=score,
-                                 weights=weights, **drawing)  # fmt: skip
+    drawing = {
+        "num_thoughts": num_thoughts,
+        "thought_length": thought_length,
+        "temperature": temperature,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    drawn, rows = score_thoughts(
+        model, tokenizer, problems, scale, n_true=n_true, think=think, score=score, weights=weights, **drawing
+    )
     tokens, lengths = _stacked(drawn)
     direct, running_on = _direct(model.lm, tokenizer, questions, max(thought_length, max_new_tokens))
 
@@ -215,11 +253,15 @@ def anti_theater(model, tokenizer, problems: list[dict], scale: Scale | None = N
     scores = {"weight": shares, "vote": votes(branches, said), "coherence": x}
     kept = ("problem", "thought", "coherence", "utility", "weight")
     return TheaterReport(
-        checks, correct, correlation(x, y.clip(-5, 5), seed, within=True), diversity, matched,
+        checks,
+        correct,
+        correlation(x, y.clip(-5, 5), seed, within=True),
+        diversity,
+        matched,
         {name: reliability(value, right, seed=seed) for name, value in scores.items()},
         [{k: r[k] for k in kept} for r in rows],
         episodes(tokenizer, problems, drawn, rows, written | {"alone": alone.tolist()}, stage),
-    )  # fmt: skip
+    )
 
 
 def _stacked(drawn: list) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,16 +277,20 @@ def _same(drawn, others) -> torch.Tensor:
 def _direct(lm, tokenizer, questions, length):
     """Greedy continuations without thoughts: up to end-of-text, and of full ``length`` with end-of-text forbidden."""
     tags = tuple(thinking_ids(tokenizer))
-    return (replies(lm, tokenizer, questions, length, tags, desc="direct"),
-            replies(lm, tokenizer, questions, length, (*tags, tokenizer.eos_token_id), desc="direct, run on"))  # fmt: skip
+    return (
+        replies(lm, tokenizer, questions, length, tags, desc="direct"),
+        replies(lm, tokenizer, questions, length, (*tags, tokenizer.eos_token_id), desc="direct, run on"),
+    )
 
 
 def _distances(tokens, lengths, direct, running_on):
     """Mean normalised edit distance of thoughts, without tags, from the direct continuation, from one of their own
     length, and from each other; each (value, low, high)."""
     distance = Levenshtein.normalized_distance
-    inner = [[t[1 : n - 1] for t, n in zip(row.tolist(), ends.tolist(), strict=True)]
-             for row, ends in zip(tokens, lengths, strict=True)]  # fmt: skip
+    inner = [
+        [t[1 : n - 1] for t, n in zip(row.tolist(), ends.tolist(), strict=True)]
+        for row, ends in zip(tokens, lengths, strict=True)
+    ]
     far = [[distance(t, d) for t in ts] for ts, d in zip(inner, direct, strict=True)]
     matched = [[distance(t, d[: len(t)]) for t in ts] for ts, d in zip(inner, running_on, strict=True)]
     between = [[distance(a, b) for j, a in enumerate(ts) for b in ts[:j]] or [0.0] for ts in inner]

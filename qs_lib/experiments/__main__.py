@@ -10,13 +10,21 @@ import torch
 from ..files import find_run
 from . import baking, chain, grokking, reinforcement
 
-EXPERIMENTS = {"baking": baking.baking, "chain": chain.chain, "optimizers": baking.optimizers,
-               "grokking": grokking.grokking, "look_ahead": reinforcement.look_ahead, "rl": reinforcement.reinforcement}  # fmt: skip
+EXPERIMENTS = {
+    "baking": baking.baking,
+    "chain": chain.chain,
+    "optimizers": baking.optimizers,
+    "grokking": grokking.grokking,
+    "look_ahead": reinforcement.look_ahead,
+    "rl": reinforcement.reinforcement,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one experiment; its options are on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m qs_lib.experiments", description="Run one experiment: arms x seeds.")
+    parser = argparse.ArgumentParser(
+        prog="python -m qs_lib.experiments", description="Run one experiment: arms x seeds."
+    )
     parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--upstream", default="pocket", help="run whose models and problems are read")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -25,5 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     run = find_run(given.upstream)
     EXPERIMENTS[given.name](run, run / "experiments", given.seeds)
+
+
 if __name__ == "__main__":
     main()

@@ -44,8 +44,15 @@ def make_optimizer(name: str, rate: float):
     slower = name == "Muon, matched momentum"
     momentum, beta = (matched_momentum(b, LAMBDA, ALPHA) if slower else b for b in (MOMENTUM, BETAS[0]))
     strength = LAMBDA if name == SUBJECT else 0.0
-    return lambda model: MuonGrokfast(model, muon_lr=rate, adamw_lr=rate * ADAMW_SHARE, grokfast_lambda=strength,
-                                      grokfast_alpha=ALPHA, momentum=momentum, betas=(beta, BETAS[1]))  # fmt: skip
+    return lambda model: MuonGrokfast(
+        model,
+        muon_lr=rate,
+        adamw_lr=rate * ADAMW_SHARE,
+        grokfast_lambda=strength,
+        grokfast_alpha=ALPHA,
+        momentum=momentum,
+        betas=(beta, BETAS[1]),
+    )
 
 
 def baking_recipe() -> dict:
@@ -65,11 +72,20 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
     """
     record = read_stage(run / "02_dataset_generation")[0]
     made = record["parameters"]
-    held = {split: read_problems(run / "02_dataset_generation" / f"{split}.parquet") for split in ("validation", "test")}
+    held = {
+        split: read_problems(run / "02_dataset_generation" / f"{split}.parquet") for split in ("validation", "test")
+    }
     problems = list(load_problems(made["data"] or made["source"], "train", made["train_problems"], seed))
     share = settings.get("hard_examples", made["hard_share"])
-    worked = list(reasoning_dataset(rarefy(problems, share, seed=seed), held["validation"] + held["test"],
-                                    made["cot_examples"], made["strategy_examples"], seed)["train"])  # fmt: skip
+    worked = list(
+        reasoning_dataset(
+            rarefy(problems, share, seed=seed),
+            held["validation"] + held["test"],
+            made["cot_examples"],
+            made["strategy_examples"],
+            seed,
+        )["train"]
+    )
     used = {e["question"] for e in worked}
     unseen = rarefy([p for p in problems if p["question"] not in used], settings["hard_share"], seed=seed)
     model, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))
@@ -77,8 +93,16 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
     given = {name: settings[name] for name in (*BAKED_WITH, *OPTIMIZED_WITH) if name in settings}
     if "optimizer" in settings:
         given["optimizer"] = make_optimizer(settings["optimizer"], settings["rate"])
-    result = bake(model, tokenizer, worked[: settings["examples"]], unseen, held["validation"], seed=seed, checkpoint=checkpoint,
-                  **given)  # fmt: skip
+    result = bake(
+        model,
+        tokenizer,
+        worked[: settings["examples"]],
+        unseen,
+        held["validation"],
+        seed=seed,
+        checkpoint=checkpoint,
+        **given,
+    )
     last = result.epochs[-1]
     row = {"validation_accuracy": last["accuracy"], "gap_closed": result.gap_closed}
     row |= {"max_logit": last["max_logit"]} if "max_logit" in last else {}  # not every family's can be seen
@@ -101,8 +125,11 @@ def optimizers(run: Path, folder: Path, seeds) -> None:
     alike = {name: value for name, value in (baking_recipe() | SMALLER).items() if name not in OPTIMIZED_WITH}
     rates = {name: [lowest * 2**k for k in range(4)] for name, lowest in LOWEST.items()}
     while True:
-        arms = {f"{name}, rate {rate:g}": alike | {"optimizer": name, "rate": rate}
-                for name in rates for rate in rates[name]}  # fmt: skip
+        arms = {
+            f"{name}, rate {rate:g}": alike | {"optimizer": name, "rate": rate}
+            for name in rates
+            for rate in rates[name]
+        }
         scan = repeat(folder / "optimizers_scan.csv", arms, [0], lambda *given: bake_once(run, *given, tested=False))
         best = best_rates(scan)
         beyond = {name: edge(rates[name], best[name]) for name in rates}
@@ -134,12 +161,20 @@ def conclusion(rows: list[dict], key: str = "accuracy") -> str:
     """What the optimizers' rows say about Grokfast, control by control, in one sentence that may say no."""
     controls = [name for name in LOWEST if name != SUBJECT]
     against = {name: difference(rows, SUBJECT, name, key) for name in controls}
-    parts = [f"{name} {100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for name, (mean, low, high) in against.items()]
+    parts = [
+        f"{name} {100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for name, (mean, low, high) in against.items()
+    ]
     muon, matched = against["Muon"], against["Muon, matched momentum"]
-    found = verdict(muon, matched, (
-        "Grokfast helps", "the filter helps, but no more than a slower momentum is shown to", "Grokfast hurts",
-        "no gain from Grokfast is shown",
-    ))  # fmt: skip
+    found = verdict(
+        muon,
+        matched,
+        (
+            "Grokfast helps",
+            "the filter helps, but no more than a slower momentum is shown to",
+            "Grokfast hurts",
+            "no gain from Grokfast is shown",
+        ),
+    )
     seeds = len(column(rows, SUBJECT, "seed"))
     return f"{SUBJECT} minus its controls, points of {key} over {seeds} seeds: {'; '.join(parts)}: {found}."
 
@@ -158,8 +193,10 @@ def optimizer_table(rows: list[dict]) -> pd.DataFrame:
     """Each optimizer at its own best rate: mean and interval over seeds on test problems."""
     table = {}
     for name in LOWEST:
-        table[name] = {key: shown(seed_interval(column(rows, name, key)), key == "direct_change")
-                       for key in ("accuracy", "gap_closed", "direct_change")}  # fmt: skip
+        table[name] = {
+            key: shown(seed_interval(column(rows, name, key)), key == "direct_change")
+            for key in ("accuracy", "gap_closed", "direct_change")
+        }
         table[name]["rate"] = f"{next(r for r in rows if r['arm'] == name)['settings']['rate']:g}"
         table[name]["seconds"] = fixed(sum(column(rows, name, "seconds")) / len(column(rows, name, "seconds")), 0)
     return pd.DataFrame(table).T

@@ -74,7 +74,11 @@ def questions(rl: list[dict], ahead: list[dict] = ()) -> dict[str, tuple[list[fl
         "pg off: gain of one greedy thought, should not be above 0": (column(rl, "pg off", "greedy_gain"), 0.0, False),
         "REINFORCE itself: full minus pg off": (over("pg off"), 0.0, True),
         "thoughts: full minus training on answers alone": (over("without thoughts"), 0.0, True),
-        "beyond one fitted temperature (probability of the answer)": (column(rl, "full", "beyond_temperature"), 0.0, True),
+        "beyond one fitted temperature (probability of the answer)": (
+            column(rl, "full", "beyond_temperature"),
+            0.0,
+            True,
+        ),
         "n_true 4 minus 1, one-token answers": (over("n_true 1"), SMALLEST, True),
         "n_true 4 minus 1, answers in digits": (paired(ahead, "n_true 4", "n_true 1", "accuracy"), 0.0, True),
         "the same, as much as is claimed": (paired(ahead, "n_true 4", "n_true 1", "accuracy"), 0.044, True),
@@ -100,11 +104,17 @@ def questions(rl: list[dict], ahead: list[dict] = ()) -> dict[str, tuple[list[fl
 
 def claims(rl: list[dict], ahead: list[dict] = ()) -> pd.DataFrame:
     """Every one of :func:`questions` with its claim, what was measured over seeds and whether that decides it."""
-    return pd.DataFrame({
-        name: {"measured": shown(seed_interval(values), signed=True), "seeds": len(values),
-               "claim": f"{'>=' if above else '<='} {claim:g}", "decided": decided(values, claim, above)}
-        for name, (values, claim, above) in questions(rl, ahead).items()
-    }).T  # fmt: skip
+    return pd.DataFrame(
+        {
+            name: {
+                "measured": shown(seed_interval(values), signed=True),
+                "seeds": len(values),
+                "claim": f"{'>=' if above else '<='} {claim:g}",
+                "decided": decided(values, claim, above),
+            }
+            for name, (values, claim, above) in questions(rl, ahead).items()
+        }
+    ).T
 
 
 def parts(rl: list[dict]):
@@ -116,11 +126,17 @@ def parts(rl: list[dict]):
         mean, low, high = (100 * x for x in seed_interval(values))
         axis.plot([100 * x for x in values], [y] * len(values), "o", color=GREY, ms=4, alpha=0.6)
         axis.errorbar(mean, y + 0.22, xerr=[[mean - low], [high - mean]], fmt="D", color=BLUE, ms=5, capsize=3)
-        axis.annotate(decided(values, SMALLEST), (1.01, y), xycoords=axis.get_yaxis_transform(), va="center", fontsize=9)
+        axis.annotate(
+            decided(values, SMALLEST), (1.01, y), xycoords=axis.get_yaxis_transform(), va="center", fontsize=9
+        )
     axis.axvline(0, color="black", lw=0.8)
     axis.axvline(100 * SMALLEST, color="black", lw=0.8, ls="--")
-    axis.set(yticks=range(len(asked)), yticklabels=list(asked), ylim=(len(asked) - 0.4, -0.6),
-             xlabel="points of accuracy (dashed: a useful part)")  # fmt: skip
+    axis.set(
+        yticks=range(len(asked)),
+        yticklabels=list(asked),
+        ylim=(len(asked) - 0.4, -0.6),
+        xlabel="points of accuracy (dashed: a useful part)",
+    )
     axis.grid(alpha=0.3, axis="x")
     return figure
 
@@ -133,10 +149,19 @@ def arms_table(rl: list[dict]) -> pd.DataFrame:
         gains = column(rl, arm, "gain")
         gain = shown(seed_interval(gains), signed=True) if len(gains) > 1 else fixed(gains[0], 3, True)
         own = [row for row in rl if row["arm"] == arm]
-        table[arm] = {"seeds": len(own), "gain": gain, **{
-            name: fixed(float(np.mean([r[key] for r in own if key in r])), 3) if any(key in r for r in own) else ""
-            for name, key in (("accuracy", "accuracy"), ("greedy thought", "greedy"), ("no thought", "without"), ("thinks", "thinking_use"))
-        }}  # fmt: skip
+        table[arm] = {
+            "seeds": len(own),
+            "gain": gain,
+            **{
+                name: fixed(float(np.mean([r[key] for r in own if key in r])), 3) if any(key in r for r in own) else ""
+                for name, key in (
+                    ("accuracy", "accuracy"),
+                    ("greedy thought", "greedy"),
+                    ("no thought", "without"),
+                    ("thinks", "thinking_use"),
+                )
+            },
+        }
     return pd.DataFrame(table).T
 
 
@@ -148,12 +173,19 @@ def baking_depth(rl: list[dict]):
         own = sorted((r for r in rl if r["arm"] == arm), key=lambda row: row["seed"])
         for i, row in enumerate(own):
             x = at + 0.04 * (i - (len(own) - 1) / 2)
-            axis.annotate("", (x, row["accuracy"]), (x, row["baseline"]), arrowprops={"arrowstyle": "->", "color": GREY})
+            axis.annotate(
+                "", (x, row["accuracy"]), (x, row["baseline"]), arrowprops={"arrowstyle": "->", "color": GREY}
+            )
             axis.plot(x, row["baseline"], "s", color=GREY, ms=5, label="before RL" if first else None)
             axis.plot(x, row["accuracy"], "o", color=BLUE, ms=6, label="after RL" if first else None)
             first = False
-    axis.set(xticks=range(len(DEPTHS)), xticklabels=[label for _, label in DEPTHS], xlabel="baking before RL",
-             ylabel="accuracy with thoughts (share)", ylim=(0, 1.02))  # fmt: skip
+    axis.set(
+        xticks=range(len(DEPTHS)),
+        xticklabels=[label for _, label in DEPTHS],
+        xlabel="baking before RL",
+        ylabel="accuracy with thoughts (share)",
+        ylim=(0, 1.02),
+    )
     axis.grid(alpha=0.3, axis="y")
     if not first:
         axis.legend(fontsize=8)
@@ -186,9 +218,17 @@ def for_scoreboard(folder: Path) -> None:
         ratios, _, level = fewer_steps(ahead, "n_true 4", "n_true 1")
         write("nonmyopic_steps", ratios, command, f" (answers in digits, to validation accuracy {level:.3f})")
         write("nonmyopic_accuracy", paired(ahead, "n_true 4", "n_true 1", "accuracy"), command, " (answers in digits)")
-    write("token_scale_use", column(rl, "token scale 100", "thinking_use"), "make evidence X=rl",
-          f" (at scale 1: {fixed(float(np.mean(column(rl, 'full', 'thinking_use') or [0])))})")  # fmt: skip
+    write(
+        "token_scale_use",
+        column(rl, "token scale 100", "thinking_use"),
+        "make evidence X=rl",
+        f" (at scale 1: {fixed(float(np.mean(column(rl, 'full', 'thinking_use') or [0])))})",
+    )
     ratios, never, level = fewer_steps(rl, "full", "from un-baked", halve_errors=True)
     bound = f"; a lower bound: the un-baked model does not get there in {never} of {len(ratios)} seeds" if never else ""
-    write("jumpstart", [-ratio for ratio in ratios], "make evidence X=rl",
-          f" (until half of the baked model's errors are gone, validation accuracy {level:.3f}{bound})")
+    write(
+        "jumpstart",
+        [-ratio for ratio in ratios],
+        "make evidence X=rl",
+        f" (until half of the baked model's errors are gone, validation accuracy {level:.3f}{bound})",
+    )

@@ -45,9 +45,12 @@ def learn_addition(settings: dict, seed: int) -> dict:
     """
     (pairs, sums), (new_pairs, new_sums) = addition_table(seed)
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.EmbeddingBag(MODULUS, 128, mode="sum"), nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, MODULUS))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings["lr"], betas=(settings["momentum"], 0.98),
-                                  weight_decay=settings["weight_decay"])  # fmt: skip
+    model = nn.Sequential(
+        nn.EmbeddingBag(MODULUS, 128, mode="sum"), nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, MODULUS)
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings["lr"], betas=(settings["momentum"], 0.98), weight_decay=settings["weight_decay"]
+    )
     slow = None
     curves = {"steps": [], "train": [], "validation": []}
     for step in range(settings["steps"] + 1):
@@ -114,17 +117,23 @@ def conclusion(rows: list[dict]) -> str:
     against = {name: difference(rows, name, FILTERED, "needed") for name in methods() if name != FILTERED}
     parts = [f"{name} {mean:+.0f} [{low:+.0f}, {high:+.0f}]" for name, (mean, low, high) in against.items()]
     plain, matched = against.values()
-    found = verdict(plain, matched, (
-        "the filter accelerates, and not only as a slower momentum",
-        "the filter accelerates, but no more than a slower momentum is shown to",
-        "the filter delays", "no acceleration by the filter is shown",
-    ))  # fmt: skip
+    found = verdict(
+        plain,
+        matched,
+        (
+            "the filter accelerates, and not only as a slower momentum",
+            "the filter accelerates, but no more than a slower momentum is shown to",
+            "the filter delays",
+            "no acceleration by the filter is shown",
+        ),
+    )
     seeds = len({row["seed"] for row in rows})
     return f"Steps to understand minus the filter's, over {seeds} seeds: {'; '.join(parts)}: {found}."
 
 
 def mean_curves(rows: list[dict]) -> dict[str, list[tuple[float, float]]]:
     """Validation accuracy of each method, and training accuracy of the plain one, as (step, mean over seeds)."""
+
     def mean(arm, key):
         own = [row for row in rows if row["arm"] == arm]
         return [(s, sum(values) / len(own)) for s, *values in zip(own[0]["steps"], *(r[key] for r in own), strict=True)]

@@ -24,18 +24,28 @@ def random_model(name: str) -> QuietStarForCausalLM:
     """A Llama with random weights and tied embeddings from :data:`RANDOM_MODELS`: what size costs, whatever it says."""
     hidden, inner, layers, heads, key_heads, size = RANDOM_MODELS[name]
     torch.manual_seed(0)
-    lm = LlamaForCausalLM(LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=key_heads, vocab_size=size, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
-        pad_token_id=0,
-    ))  # fmt: skip
+    lm = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_heads,
+            vocab_size=size,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    )
     lm.config.think_token_id, lm.config.end_think_token_id = 1, 2
     return QuietStarForCausalLM.from_base(lm)
 
 
 @torch.no_grad()
-def measure_models(names, lengths=(64, 256), settings=SETTINGS, repeats: int = 3, seconds: float = 20.0,
-                   target_ms: float = 200.0) -> list[dict]:
+def measure_models(
+    names, lengths=(64, 256), settings=SETTINGS, repeats: int = 3, seconds: float = 20.0, target_ms: float = 200.0
+) -> list[dict]:
     """Time random models of several sizes (``names`` of :data:`RANDOM_MODELS`) on random texts of ``lengths`` tokens.
 
     Every setting (positions, thoughts, tokens per thought) takes its turn; after ``repeats`` rounds they go on until
@@ -62,13 +72,24 @@ def measure_models(names, lengths=(64, 256), settings=SETTINGS, repeats: int = 3
         for key in grid:
             n, positions, num_thoughts, thought_length = key
             median, p95 = float(np.median(times[key])), float(np.quantile(times[key], 0.95))
-            rows.append({
-                "model": name, "parameters": sum(p.numel() for p in model.lm.parameters()), "text_length": n,
-                "positions": positions, "num_thoughts": num_thoughts, "thought_length": thought_length,
-                "repeats": len(times[key]), "median_ms": median, "p95_ms": p95, "plain_ms": float(np.median(plain[n])),
-                "meets": p95 < target_ms,
-                "shares": shares(model, median, float(np.median(plain[n])), positions, num_thoughts, thought_length),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "model": name,
+                    "parameters": sum(p.numel() for p in model.lm.parameters()),
+                    "text_length": n,
+                    "positions": positions,
+                    "num_thoughts": num_thoughts,
+                    "thought_length": thought_length,
+                    "repeats": len(times[key]),
+                    "median_ms": median,
+                    "p95_ms": p95,
+                    "plain_ms": float(np.median(plain[n])),
+                    "meets": p95 < target_ms,
+                    "shares": shares(
+                        model, median, float(np.median(plain[n])), positions, num_thoughts, thought_length
+                    ),
+                }
+            )
     return rows
 
 

@@ -33,30 +33,60 @@ from .findings import for_scoreboard
 EIGHTH = "an eighth of the baking"
 # Arm -> what differs from the recipe. ``start``: the folder of the model below a run's stages, or EIGHTH (eighth_baked).
 ARMS = {
-    "full": {}, "pg off": {"pg_weight": 0.0}, "n_true 1": {"n_true": 1}, "token scale 10": {"token_scale": 10.0},
-    "token scale 100": {"token_scale": 100.0}, "KL 0": {"kl_coefficient": 0.0}, "no curriculum": {"use_curriculum": False},
-    "2 thoughts": {"num_thoughts": 2}, "8 thoughts": {"num_thoughts": 8}, "paper objective": {"objective": "paper"},
-    "from half-baked": {"start": "03_baking/epochs/1"}, "from eighth-baked": {"start": EIGHTH},
+    "full": {},
+    "pg off": {"pg_weight": 0.0},
+    "n_true 1": {"n_true": 1},
+    "token scale 10": {"token_scale": 10.0},
+    "token scale 100": {"token_scale": 100.0},
+    "KL 0": {"kl_coefficient": 0.0},
+    "no curriculum": {"use_curriculum": False},
+    "2 thoughts": {"num_thoughts": 2},
+    "8 thoughts": {"num_thoughts": 8},
+    "paper objective": {"objective": "paper"},
+    "from half-baked": {"start": "03_baking/epochs/1"},
+    "from eighth-baked": {"start": EIGHTH},
     "from un-baked": {"start": "01_token_setup/champion"},
     "without thoughts": {"think": False},
-}  # fmt: skip
+}
 # Arm -> how many seeds, from 0 on, are enough to decide what it is asked; the others run on all seeds that are asked for.
-DECIDED_BY = {"n_true 1": 3, "token scale 10": 3, "KL 0": 3, "8 thoughts": 3, "paper objective": 3, "from half-baked": 3,
-              "from un-baked": 3, "without thoughts": 3, "pg off": 6, "token scale 100": 6, "from eighth-baked": 6,
-              "no curriculum": 7}  # fmt: skip
+DECIDED_BY = {
+    "n_true 1": 3,
+    "token scale 10": 3,
+    "KL 0": 3,
+    "8 thoughts": 3,
+    "paper objective": 3,
+    "from half-baked": 3,
+    "from un-baked": 3,
+    "without thoughts": 3,
+    "pg off": 6,
+    "token scale 100": 6,
+    "from eighth-baked": 6,
+    "no curriculum": 7,
+}
 # Where numbers are spelt in digits, the token after a thought is only the first of the answer's.
 LOOK_AHEAD = {"n_true 4": {}, "n_true 1": {"n_true": 1}}
 THOUGHTS = 4
 STAGES = ("01", "02", "03")
 # Parameters of notebook 05 that `train_quiet_star` is not called with, and options that every arm leaves alone.
 ELSEWHERE = {"seed", "run_name", "upstream", "mixing", "eval_problems", "test_problems", "tensorboard"}
-LEFT_ALONE = {"baseline", "think_at", "thought_nll_weight", "num_positions", "adaptive_length", "lora_rank", "qk_clip_threshold",
-              "gradient_checkpointing", "bf16"}
+LEFT_ALONE = {
+    "baseline",
+    "think_at",
+    "thought_nll_weight",
+    "num_positions",
+    "adaptive_length",
+    "lora_rank",
+    "qk_clip_threshold",
+    "gradient_checkpointing",
+    "bf16",
+}
 
 
 def rl_recipe(variant: str = "pocket") -> dict:
     """What notebook 05 trains a variant's model with, validated every 25 steps."""
-    return {k: v for k, v in recipe("05_rl", variant).items() if k not in ELSEWHERE | LEFT_ALONE} | {"evaluate_every": 25}
+    return {k: v for k, v in recipe("05_rl", variant).items() if k not in ELSEWHERE | LEFT_ALONE} | {
+        "evaluate_every": 25
+    }
 
 
 @lru_cache(maxsize=4)
@@ -73,8 +103,10 @@ def measured(model, tokenizer, data, weights: str, length: int, seed: int):
     """
     budget = {"weights": weights, "seed": seed, "num_thoughts": THOUGHTS, "thought_length": length}
     found = measure(model, tokenizer, data["validation"], data["test"], max_new_tokens=length + 20, **budget)
-    validation, test = (answer_probability(model, tokenizer, data[split], temperature=found.temperature, **budget)
-                        for split in ("validation", "test"))
+    validation, test = (
+        answer_probability(model, tokenizer, data[split], temperature=found.temperature, **budget)
+        for split in ("validation", "test")
+    )
     plain = SHARPENINGS.index(1.0)
     return found, {name: test[name][plain] for name in test} | {
         f"{name} fitted": test[name][fitted(validation[name])] for name in test
@@ -83,7 +115,11 @@ def measured(model, tokenizer, data, weights: str, length: int, seed: int):
 
 def _load(run: Path, start: str):
     _, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))  # half-baked models come without one
-    lm = copy.deepcopy(eighth_baked(run)) if start == EIGHTH else AutoModelForCausalLM.from_pretrained(run / start).eval()
+    lm = (
+        copy.deepcopy(eighth_baked(run))
+        if start == EIGHTH
+        else AutoModelForCausalLM.from_pretrained(run / start).eval()
+    )
     model = QuietStarForCausalLM.from_base(lm, tokenizer, num_thoughts=THOUGHTS)
     folder = run / "02_dataset_generation"
     return model, tokenizer, {s: read_problems(folder / f"{s}.parquet") for s in ("train", "validation", "test")}
@@ -99,7 +135,9 @@ def eighth_baked(run: Path):
     examples, train, validation = (read_problems(folder / f"{s}.parquet") for s in ("examples", "train", "validation"))
     worked, unseen = baking_data(examples, train, values["examples"] // 4, values["hard_share"], seed)
     given = {name: values[name] for name in (*BAKED_WITH, *OPTIMIZED_WITH)} | {
-        "epochs": 1, "trajectories": values["trajectories"] // 4}  # fmt: skip
+        "epochs": 1,
+        "trajectories": values["trajectories"] // 4,
+    }
     bake(lm, tokenizer, worked, unseen, validation[:48], seed=seed, **given)
     return lm
 
@@ -120,38 +158,74 @@ def train_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | No
     before, likely = baseline(run, start, length, seed)
     model, tokenizer, data = _load(run, start)
     if not think:
-        validation = train_direct(model.lm, tokenizer, data["train"], data["validation"], seed=seed, **{
-            k: settings[k] for k in ("steps", "batch_size", "muon_lr", "adamw_lr", "hard_share", "evaluate_every")})  # fmt: skip
+        validation = train_direct(
+            model.lm,
+            tokenizer,
+            data["train"],
+            data["validation"],
+            seed=seed,
+            **{k: settings[k] for k in ("steps", "batch_size", "muon_lr", "adamw_lr", "hard_share", "evaluate_every")},
+        )
         after = direct_accuracy(model.lm, tokenizer, data["test"])
-        return {"baseline": before.mixed.mean(), "accuracy": after.mean(), "without": after.mean(), "validation": validation,
-                **named("gain", interval(after - before.mixed))}  # fmt: skip
-    result = train_quiet_star(model, tokenizer, data["train"], data["validation"], seed=seed, checkpoint=checkpoint, **settings)
+        return {
+            "baseline": before.mixed.mean(),
+            "accuracy": after.mean(),
+            "without": after.mean(),
+            "validation": validation,
+            **named("gain", interval(after - before.mixed)),
+        }
+    result = train_quiet_star(
+        model, tokenizer, data["train"], data["validation"], seed=seed, checkpoint=checkpoint, **settings
+    )
     after, likelier = measured(model, tokenizer, data, "head", length, seed)
     return {
-        "baseline": before.mixed.mean(), "accuracy": after.mixed.mean(), **named("gain", interval(after.mixed - before.mixed)),
-        "greedy_baseline": before.greedy.mean(), "greedy": after.greedy.mean(),
+        "baseline": before.mixed.mean(),
+        "accuracy": after.mixed.mean(),
+        **named("gain", interval(after.mixed - before.mixed)),
+        "greedy_baseline": before.greedy.mean(),
+        "greedy": after.greedy.mean(),
         **named("greedy_gain", interval(after.greedy - before.greedy)),
-        "single_baseline": before.single.mean(), "single": after.single.mean(),
-        "without_baseline": before.without.mean(), "without": after.without.mean(),
-        "probability_baseline": likely["with"].mean(), "probability": likelier["with"].mean(),
-        "probability_fitted": likely["with fitted"].mean(), "probability_without": likely["without"].mean(),
+        "single_baseline": before.single.mean(),
+        "single": after.single.mean(),
+        "without_baseline": before.without.mean(),
+        "without": after.without.mean(),
+        "probability_baseline": likely["with"].mean(),
+        "probability": likelier["with"].mean(),
+        "probability_fitted": likely["with fitted"].mean(),
+        "probability_without": likely["without"].mean(),
         "probability_without_fitted": likely["without fitted"].mean(),
         **named("beyond_temperature", interval(likelier["with"] - likely["with fitted"])),
-        "thinking_use": after.habits["thinking_use"], "temperature_baseline": before.temperature,
-        "temperature": after.temperature, "entropy": result.history[-1]["entropy"], "training_seconds": result.seconds,
+        "thinking_use": after.habits["thinking_use"],
+        "temperature_baseline": before.temperature,
+        "temperature": after.temperature,
+        "entropy": result.history[-1]["entropy"],
+        "training_seconds": result.seconds,
         "validation": [h["validation_accuracy"] for h in result.history if "validation_accuracy" in h],
-    }  # fmt: skip
+    }
 
 
-def train_direct(lm, tokenizer, problems, validation, steps: int, batch_size: int, muon_lr: float, adamw_lr: float,
-                 hard_share: float, evaluate_every: int, seed: int = 0) -> list[float]:  # fmt: skip
+def train_direct(
+    lm,
+    tokenizer,
+    problems,
+    validation,
+    steps: int,
+    batch_size: int,
+    muon_lr: float,
+    adamw_lr: float,
+    hard_share: float,
+    evaluate_every: int,
+    seed: int = 0,
+) -> list[float]:
     """The control without thoughts: cross-entropy of the answer right after the question, thinking tokens forbidden, on the
     problems that :func:`train_quiet_star` draws. Returns validation accuracies; the last weights stay."""
     rng, tags, found = random.Random(seed), thinking_ids(tokenizer), []
     optimizer = MuonGrokfast(lm, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps, 20, constant=0.3))
     for step in tqdm(range(steps), desc="direct"):
-        ids, mask, positions = answer_batch(tokenizer, curriculum(problems, step / steps, rng, batch_size, hard_share), lm.device)
+        ids, mask, positions = answer_batch(
+            tokenizer, curriculum(problems, step / steps, rng, batch_size, hard_share), lm.device
+        )
         logits = lm(input_ids=ids).logits[:, :-1].index_fill(-1, ids.new_tensor(tags), -torch.inf)
         nll = -logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
         answer = mask[:, 1:].bool() & (torch.arange(ids.shape[1] - 1, device=ids.device) >= positions)
@@ -189,5 +263,8 @@ def look_ahead(run: Path, folder: Path, seeds) -> None:
 def row_of(run: Path, *given) -> dict:
     """:func:`train_once`, numbers to five decimals, and ``data``: which baked model of the seed it was, for another processor
     makes another."""
-    row = {k: [round(x, 5) for x in v] if isinstance(v, list) else round(float(v), 5) for k, v in train_once(run, *given).items()}
+    row = {
+        k: [round(x, 5) for x in v] if isinstance(v, list) else round(float(v), 5)
+        for k, v in train_once(run, *given).items()
+    }
     return row | {"data": stage_digest(read_stage(run / "03_baking")[0])[:12]}

@@ -39,20 +39,41 @@ def train(folder: Path, steps: int = 6, fsdp: bool = False, seed: int = 0) -> No
     folder.mkdir(parents=True, exist_ok=True)
     if distributed.first():
         model.save_pretrained(folder, state_dict=weights)
-    report = {"processes": distributed.count(), "weights_sha256": distributed.checksum(model), "held": sum(part(p).numel() for p in model.parameters())}
+    report = {
+        "processes": distributed.count(),
+        "weights_sha256": distributed.checksum(model),
+        "held": sum(part(p).numel() for p in model.parameters()),
+    }
     write_bytes(folder / f"rank-{distributed.rank()}.json", to_json(report).encode())
 
 
 def torchrun(processes: int, folder: Path, steps: int = 6, seed: int = 0) -> dict[str, list[dict]]:
     """:func:`train` in that many processes of this machine, with whole weights into ``folder/averaged`` and sharded ones into
     ``folder/sharded``; what each process reports of both. Raises WorkbookError."""
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", __name__, str(folder),
-             "--steps", str(steps), "--seed", str(seed)]  # fmt: skip
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+        "-m",
+        __name__,
+        str(folder),
+        "--steps",
+        str(steps),
+        "--seed",
+        str(seed),
+    ]
     done = subprocess.run([sys.executable, *words], check=False, cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise WorkbookError(f"torchrun ended with {done.returncode} ({last}); see all of it with `torchrun {' '.join(words[2:])}`")
-    return {way: [json.loads((folder / way / f"rank-{number}.json").read_text()) for number in range(processes)] for way in WAYS}
+        raise WorkbookError(
+            f"torchrun ended with {done.returncode} ({last}); see all of it with `torchrun {' '.join(words[2:])}`"
+        )
+    return {
+        way: [json.loads((folder / way / f"rank-{number}.json").read_text()) for number in range(processes)]
+        for way in WAYS
+    }
 
 
 def largest_difference(one: Path, other: Path) -> float:
@@ -63,13 +84,18 @@ def largest_difference(one: Path, other: Path) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line, under torchrun or alone."""
-    parser = argparse.ArgumentParser(prog="python -m qs_lib.experiments.two_processes", description="A tiny training, with whole weights and with sharded ones, in one process or several.")
+    parser = argparse.ArgumentParser(
+        prog="python -m qs_lib.experiments.two_processes",
+        description="A tiny training, with whole weights and with sharded ones, in one process or several.",
+    )
     parser.add_argument("folder", type=Path, help="where the model and what each process says go")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     for way, fsdp in WAYS.items():
         train(given.folder / way, given.steps, fsdp, given.seed)
+
+
 if __name__ == "__main__":
     main()
     if distributed.count() > 1:

@@ -92,9 +92,7 @@ def attend_backward(grad, query, key, value, output, lse, scale, mask=None, caus
     set: weights are exp(score - LSE) and the softmax term sum(grad * output) is global.
     """
     if _fused(query, softcap):
-        return _CPU_FLASH_BACKWARD(
-            grad, query, key, value, output, lse, 0.0, causal, attn_mask=mask, scale=scale
-        )
+        return _CPU_FLASH_BACKWARD(grad, query, key, value, output, lse, 0.0, causal, attn_mask=mask, scale=scale)
     wide = torch.promote_types(query.dtype, torch.float32)
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     q, k, v, g = (x.to(wide) for x in (query, key, value, grad))
@@ -158,14 +156,20 @@ def causal_attend_backward(grad, query, key, value, output, lse, rule):
     blocks = causal_blocks(query.shape[2], rule, query)
     if len(blocks) == 1:
         mask, causal = blocks[0][3:]
-        return attend_backward(
-            grad, query, key, value, output, lse, rule.scale, mask, causal, rule.softcap
-        )
+        return attend_backward(grad, query, key, value, output, lse, rule.scale, mask, causal, rule.softcap)
     grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
     for a, b, c, mask, causal in blocks:
         part = attend_backward(
-            grad[:, :, a:b], query[:, :, a:b], key[:, :, c:b], value[:, :, c:b], output[:, :, a:b],
-            lse[:, :, a:b], rule.scale, mask, causal, rule.softcap,
+            grad[:, :, a:b],
+            query[:, :, a:b],
+            key[:, :, c:b],
+            value[:, :, c:b],
+            output[:, :, a:b],
+            lse[:, :, a:b],
+            rule.scale,
+            mask,
+            causal,
+            rule.softcap,
         )
         grad_query[:, :, a:b] = part[0]
         grad_key[:, :, c:b] += part[1]
@@ -186,8 +190,17 @@ def add_sinks(output, lse, sinks):
 
 
 def thoughts_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-    s_aux=None, **kwargs,
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    **kwargs,
 ):
     """The function transformers calls in each layer: query (B, H, Q, D) in, (B, Q, H, D) out.
 
@@ -199,9 +212,7 @@ def thoughts_attention(
         own = sys.modules[type(module).__module__].eager_attention_forward
         optional = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
         optional = {name: given for name, given in optional.items() if given is not None}
-        return own(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **optional, **kwargs
-        )
+        return own(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **optional, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError(
             f"{type(module).__name__} adds a position bias to its attention scores, which parallel thoughts "
@@ -216,6 +227,8 @@ def thoughts_attention(
     rule = Rule(size**-0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
     with torch.autocast(device, enabled=False):
         return work.layer(query, key, value, rule)[..., :value_size], None
+
+
 AttentionInterface.register(NAME, thoughts_attention)
 AttentionMaskInterface.register(NAME, eager_mask)
 AttentionInterface.register(_WITHOUT_MASK, thoughts_attention)
@@ -277,7 +290,9 @@ def layers(model):
 
 def recompute_layers(model):
     """Gradient checkpointing of a Hugging Face model, for its own passes in training mode and for those of thoughts."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # renamed in 5.23
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    )  # renamed in 5.23
     enable({"use_reentrant": False})
 
 
@@ -295,7 +310,9 @@ def _recomputed(base, work, model):
 
     try:
         for layer in again_later:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), again())
+            )
         yield
     finally:
         for layer, own in zip(again_later, before):

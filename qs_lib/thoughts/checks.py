@@ -13,10 +13,14 @@ def one_by_one(model, text: list[int], thought_length: int, think_id: int, end_i
     """One greedy thought after ``text`` by plain ``generate``: what the parallel engine has to reproduce."""
     ids = torch.tensor([[*text, think_id]], device=model.device)
     written = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=thought_length - 2, do_sample=False,
-        eos_token_id=end_id, pad_token_id=end_id,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=thought_length - 2,
+        do_sample=False,
+        eos_token_id=end_id,
+        pad_token_id=end_id,
         logits_processor=LogitsProcessorList([SuppressTokensLogitsProcessor([think_id])]),
-    )[0, len(text) :].tolist()  # fmt: skip
+    )[0, len(text) :].tolist()
     return written if written[-1] == end_id else [*written, end_id]
 
 
@@ -56,8 +60,9 @@ def visible_keys(model, input_ids: torch.Tensor, thoughts):
     sampled = torch.ones_like(thoughts.sampled)
     sampled[..., 0] = False
     words = thoughts.tokens.clone()
-    words[..., 1:] = torch.randint(2, min(thoughts.think_id, thoughts.end_id), words[..., 1:].shape,
-                                   generator=torch.Generator().manual_seed(0))  # fmt: skip
+    words[..., 1:] = torch.randint(
+        2, min(thoughts.think_id, thoughts.end_id), words[..., 1:].shape, generator=torch.Generator().manual_seed(0)
+    )
     thoughts = replace(thoughts, sampled=sampled, lengths=torch.full_like(thoughts.lengths, length))
 
     def predictions(ids, tokens):
@@ -80,10 +85,12 @@ def visible_keys(model, input_ids: torch.Tensor, thoughts):
             columns.append(shape | target)
     place = [(p, k, t) for p in range(count) for k in range(number) for t in range(length)]
     positions = thoughts.positions[0].tolist()
-    rule = torch.tensor([
-        [j <= positions[p] for j in range(input_ids.shape[1])] + [(q, l) == (p, k) and s <= t for q, l, s in place]
-        for p, k, t in place
-    ])  # fmt: skip
+    rule = torch.tensor(
+        [
+            [j <= positions[p] for j in range(input_ids.shape[1])] + [(q, l) == (p, k) and s <= t for q, l, s in place]
+            for p, k, t in place
+        ]
+    )
     queries = [f"after {positions[p]}, thought {k + 1}, token {t + 1}" for p, k, t in place]
     keys = [f"text {j}" for j in range(input_ids.shape[1])] + [f"{positions[p]}.{k + 1}.{t + 1}" for p, k, t in place]
     return torch.stack(columns, 1), rule, queries, keys

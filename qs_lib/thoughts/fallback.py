@@ -24,8 +24,7 @@ _known = weakref.WeakKeyDictionary()
 def plain_rows(base, tokens):
     """Final hidden states (R, L, hidden) of rows of tokens (R, L) padded behind the text."""
     parts = [
-        base(input_ids=tokens[i : i + _ROWS], use_cache=False).last_hidden_state
-        for i in range(0, len(tokens), _ROWS)
+        base(input_ids=tokens[i : i + _ROWS], use_cache=False).last_hidden_state for i in range(0, len(tokens), _ROWS)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -123,11 +122,14 @@ def _reason(model):
             if problem:
                 return problem
             step = StepPass(prefix.keys, row, limit, _THOUGHT)
-            stepped = torch.stack(
-                [step.forward(base, own[:, t], limit + t, 1) for t in range(_THOUGHT)], 1
-            )
+            stepped = torch.stack([step.forward(base, own[:, t], limit + t, 1) for t in range(_THOUGHT)], 1)
             packed = packed_pass(
-                model, ids[:1], torch.ones_like(ids[:1], dtype=torch.bool), row, limit, own,
+                model,
+                ids[:1],
+                torch.ones_like(ids[:1], dtype=torch.bool),
+                row,
+                limit,
+                own,
                 torch.ones_like(own, dtype=torch.bool),
             )[_TEXT:].view_as(stepped)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:

@@ -74,8 +74,20 @@ def end_ids(model, think_id, end_id):
 
 @torch.no_grad()
 def generate_thoughts(
-    model, input_ids, attention_mask=None, positions=None, num_thoughts=4, thought_length=16, temperature=1.0,
-    top_p=1.0, generator=None, think_id=None, end_id=None, max_streams=1024, forbid=(), with_hidden=True,
+    model,
+    input_ids,
+    attention_mask=None,
+    positions=None,
+    num_thoughts=4,
+    thought_length=16,
+    temperature=1.0,
+    top_p=1.0,
+    generator=None,
+    think_id=None,
+    end_id=None,
+    max_streams=1024,
+    forbid=(),
+    with_hidden=True,
     numbers=None,
 ):
     """Samples `num_thoughts` thoughts after each of the given positions, all at once.
@@ -119,7 +131,11 @@ def generate_thoughts(
         sampled=torch.zeros(streams, thought_length, dtype=torch.bool, device=device),
         lengths=torch.zeros(streams, dtype=torch.long, device=device),
         hidden=None,
-        positions=rows.positions, temperature=float(temperature), forbid=forbid, think_id=think_id, end_id=end_id,
+        positions=rows.positions,
+        temperature=float(temperature),
+        forbid=forbid,
+        think_id=think_id,
+        end_id=end_id,
     )
     if with_hidden:
         size = model.config.get_text_config().hidden_size
@@ -149,8 +165,16 @@ def generate_thoughts(
             if first is not None:
                 step.take_first()
             _generate_group(
-                base, LanguageHead(model), step, line[part], limit[part], number[part],
-                None if first is None else first[part], num_thoughts, seed, top_p,
+                base,
+                LanguageHead(model),
+                step,
+                line[part],
+                limit[part],
+                number[part],
+                None if first is None else first[part],
+                num_thoughts,
+                seed,
+                top_p,
                 _cut(result, slice(start * num_thoughts, stop * num_thoughts), _PER_STREAM),
             )
     return _unpacked(result, rows, num_thoughts)
@@ -247,8 +271,7 @@ def _draw(head, hidden, uniform, result, top_p, forbid):
 
 def _unpacked(result, rows, num_thoughts):
     batch, count = rows.positions.shape
-    for name, empty in (("tokens", result.end_id), ("logprobs", 0), ("sampled", False), ("lengths", 0),
-                        ("hidden", 0)):
+    for name, empty in (("tokens", result.end_id), ("logprobs", 0), ("sampled", False), ("lengths", 0), ("hidden", 0)):
         flat = getattr(result, name)
         if flat is None:
             continue

@@ -160,7 +160,11 @@ class Grid:
         for number, (start, stop, _, _) in enumerate(self.tiles):
             first, last, mask, blind = self._tile(number, rule.window, shift, query.dtype)
             part, part_lse = attend(
-                query[:, :, start:stop], key[rows, :, first:last], value[rows, :, first:last], rule.scale, mask,
+                query[:, :, start:stop],
+                key[rows, :, first:last],
+                value[rows, :, first:last],
+                rule.scale,
+                mask,
                 softcap=rule.softcap,
             )
             if blind is not None:
@@ -184,8 +188,14 @@ class Grid:
         for number, (start, stop, _, _) in enumerate(self.tiles):
             first, last, mask, _ = self._tile(number, rule.window, 0, query.dtype)
             part = attend_backward(
-                grad[:, :, start:stop], query[:, :, start:stop], key[rows, :, first:last],
-                value[rows, :, first:last], output[:, :, start:stop], lse[:, :, start:stop], rule.scale, mask,
+                grad[:, :, start:stop],
+                query[:, :, start:stop],
+                key[rows, :, first:last],
+                value[rows, :, first:last],
+                output[:, :, start:stop],
+                lse[:, :, start:stop],
+                rule.scale,
+                mask,
                 softcap=rule.softcap,
             )
             grad_query[:, start:stop] = part[0].transpose(1, 2)

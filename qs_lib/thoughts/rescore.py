@@ -151,9 +151,16 @@ def _layout(rows, thoughts, n_true):
         after < 0, tokens[:, column.clamp(max=longest - 1)], true[unit].gather(1, after.clamp(0, n_true - 1))
     )
     return _Layout(
-        text=rows.ids[used], text_real=torch.arange(width, device=device) < read[used].unsqueeze(1), line=line,
-        limit=limit, own=own, own_real=after < (ahead - 1).clamp(min=0)[unit].unsqueeze(1), length=length, unit=unit,
-        true=true, exists=step < ahead.unsqueeze(1),
+        text=rows.ids[used],
+        text_real=torch.arange(width, device=device) < read[used].unsqueeze(1),
+        line=line,
+        limit=limit,
+        own=own,
+        own_real=after < (ahead - 1).clamp(min=0)[unit].unsqueeze(1),
+        length=length,
+        unit=unit,
+        true=true,
+        exists=step < ahead.unsqueeze(1),
         place=(rows.slot.unsqueeze(1) * number + torch.arange(number, device=device)).flatten(),
     )
 
@@ -186,7 +193,12 @@ def rescore_thoughts(
     shared = shares_prefix(model)
     with thinking(model, own_attention=not shared):
         states = (packed_pass if shared else plain_states)(
-            model, layout.text, layout.text_real, layout.line[layout.unit], layout.limit[layout.unit], layout.own,
+            model,
+            layout.text,
+            layout.text_real,
+            layout.line[layout.unit],
+            layout.limit[layout.unit],
+            layout.own,
             layout.own_real,
         )
     text_lengths, own_lengths = layout.text_real.sum(1), layout.own_real.sum(1)
@@ -200,16 +212,37 @@ def rescore_thoughts(
     index = layout.place[stream] * shape[3] + step
     unit = layout.unit
     thought_hidden, true_logprobs, true_full = _look_ahead(
-        head, own_states, own_start + layout.length - 1, layout.exists[unit], layout.true[unit], layout.place,
-        shape[:3], forbid_true, true_logits,
+        head,
+        own_states,
+        own_start + layout.length - 1,
+        layout.exists[unit],
+        layout.true[unit],
+        layout.place,
+        shape[:3],
+        forbid_true,
+        true_logits,
     )
     base_hidden, base_logprobs, base_full = _look_ahead(
-        head, states, text_start[layout.line] + layout.limit - 1, layout.exists, layout.true, rows.slot, slots,
-        forbid_true, true_logits,
+        head,
+        states,
+        text_start[layout.line] + layout.limit - 1,
+        layout.exists,
+        layout.true,
+        rows.slot,
+        slots,
+        forbid_true,
+        true_logits,
     )
     valid = torch.zeros(slots.numel(), n_true, dtype=torch.bool, device=input_ids.device)
     valid[rows.slot] = layout.exists
     return Rescored(
-        _placed(shape, index, logprob), _placed(shape, index, entropy), true_logprobs, base_logprobs,
-        valid.view(*slots, n_true), thought_hidden, base_hidden, true_full, base_full,
+        _placed(shape, index, logprob),
+        _placed(shape, index, entropy),
+        true_logprobs,
+        base_logprobs,
+        valid.view(*slots, n_true),
+        thought_hidden,
+        base_hidden,
+        true_full,
+        base_full,
     )

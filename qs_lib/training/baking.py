@@ -52,8 +52,9 @@ class BakingResult:
     seconds: float = 0.0
 
 
-def thought_item(tokenizer, prompted: str, question: str, plain: list[int], ce: bool = False,
-                 rebake: bool = False) -> BakingItem:
+def thought_item(
+    tokenizer, prompted: str, question: str, plain: list[int], ce: bool = False, rebake: bool = False
+) -> BakingItem:
     """``plain``: reply ids in plain words, end-of-text included. The teacher reads the ``prompted`` question and these, or, in
     a ``rebake``, the thinking tokens that it has learnt itself; the student reads the question and the same reply with
     thinking tokens. The first reply token and end-of-text are among the trained positions (the paper's own code misses
@@ -62,10 +63,14 @@ def thought_item(tokenizer, prompted: str, question: str, plain: list[int], ce: 
     marked, last = mark(plain, marker_spellings(tokenizer))
     read, last = (marked, range(len(marked))) if rebake else (plain, last)
     return BakingItem(
-        context + read, question_ids + marked,
+        context + read,
+        question_ids + marked,
         [len(context) - 1] + [len(context) + k for k in last[:-1]],
-        [len(question_ids) - 1 + j for j in range(len(marked))], marked, ce, plain=not rebake,
-    )  # fmt: skip
+        [len(question_ids) - 1 + j for j in range(len(marked))],
+        marked,
+        ce,
+        plain=not rebake,
+    )
 
 
 def direct_item(tokenizer, question: str, answer: list[int]) -> BakingItem:
@@ -115,8 +120,16 @@ def baking_loss(student, teacher, items: list[BakingItem], tokenizer, ce_weight:
     return (kl.sum() + ce_weight * nll.sum()) / len(items), kl.detach().mean()
 
 
-def sample_trajectories(teacher, tokenizer, problems: list[dict], temperature: float = 1.0, seed: int = 0,
-                        max_new_tokens: int = 48, rebake: bool = False, prompts=PROMPTS) -> list[BakingItem]:
+def sample_trajectories(
+    teacher,
+    tokenizer,
+    problems: list[dict],
+    temperature: float = 1.0,
+    seed: int = 0,
+    max_new_tokens: int = 48,
+    rebake: bool = False,
+    prompts=PROMPTS,
+) -> list[BakingItem]:
     """Replies sampled from the prompted teacher, as ids, each prompt (``prompts[strategy]``) of a strategy that fits its problem.
 
     Replies cut off by the length limit or without a whole thought are kept out: there is nothing to align.
@@ -135,13 +148,35 @@ def sample_trajectories(teacher, tokenizer, problems: list[dict], temperature: f
     return items
 
 
-def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batch_size: int = 32,
-         muon_lr: float = 6e-3, adamw_lr: float = 1.5e-3, grokfast_lambda: float = 0.2, ce_weight: float = 1.0,
-         trajectories: int = 1800, rehearsal: float = 0.25, patience: int = 0, lora_rank: int = 0,
-         rebake: bool = False, qk_clip_threshold: float | None = None, gradient_checkpointing: bool = False, bf16: bool = False,
-         fsdp: bool = False, seed: int = 0, max_new_tokens: int = 48, prompts: dict[str, str] = PROMPTS,
-         optimizer=None, log=lambda **metrics: None, on_epoch=lambda epoch, model: None,
-         checkpoint: Checkpoint | None = None) -> BakingResult:  # fmt: skip
+def bake(
+    model,
+    tokenizer,
+    examples,
+    problems,
+    validation,
+    epochs: int = 6,
+    batch_size: int = 32,
+    muon_lr: float = 6e-3,
+    adamw_lr: float = 1.5e-3,
+    grokfast_lambda: float = 0.2,
+    ce_weight: float = 1.0,
+    trajectories: int = 1800,
+    rehearsal: float = 0.25,
+    patience: int = 0,
+    lora_rank: int = 0,
+    rebake: bool = False,
+    qk_clip_threshold: float | None = None,
+    gradient_checkpointing: bool = False,
+    bf16: bool = False,
+    fsdp: bool = False,
+    seed: int = 0,
+    max_new_tokens: int = 48,
+    prompts: dict[str, str] = PROMPTS,
+    optimizer=None,
+    log=lambda **metrics: None,
+    on_epoch=lambda epoch, model: None,
+    checkpoint: Checkpoint | None = None,
+) -> BakingResult:
     """Bake the strategies' prompts into ``model`` (in place); the teacher is a frozen copy made first, or, with an adapter, the
     model without it.
 
@@ -175,15 +210,25 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
         shard(teacher)
         shard(model)
     items = [
-        thought_item(tokenizer, asked({**e, "fits": [e["strategy"]]}, prompts), e["question"],
-                     tokenizer.encode(" " + e["reply"], add_special_tokens=False) + [tokenizer.eos_token_id], True, rebake)
+        thought_item(
+            tokenizer,
+            asked({**e, "fits": [e["strategy"]]}, prompts),
+            e["question"],
+            tokenizer.encode(" " + e["reply"], add_special_tokens=False) + [tokenizer.eos_token_id],
+            True,
+            rebake,
+        )
         for e in examples
-    ]  # fmt: skip
+    ]
     sampling = {"max_new_tokens": max_new_tokens, "rebake": rebake, "prompts": prompts}
     items += sample_trajectories(teacher, tokenizer, list(problems)[:trajectories], seed=seed, **sampling)
     share = max(1, round(batch_size * rehearsal)) if rehearsal else 0
-    rehearsed = [p["question"] for p in list(problems)[-(len(items) * share // batch_size + batch_size) :]] if share else []
-    answers = replies(teacher, tokenizer, rehearsed, 8, tuple(thinking_ids(tokenizer)), desc="rehearsal") if share else []
+    rehearsed = (
+        [p["question"] for p in list(problems)[-(len(items) * share // batch_size + batch_size) :]] if share else []
+    )
+    answers = (
+        replies(teacher, tokenizer, rehearsed, 8, tuple(thinking_ids(tokenizer)), desc="rehearsal") if share else []
+    )
     direct = [direct_item(tokenizer, q, a + [tokenizer.eos_token_id]) for q, a in zip(rehearsed, answers, strict=True)]
     held = sample_trajectories(teacher, tokenizer, list(validation)[:240], seed=seed + 1, **sampling)
     if not held:
@@ -197,8 +242,13 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
         recompute_layers(model)
     qk_clip_threshold = qk_clip_threshold or None
     if optimizer is None:
-        optimizer = MuonGrokfast(trained, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=grokfast_lambda,
-                                 qk_clip_threshold=qk_clip_threshold)  # fmt: skip
+        optimizer = MuonGrokfast(
+            trained,
+            muon_lr=muon_lr,
+            adamw_lr=adamw_lr,
+            grokfast_lambda=grokfast_lambda,
+            qk_clip_threshold=qk_clip_threshold,
+        )
     else:
         optimizer = optimizer(trained)
     lengths = [len(i.student_ids) for i in items]
@@ -208,8 +258,15 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
     result = BakingResult(before, math.nan, math.nan)
     weights = [p for p in trained.parameters() if p.requires_grad]
     order, best = [], {"epoch": 0, "weights": [], "stop": False}
-    parts = {"model": trained, "optimizer": optimizer, "scheduler": scheduler, "rng": rng, "order": order,
-             "epochs": result.epochs, "best": best}  # fmt: skip
+    parts = {
+        "model": trained,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "rng": rng,
+        "order": order,
+        "epochs": result.epochs,
+        "best": best,
+    }
     with checkpoint or Checkpoint(log=log) as saving:
         distributed.check_equal(trained, "before training")
         step = saving.resume(parts)
@@ -268,8 +325,10 @@ def bake(model, tokenizer, examples, problems, validation, epochs: int = 6, batc
 @torch.no_grad()
 def held_out_kl(student, teacher, tokenizer, items: list[BakingItem], batch_size: int = 120) -> float:
     """Mean KL per reply token of the student (unprompted) from the prompted teacher."""
-    total = [forward_kl(*aligned_log_probs(student, teacher, items[i : i + batch_size], tokenizer)[:2])
-             for i in range(0, len(items), batch_size)]  # fmt: skip
+    total = [
+        forward_kl(*aligned_log_probs(student, teacher, items[i : i + batch_size], tokenizer)[:2])
+        for i in range(0, len(items), batch_size)
+    ]
     return torch.cat(total).mean().item()
 
 

@@ -45,10 +45,19 @@ class Checkpoint:
     (``ranks``) the first writes and logs, and all must read the same folder.
     """
 
-    def __init__(self, folder: str | Path | None = None, identity: dict | None = None, log=lambda **metrics: None,
-                 seconds: float = 20.0):  # fmt: skip
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        identity: dict | None = None,
+        log=lambda **metrics: None,
+        seconds: float = 20.0,
+    ):
         self.folder = None if folder is None else Path(folder)
-        machine = [torch.get_num_threads(), str(torch.__version__), *([distributed.count()] if distributed.count() > 1 else [])]
+        machine = [
+            torch.get_num_threads(),
+            str(torch.__version__),
+            *([distributed.count()] if distributed.count() > 1 else []),
+        ]
         self.identity = json.dumps([identity, *machine], sort_keys=True, default=str)
         self.seconds, self.rows, self._log = seconds, [], log
         self._signal, self._saved, self._cost = None, time.monotonic(), 0.0
@@ -85,10 +94,15 @@ class Checkpoint:
         """
         step = self._restored(parts)
         if distributed.either(step != round(distributed.mean(step))):
-            raise StageError(f"the processes do not see the same checkpoints in {self.folder}: put it where all can read it")
+            raise StageError(
+                f"the processes do not see the same checkpoints in {self.folder}: put it where all can read it"
+            )
         if step == 0 and self.folder is not None and distributed.first():
             if self._files():
-                print("starting anew: the checkpoints here are damaged, or of other parameters, data, code or threads", file=sys.stderr)
+                print(
+                    "starting anew: the checkpoints here are damaged, or of other parameters, data, code or threads",
+                    file=sys.stderr,
+                )
             discard(self.folder)
         return step
 
@@ -129,7 +143,11 @@ class Checkpoint:
         """Write the state after ``step`` steps aside and rename it. Raises ``StageError``."""
         started = time.monotonic()
         state = {name: captured(part) for name, part in parts.items()}
-        state |= {"python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": torch.get_rng_state()}
+        state |= {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(legacy=False),
+            "torch": torch.get_rng_state(),
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         data = pack({"step": step, "identity": self.identity}, state | {"rows": self.rows})
         write_bytes(self.folder / f"step-{step:08d}.safetensors", data)

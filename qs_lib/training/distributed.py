@@ -17,6 +17,7 @@ they would only wait for each other. In a single process every function here doe
 Accelerate starts the same process group (``Accelerator()`` in place of ``start``): hand the loops the model itself, not the
 prepared one.
 """
+
 import hashlib
 import os
 from contextlib import contextmanager
@@ -39,7 +40,9 @@ def start(expected: int | None = None) -> int:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if expected is not None and count() != expected:
-        raise WorkbookError(f"{count()} of {expected} processes were started: run it with `torchrun --nproc_per_node {expected}`")
+        raise WorkbookError(
+            f"{count()} of {expected} processes were started: run it with `torchrun --nproc_per_node {expected}`"
+        )
     return count()
 
 
@@ -138,7 +141,9 @@ def checksum(model) -> str:
     """The SHA-256 of the weights as this process holds them, sharded ones gathered (all processes must call)."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + whole(value).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            name.encode() + whole(value).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -149,7 +154,9 @@ def check_equal(model, when: str) -> str:
     digest = checksum(model)
     number = torch.tensor([int(digest[:12], 16)])
     if (total(number, dist.ReduceOp.MIN) != total(number, dist.ReduceOp.MAX)).any():
-        raise TrainingError(f"the processes hold different weights {when}: load the same model and seed torch alike in each")
+        raise TrainingError(
+            f"the processes hold different weights {when}: load the same model and seed torch alike in each"
+        )
     return digest
 
 
@@ -193,7 +200,9 @@ def part_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor.contiguous(), parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+    return distribute_tensor(
+        tensor.contiguous(), parameter.device_mesh, parameter.placements, src_data_rank=None
+    ).to_local()
 
 
 def whole_state(model) -> dict[str, torch.Tensor]:

@@ -1,5 +1,3 @@
-
-
 from contextlib import contextmanager
 
 import torch
@@ -50,5 +48,6 @@ def add_adapter(model, tokenizer, rank: int):
     if model.config.tie_word_embeddings:
         ends = {id(model.get_input_embeddings())}  # peft gives the tied head the same rows
     rows = {name: thinking_ids(tokenizer) for name, module in model.named_modules() if id(module) in ends}
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
-                                            trainable_token_indices=rows))  # fmt: skip
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", trainable_token_indices=rows)
+    )

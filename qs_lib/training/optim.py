@@ -105,9 +105,23 @@ class MuonGrokfast(torch.optim.Optimizer):
     watch = None  # an open `watch_max_logits`, needed when qk_clip_threshold is set
     clip_report = None  # what QK-Clip saw and did in the last step
 
-    def __init__(self, model_or_params, muon_lr=0.02, adamw_lr=3e-4, grokfast_lambda=0.1, grokfast_alpha=0.98,
-                 qk_clip_threshold=None, kl_coefficient=0.0, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.95),
-                 eps=1e-8, adjust_lr_fn="original", token_rows=None, token_scale=1.0):
+    def __init__(
+        self,
+        model_or_params,
+        muon_lr=0.02,
+        adamw_lr=3e-4,
+        grokfast_lambda=0.1,
+        grokfast_alpha=0.98,
+        qk_clip_threshold=None,
+        kl_coefficient=0.0,
+        weight_decay=0.0,
+        momentum=0.95,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        adjust_lr_fn="original",
+        token_rows=None,
+        token_scale=1.0,
+    ):
         if adjust_lr_fn not in ("original", "match_rms_adamw"):
             raise ValueError(f"adjust_lr_fn must be 'original' or 'match_rms_adamw', not {adjust_lr_fn!r}")
         if min(muon_lr, adamw_lr, grokfast_lambda, weight_decay) < 0:
@@ -117,8 +131,9 @@ class MuonGrokfast(torch.optim.Optimizer):
         if isinstance(model_or_params, nn.Module):
             hidden, rest = split_parameters(model_or_params)
         else:
-            named = [item if isinstance(item, tuple) else (f"parameter {i}", item)
-                     for i, item in enumerate(model_or_params)]
+            named = [
+                item if isinstance(item, tuple) else (f"parameter {i}", item) for i, item in enumerate(model_or_params)
+            ]
             hidden = [(n, p) for n, p in named if is_matrix(p)]
             rest = [(n, p) for n, p in named if not is_matrix(p)]
         tokens = []
@@ -134,12 +149,21 @@ class MuonGrokfast(torch.optim.Optimizer):
         groups = [
             {"name": "muon", "params": hidden, "lr": muon_lr, "momentum": momentum, "adjust_lr_fn": adjust_lr_fn},
             {"name": "adamw", "params": rest, **adam},
-            {"name": "tokens", "params": tokens, **adam, "token_scale": token_scale,
-             "token_rows": [] if token_rows is None else [int(i) for i in token_rows]},
+            {
+                "name": "tokens",
+                "params": tokens,
+                **adam,
+                "token_scale": token_scale,
+                "token_rows": [] if token_rows is None else [int(i) for i in token_rows],
+            },
         ]
-        defaults = {"weight_decay": weight_decay, "grokfast_lambda": grokfast_lambda,
-                    "grokfast_alpha": grokfast_alpha, "qk_clip_threshold": qk_clip_threshold,
-                    "kl_coefficient": kl_coefficient}
+        defaults = {
+            "weight_decay": weight_decay,
+            "grokfast_lambda": grokfast_lambda,
+            "grokfast_alpha": grokfast_alpha,
+            "qk_clip_threshold": qk_clip_threshold,
+            "kl_coefficient": kl_coefficient,
+        }
         super().__init__([group for group in groups if group["params"]], defaults)
 
     def add_param_group(self, param_group):
@@ -158,8 +182,10 @@ class MuonGrokfast(torch.optim.Optimizer):
                 loss = closure()
         threshold = self.param_groups[0]["qk_clip_threshold"]
         if threshold is not None and (self.watch is None or not self.watch.max_logits):
-            raise RuntimeError("qk_clip_threshold is set, but no attention logits were seen since the last step: "
-                               "train inside `with watch_max_logits(model) as optimizer.watch:`")
+            raise RuntimeError(
+                "qk_clip_threshold is set, but no attention logits were seen since the last step: "
+                "train inside `with watch_max_logits(model) as optimizer.watch:`"
+            )
         self._raise_if_not_finite()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -174,8 +200,12 @@ class MuonGrokfast(torch.optim.Optimizer):
         return loss
 
     def _raise_if_not_finite(self):
-        named = [(n, part(p.grad)) for group in self.param_groups
-                 for n, p in zip(group["param_names"], group["params"]) if p.grad is not None]
+        named = [
+            (n, part(p.grad))
+            for group in self.param_groups
+            for n, p in zip(group["param_names"], group["params"])
+            if p.grad is not None
+        ]
         if not named:
             return
         norms = torch._foreach_norm([g for _, g in named])
@@ -214,7 +244,7 @@ class MuonGrokfast(torch.optim.Optimizer):
         for (shape, _, _), batch in batches.items():
             size = max(1, BATCH_NUMEL // shape.numel())
             for start in range(0, len(batch), size):
-                several = batch[start:start + size]
+                several = batch[start : start + size]
                 for (p, _), direction in zip(several, orthogonalize(torch.stack([w for _, w in several]))):
                     rows, cols = p.shape
                     if group["adjust_lr_fn"] == "original":
@@ -227,17 +257,33 @@ class MuonGrokfast(torch.optim.Optimizer):
         (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
         for p in params:
             if "step" not in self.state[p]:
-                self.state[p].update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(part(p)),
-                                     exp_avg_sq=torch.zeros_like(part(p)))
+                self.state[p].update(
+                    step=torch.zeros((), device=p.device),
+                    exp_avg=torch.zeros_like(part(p)),
+                    exp_avg_sq=torch.zeros_like(part(p)),
+                )
         states, params = [self.state[p] for p in params], [part(p) for p in params]
         rows = group.get("token_rows") if group.get("token_scale", 1) != 1 else None
         before = [p[rows] for p in params] if rows else []
-        adamw(params, grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
-              [s["step"] for s in states], fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr,
-              weight_decay=decay, eps=group["eps"], maximize=False)
+        adamw(
+            params,
+            grads,
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=decay,
+            eps=group["eps"],
+            maximize=False,
+        )
         # Written from the moments: the difference of rounded weights would carry too few digits to be scaled.
         for p, old, state in zip(params, before, states):
             step = state["step"].item()
-            root = (state["exp_avg_sq"][rows] / (1 - beta2 ** step)).sqrt() + group["eps"]
-            update = state["exp_avg"][rows] / (1 - beta1 ** step) / root
+            root = (state["exp_avg_sq"][rows] / (1 - beta2**step)).sqrt() + group["eps"]
+            update = state["exp_avg"][rows] / (1 - beta1**step) / root
             p[rows] = old * (1 - lr * decay) - lr * group["token_scale"] * update

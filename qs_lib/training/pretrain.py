@@ -1,5 +1,3 @@
-
-
 import math
 import random
 
@@ -17,8 +15,14 @@ from .loop import schedule
 from .optim import MuonGrokfast
 
 
-def corpus(problems: list[dict], seed: int = 0, direct: float = 0.25, facts: float = 0.05,
-           hard_worked: float = 1.0, hard_from: int = 3) -> list[tuple[str, str]]:
+def corpus(
+    problems: list[dict],
+    seed: int = 0,
+    direct: float = 0.25,
+    facts: float = 0.05,
+    hard_worked: float = 1.0,
+    hard_from: int = 3,
+) -> list[tuple[str, str]]:
     """Pre-training documents as (context, reply) texts.
 
     Shares: ``direct`` answers without work, bare ``facts`` (single equations), the rest worked solutions after a
@@ -43,9 +47,21 @@ def corpus(problems: list[dict], seed: int = 0, direct: float = 0.25, facts: flo
     return documents
 
 
-def pretrain(model, tokenizer, documents: list[tuple[str, str]], steps: int, batch_size: int = 32,
-             muon_lr: float = 0.02, adamw_lr: float = 3e-3, weight_decay: float = 0.1, context_weight: float = 0.1,
-             fsdp: bool = False, seed: int = 0, log=lambda **metrics: None, checkpoint: Checkpoint | None = None):  # fmt: skip
+def pretrain(
+    model,
+    tokenizer,
+    documents: list[tuple[str, str]],
+    steps: int,
+    batch_size: int = 32,
+    muon_lr: float = 0.02,
+    adamw_lr: float = 3e-3,
+    weight_decay: float = 0.1,
+    context_weight: float = 0.1,
+    fsdp: bool = False,
+    seed: int = 0,
+    log=lambda **metrics: None,
+    checkpoint: Checkpoint | None = None,
+):
     """Train ``model`` in place on the documents for a fixed number of steps; returns the mean loss of the last tenth.
     With a ``checkpoint``, whose log then counts, a stopped training goes on where it was. ``fsdp``: the model is sharded over
     the processes, and stays so (``sharding``).
@@ -61,16 +77,26 @@ def pretrain(model, tokenizer, documents: list[tuple[str, str]], steps: int, bat
         shard(model)
     sequences = [encode(tokenizer, *d) for d in tqdm(documents, desc="tokenise", leave=False)]
     lengths = [len(s.ids) for s in sequences]
-    optimizer = MuonGrokfast(model, muon_lr=muon_lr, adamw_lr=adamw_lr, weight_decay=weight_decay,
-                             grokfast_lambda=0.0)  # fmt: skip
+    optimizer = MuonGrokfast(model, muon_lr=muon_lr, adamw_lr=adamw_lr, weight_decay=weight_decay, grokfast_lambda=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps))
     rng, queue, losses, every = random.Random(seed), [], [], max(1, min(50, steps // 10))
     model.train()
     distributed.check_equal(model, "before training")
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "order": rng, "queue": queue, "losses": losses}
+    parts = {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "order": rng,
+        "queue": queue,
+        "losses": losses,
+    }
     with checkpoint or Checkpoint(log=log) as saving:
         first = saving.resume(parts)
-        for step in (bar := tqdm(range(first, steps), desc="champion", initial=first, total=steps, disable=not distributed.first())):
+        for step in (
+            bar := tqdm(
+                range(first, steps), desc="champion", initial=first, total=steps, disable=not distributed.first()
+            )
+        ):
             queue[:] = queue or length_batches(lengths, batch_size, rng)
             chosen = distributed.share([sequences[i] for i in queue.pop()])
             ids = pad([s.ids for s in chosen], tokenizer.pad_token_id, device=model.device)

@@ -43,9 +43,12 @@ class watch_max_logits:
         backbones = [m for m in self.model.modules() if isinstance(m, PreTrainedModel)]
         lacking = [type(m).__name__ for m in backbones if not m._supports_sdpa]
         if lacking:
-            raise UnwatchedError(f"{lacking[0]} cannot run with sdpa attention, so its logits cannot be watched: set qk_clip_threshold to 0")
-        expected = [m for m in self.model.modules()
-                    if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
+            raise UnwatchedError(
+                f"{lacking[0]} cannot run with sdpa attention, so its logits cannot be watched: set qk_clip_threshold to 0"
+            )
+        expected = [
+            m for m in self.model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")
+        ]
         taken = [m for m in expected if m in WATCHES]
         if taken:
             raise RuntimeError("this model is already being watched")
@@ -59,8 +62,10 @@ class watch_max_logits:
             with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 self.model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device))
             if not expected or len(self.layers) != len(expected):
-                raise UnwatchedError(f"{type(self.model).__name__}: the attention interface was called in "
-                                     f"{len(self.layers)} of {len(expected)} attention layers: set qk_clip_threshold to 0")
+                raise UnwatchedError(
+                    f"{type(self.model).__name__}: the attention interface was called in "
+                    f"{len(self.layers)} of {len(expected)} attention layers: set qk_clip_threshold to 0"
+                )
         except BaseException:
             self.__exit__()
             raise
@@ -87,9 +92,9 @@ class watch_max_logits:
             mask = torch.ones(rows, key.shape[2], dtype=torch.bool, device=key.device).tril()[None, None]
         largest = torch.full((heads,), -torch.inf, device=query.device)
         for start in range(0, rows, QUERY_ROWS):
-            scores = (grouped[:, :, :, start:start + QUERY_ROWS] @ keys).flatten(1, 2).float() * scaling
+            scores = (grouped[:, :, :, start : start + QUERY_ROWS] @ keys).flatten(1, 2).float() * scaling
             if mask is not None:
-                part = mask[:, :, start:start + QUERY_ROWS, :key.shape[2]]
+                part = mask[:, :, start : start + QUERY_ROWS, : key.shape[2]]
                 allowed = part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
                 scores = scores.masked_fill(~allowed, -torch.inf)
             largest = torch.maximum(largest, scores.amax(dim=(0, 2, 3)))
@@ -120,8 +125,11 @@ def watched_attention(module, query, key, value, attention_mask, scaling=None, i
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         watch.record(module, query, key, attention_mask, scale, causal)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal,
-                                  **kwargs)
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+
+
 # Without its mask function the model would hand over no mask at all and drop padding silently.
 ALL_ATTENTION_FUNCTIONS.register(NAME, watched_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
@@ -170,7 +178,9 @@ def clip_heads(watch, threshold):
             if reason:
                 report.report_only[layer] = reason
             else:
-                rescale(module, torch.where(largest > threshold, threshold / largest, 1.0))  # exactly 1 at the threshold too
+                rescale(
+                    module, torch.where(largest > threshold, threshold / largest, 1.0)
+                )  # exactly 1 at the threshold too
     return report
 
 
@@ -194,10 +204,11 @@ def rescale(module, factors):
     if hasattr(module, "c_attn"):  # GPT-2's Conv1D: queries, keys, values side by side in the columns
         width = d * len(factors)
         both = (module.c_attn.weight, module.c_attn.bias)
-        queries, keys = [t[..., :width] for t in both], [t[..., width:2 * width] for t in both]
+        queries, keys = [t[..., :width] for t in both], [t[..., width : 2 * width] for t in both]
     else:
-        queries, keys = ([p.weight.T] if p.bias is None else [p.weight.T, p.bias]
-                         for p in (module.q_proj, module.k_proj))
+        queries, keys = (
+            [p.weight.T] if p.bias is None else [p.weight.T, p.bias] for p in (module.q_proj, module.k_proj)
+        )
     grouped = factors.view(keys[0].shape[-1] // d, -1)
     root = grouped.amax(dim=1, keepdim=True).sqrt()
     for tensors, scale in ((queries, (grouped / root).flatten()), (keys, root.flatten())):

@@ -60,9 +60,27 @@ def sampled_kl(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return (d.exp() - d - 1).sum(-1).mean()
 
 
-def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, *, n_true=4, reward="likelihood",
-                    objective="signed", pg_weight=1.0, nll_weight=0.5, thought_nll_weight=0.0, look_ahead_weight=0.5,
-                    kl_coefficient=0.1, base_kl=1.0, entropy_bonus=0.0, reward_floor=-6.0, value_head=None):  # fmt: skip
+def quiet_star_loss(
+    model,
+    reference,
+    tokenizer,
+    ids,
+    mask,
+    thoughts,
+    *,
+    n_true=4,
+    reward="likelihood",
+    objective="signed",
+    pg_weight=1.0,
+    nll_weight=0.5,
+    thought_nll_weight=0.0,
+    look_ahead_weight=0.5,
+    kl_coefficient=0.1,
+    base_kl=1.0,
+    entropy_bonus=0.0,
+    reward_floor=-6.0,
+    value_head=None,
+):
     """Loss, its parts, and reward and advantage of every thought, (U, K) each, for one batch of thoughts.
 
     loss = pg_weight REINFORCE + nll_weight (NLL of the mixture at the next token + ``look_ahead_weight`` x at the
@@ -84,7 +102,11 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, *, n_true=
         thoughts = replace(thoughts, temperature=PAPER_TEMPERATURE)
     tags, there = tuple(thinking_ids(tokenizer)), thoughts.positions >= 0
     scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=n_true, true_logits=True, forbid_true=tags)
-    valid, base, after = scored.valid[there], scored.base_logprobs[there], scored.true_logprobs[there]  # (U, n), (U, K, n)
+    valid, base, after = (
+        scored.valid[there],
+        scored.base_logprobs[there],
+        scored.true_logprobs[there],
+    )  # (U, n), (U, K, n)
     logprobs, entropy = scored.thought_logprobs[there], scored.thought_entropy[there]  # (U, K, T)
     gain = ((after - base.unsqueeze(1)) * valid.unsqueeze(1)).sum(-1).detach()
     truth = true_tokens(ids, thoughts.positions, n_true)[there]
@@ -97,16 +119,23 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts, *, n_true=
     nll = -(weights * mixed).sum(-1).clamp_min(1e-8).log()
     discount = torch.tensor([1.0] + [look_ahead_weight] * (n_true - 1), device=nll.device)
     predicted, units = valid[..., 0].sum(), len(valid)
-    nll, alone = (distributed.weigh((x * discount * valid).sum() / predicted.clamp_min(1), predicted) for x in (nll, -after.mean(1)))
+    nll, alone = (
+        distributed.weigh((x * discount * valid).sum() / predicted.clamp_min(1), predicted)
+        for x in (nll, -after.mean(1))
+    )
     loss = pg_weight * distributed.weigh(policy_gradient_loss(logprobs, advantage), units) + nll_weight * nll
     if thought_nll_weight:
         loss = loss + thought_nll_weight * alone
     parts = {
-        "reward": rewards.mean().item(), "nll": nll.item(), "thought_nll": alone.item(), "correct": correct.mean().item(),
-        "no_thought_weight": weights[:, 0, 0].mean().item(), "length": thoughts.lengths[there].float().mean().item(),
+        "reward": rewards.mean().item(),
+        "nll": nll.item(),
+        "thought_nll": alone.item(),
+        "correct": correct.mean().item(),
+        "no_thought_weight": weights[:, 0, 0].mean().item(),
+        "length": thoughts.lengths[there].float().mean().item(),
         "entropy": (entropy.sum() / thoughts.sampled.sum().clamp_min(1)).item(),
         "signal": (advantage.abs().amax(-1) > 0.1).float().mean().item(),
-    }  # fmt: skip
+    }
     if value is not None:
         error = distributed.weigh(((value.unsqueeze(-1) - rewards) ** 2).mean(), units)
         loss, parts["value_error"] = loss + error, error.item()
@@ -144,14 +173,39 @@ class TrainingResult:
     seconds: float = 0.0
 
 
-def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, batch_size: int = 32,
-                     num_thoughts: int = 4, thought_length: int = 28, temperature: float = 1.0, n_true: int = 4, over: int = 2,
-                     muon_lr: float = 1.5e-3, adamw_lr: float = 1e-3, grokfast_lambda: float = 0.1,
-                     token_scale: float = 1.0, use_curriculum: bool = True, hard_share: float = 0.4,
-                     think_at: str = "question", num_positions: int = 8, adaptive_length: bool = False,
-                     baseline: str = "others", lora_rank: int = 0, qk_clip_threshold: float = 0.0, gradient_checkpointing: bool = False,
-                     bf16: bool = False, fsdp: bool = False, evaluate_every: int = 50, seed: int = 0, log=lambda **metrics: None,
-                     checkpoint: Checkpoint | None = None, **objective) -> TrainingResult:  # fmt: skip
+def train_quiet_star(
+    model,
+    tokenizer,
+    problems,
+    validation,
+    steps: int = 300,
+    batch_size: int = 32,
+    num_thoughts: int = 4,
+    thought_length: int = 28,
+    temperature: float = 1.0,
+    n_true: int = 4,
+    over: int = 2,
+    muon_lr: float = 1.5e-3,
+    adamw_lr: float = 1e-3,
+    grokfast_lambda: float = 0.1,
+    token_scale: float = 1.0,
+    use_curriculum: bool = True,
+    hard_share: float = 0.4,
+    think_at: str = "question",
+    num_positions: int = 8,
+    adaptive_length: bool = False,
+    baseline: str = "others",
+    lora_rank: int = 0,
+    qk_clip_threshold: float = 0.0,
+    gradient_checkpointing: bool = False,
+    bf16: bool = False,
+    fsdp: bool = False,
+    evaluate_every: int = 50,
+    seed: int = 0,
+    log=lambda **metrics: None,
+    checkpoint: Checkpoint | None = None,
+    **objective,
+) -> TrainingResult:
     """Train a :class:`QuietStarForCausalLM` in place; the weights that did best on validation are kept.
 
     Each step draws ``over`` x ``batch_size`` training problems, samples ``num_thoughts`` thoughts at each position
@@ -186,17 +240,33 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
     if fsdp:
         shard(reference)
         shard(model.lm)
-    optimizer = MuonGrokfast(model, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=grokfast_lambda,
-                             qk_clip_threshold=qk_clip_threshold or None,
-                             token_rows=range(8) if lora_rank else thinking_ids(tokenizer), token_scale=token_scale)  # fmt: skip
+    optimizer = MuonGrokfast(
+        model,
+        muon_lr=muon_lr,
+        adamw_lr=adamw_lr,
+        grokfast_lambda=grokfast_lambda,
+        qk_clip_threshold=qk_clip_threshold or None,
+        token_rows=range(8) if lora_rank else thinking_ids(tokenizer),
+        token_scale=token_scale,
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps, 20, constant=0.3))
     result, episodes, best = TrainingResult(), [], {"step": 0, "validation": math.nan}
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": rng, "generator": generator,
-             "history": result.history, "episodes": episodes, "best": best}  # fmt: skip
+    parts = {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "rng": rng,
+        "generator": generator,
+        "history": result.history,
+        "episodes": episodes,
+        "best": best,
+    }
     if baseline == "value":
         objective["value_head"] = parts["value"] = ZeroLinear(model.config.hidden_size, 1).to(model.device)
-        value_optimizer = parts["value_optimizer"] = torch.optim.AdamW(objective["value_head"].parameters(), lr=adamw_lr)
+        value_optimizer = parts["value_optimizer"] = torch.optim.AdamW(
+            objective["value_head"].parameters(), lr=adamw_lr
+        )
     if gradient_checkpointing:
         recompute_layers(model.lm)
     cast = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=bf16)
@@ -204,33 +274,65 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
     with checkpoint or Checkpoint(log=log) as saving:
         distributed.check_equal(model, "before training")
         first = saving.resume(parts)
-        for step in (bar := tqdm(range(first, steps), desc="quiet-star", initial=first, total=steps, disable=not distributed.first())):
-            chosen = (curriculum(problems, step / steps, rng, over * batch_size, hard_share) if use_curriculum
-                      else rng.choices(problems, k=over * batch_size))  # fmt: skip
+        for step in (
+            bar := tqdm(
+                range(first, steps), desc="quiet-star", initial=first, total=steps, disable=not distributed.first()
+            )
+        ):
+            chosen = (
+                curriculum(problems, step / steps, rng, over * batch_size, hard_share)
+                if use_curriculum
+                else rng.choices(problems, k=over * batch_size)
+            )
             ids, mask, positions = think_where(model.lm, tokenizer, chosen, think_at, num_positions, generator)
             length = min(thought_length, adapted(ids.shape[1])) if adaptive_length else thought_length
             own = distributed.share(torch.arange(len(ids)))
             with torch.no_grad(), gathered(model.lm), cast():
-                thoughts = generate_thoughts(model.lm, ids[own], mask[own], None if positions is None else positions[own],
-                                             num_thoughts, length, temperature, generator=generator, with_hidden=False,
-                                             numbers=own)  # fmt: skip
+                thoughts = generate_thoughts(
+                    model.lm,
+                    ids[own],
+                    mask[own],
+                    None if positions is None else positions[own],
+                    num_thoughts,
+                    length,
+                    temperature,
+                    generator=generator,
+                    with_hidden=False,
+                    numbers=own,
+                )
             thoughts = distributed.gather_thoughts(thoughts, own, len(ids))
             differ = disagreement(thoughts)
             if over > 1:
                 keep = (differ + torch.rand(len(ids), generator=generator)).topk(batch_size).indices.sort().values
-                ids, mask, thoughts, chosen = ids[keep], mask[keep], thoughts.part(keep), [chosen[i] for i in keep.tolist()]
+                ids, mask, thoughts, chosen = (
+                    ids[keep],
+                    mask[keep],
+                    thoughts.part(keep),
+                    [chosen[i] for i in keep.tolist()],
+                )
             own = distributed.share(torch.arange(len(ids)))
             with cast():
-                loss, metrics, trained_on = quiet_star_loss(model, reference, tokenizer, ids[own], mask[own], thoughts.part(own),
-                                                            n_true=n_true, **objective)  # fmt: skip
+                loss, metrics, trained_on = quiet_star_loss(
+                    model, reference, tokenizer, ids[own], mask[own], thoughts.part(own), n_true=n_true, **objective
+                )
             value, metrics = distributed.mean(loss.item()), distributed.means(metrics)
             if not math.isfinite(value):
                 raise TrainingError(f"the loss is {value} at step {step}: lower the learning rates")
             validates = (step + 1) % evaluate_every == 0 or step == steps - 1
             if validates:
                 with gathered(model.lm):
-                    found = first_groups(model, tokenizer, [chosen[i] for i in own.tolist()], ids[own], mask[own],
-                                         thoughts.part(own), trained_on, n_true, think_at == "question", f"step {step + 1}")  # fmt: skip
+                    found = first_groups(
+                        model,
+                        tokenizer,
+                        [chosen[i] for i in own.tolist()],
+                        ids[own],
+                        mask[own],
+                        thoughts.part(own),
+                        trained_on,
+                        n_true,
+                        think_at == "question",
+                        f"step {step + 1}",
+                    )
                 episodes += [e.model_dump() | {"problem": n} for n, e in enumerate(found, len(episodes))]
             loss.backward()
             distributed.average(trained)
@@ -248,7 +350,9 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
                 value_optimizer.zero_grad()
             metrics |= {"step": step + 1, "loss": value, "diversity": differ.float().mean().item()}
             if validates:
-                name, score = validate(model, tokenizer, validation, think_at, num_thoughts, thought_length, temperature, seed)
+                name, score = validate(
+                    model, tokenizer, validation, think_at, num_thoughts, thought_length, temperature, seed
+                )
                 with largest_logit(model.lm) as largest, torch.no_grad():
                     model.lm(input_ids=ids, attention_mask=mask)
                 metrics |= {name: score} | largest
@@ -257,8 +361,11 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
             result.history.append(metrics)
             saving.log(**metrics)
             saving.after(step + 1, parts, last=step == steps - 1)
-            bar.set_postfix(reward=f"{metrics['reward']:.2f}", correct=f"{metrics['correct']:.2f}",
-                            validation=f"{best['validation']:.3f}")  # fmt: skip
+            bar.set_postfix(
+                reward=f"{metrics['reward']:.2f}",
+                correct=f"{metrics['correct']:.2f}",
+                validation=f"{best['validation']:.3f}",
+            )
     distributed.check_equal(model, "after training")
     for p, kept in zip(trained, best["weights"], strict=True):
         p.data.copy_(kept)
@@ -271,8 +378,9 @@ def train_quiet_star(model, tokenizer, problems, validation, steps: int = 300, b
     return result
 
 
-def first_groups(model, tokenizer, problems, ids, mask, thoughts, trained_on, n_true: int, at_end: bool,
-                 stage: str) -> list[Episode]:  # fmt: skip
+def first_groups(
+    model, tokenizer, problems, ids, mask, thoughts, trained_on, n_true: int, at_end: bool, stage: str
+) -> list[Episode]:
     """The first few texts' thoughts as episodes, with the reward and advantage they were trained on; of a text with several
     positions, the one whose rewards differ most. ``at_end``: thoughts stand before the answer."""
     there, found = (thoughts.positions >= 0).nonzero(), []
@@ -287,19 +395,43 @@ def first_groups(model, tokenizer, problems, ids, mask, thoughts, trained_on, n_
         document, at = ids[row][mask[row].bool()].tolist(), one.positions.item()
         following = document[at + 1 :] if at_end else document[at + 1 : at + 1 + n_true]
         p = problems[row]
-        about = {"problem": 0, "question": p["question"], "family": p["family"], "difficulty": p["difficulty"],
-                 "answer": p["answer"] if at_end else answer_of(tokenizer, following) or None}  # fmt: skip
-        found.append(record(model, tokenizer, document, one, about, len(following), n_true, stage=stage,
-                            trained=[values[unit] for values in trained_on]))  # fmt: skip
+        about = {
+            "problem": 0,
+            "question": p["question"],
+            "family": p["family"],
+            "difficulty": p["difficulty"],
+            "answer": p["answer"] if at_end else answer_of(tokenizer, following) or None,
+        }
+        found.append(
+            record(
+                model,
+                tokenizer,
+                document,
+                one,
+                about,
+                len(following),
+                n_true,
+                stage=stage,
+                trained=[values[unit] for values in trained_on],
+            )
+        )
     return found
 
 
-def validate(model, tokenizer, problems, think_at: str, num_thoughts: int, thought_length: int, temperature: float,
-             seed: int) -> tuple[str, float]:  # fmt: skip
+def validate(
+    model, tokenizer, problems, think_at: str, num_thoughts: int, thought_length: int, temperature: float, seed: int
+) -> tuple[str, float]:
     """What training is judged by, as (name, value): accuracy with thoughts after the question, or the mean log-likelihood of
     the problems' whole texts with thoughts inside, nats per token."""
-    settings = {"num_thoughts": num_thoughts, "thought_length": thought_length, "temperature": temperature, "seed": seed}
+    settings = {
+        "num_thoughts": num_thoughts,
+        "thought_length": thought_length,
+        "temperature": temperature,
+        "seed": seed,
+    }
     if think_at == "question":
-        return "validation_accuracy", accuracy_with_thoughts(model, tokenizer, problems, **settings)["mixed"].mean().item()
+        return "validation_accuracy", accuracy_with_thoughts(model, tokenizer, problems, **settings)[
+            "mixed"
+        ].mean().item()
     likelihood = text_log_likelihood(model, tokenizer, [text_of(p) for p in problems], **settings)
     return "validation_log_likelihood", float(np.nanmean(likelihood["with"]))

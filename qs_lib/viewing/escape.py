@@ -14,7 +14,9 @@ _UNSEEN = re.compile(
     "\U000e0000-\U000e0fff]"
 )
 # marks set on a letter: a pile of them covers the lines around it
-_MARK = "[\u0300-\u036f\u0483-\u0489\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]"
+_MARK = (
+    "[\u0300-\u036f\u0483-\u0489\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]"
+)
 _PILE = re.compile(f"({_MARK}{{3}})({_MARK}+)")
 _PICTURES = {"\n": "\u21b5", "\t": "\u21e5", "\x7f": "\u2421"}
 

@@ -58,16 +58,22 @@ def render(episode: Episode, style: bool = True) -> str:
     first = {(*t.tokens, t.answer): k for k, t in reversed(list(enumerate(thoughts, 1)))}
     left_out = len(episode.thoughts) - len(thoughts)
     return (
-        (STYLE if style else "") + "<div class='qs-episode tex2jax_ignore mathjax_ignore'>" + _heading(episode)
+        (STYLE if style else "")
+        + "<div class='qs-episode tex2jax_ignore mathjax_ignore'>"
+        + _heading(episode)
         + "".join(_thought(k, t, first[(*t.tokens, t.answer)]) for k, t in enumerate(thoughts, 1))
         + (f"<p>{left_out} more thoughts are not shown.</p>" if left_out else "")
-        + _predictions(episode, thoughts) + "</div>"
-    )  # fmt: skip
+        + _predictions(episode, thoughts)
+        + "</div>"
+    )
 
 
 def _heading(e: Episode) -> str:
     read = " ".join(safe_token(t) for t in e.tokens[-MOST_TOKENS:])
-    facts = [f"problem {e.problem}", *(f"{n} {safe_text(v)}" for n, v in (("stage", e.stage), ("family", e.family)) if v)]
+    facts = [
+        f"problem {e.problem}",
+        *(f"{n} {safe_text(v)}" for n, v in (("stage", e.stage), ("family", e.family)) if v),
+    ]
     facts += [f"difficulty {e.difficulty}"] if e.difficulty else []
     heading = f"<h4>{safe_text(e.question)}</h4><p>{', '.join(facts)}</p>"
     heading += f"<details><summary>text read up to token {e.position}</summary><p>{read}</p></details>"
@@ -91,7 +97,13 @@ def _outcome(given: str, truth: str | None) -> str:
 
 def _effect(utility: float) -> str:
     nats = f"{utility:+.2f} nats".replace("-0.00", "+0.00")
-    return f"helped ({nats})" if utility > 0.05 else f"hurt ({nats})" if utility < -0.05 else f"made no difference ({nats})"
+    return (
+        f"helped ({nats})"
+        if utility > 0.05
+        else f"hurt ({nats})"
+        if utility < -0.05
+        else f"made no difference ({nats})"
+    )
 
 
 def _thought(number: int, t: Thought, first: int) -> str:
@@ -126,14 +138,17 @@ def _coherence(scores: dict[str, float]) -> str:
         return ""
     rows = "".join(
         f"<tr><th scope='row'>{name}</th><td>{scores[name]:.2f}</td><td>{_bar(scores[name])}</td></tr>"
-        for name in PARTS if name in scores
-    )  # fmt: skip
+        for name in PARTS
+        if name in scores
+    )
     return f"<table><thead><tr><th scope='col'>coherence</th><th scope='col'>0 to 1</th><th scope='col'>bar</th></tr></thead><tbody>{rows}</tbody></table>"
 
 
 def _bar(share: float) -> str:
-    return (f"<span class='track' aria-hidden='true'><span class='bar' style='width:{100 * min(1.0, max(0.0, share)):.0f}%'>"
-            "</span></span>")  # fmt: skip
+    return (
+        f"<span class='track' aria-hidden='true'><span class='bar' style='width:{100 * min(1.0, max(0.0, share)):.0f}%'>"
+        "</span></span>"
+    )
 
 
 def _predictions(e: Episode, thoughts: list[Thought]) -> str:
@@ -142,9 +157,11 @@ def _predictions(e: Episode, thoughts: list[Thought]) -> str:
     rows += [("mixed", None, e.mixed_tokens)]
     body = "".join(
         f"<tr><th scope='row'>{name}</th><td>{'' if weight is None else f'{weight:.2f} {_bar(weight)}'}</td>"
-        + "".join(f"<td>{safe_token(token)} {p:.3f}</td>" for token, p in top[:5]) + "</tr>"
-        for name, weight, top in rows if top
-    )  # fmt: skip
+        + "".join(f"<td>{safe_token(token)} {p:.3f}</td>" for token, p in top[:5])
+        + "</tr>"
+        for name, weight, top in rows
+        if top
+    )
     if not body:
         return ""
     return (
@@ -166,5 +183,7 @@ def overview(episodes: Iterable[Episode], limit: int = 50) -> str:
     titles = ("no.", "question", "truth", "without", "with thoughts", "outcome", "mean utility (nats)")
     head = "".join(f"<th scope='col'>{t}</th>" for t in titles)
     rest = f"<p>and {len(episodes) - limit} more</p>" if len(episodes) > limit else ""
-    return (f"<div class='qs-episode tex2jax_ignore mathjax_ignore'><table><thead><tr>{head}</tr></thead>"
-            f"<tbody>{rows}</tbody></table>{rest}</div>")  # fmt: skip
+    return (
+        f"<div class='qs-episode tex2jax_ignore mathjax_ignore'><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{rows}</tbody></table>{rest}</div>"
+    )

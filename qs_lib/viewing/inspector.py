@@ -23,7 +23,9 @@ FILTERS = {
 SORTS = {
     "as chosen": None,
     "utility, best first": lambda e: -helped(e),
-    "coherence, best first": lambda e: -sum(t.coherence.get("composite", 0.0) for t in e.thoughts) / max(1, len(e.thoughts)),
+    "coherence, best first": lambda e: (
+        -sum(t.coherence.get("composite", 0.0) for t in e.thoughts) / max(1, len(e.thoughts))
+    ),
     "hardest first": lambda e: -e.difficulty,
     "most different answers first": lambda e: -len({t.answer for t in e.thoughts}),
 }
@@ -48,9 +50,13 @@ class ThoughtInspector(widgets.VBox):
         named = dict(episodes) if isinstance(episodes, dict) else {"": episodes}
         self.models = model if isinstance(model, dict) else {} if model is None else {next(iter(named)): model}
         if self.models and tokenizer is None:
-            raise WorkbookError("a model needs its tokenizer to read a text: ThoughtInspector(..., model=model, tokenizer=tokenizer)")
+            raise WorkbookError(
+                "a model needs its tokenizer to read a text: ThoughtInspector(..., model=model, tokenizer=tokenizer)"
+            )
         self.tokenizer, self.scale = tokenizer, scale
-        self.sets = {name: _episodes(named.get(name, ())) for name in [*named, *(n for n in self.models if n not in named)]}
+        self.sets = {
+            name: _episodes(named.get(name, ())) for name in [*named, *(n for n in self.models if n not in named)]
+        }
         self.episodes = next(iter(self.sets.values()))
         if not self.episodes and not self.models:
             raise WorkbookError("there is nothing to inspect: give at least one episode")
@@ -71,8 +77,11 @@ class ThoughtInspector(widgets.VBox):
         self.token = widgets.BoundedIntText(value=0, min=0, max=0, description="Token")
         self.strip = _choice([])
         self.strip.add_class("qs-strip")
-        self.beside = _choice([("nothing", NOTHING), *((safe_option(n), n) for n in others)], description="Beside it",
-                              value=others[0] if others else NOTHING)  # fmt: skip
+        self.beside = _choice(
+            [("nothing", NOTHING), *((safe_option(n), n) for n in others)],
+            description="Beside it",
+            value=others[0] if others else NOTHING,
+        )
         self.count, self.view = widgets.HTML(), widgets.HTML()
         self.previous, self.next = (_button(d) for d in ("Previous", "Next"))
         self.file = widgets.Text(value="thoughts.html", description="File name", continuous_update=False, style=WIDE)
@@ -80,21 +89,33 @@ class ThoughtInspector(widgets.VBox):
         self.previous.on_click(lambda _: self.step(-1))
         self.next.on_click(lambda _: self.step(1))
         self.save.on_click(lambda _: self._save())
-        for control, act in ((self.filter, self._choose), (self.sort, self._choose), (self.index, self._open),
-                             (self.token, self._move), (self.strip, self._click), (self.beside, self._show)):  # fmt: skip
+        for control, act in (
+            (self.filter, self._choose),
+            (self.sort, self._choose),
+            (self.index, self._open),
+            (self.token, self._move),
+            (self.strip, self._click),
+            (self.beside, self._show),
+        ):
             control.observe(act, "value")
 
     def _make_live_controls(self) -> None:
         settings = getattr(next(iter(self.models.values()), None), "config", None)
-        number, length, heat = (getattr(settings, n, d) for n, d in
-                                (("num_thoughts", 4), ("thought_length", 28), ("thought_temperature", 1.0)))  # fmt: skip
+        number, length, heat = (
+            getattr(settings, n, d)
+            for n, d in (("num_thoughts", 4), ("thought_length", 28), ("thought_temperature", 1.0))
+        )
         self.thoughts = widgets.BoundedIntText(value=number, min=1, max=32, description="Thoughts")
         self.length = widgets.BoundedIntText(value=length, min=3, max=256, description="Longest")
-        self.temperature = widgets.BoundedFloatText(value=heat, min=0, max=5, step=0.1, description="Temperature", style=WIDE)
+        self.temperature = widgets.BoundedFloatText(
+            value=heat, min=0, max=5, step=0.1, description="Temperature", style=WIDE
+        )
         self.seed = widgets.BoundedIntText(value=0, min=0, max=2**31 - 1, description="Seed")
         self.draw = _button("Draw thoughts here")
         self.bar, self.status = widgets.IntProgress(layout={"width": "120px", "visibility": "hidden"}), widgets.HTML()
-        self.own_text = widgets.Text(description="Your text", continuous_update=False, style=WIDE, layout={"width": "45%"})
+        self.own_text = widgets.Text(
+            description="Your text", continuous_update=False, style=WIDE, layout={"width": "45%"}
+        )
         self.own_truth = widgets.Text(description="What follows, if known", continuous_update=False, style=WIDE)
         self.read_own = _button("Read this text")
         self.draw.on_click(lambda _: self._draw())
@@ -107,8 +128,10 @@ class ThoughtInspector(widgets.VBox):
         rows += [_row(self.token, self.strip)] if self.models or self.episodes else []
         rows += [self.beside] if len(self.sets) > 1 else []
         if self.models:
-            rows += [_row(self.thoughts, self.length, self.temperature, self.seed, self.draw, self.status, self.bar),
-                     _row(self.own_text, self.own_truth, self.read_own)]  # fmt: skip
+            rows += [
+                _row(self.thoughts, self.length, self.temperature, self.seed, self.draw, self.status, self.bar),
+                _row(self.own_text, self.own_truth, self.read_own),
+            ]
         return [*rows, _row(self.file, self.save, self.saved), self.view]
 
     def step(self, by: int) -> None:
@@ -128,15 +151,27 @@ class ThoughtInspector(widgets.VBox):
             raise WorkbookError("the tokenizer reads this text otherwise than the model that made these episodes did")
         self.bar.max, drawn = len(names) * len(STEPS), []
         for turn, name in enumerate(names):
+
             def tell(done, of, what, turn=turn, name=name):
                 self.bar.value = turn * of + done
                 self._say(f"{name} {what}".strip())
 
-            drawn.append(think_at(
-                self.models[name], self.tokenizer, question, place, self.current.answer, self.thoughts.value,
-                self.length.value, self.temperature.value, self.seed.value, scale=self.scale, progress=tell,
-                stage=f"{name} live, temperature {self.temperature.value:g}, seed {self.seed.value}".strip(),
-            ))  # fmt: skip
+            drawn.append(
+                think_at(
+                    self.models[name],
+                    self.tokenizer,
+                    question,
+                    place,
+                    self.current.answer,
+                    self.thoughts.value,
+                    self.length.value,
+                    self.temperature.value,
+                    self.seed.value,
+                    scale=self.scale,
+                    progress=tell,
+                    stage=f"{name} live, temperature {self.temperature.value:g}, seed {self.seed.value}".strip(),
+                )
+            )
         shared = {"problem": self.current.problem, "family": self.current.family, "difficulty": self.current.difficulty}
         for name, episode in zip(names, drawn, strict=True):
             self.found[name][question, place] = episode.model_copy(update=shared)
@@ -153,8 +188,15 @@ class ThoughtInspector(widgets.VBox):
         if not self.models or not text.strip():
             raise WorkbookError("a text of one's own needs a model to think about it, and at least one word")
         tokens = text_tokens(self.tokenizer, text[:20_000])  # think_at refuses a longer one
-        own = Episode(problem=len(self.episodes), question=text, answer=truth or None, family="own text",
-                      position=len(tokens) - 1, tokens=tokens, thoughts=[])  # fmt: skip
+        own = Episode(
+            problem=len(self.episodes),
+            question=text,
+            answer=truth or None,
+            family="own text",
+            position=len(tokens) - 1,
+            tokens=tokens,
+            thoughts=[],
+        )
         self.episodes.append(own)
         self._busy = True
         self.filter.value, self.sort.value = "all", "as chosen"
@@ -165,7 +207,10 @@ class ThoughtInspector(widgets.VBox):
         self.draw.disabled, self.bar.layout.visibility = True, "visible"
         try:
             self.think()
-        except (ValueError, NotImplementedError) as error:  # one sentence each; a button has nowhere to show a traceback
+        except (
+            ValueError,
+            NotImplementedError,
+        ) as error:  # one sentence each; a button has nowhere to show a traceback
             self._say(str(error))
         finally:
             self.draw.disabled, self.bar.layout.visibility, self.bar.value = False, "hidden", 0
@@ -183,7 +228,9 @@ class ThoughtInspector(widgets.VBox):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.save_html(folder / name)
-            self.saved.value = f"<span role='status'>saved as {safe_text(f'{folder.parent.name}/inspector/{name}')}</span>"
+            self.saved.value = (
+                f"<span role='status'>saved as {safe_text(f'{folder.parent.name}/inspector/{name}')}</span>"
+            )
         except (OSError, WorkbookError) as error:
             self.saved.value = f"<span role='status'>{safe_text(error)}</span>"
 
@@ -274,8 +321,16 @@ class ThoughtInspector(widgets.VBox):
             return render(one, style=False)
         if name in self.models:
             read = self._tokens()[: place + 1] if episode is self.current else episode.tokens
-            bare = Episode(problem=episode.problem, question=episode.question, answer=episode.answer, family=episode.family,
-                           difficulty=episode.difficulty, position=place, tokens=read, thoughts=[])  # fmt: skip
+            bare = Episode(
+                problem=episode.problem,
+                question=episode.question,
+                answer=episode.answer,
+                family=episode.family,
+                difficulty=episode.difficulty,
+                position=place,
+                tokens=read,
+                thoughts=[],
+            )
             return render(bare, style=False)
         if place != episode.position:
             return "<p>No thoughts were saved at this token; with a model they can be drawn.</p>"

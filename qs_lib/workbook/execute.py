@@ -85,9 +85,7 @@ def execute(notebook: Path, folder: Path, parameters: dict, debug: bool = False)
     def work():
         try:
             papermill.execute_notebook(
-                *(
-                    str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, aside)
-                ),  # it formats paths
+                *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, aside)),  # it formats paths
                 parameters=parameters,
                 kernel_name="python3",
                 language="python",
@@ -143,9 +141,7 @@ def _stop(thread: threading.Thread, kernel, stopped: list) -> None:
 def _failure(error: BaseException, notebook: Path, dead_kernel: type) -> StageError:
     """What to tell about a notebook that did not run to its end."""
     if isinstance(error, dead_kernel):
-        return StageError(
-            "the kernel died, most often for lack of memory; run the same command again to continue"
-        )
+        return StageError("the kernel died, most often for lack of memory; run the same command again to continue")
     message = str(error)
     if hasattr(error, "evalue"):
         own = [kind.__name__ for kind in _subclasses(WorkbookError)]

@@ -14,11 +14,15 @@ from ..viewing.escape import safe_label
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 STYLES = ((BLUE, "-", "o", ""), (GREY, "--", "s", "//"))  # this run; the committed pocket run
 PANELS = (
-    ("reward", "reward (nats)"), ("validation_accuracy", "validation accuracy (share)"),
-    ("no_thought_weight", "weight of no thought (share)"), ("kl", "KL to the baked model (nats)"),
-    ("length", "length (tokens)"), ("entropy", "entropy (nats per token)"), ("diversity", "different answers per problem"),
+    ("reward", "reward (nats)"),
+    ("validation_accuracy", "validation accuracy (share)"),
+    ("no_thought_weight", "weight of no thought (share)"),
+    ("kl", "KL to the baked model (nats)"),
+    ("length", "length (tokens)"),
+    ("entropy", "entropy (nats per token)"),
+    ("diversity", "different answers per problem"),
     ("max_logit", "largest attention logit"),
-)  # fmt: skip
+)
 
 
 def new_figure(width: float = 6.4, height: float = 3.4, columns: int = 1):
@@ -35,8 +39,16 @@ def idea():
     axes.axis("off")
 
     def box(x, y, text, colour, style="round"):
-        axes.text(x, y, text, ha="center", va="center", family="monospace", fontsize=9,
-                  bbox={"boxstyle": f"{style},pad=0.3", "facecolor": "white", "edgecolor": colour, "linewidth": 1.5})  # fmt: skip
+        axes.text(
+            x,
+            y,
+            text,
+            ha="center",
+            va="center",
+            family="monospace",
+            fontsize=9,
+            bbox={"boxstyle": f"{style},pad=0.3", "facecolor": "white", "edgecolor": colour, "linewidth": 1.5},
+        )
 
     def arrow(start, end, style="-"):
         axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": GREY, "linestyle": style})
@@ -54,8 +66,12 @@ def idea():
     box(10.2, 2, "mixing\nhead", ORANGE)
     arrow((10.8, 2), (11.3, 2))
     box(11.6, 2, "17", "black")
-    notes = ((1.7, 0.9, "text so far"), (6.3, 4.35, "K thoughts, sampled in parallel"), (6.3, 0.5, "what it would have said"),
-             (10.6, 0.5, "p = w₀ p₀ + Σ wₖ pₖ"))  # fmt: skip
+    notes = (
+        (1.7, 0.9, "text so far"),
+        (6.3, 4.35, "K thoughts, sampled in parallel"),
+        (6.3, 0.5, "what it would have said"),
+        (10.6, 0.5, "p = w₀ p₀ + Σ wₖ pₖ"),
+    )
     for x, y, text in notes:
         axes.text(x, y, text, ha="center", fontsize=9, style="italic")
     return figure
@@ -69,7 +85,9 @@ def curves(runs: dict[str, list[dict]], x: str, panels: dict[str, str], xlabel: 
             points = [(r[x], r[key]) for r in rows if key in r and x in r]
             if points:
                 every = max(1, len(points) // 12)
-                axis.plot(*zip(*points, strict=True), line, color=colour, marker=marker, markevery=every, ms=5, label=name)
+                axis.plot(
+                    *zip(*points, strict=True), line, color=colour, marker=marker, markevery=every, ms=5, label=name
+                )
         axis.set(xlabel=xlabel, ylabel=label)
         axis.grid(alpha=0.3)
     if any(runs.values()):
@@ -106,7 +124,9 @@ def sweep(rows: list[dict], x: str, ys: list[str], lines: list[str]):
             places = list(dict.fromkeys(place for place, _ in points))
             means = [np.mean([value for place, value in points if place == here]) for here in places]
             axis.plot(places, means, dash, color=colour, marker=marker, ms=5, label=safe_label(name) or "mean")
-            axis.plot([place for place, _ in points], [value for _, value in points], ".", color=colour, ms=3, alpha=0.6)
+            axis.plot(
+                [place for place, _ in points], [value for _, value in points], ".", color=colour, ms=3, alpha=0.6
+            )
         axis.set(xlabel=safe_label(x), ylabel=safe_label(y))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -134,10 +154,19 @@ def difficulty_shares(splits: dict[str, list[int]]):
     width = 0.8 / len(splits)
     for i, (name, difficulties) in enumerate(splits.items()):
         values = [np.mean([min(d, 9) == level for d in difficulties]) for level in levels]
-        axis.bar(np.arange(len(levels)) + (i - (len(splits) - 1) / 2) * width, values, width * 0.92, label=name,
-                 color=(BLUE, GREY, ORANGE)[i % 3], hatch=("", "//", "..")[i % 3], edgecolor="white")  # fmt: skip
+        axis.bar(
+            np.arange(len(levels)) + (i - (len(splits) - 1) / 2) * width,
+            values,
+            width * 0.92,
+            label=name,
+            color=(BLUE, GREY, ORANGE)[i % 3],
+            hatch=("", "//", "..")[i % 3],
+            edgecolor="white",
+        )
     axis.set_xticks(range(len(levels)), [f"{d} or more" if d == 9 else str(d) for d in levels])
-    axis.set(xlabel="difficulty (worked steps)", ylabel="share of the split's problems", ylim=(0, 1.25 * axis.get_ylim()[1]))
+    axis.set(
+        xlabel="difficulty (worked steps)", ylabel="share of the split's problems", ylim=(0, 1.25 * axis.get_ylim()[1])
+    )
     axis.legend(fontsize=8, ncol=3, loc="upper right")
     return figure
 
@@ -151,15 +180,30 @@ def arms(runs: dict[str, dict[str, list[float]]]):
     for i, (run, values) in enumerate(runs.items()):
         mean, low, high = np.array([values[n] for n in names]).T
         at = np.arange(len(names)) + (i - (len(runs) - 1) / 2) * width
-        axis.bar(at, mean, width * 0.92, yerr=[mean - low, high - mean], capsize=3, label=run, color=STYLES[i][0],
-                 hatch=STYLES[i][3], edgecolor="white", error_kw={"ecolor": "black", "lw": 1})  # fmt: skip
+        axis.bar(
+            at,
+            mean,
+            width * 0.92,
+            yerr=[mean - low, high - mean],
+            capsize=3,
+            label=run,
+            color=STYLES[i][0],
+            hatch=STYLES[i][3],
+            edgecolor="white",
+            error_kw={"ecolor": "black", "lw": 1},
+        )
     axis.set_xticks(range(len(names)), names)
     axis.set(ylabel="test accuracy (share of problems)", ylim=(0, 1.02))
     axis.legend(fontsize=8)
     return figure
 
 
-def heat_map(table: dict[str, dict[str, float]], title: str, xlabel: str = "strategy of the reply", ylabel: str = "family of the problem"):
+def heat_map(
+    table: dict[str, dict[str, float]],
+    title: str,
+    xlabel: str = "strategy of the reply",
+    ylabel: str = "family of the problem",
+):
     """A table of shares (row -> column -> share) with every number written in its cell."""
     rows, columns = list(table), list(next(iter(table.values())))
     values = np.array([[table[r][c] for c in columns] for r in rows])
@@ -190,8 +234,12 @@ def visible_keys(seen, queries: list[str], keys: list[str]):
 def bench(lines: list[dict]):
     """Ratios "another way / ours" of a bench file as bars on a log axis, each with its bound as a vertical stroke."""
     claims = ("one by one / ours", "generate / ours", "copied prefix / ours", "dense mask / ours")
-    rows = [(claim, line) for claim in claims for line in lines if line["claim"] == claim and line["value"]
-            and line["kind"] != "aim"]  # fmt: skip
+    rows = [
+        (claim, line)
+        for claim in claims
+        for line in lines
+        if line["claim"] == claim and line["value"] and line["kind"] != "aim"
+    ]
     figure, axis = new_figure(7.6, 0.34 * len(rows) + 1.2)
     looks = dict(zip(claims, ((GREY, "//"), (BLUE, ""), (ORANGE, ".."), ("white", "xx")), strict=True))
     for i, (claim, line) in enumerate(rows):
@@ -201,7 +249,9 @@ def bench(lines: list[dict]):
             axis.plot([line["bound"]] * 2, [i - 0.42, i + 0.42], color="black", lw=2.5)
     axis.set_yticks(range(len(rows)), [f"{claim.split(' / ')[0]}, {line['shape']}" for claim, line in rows], fontsize=8)
     axis.invert_yaxis()
-    axis.set(xscale="log", xlabel="CPU time / ours (stroke: bound)", xlim=(0.7, 2 * max(line["value"] for _, line in rows)))
+    axis.set(
+        xscale="log", xlabel="CPU time / ours (stroke: bound)", xlim=(0.7, 2 * max(line["value"] for _, line in rows))
+    )
     return figure
 
 
@@ -224,8 +274,14 @@ def look_ahead(gains: list[list[float]], words: list[str]):
     figure, axis = new_figure(5.6, 3.2)
     axis.bar(range(gains.shape[1]), gains.mean(0), color=GREY, alpha=0.5, hatch="//", edgecolor="white", label="mean")
     for k, row in enumerate(gains):
-        axis.plot(np.arange(len(row)) + 0.05 * (k - len(gains) / 2), row, "o", ms=5, color=BLUE,
-                  label="one thought" if k == 0 else None)  # fmt: skip
+        axis.plot(
+            np.arange(len(row)) + 0.05 * (k - len(gains) / 2),
+            row,
+            "o",
+            ms=5,
+            color=BLUE,
+            label="one thought" if k == 0 else None,
+        )
     axis.axhline(0, color="black", lw=0.8, ls=":")
     axis.set_xticks(range(len(words)), [safe_label(x) for x in words], family="monospace")
     axis.margins(y=0.1)
@@ -261,9 +317,16 @@ def training_curves(live: list[dict], pocket: list[dict] = ()):
             if points:
                 steps, values = zip(*points, strict=True)
                 dense = len(values) > 40
-                axis.plot(steps, smooth(values, 10) if dense else values, style, color=colour, ms=4,
-                          marker="o" if style == "-" else "s", markevery=max(1, len(values) // 12),
-                          label=name + (" (mean of 10)" if dense else ""))  # fmt: skip
+                axis.plot(
+                    steps,
+                    smooth(values, 10) if dense else values,
+                    style,
+                    color=colour,
+                    ms=4,
+                    marker="o" if style == "-" else "s",
+                    markevery=max(1, len(values) // 12),
+                    label=name + (" (mean of 10)" if dense else ""),
+                )
         axis.set(xlabel="RL step", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     if live or pocket:
@@ -293,8 +356,18 @@ def live_curves(log, every: float = 3.0):
 
 
 def _bars(axis, positions, intervals, label, colour, hatch, width):
-    axis.bar(positions, [m for m, _, _ in intervals], width, yerr=_spread(intervals), capsize=3, label=label, color=colour, hatch=hatch,
-             edgecolor="white", error_kw={"ecolor": "black", "lw": 1})  # fmt: skip
+    axis.bar(
+        positions,
+        [m for m, _, _ in intervals],
+        width,
+        yerr=_spread(intervals),
+        capsize=3,
+        label=label,
+        color=colour,
+        hatch=hatch,
+        edgecolor="white",
+        error_kw={"ecolor": "black", "lw": 1},
+    )
 
 
 def _spread(intervals) -> np.ndarray:
@@ -309,7 +382,10 @@ def accuracy_by_difficulty(problems: list[dict], before, after):
     difficulty = np.array([p["difficulty"] for p in problems])
     figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     at = np.arange(len(levels))
-    for shift, values, label, colour, hatch in ((-0.2, before, "baked", GREY, "//"), (0.2, after, "after RL", BLUE, "")):
+    for shift, values, label, colour, hatch in (
+        (-0.2, before, "baked", GREY, "//"),
+        (0.2, after, "after RL", BLUE, ""),
+    ):
         _bars(axis, at + shift, [interval(values[difficulty == n]) for n in levels], label, colour, hatch, 0.38)
     axis.set(xlabel="worked steps a problem needs", ylabel="accuracy with thoughts (share)", ylim=(0, 1.02))
     axis.set_xticks(at, [f"{n}\n({(difficulty == n).sum()})" for n in levels])
@@ -350,12 +426,21 @@ def latency(rows: list[dict], target_ms: float):
     figure, axis = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
     groups = sorted({(r["positions"], r["thought_length"]) for r in rows})
     for (positions, length), marker, colour in zip(groups, "os^Dv<>P", [BLUE, GREY, ORANGE, "black"] * 2, strict=False):
-        kept = sorted((r for r in rows if (r["positions"], r["thought_length"]) == (positions, length)),
-                      key=lambda r: r["num_thoughts"])  # fmt: skip
+        kept = sorted(
+            (r for r in rows if (r["positions"], r["thought_length"]) == (positions, length)),
+            key=lambda r: r["num_thoughts"],
+        )
         n, median = [r["num_thoughts"] for r in kept], np.array([r["median_ms"] for r in kept])
         p95 = np.array([r["p95_ms"] for r in kept])
-        axis.errorbar(n, median, yerr=[0 * median, np.maximum(p95 - median, 0)], marker=marker, capsize=3, color=colour,
-                      label=f"{positions} position{'s' * (positions > 1)}, up to {length} tokens")  # fmt: skip
+        axis.errorbar(
+            n,
+            median,
+            yerr=[0 * median, np.maximum(p95 - median, 0)],
+            marker=marker,
+            capsize=3,
+            color=colour,
+            label=f"{positions} position{'s' * (positions > 1)}, up to {length} tokens",
+        )
     axis.axhline(target_ms, color="black", ls="--", lw=1, label=f"target {target_ms:g} ms")
     axis.set(xlabel="thoughts per position", ylabel="forward pass (ms), median to 95th percentile", ylim=(0, None))
     axis.legend(fontsize=8)
@@ -370,8 +455,16 @@ def model_latency(rows: list[dict], target_ms: float):
     for model, marker, colour in zip(models, "os^D", (BLUE, GREY, ORANGE, "black"), strict=False):
         own = [r for r in rows if r["model"] == model]
         median, p95 = (np.array([r[key] for r in own]) for key in ("median_ms", "p95_ms"))
-        left.errorbar(range(len(own)), median, yerr=[0 * median, np.maximum(p95 - median, 0)], fmt=marker, ms=6, capsize=3,
-                      color=colour, label=f"{model} parameters")  # fmt: skip
+        left.errorbar(
+            range(len(own)),
+            median,
+            yerr=[0 * median, np.maximum(p95 - median, 0)],
+            fmt=marker,
+            ms=6,
+            capsize=3,
+            color=colour,
+            label=f"{model} parameters",
+        )
     own = [r for r in rows if r["model"] == models[0]]
     names = [f"L{r['text_length']} {r['positions']}x{r['num_thoughts']}x{r['thought_length']}" for r in own]
     left.set_xticks(range(len(own)), names, rotation=40, ha="right", fontsize=8)
@@ -380,12 +473,19 @@ def model_latency(rows: list[dict], target_ms: float):
     left.legend(fontsize=8)
     shown = [r for r in rows if r["text_length"] == max(r["text_length"] for r in rows)]
     below = np.zeros(len(shown))
-    for part, colour, hatch in zip(shown[0]["shares"], (GREY, ORANGE, "white", BLUE), ("//", "..", "xx", ""), strict=True):
+    for part, colour, hatch in zip(
+        shown[0]["shares"], (GREY, ORANGE, "white", BLUE), ("//", "..", "xx", ""), strict=True
+    ):
         share = np.array([r["shares"][part] for r in shown])
-        right.barh(range(len(shown)), share, left=below, color=colour, hatch=hatch, edgecolor="black", lw=0.5, label=part)
+        right.barh(
+            range(len(shown)), share, left=below, color=colour, hatch=hatch, edgecolor="black", lw=0.5, label=part
+        )
         below += share
-    right.set_yticks(range(len(shown)), [f"{r['model']} {r['positions']}x{r['num_thoughts']}x{r['thought_length']}" for r in shown],
-                     fontsize=8)  # fmt: skip
+    right.set_yticks(
+        range(len(shown)),
+        [f"{r['model']} {r['positions']}x{r['num_thoughts']}x{r['thought_length']}" for r in shown],
+        fontsize=8,
+    )
     right.invert_yaxis()
     right.set(xlabel=f"share of the median, text of {shown[0]['text_length']} tokens", xlim=(0, 1))
     right.legend(fontsize=8, ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -399,8 +499,9 @@ def ladder(steps: dict[str, tuple]):
         if value is None:
             axis.text(0.01, i, "not measured", va="center")
             continue
-        axis.barh(i, value, 0.6, color=BLUE if "RL" in label else GREY, hatch="" if "RL" in label else "//",
-                  edgecolor="white")  # fmt: skip
+        axis.barh(
+            i, value, 0.6, color=BLUE if "RL" in label else GREY, hatch="" if "RL" in label else "//", edgecolor="white"
+        )
         if low is not None:
             axis.errorbar(value, i, xerr=_spread([(value, low, high)]), color="black", capsize=3)
         axis.text(0.01, i, f"{value:.3f}", va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
@@ -415,12 +516,18 @@ def reliability(scores: dict[str, Reliability]):
     score; on the dotted line a score would be the probability of being right."""
     figure, axes = plt.subplots(1, len(scores), figsize=(4 * len(scores), 3.8), layout="constrained", sharey=True)
     for axis, (name, one) in zip(np.atleast_1d(axes), scores.items(), strict=True):
-        x, y, low, high, count = np.array([[b[k] for k in ("score", "right", "low", "high", "count")] for b in one.bins]).T
+        x, y, low, high, count = np.array(
+            [[b[k] for k in ("score", "right", "low", "high", "count")] for b in one.bins]
+        ).T
         axis.plot([0, 1], [0, 1], ":", color="black", lw=1)
         axis.errorbar(x, y, yerr=np.maximum([y - low, high - y], 0), fmt="none", ecolor=GREY, capsize=3)
         axis.scatter(x, y, s=15 + 150 * count / count.sum(), marker="o", color=BLUE)
-        axis.set(xlabel=f"{name} (0 to 1)", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03),
-                 title=f"calibration error {one.error[0]:.2f}\nright before wrong {one.preference[0]:.2f}")  # fmt: skip
+        axis.set(
+            xlabel=f"{name} (0 to 1)",
+            xlim=(-0.03, 1.03),
+            ylim=(-0.03, 1.03),
+            title=f"calibration error {one.error[0]:.2f}\nright before wrong {one.preference[0]:.2f}",
+        )
         axis.title.set_fontsize(10)
     np.atleast_1d(axes)[0].set_ylabel("thoughts that lead to the right answer (share)")
     plt.close(figure)  # shown once, as the value of its cell

@@ -44,16 +44,22 @@ class ThinkingLM(HFLM):
         self.thinks = think and isinstance(model, QuietStarForCausalLM)
         if isinstance(model, QuietStarForCausalLM):
             model.config.think = self.thinks
-        room = model.config.get_text_config().max_position_embeddings - (model.config.thought_length if self.thinks else 0)
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=room, backend="causal",
-                         **options)  # fmt: skip
+        room = model.config.get_text_config().max_position_embeddings - (
+            model.config.thought_length if self.thinks else 0
+        )
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=room, backend="causal", **options
+        )
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         return encode_context(self.tokenizer, context), self.tokenizer.encode(continuation, add_special_tokens=False)
 
     def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
         rows = [encode_context(self.tokenizer, text)[-(left_truncate_len or 0) :] for text in strings]
-        return (pad(rows, self.tokenizer.pad_token_id, padding_side), pad([[1] * len(row) for row in rows], 0, padding_side))
+        return (
+            pad(rows, self.tokenizer.pad_token_id, padding_side),
+            pad([[1] * len(row) for row in rows], 0, padding_side),
+        )
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
@@ -81,7 +87,9 @@ class ThinkingLM(HFLM):
         thoughts = self.model.think(ids, mask, at.masked_fill(~there, -1).to(self.device)).hidden
         base = self.model._read(self.model.lm, ids, mask)
         total, greedy = torch.zeros(len(texts)), torch.ones(len(texts), dtype=torch.bool)
-        for k, n in enumerate(back.tolist()):  # one place at a time: a vocabulary for each of its thoughts is large enough
+        for k, n in enumerate(
+            back.tolist()
+        ):  # one place at a time: a vocabulary for each of its thoughts is large enough
             log_probs = self.model.mix(base[:, at[0, k]], thoughts[:, k])
             true = torch.tensor([t[-n] if len(t) >= n else 0 for t in texts], device=self.device)
             total += log_probs.gather(1, true[:, None]).squeeze(1).cpu().masked_fill(~there[:, k], 0)
@@ -101,8 +109,17 @@ def task_of(name: str, data: str | Path) -> dict:
     return yaml.safe_load(path.read_text(encoding="utf-8")) | {"dataset_kwargs": {"data_files": files}}
 
 
-def evaluate(model, tokenizer, data, tasks=TASKS, think: bool = True, limit: int | None = None, batch_size: int = 8,
-             seed: int = 0, resamples: int = 100) -> dict:  # fmt: skip
+def evaluate(
+    model,
+    tokenizer,
+    data,
+    tasks=TASKS,
+    think: bool = True,
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    resamples: int = 100,
+) -> dict:
     """lm-eval's result dict for a loaded model on the problems in ``data``; ``limit``: the first so many of each task.
 
     Replies take at most half of the model's longest text.
@@ -110,18 +127,31 @@ def evaluate(model, tokenizer, data, tasks=TASKS, think: bool = True, limit: int
     lm, chosen = ThinkingLM(model, tokenizer, think, batch_size), [task_of(name, data) for name in tasks]
     for task in chosen:
         if "max_gen_toks" in task.get("generation_kwargs", {}):
-            task["generation_kwargs"]["max_gen_toks"] = min(task["generation_kwargs"]["max_gen_toks"], lm.max_length // 2)
+            task["generation_kwargs"]["max_gen_toks"] = min(
+                task["generation_kwargs"]["max_gen_toks"], lm.max_length // 2
+            )
     torch.manual_seed(seed)
     return simple_evaluate(
-        model=lm, tasks=chosen, task_manager=TaskManager(include_defaults=False), limit=limit, bootstrap_iters=resamples, random_seed=seed,
-        numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-    )  # fmt: skip
+        model=lm,
+        tasks=chosen,
+        task_manager=TaskManager(include_defaults=False),
+        limit=limit,
+        bootstrap_iters=resamples,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m qs_lib.workbook.harness", description="lm-evaluation-harness on local problems.")
-    parser.add_argument("model", help="a run's name (its quietstar model is taken), a model folder or a Hugging Face name")
+    parser = argparse.ArgumentParser(
+        prog="python -m qs_lib.workbook.harness", description="lm-evaluation-harness on local problems."
+    )
+    parser.add_argument(
+        "model", help="a run's name (its quietstar model is taken), a model folder or a Hugging Face name"
+    )
     parser.add_argument("data", help="folder with train.jsonl and test.jsonl in GSM8K's form")
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="names in tasks/, or .yaml files")
     parser.add_argument("--no-thoughts", action="store_true", help="the same model without thinking")
@@ -135,14 +165,20 @@ def main(arguments: list[str] | None = None) -> int:
         if "/" not in source and not Path(source).is_dir():
             source = str(find_run("" if source == "pocket" else source) / "quietstar")
         model, tokenizer = load_champion(source)
-        found = evaluate(model, tokenizer, given.data, given.tasks, not given.no_thoughts, given.limit, given.batch_size, given.seed)
+        found = evaluate(
+            model, tokenizer, given.data, given.tasks, not given.no_thoughts, given.limit, given.batch_size, given.seed
+        )
         print(make_table(found))
         if given.output:
-            write_bytes(given.output, to_json({name: found[name] for name in ("results", "n-samples")}, 1).encode() + b"\n")
+            write_bytes(
+                given.output, to_json({name: found[name] for name in ("results", "n-samples")}, 1).encode() + b"\n"
+            )
     except WorkbookError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
 if __name__ == "__main__":
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # the problems are local
     sys.exit(main())

@@ -278,6 +278,8 @@ class Scale(NotebookParams):
     num_thoughts: list[int] = Field(default=[2, 4], min_length=1)
     num_processes: int = Field(default=2, ge=1, le=64)
     steps: int = Field(default=6, ge=1)
+
+
 NOTEBOOKS = {
     "01_token_setup": TokenSetup,
     "02_dataset_generation": DatasetGeneration,
@@ -315,8 +317,10 @@ def read_variant(stage: str, variant: str, root: Path = REPOSITORY) -> dict:
 
 def stages_of(variant: str) -> dict[str, dict]:
     """Stage -> what a variant sets for it, for all stages it has a file for."""
-    return {path.parent.name: read_variant(path.parent.name, variant)
-            for path in sorted((REPOSITORY / "params").glob(f"[0-9]*/{variant}.yaml"))}  # fmt: skip
+    return {
+        path.parent.name: read_variant(path.parent.name, variant)
+        for path in sorted((REPOSITORY / "params").glob(f"[0-9]*/{variant}.yaml"))
+    }
 
 
 def recipe(stage: str, variant: str = "pocket") -> dict:

@@ -71,8 +71,10 @@ def overrides(notebooks: list[Path], words: list[str]) -> dict[Path, dict]:
             value = None
         if not mark or value is None or isinstance(value, dict):
             raise ParameterError(f"{word!r} is not of the form name=value, or stage.name=value for one notebook")
-        known = {path: notebook_parameters(path).keys() - {"run_name", "upstream"}
-                 for path in (named_stages(notebooks, [stage]) if stage else notebooks)}  # fmt: skip
+        known = {
+            path: notebook_parameters(path).keys() - {"run_name", "upstream"}
+            for path in (named_stages(notebooks, [stage]) if stage else notebooks)
+        }
         if not any(name in names for names in known.values()):
             raise ParameterError(unknown_name(name, set().union(*known.values())))
         for path in (path for path in known if name in known[path]):
@@ -108,9 +110,7 @@ def run_stages(
     chosen = named_stages(chosen, only) if only else chosen
     changed = overrides(chosen, given_words)
     given = {path: given_parameters(path, variant, run_name, data, seed, champion) | changed[path] for path in chosen}
-    values = {
-        path: check_parameters(path, given[path]) for path in chosen
-    }  # all, before the first minute is spent
+    values = {path: check_parameters(path, given[path]) for path in chosen}  # all, before the first minute is spent
 
     run = run_folder(run_name)
     lock = lock_run(run, "make run", ".driver.lock")
@@ -175,9 +175,7 @@ def print_scoreboard(path: Path) -> None:
             reached = {True: "yes", False: "no"}.get(row["reached"], "-")
             table.append((str(row["id"]), str(row["criterion"]), str(row["target"]), value, reached))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StageError(
-            f"{path} is not a scoreboard ({error!r}); make it with notebook 08_scoreboard"
-        ) from None
+        raise StageError(f"{path} is not a scoreboard ({error!r}); make it with notebook 08_scoreboard") from None
     widths = [max(len(line[column]) for line in table) for column in range(5)]
     for number, line in enumerate(table):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -195,14 +193,16 @@ def main(arguments: list[str] | None = None) -> int:
         "--variant", default="pocket", help="params/<stage>/VARIANT.yaml; 'defaults' is the small CI run"
     )
     parser.add_argument("--run", metavar="NAME", help="outputs/NAME; default: VARIANT-run")
-    parser.add_argument(
-        "--data", metavar="DIR", help="folder or file of problems, for notebooks that take data"
-    )
+    parser.add_argument("--data", metavar="DIR", help="folder or file of problems, for notebooks that take data")
     parser.add_argument("--champion", metavar="MODEL", help="folder or Hugging Face name of the model to start from")
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
         help="parameters in place of the variant's, in every notebook that has them; 05_rl.steps=4 in that one alone",
-    )  # fmt: skip
+    )
     parser.add_argument("--seed", type=int, help="seed of every stage")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="only these stages, as 05_rl or 05")
     parser.add_argument("--fresh", action="store_true", help="repeat finished stages too")
@@ -243,6 +243,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nstopped; the same command continues with the unfinished stage", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else error.code
     return 0
+
+
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()

@@ -17,58 +17,202 @@ from ..files import find_run
 from .stage import Stage, read_stage
 
 STAGES = (
-    "01_token_setup", "02_dataset_generation", "03_baking", "04_parallel_thoughts", "05_rl", "06_anti_theater",
+    "01_token_setup",
+    "02_dataset_generation",
+    "03_baking",
+    "04_parallel_thoughts",
+    "05_rl",
+    "06_anti_theater",
     "07_latency",
-)  # fmt: skip
+)
 GAIN = "> 0, interval above 0"
 # id, criterion, target in words, unit, where (a stage, or "" for a file of its own), its key, test of (value, low)
 CRITERIA = (
     ("tokens_added", "thinking tokens added", "8", "tokens", "01_token_setup", "tokens_added", lambda v, low: v == 8),
-    ("examples", "worked examples that passed their check", ">= 1800", "examples", "02_dataset_generation", "verified",
-     lambda v, low: v >= 1800),
-    ("strategies", "strategies beside chain of thought", "7", "strategies", "02_dataset_generation",
-     "strategies", lambda v, low: v >= 7),
-    ("baking_accuracy", "unprompted accuracy of the baked model", ">= 0.85", "share", "03_baking",
-     "baking_accuracy",
-     lambda v, low: v >= 0.85),
-    ("gap_closed", "share of the prompted-unprompted KL gap closed", ">= 0.9", "share", "03_baking", "gap_closed",
-     lambda v, low: v >= 0.9),
-    ("thinking_use", "replies that think, baked model", "> 0.8", "share", "03_baking", "thinking_use",
-     lambda v, low: v > 0.8),
-    ("strategy_fit", "replies with a fitting strategy, baked model", "> 0.6", "share", "03_baking", "strategy_fit",
-     lambda v, low: v > 0.6),
-    ("accuracy_gain", "accuracy after RL minus baked, same thought budget", ">= 0.05, interval above 0", "share",
-     "05_rl", "accuracy_gain", lambda v, low: v >= 0.05 and low > 0),
+    (
+        "examples",
+        "worked examples that passed their check",
+        ">= 1800",
+        "examples",
+        "02_dataset_generation",
+        "verified",
+        lambda v, low: v >= 1800,
+    ),
+    (
+        "strategies",
+        "strategies beside chain of thought",
+        "7",
+        "strategies",
+        "02_dataset_generation",
+        "strategies",
+        lambda v, low: v >= 7,
+    ),
+    (
+        "baking_accuracy",
+        "unprompted accuracy of the baked model",
+        ">= 0.85",
+        "share",
+        "03_baking",
+        "baking_accuracy",
+        lambda v, low: v >= 0.85,
+    ),
+    (
+        "gap_closed",
+        "share of the prompted-unprompted KL gap closed",
+        ">= 0.9",
+        "share",
+        "03_baking",
+        "gap_closed",
+        lambda v, low: v >= 0.9,
+    ),
+    (
+        "thinking_use",
+        "replies that think, baked model",
+        "> 0.8",
+        "share",
+        "03_baking",
+        "thinking_use",
+        lambda v, low: v > 0.8,
+    ),
+    (
+        "strategy_fit",
+        "replies with a fitting strategy, baked model",
+        "> 0.6",
+        "share",
+        "03_baking",
+        "strategy_fit",
+        lambda v, low: v > 0.6,
+    ),
+    (
+        "accuracy_gain",
+        "accuracy after RL minus baked, same thought budget",
+        ">= 0.05, interval above 0",
+        "share",
+        "05_rl",
+        "accuracy_gain",
+        lambda v, low: v >= 0.05 and low > 0,
+    ),
     ("accuracy_with", "accuracy after RL, with thoughts", "reported", "share", "05_rl", "accuracy_with", None),
     ("accuracy_without", "accuracy after RL, thoughts removed", "reported", "share", "05_rl", "accuracy_without", None),
-    ("divergence", "edit distance from the direct continuation", "> 0.3", "", "06_anti_theater", "divergence",
-     lambda v, low: v > 0.3),
-    ("ablation_gain", "accuracy with own thoughts minus none", GAIN, "share", "06_anti_theater", "ablation_gain",
-     lambda v, low: low > 0),
-    ("foreign_gain", "accuracy with own thoughts minus foreign ones", GAIN, "share", "06_anti_theater", "foreign_gain",
-     lambda v, low: low > 0),
-    ("filler_gain", "accuracy with own thoughts minus filler", GAIN, "share", "06_anti_theater", "filler_gain",
-     lambda v, low: low > 0),
-    ("coherence_utility_r", "label-free coherence against utility, r over thoughts", "> 0.5", "", "06_anti_theater",
-     "coherence_utility_r", lambda v, low: v > 0.5),
-    ("latency_ms", "forward pass with thoughts, default setting, median", "< 200", "ms", "07_latency", "latency_ms",
-     lambda v, low: v < 200),
-    ("latency_p95_ms", "the same, 95th percentile", "< 200", "ms", "07_latency", "latency_p95_ms",
-     lambda v, low: v < 200),
-    ("parallel_speedup", "thoughts one by one / all at once, time", ">= 3.7", "times", "07_latency", "parallel_speedup",
-     lambda v, low: v >= 3.7),
-    ("memory_overhead", "peak memory over the plain forward's", "<= 0.33", "share", "07_latency", "memory_overhead",
-     lambda v, low: v <= 0.33),
-    ("jumpstart", "1 - RL steps from baked / from un-baked, to the same accuracy", ">= 0.3", "share", "", "",
-     lambda v, low: v >= 0.3),
-    ("nonmyopic_steps", "RL steps with n_true 4 over n_true 1, minus 1", "<= -0.25", "share", "", "",
-     lambda v, low: v <= -0.25),
-    ("nonmyopic_accuracy", "accuracy with n_true 4 minus n_true 1", ">= 0.044", "share", "", "",
-     lambda v, low: v >= 0.044),
-    ("token_scale_use", "thinking-token use at gradient scale 100 (claim: 0.42 at scale 1)", ">= 0.89", "share", "", "",
-     lambda v, low: v >= 0.89),
+    (
+        "divergence",
+        "edit distance from the direct continuation",
+        "> 0.3",
+        "",
+        "06_anti_theater",
+        "divergence",
+        lambda v, low: v > 0.3,
+    ),
+    (
+        "ablation_gain",
+        "accuracy with own thoughts minus none",
+        GAIN,
+        "share",
+        "06_anti_theater",
+        "ablation_gain",
+        lambda v, low: low > 0,
+    ),
+    (
+        "foreign_gain",
+        "accuracy with own thoughts minus foreign ones",
+        GAIN,
+        "share",
+        "06_anti_theater",
+        "foreign_gain",
+        lambda v, low: low > 0,
+    ),
+    (
+        "filler_gain",
+        "accuracy with own thoughts minus filler",
+        GAIN,
+        "share",
+        "06_anti_theater",
+        "filler_gain",
+        lambda v, low: low > 0,
+    ),
+    (
+        "coherence_utility_r",
+        "label-free coherence against utility, r over thoughts",
+        "> 0.5",
+        "",
+        "06_anti_theater",
+        "coherence_utility_r",
+        lambda v, low: v > 0.5,
+    ),
+    (
+        "latency_ms",
+        "forward pass with thoughts, default setting, median",
+        "< 200",
+        "ms",
+        "07_latency",
+        "latency_ms",
+        lambda v, low: v < 200,
+    ),
+    (
+        "latency_p95_ms",
+        "the same, 95th percentile",
+        "< 200",
+        "ms",
+        "07_latency",
+        "latency_p95_ms",
+        lambda v, low: v < 200,
+    ),
+    (
+        "parallel_speedup",
+        "thoughts one by one / all at once, time",
+        ">= 3.7",
+        "times",
+        "07_latency",
+        "parallel_speedup",
+        lambda v, low: v >= 3.7,
+    ),
+    (
+        "memory_overhead",
+        "peak memory over the plain forward's",
+        "<= 0.33",
+        "share",
+        "07_latency",
+        "memory_overhead",
+        lambda v, low: v <= 0.33,
+    ),
+    (
+        "jumpstart",
+        "1 - RL steps from baked / from un-baked, to the same accuracy",
+        ">= 0.3",
+        "share",
+        "",
+        "",
+        lambda v, low: v >= 0.3,
+    ),
+    (
+        "nonmyopic_steps",
+        "RL steps with n_true 4 over n_true 1, minus 1",
+        "<= -0.25",
+        "share",
+        "",
+        "",
+        lambda v, low: v <= -0.25,
+    ),
+    (
+        "nonmyopic_accuracy",
+        "accuracy with n_true 4 minus n_true 1",
+        ">= 0.044",
+        "share",
+        "",
+        "",
+        lambda v, low: v >= 0.044,
+    ),
+    (
+        "token_scale_use",
+        "thinking-token use at gradient scale 100 (claim: 0.42 at scale 1)",
+        ">= 0.89",
+        "share",
+        "",
+        "",
+        lambda v, low: v >= 0.89,
+    ),
     ("coverage", "test coverage of qs_lib", ">= 0.90", "share", "", "", lambda v, low: v >= 0.90),
-)  # fmt: skip
+)
 
 
 def build_scoreboard(run: str | Path) -> list[dict]:
@@ -88,10 +232,19 @@ def build_scoreboard(run: str | Path) -> list[dict]:
             found = _experiment(run, name)
         value, low, high, source = found
         passed = False if value is None else None if reached is None else bool(reached(value, _bound(value, low)))
-        board.append({
-            "id": name, "criterion": criterion, "target": target, "value": value, "low": low, "high": high,
-            "unit": unit, "reached": passed, "source": source,
-        })  # fmt: skip
+        board.append(
+            {
+                "id": name,
+                "criterion": criterion,
+                "target": target,
+                "value": value,
+                "low": low,
+                "high": high,
+                "unit": unit,
+                "reached": passed,
+                "source": source,
+            }
+        )
     return board
 
 
@@ -166,29 +319,42 @@ def coherence_summary(scale: Scale, report: TheaterReport) -> dict:
     r = report.check("coherence_utility_r")
     parts = {n: [row["coherence"][n] for row in report.table] for n in ("composite", *WEIGHTS)}
     return {
-        "scale": scale.to_dict(), "weights": WEIGHTS, "thoughts": len(report.table),
+        "scale": scale.to_dict(),
+        "weights": WEIGHTS,
+        "thoughts": len(report.table),
         "mean": {n: sum(values) / len(values) for n, values in parts.items()},
-        "utility_r": r.value, "utility_r_low": r.low, "utility_r_high": r.high, "utility_r_within": report.within_r[0],
-        "utility_r_within_low": report.within_r[1], "utility_r_within_high": report.within_r[2],
-    }  # fmt: skip
+        "utility_r": r.value,
+        "utility_r_low": r.low,
+        "utility_r_high": r.high,
+        "utility_r_within": report.within_r[0],
+        "utility_r_within_low": report.within_r[1],
+        "utility_r_within_high": report.within_r[2],
+    }
 
 
 def latency_summary(report: LatencyReport) -> dict:
     """Summary of notebook 07, milliseconds for the default setting; ``settings_meeting`` of ``settings`` meet the target."""
     return {
-        "latency_ms": report.median_ms, "latency_p95_ms": report.p95_ms, "plain_ms": report.plain_ms,
-        "parallel_speedup": report.parallel_speedup, "parallel_speedup_all": report.parallel_speedup_all,
-        "memory_overhead": report.memory_overhead, "target_ms": report.target_ms,
-        "settings_meeting": sum(row["meets"] for row in report.rows), "settings": len(report.rows),
-    }  # fmt: skip
+        "latency_ms": report.median_ms,
+        "latency_p95_ms": report.p95_ms,
+        "plain_ms": report.plain_ms,
+        "parallel_speedup": report.parallel_speedup,
+        "parallel_speedup_all": report.parallel_speedup_all,
+        "memory_overhead": report.memory_overhead,
+        "target_ms": report.target_ms,
+        "settings_meeting": sum(row["meets"] for row in report.rows),
+        "settings": len(report.rows),
+    }
 
 
 def ladder_steps(run: str | Path) -> dict[str, tuple]:
     """Test accuracy (value, low, high) stage by stage, for :func:`qs_lib.workbook.figures.ladder`; None where not measured."""
     rungs = {
-        "champion, direct": ("06_anti_theater", "champion_direct"), "baked, with thoughts": ("05_rl", "accuracy_baseline"),
-        "after RL, with thoughts": ("05_rl", "accuracy_with"), "after RL, thoughts removed": ("05_rl", "accuracy_without"),
-    }  # fmt: skip
+        "champion, direct": ("06_anti_theater", "champion_direct"),
+        "baked, with thoughts": ("05_rl", "accuracy_baseline"),
+        "after RL, with thoughts": ("05_rl", "accuracy_with"),
+        "after RL, thoughts removed": ("05_rl", "accuracy_without"),
+    }
     return {label: _from_stage(Path(run), stage, key)[:3] for label, (stage, key) in rungs.items()}
 
 
@@ -208,12 +374,25 @@ def model_card(board: list[dict], run: str | Path) -> ModelCard:
     problems = run / "02_dataset_generation" / "test.parquet"
     question = read_problems(problems)[0]["question"] if problems.is_file() else "how many ?"
     lines = [f"| {r['id']} | {r['criterion']} | {r['target']} | {figure_of(r)} | {verdict(r)} |" for r in board]
-    data = ModelCardData(language="en", license="apache-2.0", library_name="transformers",
-                         pipeline_tag="text-generation", tags=["quiet-star", "reasoning", "reinforce"])  # fmt: skip
-    scores = "\n".join(["| id | criterion | target | value [95 % interval] | outcome |", "|---|---|---|---|---|", *lines])
-    text = CARD.format(run=run.name, seed=record["seed"] if record else "unknown", scores=scores,
-                       question=json.dumps(question).replace("`", r"\u0060"))  # fmt: skip
+    data = ModelCardData(
+        language="en",
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["quiet-star", "reasoning", "reinforce"],
+    )
+    scores = "\n".join(
+        ["| id | criterion | target | value [95 % interval] | outcome |", "|---|---|---|---|---|", *lines]
+    )
+    text = CARD.format(
+        run=run.name,
+        seed=record["seed"] if record else "unknown",
+        scores=scores,
+        question=json.dumps(question).replace("`", r"\u0060"),
+    )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
 CARD = """\
 # Quiet-STaR model of the run {run}
 

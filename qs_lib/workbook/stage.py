@@ -60,9 +60,7 @@ def read_stage(folder: Path) -> tuple[dict | None, str]:
 
 def stage_digest(record: dict) -> str:
     """One hash over all that a later stage can read from this one."""
-    return hashlib.sha256(
-        json.dumps([record["outputs"], record["summary"]], sort_keys=True).encode()
-    ).hexdigest()
+    return hashlib.sha256(json.dumps([record["outputs"], record["summary"]], sort_keys=True).encode()).hexdigest()
 
 
 def stage_finished(
@@ -123,9 +121,7 @@ class Stage:
                     f"`papermill notebooks/{stage}.ipynb outputs/{run.name}-{stage}.ipynb -p run_name {run.name}` "
                     f"or all stages with `make run RUN={run.name}`"
                 )
-            raise UpstreamError(
-                f"{self.name} needs {stage} of the run {run.name} ({reason}); make it with {make}"
-            )
+            raise UpstreamError(f"{self.name} needs {stage} of the run {run.name} ({reason}); make it with {make}")
         self.upstream_stages[stage] = stage_digest(record)
         return run / stage
 
@@ -204,7 +200,11 @@ class Stage:
 
     def identity(self) -> dict:
         """What a checkpoint inside this stage must agree on to be gone on with: parameters, upstream and code."""
-        return {"parameters": self.params.model_dump(mode="json"), "upstream": self.upstream_stages, "code": code_hash()}
+        return {
+            "parameters": self.params.model_dump(mode="json"),
+            "upstream": self.upstream_stages,
+            "code": code_hash(),
+        }
 
     def finish(self, summary: dict) -> dict:
         """Write ``run.json``, last: from now on the stage counts as finished, and its checkpoints go. Returns ``summary``.
@@ -313,15 +313,11 @@ def git_commit() -> str | None:
     """HEAD, with "-dirty" where code, notebooks or parameters differ from it; None outside a git checkout."""
 
     def git(*words):
-        return subprocess.run(
-            ["git", "-C", PACKAGE.parent, *words], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run(["git", "-C", PACKAGE.parent, *words], capture_output=True, text=True, check=True).stdout
 
     try:
         commit = git("rev-parse", "HEAD").strip()
-        return commit + (
-            "-dirty" if git("status", "--porcelain", "--", "qs_lib", "notebooks", "params") else ""
-        )
+        return commit + ("-dirty" if git("status", "--porcelain", "--", "qs_lib", "notebooks", "params") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -48,7 +48,11 @@ def read_sweep(name: str, root: Path = REPOSITORY) -> dict:
         read = read_yaml(path)
     except FileNotFoundError:
         raise ParameterError(f"there is no sweep file {path}") from None
-    if not isinstance(read, dict) or not isinstance(read.get("grid"), dict) or not isinstance(read.get("notebooks"), list):
+    if (
+        not isinstance(read, dict)
+        or not isinstance(read.get("grid"), dict)
+        or not isinstance(read.get("notebooks"), list)
+    ):
         raise ParameterError(f"{path} must have the lists 'notebooks' and, under 'grid', 'parameter: [values]'")
     for key in set(read) - FILE_KEYS:
         raise ParameterError(f"{path}: {unknown_name(str(key), FILE_KEYS)}")
@@ -76,26 +80,47 @@ def _value(text: str):
         return text
 
 
-def points_of(name: str, notebooks: list[Path], grid: dict[str, list], variant: str = "defaults", upstream: str = "",
-              keep: bool = False, threads: int = 1, command: str = "") -> list[dict]:  # fmt: skip
+def points_of(
+    name: str,
+    notebooks: list[Path],
+    grid: dict[str, list],
+    variant: str = "defaults",
+    upstream: str = "",
+    keep: bool = False,
+    threads: int = 1,
+    command: str = "",
+) -> list[dict]:
     """The points of a sweep, all parameters checked, for :func:`qs_lib.workbook.sweep.run_point`. Raises ParameterError."""
     known = {path: notebook_parameters(path) for path in notebooks}
     for parameter in grid:
         if not any(parameter in names for names in known.values()) or parameter in ("run_name", "upstream"):
-            raise ParameterError(unknown_name(parameter, {n for names in known.values() for n in names} - {"run_name", "upstream"}))
+            raise ParameterError(
+                unknown_name(parameter, {n for names in known.values() for n in names} - {"run_name", "upstream"})
+            )
     check_variant(variant, notebooks[0].parent.parent)
     points, source = [], find_run(upstream).resolve()
     for chosen in itertools.product(*grid.values()):
         values = dict(zip(grid, chosen, strict=True))
         given = []
         for path in notebooks:
-            given.append(read_variant(path.stem, variant, path.parent.parent) | {k: v for k, v in values.items() if k in known[path]})
+            given.append(
+                read_variant(path.stem, variant, path.parent.parent)
+                | {k: v for k, v in values.items() if k in known[path]}
+            )
             check_parameters(path, given[-1])
-        points.append({
-            "run": run_name(values), "values": values, "notebooks": [str(path) for path in notebooks], "given": given,
-            "outputs": str(outputs_root() / "sweeps" / name), "upstream": str(source), "keep": keep, "threads": threads,
-            "command": command or f"python -m qs_lib.workbook.sweep {name}",
-        })  # fmt: skip
+        points.append(
+            {
+                "run": run_name(values),
+                "values": values,
+                "notebooks": [str(path) for path in notebooks],
+                "given": given,
+                "outputs": str(outputs_root() / "sweeps" / name),
+                "upstream": str(source),
+                "keep": keep,
+                "threads": threads,
+                "command": command or f"python -m qs_lib.workbook.sweep {name}",
+            }
+        )
     return points
 
 
@@ -108,8 +133,15 @@ def run_name(values: dict) -> str:
     return f"{short[:50]}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
 
 
-def sweep(name: str, points: list[dict], x: str = "", y: tuple[str, ...] = (), engine: str = "pool", workers: int = 2,
-          address: str = "") -> list[dict]:  # fmt: skip
+def sweep(
+    name: str,
+    points: list[dict],
+    x: str = "",
+    y: tuple[str, ...] = (),
+    engine: str = "pool",
+    workers: int = 2,
+    address: str = "",
+) -> list[dict]:
     """Run all points, the table and the figure written anew after each; rows in the order of ``points``.
 
     Raises StageError when another process runs the same sweep, WorkbookError for an engine that is not there.
@@ -147,7 +179,11 @@ def figure(rows: list[dict], x: str, y: tuple[str, ...] | list[str], parameters:
     """The figure of a sweep, by default of the first number of the summaries; None where no row has a number. A line for each
     combination of the ``parameters`` that vary, but ``x`` and the seed."""
     whole = [row for row in rows if "error" not in row]
-    numbers = [k for k, v in (whole[0] if whole else {}).items() if isinstance(v, (int, float)) and k not in (*parameters, *COSTS)]
+    numbers = [
+        k
+        for k, v in (whole[0] if whole else {}).items()
+        if isinstance(v, (int, float)) and k not in (*parameters, *COSTS)
+    ]
     shown = [name for name in y or numbers[:1] if any(isinstance(row.get(name), (int, float)) for row in whole)]
     lines = [name for name in parameters if name not in (x, "seed") and len({str(row.get(name)) for row in whole}) > 1]
     return figures.sweep(whole, x, shown, lines) if shown else None
@@ -159,9 +195,18 @@ def ready_made() -> list[dict]:
     rows = []
     for path in sorted((REPOSITORY / "params" / "sweeps").glob("*.yaml")):
         plan, text = read_sweep(path.stem), path.read_text(encoding="utf-8")
-        comment = " ".join(line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()))
-        rows.append({"name": path.stem, "question": comment.partition("?")[0] + "?", "notebooks": " ".join(plan["notebooks"]),
-                     "runs": math.prod(len(values) for values in plan["grid"].values()), "command": f"make sweep X={path.stem}"})  # fmt: skip
+        comment = " ".join(
+            line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+        )
+        rows.append(
+            {
+                "name": path.stem,
+                "question": comment.partition("?")[0] + "?",
+                "notebooks": " ".join(plan["notebooks"]),
+                "runs": math.prod(len(values) for values in plan["grid"].values()),
+                "command": f"make sweep X={path.stem}",
+            }
+        )
     return rows
 
 
@@ -172,14 +217,24 @@ def committed_rows(name: str) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m qs_lib.workbook.sweep", description="Notebooks x a grid of parameters.")
-    parser.add_argument("what", help="a notebook (05_rl, or a path) or a sweep file (a name in params/sweeps, or a path)")
+    parser = argparse.ArgumentParser(
+        prog="python -m qs_lib.workbook.sweep", description="Notebooks x a grid of parameters."
+    )
+    parser.add_argument(
+        "what", help="a notebook (05_rl, or a path) or a sweep file (a name in params/sweeps, or a path)"
+    )
     parser.add_argument("grid", nargs="*", metavar="name=v1,v2", help="values of parameters; they replace a file's")
     parser.add_argument("--name", help="results go to outputs/sweeps/NAME; default: WHAT")
-    parser.add_argument("--variant", help="params/<stage>/VARIANT.yaml for all that the grid does not set; default: the small run")
-    parser.add_argument("--upstream", default="", help="run whose earlier stages are read; default: the committed pocket run")
+    parser.add_argument(
+        "--variant", help="params/<stage>/VARIANT.yaml for all that the grid does not set; default: the small run"
+    )
+    parser.add_argument(
+        "--upstream", default="", help="run whose earlier stages are read; default: the committed pocket run"
+    )
     parser.add_argument("--engine", default="pool", choices=ENGINES)
-    parser.add_argument("--address", default="", help="of a Dask scheduler, tcp://host:port; for slurm: 'local' or 'slurm'")
+    parser.add_argument(
+        "--address", default="", help="of a Dask scheduler, tcp://host:port; for slurm: 'local' or 'slurm'"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="points at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each point; another number changes the last digits")
     parser.add_argument("--x", default="", help="parameter on the figure's x axis; default: the first")
@@ -188,15 +243,27 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     command = "python -m qs_lib.workbook.sweep " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     try:
-        notebook = Path(given.what) if given.what.endswith(".ipynb") else REPOSITORY / "notebooks" / f"{given.what}.ipynb"
+        notebook = (
+            Path(given.what) if given.what.endswith(".ipynb") else REPOSITORY / "notebooks" / f"{given.what}.ipynb"
+        )
         plan = {"notebooks": [notebook], "grid": {}} if notebook.is_file() else read_sweep(given.what)
-        notebooks = [path if isinstance(path, Path) else REPOSITORY / "notebooks" / f"{path}.ipynb" for path in plan["notebooks"]]
+        notebooks = [
+            path if isinstance(path, Path) else REPOSITORY / "notebooks" / f"{path}.ipynb" for path in plan["notebooks"]
+        ]
         grid = plan["grid"] | parse_grid(given.grid)
         if not grid:
             raise ParameterError("a sweep needs at least one parameter, as name=value,value")
         name = given.name or Path(given.what).stem
-        points = points_of(name, [path.resolve() for path in notebooks], grid, given.variant or plan.get("variant", "defaults"),
-                           given.upstream, given.keep, given.threads, command)  # fmt: skip
+        points = points_of(
+            name,
+            [path.resolve() for path in notebooks],
+            grid,
+            given.variant or plan.get("variant", "defaults"),
+            given.upstream,
+            given.keep,
+            given.threads,
+            command,
+        )
         y = tuple(given.y) or tuple(plan.get("y", ()))
         print(f"sweep {name}: {len(points)} points, {given.engine}", flush=True)
         rows = sweep(name, points, given.x or plan.get("x", ""), y, given.engine, given.workers, given.address)
@@ -208,6 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nstopped; the same command continues", file=sys.stderr)
         return 130 if isinstance(stopped, KeyboardInterrupt) else stopped.code
     return 1 if any("error" in row for row in rows) else 0
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: the workers save and leave
     sys.exit(main())
@@ -224,7 +293,9 @@ def run_points(points: list[dict], engine: str = "pool", workers: int = 2, addre
     try:
         yield from ENGINES[engine](points, workers, address)
     except ImportError as missing:
-        raise WorkbookError(f"{missing.name} is missing: install it with `pip install -e .[sweep]`, or use the pool") from None
+        raise WorkbookError(
+            f"{missing.name} is missing: install it with `pip install -e .[sweep]`, or use the pool"
+        ) from None
 
 
 def in_pool(points: list[dict], workers: int, address: str):
@@ -283,6 +354,8 @@ def row_of(job, point: dict) -> dict:
     except Exception as error:  # noqa: BLE001 (each engine has its own)
         reason = (str(error).splitlines() or [""])[0]
         return {"run": point["run"], **point["values"], "error": f"the worker died ({type(error).__name__}: {reason})"}
+
+
 ENGINES = {"pool": in_pool, "dask": on_dask, "slurm": on_slurm}
 
 
@@ -295,14 +368,22 @@ def run_point(point: dict) -> dict:
     ``threads`` and ``command``. What goes wrong is the row's ``error``. The process works on one point at a time.
     """
     row = {"run": point["run"], **point["values"]}
-    os.environ |= {"QS_OUTPUTS": point["outputs"], "OMP_NUM_THREADS": str(point["threads"]), "QS_COMMAND": point["command"]}
+    os.environ |= {
+        "QS_OUTPUTS": point["outputs"],
+        "OMP_NUM_THREADS": str(point["threads"]),
+        "QS_COMMAND": point["command"],
+    }
     try:
         run = run_folder(point["run"])
         lock = patiently(run, ".driver.lock")
         try:
             patiently(run, ".lock").release(force=True)
             link_upstream(run, Path(point["upstream"]), [Path(notebook).stem for notebook in point["notebooks"]])
-            with open(run / ".log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            with (
+                open(run / ".log", "a", encoding="utf-8") as log,
+                contextlib.redirect_stdout(log),
+                contextlib.redirect_stderr(log),
+            ):
                 return row | _stages(point, run)
         finally:
             lock.release(force=True)
@@ -316,7 +397,9 @@ def _stages(point: dict, run: Path) -> dict:
         given = given | {"run_name": point["run"], "upstream": point["run"]}
         record = run_stage(notebook, run, given, check_parameters(notebook, given), keep=point["keep"])
         numbers = {k: v for k, v in record["summary"].items() if isinstance(v, (bool, int, float, str))}
-        found |= {k if k not in found and k not in point["values"] else f"{notebook.stem}.{k}": v for k, v in numbers.items()}
+        found |= {
+            k if k not in found and k not in point["values"] else f"{notebook.stem}.{k}": v for k, v in numbers.items()
+        }
         found["seconds"] = round(found["seconds"] + record["wall_s"], 1)
         found["peak_memory_mb"] = max(found["peak_memory_mb"], record.get("peak_memory_mb") or 0)
     machine = f"{record['device']} ({record['device_name']}, {point['threads']} threads)"

@@ -88,6 +88,7 @@ def marked(reply: str) -> str:
 
 def aligned_tokens(item: BakingItem, tokenizer) -> pd.DataFrame:
     """What teacher and student have read last where a reply token is asked of both, and that token."""
+
     def word(ids, at):
         return tokenizer.decode([ids[at]]).strip()
 
@@ -98,7 +99,9 @@ def aligned_tokens(item: BakingItem, tokenizer) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["teacher has read", "student has read", "both predict"])
 
 
-def reply_rows(model, tokenizer, problems: list[dict], max_new_tokens: int = 48, prompts: dict[str, str] | None = None) -> list[dict]:
+def reply_rows(
+    model, tokenizer, problems: list[dict], max_new_tokens: int = 48, prompts: dict[str, str] | None = None
+) -> list[dict]:
     """One row per problem: the greedy ``reply``, its ``answer``, whether it is ``correct``, ``thinks``, which ``strategy``
     it uses ("none" without a thought) and whether that ``fits``. ``prompts``: strategy -> what to ask it with, in front of the question."""
     start, end = thinking_ids(tokenizer)[:2]
@@ -109,11 +112,17 @@ def reply_rows(model, tokenizer, problems: list[dict], max_new_tokens: int = 48,
         thinks = bool(ids) and ids[0] == start and end in ids
         strategy = strategy_of(tokenizer.decode(ids[: ids.index(end)])) if thinks else None
         answer = answer_of(tokenizer, ids, (end,))
-        rows.append({
-            "family": problem["family"], "reply": tokenizer.decode(written), "answer": answer, "thinks": thinks,
-            "correct": answer == problem["answer"], "strategy": strategy or "none",
-            "fits": strategy in (problem["fits"] or ["cot"]),
-        })  # fmt: skip
+        rows.append(
+            {
+                "family": problem["family"],
+                "reply": tokenizer.decode(written),
+                "answer": answer,
+                "thinks": thinks,
+                "correct": answer == problem["answer"],
+                "strategy": strategy or "none",
+                "fits": strategy in (problem["fits"] or ["cot"]),
+            }
+        )
     return rows
 
 
@@ -137,10 +146,14 @@ def thoughts_html(thoughts: list[dict]) -> str:
         cells = []
         for token, x in zip(thought["tokens"], thought["logprobs"], strict=True):
             note, shade = "given" if x is None else fixed(x, 2), min(0.75, 0.25 * abs(x or 0))
-            cells.append(f"<td style='text-align:center;padding:1px 3px;background:rgba(213,94,0,{shade:.2f})'>"
-                         f"{safe_token(token)}<br><small>{safe_text(note)}</small></td>")  # fmt: skip
+            cells.append(
+                f"<td style='text-align:center;padding:1px 3px;background:rgba(213,94,0,{shade:.2f})'>"
+                f"{safe_token(token)}<br><small>{safe_text(note)}</small></td>"
+            )
         total = sum(x or 0 for x in thought["logprobs"])
-        lines.append(f"<tr><th scope='row'>{safe_text(thought['name'])}<br><small>sum {total:.1f}</small></th>{''.join(cells)}</tr>")
+        lines.append(
+            f"<tr><th scope='row'>{safe_text(thought['name'])}<br><small>sum {total:.1f}</small></th>{''.join(cells)}</tr>"
+        )
     return f"<div style='overflow-x:auto'><table><tbody>{''.join(lines)}</tbody></table></div>"
 
 
@@ -150,10 +163,13 @@ def thought_records(thoughts, tokenizer, row: int = 0, position: int = 0) -> lis
     for k, n in enumerate(thoughts.lengths[row, position].tolist()):
         at = (row, position, k, slice(n))
         pairs = zip(thoughts.logprobs[at].tolist(), thoughts.sampled[at].tolist(), strict=True)
-        records.append({
-            "name": f"thought {k + 1}", "tokens": [tokenizer.decode([t]) for t in thoughts.tokens[at].tolist()],
-            "logprobs": [x if sampled else None for x, sampled in pairs],
-        })  # fmt: skip
+        records.append(
+            {
+                "name": f"thought {k + 1}",
+                "tokens": [tokenizer.decode([t]) for t in thoughts.tokens[at].tolist()],
+                "logprobs": [x if sampled else None for x, sampled in pairs],
+            }
+        )
     return records
 
 
@@ -161,12 +177,14 @@ def episode_table(episode) -> str:
     """The thoughts of a ``qs_lib.Episode`` as an HTML table: text, answer, mixing weight, coherence, utility (nats)."""
     rows = [
         {
-            "thought": " ".join(t.strip() for t in thought.tokens), "answer": thought.answer.strip(),
-            "weight": fixed(thought.weight, 2), "coherence": fixed(thought.coherence.get("composite", 0.0), 2),
+            "thought": " ".join(t.strip() for t in thought.tokens),
+            "answer": thought.answer.strip(),
+            "weight": fixed(thought.weight, 2),
+            "coherence": fixed(thought.coherence.get("composite", 0.0), 2),
             "utility": fixed(thought.utility, 1, True),
         }
         for thought in episode.thoughts
-    ]  # fmt: skip
+    ]
     with pd.option_context("display.max_colwidth", None):
         return pd.DataFrame(rows, index=[f"thought {k + 1}" for k in range(len(rows))]).to_html()
 
@@ -175,10 +193,21 @@ def model_latency(rows: list[dict]) -> pd.DataFrame:
     """Rows of ``latency.measure_models`` as a table: milliseconds, what dominates, and whether the target is met."""
     if not rows:
         return pd.DataFrame()
-    keep = ("model", "text_length", "positions", "num_thoughts", "thought_length", "plain_ms", "median_ms", "p95_ms", "repeats")
+    keep = (
+        "model",
+        "text_length",
+        "positions",
+        "num_thoughts",
+        "thought_length",
+        "plain_ms",
+        "median_ms",
+        "p95_ms",
+        "repeats",
+    )
     table = pd.DataFrame([{key: row[key] for key in keep} for row in rows]).round(1)
-    table["dominates"] = [f"{part} ({row['shares'][part]:.0%})" for row in rows
-                          for part in [max(row["shares"], key=row["shares"].get)]]  # fmt: skip
+    table["dominates"] = [
+        f"{part} ({row['shares'][part]:.0%})" for row in rows for part in [max(row["shares"], key=row["shares"].get)]
+    ]
     table["outcome"] = ["meets the target" if row["meets"] else "does not" for row in rows]
     return table
 
@@ -194,13 +223,15 @@ def bench_lines(result: dict) -> pd.DataFrame:
     words = {True: "reached", False: "NOT reached", None: "-"}
     rows = [
         {
-            "claim": line["claim"], "shape": line["shape"], "kind": line["kind"],
+            "claim": line["claim"],
+            "shape": line["shape"],
+            "kind": line["kind"],
             "bound": "-" if line["bound"] is None else f"{line['direction']} {line['bound']:g}",
             "measured": "not measured" if line["value"] is None else f"{line['value']:.3g}",
             "outcome": words[line["reached"]],
         }
         for line in result.get("lines", [])
-    ]  # fmt: skip
+    ]
     return pd.DataFrame(rows)
 
 
@@ -208,7 +239,9 @@ def committed_path(name: str):
     """The path of something in the committed pocket run. Raises ``UpstreamError`` where it is not there."""
     path = find_run("") / name
     if not path.exists():
-        raise UpstreamError(f"the committed run lacks {name}: bring it back with `git checkout outputs/pocket` or `make refresh`")
+        raise UpstreamError(
+            f"the committed run lacks {name}: bring it back with `git checkout outputs/pocket` or `make refresh`"
+        )
     return path
 
 
@@ -224,16 +257,24 @@ def parts(report: TheaterReport, seed: int = 0) -> pd.DataFrame:
     utility, rows = by_problem(report.table, "utility"), {}
     for name in ("composite", "semantic", "syntactic", "predictive"):
         score = by_problem(report.table, name)
-        rows[name] = {"pooled r": shown(correlation(score, utility, seed), signed=True),
-                      "within problems": shown(correlation(score, utility.clip(-5, 5), seed, within=True), signed=True)}  # fmt: skip
+        rows[name] = {
+            "pooled r": shown(correlation(score, utility, seed), signed=True),
+            "within problems": shown(correlation(score, utility.clip(-5, 5), seed, within=True), signed=True),
+        }
     return pd.DataFrame(rows).T
 
 
 def reliabilities(reports: dict[str, TheaterReport]) -> pd.DataFrame:
     """Calibration error and preference for right thoughts of each score of each model."""
-    rows = {(model, score): {"calibration error": shown(r.error), "right before wrong": shown(r.preference),
-                              "problems with both": r.disputed}
-            for model, one in reports.items() for score, r in one.reliability.items()}  # fmt: skip
+    rows = {
+        (model, score): {
+            "calibration error": shown(r.error),
+            "right before wrong": shown(r.preference),
+            "problems with both": r.disputed,
+        }
+        for model, one in reports.items()
+        for score, r in one.reliability.items()
+    }
     return pd.DataFrame(rows).T
 
 
@@ -243,13 +284,16 @@ def stages(reports: dict[str, TheaterReport]) -> pd.DataFrame:
     for name, one in reports.items():
         made = {c.id: _value(c) for c in one.checks}
         columns[name] = {
-            "accuracy with own thoughts": shown(one.accuracy["own"]), "without thoughts": shown(one.accuracy["none"]),
-            "own minus none": made["ablation_gain"], "own minus foreign": made["foreign_gain"],
-            "coherence against utility, r": made["coherence_utility_r"], "the same within problems": shown(one.within_r),
+            "accuracy with own thoughts": shown(one.accuracy["own"]),
+            "without thoughts": shown(one.accuracy["none"]),
+            "own minus none": made["ablation_gain"],
+            "own minus foreign": made["foreign_gain"],
+            "coherence against utility, r": made["coherence_utility_r"],
+            "the same within problems": shown(one.within_r),
             "distance between thoughts": fixed(one.diversity[0]),
             "gain over the stage before": made.get("training_gain", "-"),
             "checks reached": f"{len(one.checks) - len(one.missed)} of {len(one.checks)}",
-        }  # fmt: skip
+        }
     return pd.DataFrame(columns)
 
 

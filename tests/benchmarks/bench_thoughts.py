@@ -59,8 +59,10 @@ SHAPES = {  # model, batch, length, positions (None: all), thoughts, thought len
 }
 LARGE = {"100M_L64": ("100M", 1, 64, None, 4, 10)}  # only when asked for with --only
 RESCORE = {
-    "1M_L64": ("1M", 1, 64, None, 4, 10), "10M_L64": ("10M", 1, 64, None, 4, 10),
-    "1M_L256": ("1M", 1, 256, None, 4, 16), "10M_L256_M8": ("10M", 1, 256, 8, 4, 16),
+    "1M_L64": ("1M", 1, 64, None, 4, 10),
+    "10M_L64": ("10M", 1, 64, None, 4, 10),
+    "1M_L256": ("1M", 1, 256, None, 4, 16),
+    "10M_L256_M8": ("10M", 1, 256, 8, 4, 16),
 }
 LATENCY = {"10M_L64_N1": ("10M", 1, 64, 1, 1, 10), "10M_L64_N4": ("10M", 1, 64, 1, 4, 10)}
 MEMORY = {"10M_L256": ("10M", 1, 256, None, 4, 16)}
@@ -101,7 +103,15 @@ LINES = (
     ("seen", "copied prefix / ours", "generation", "10M_L256", "copied_prefix_over_ours", "", None),
     ("seen", "copied prefix / ours", "generation", "1M_L512", "copied_prefix_over_ours", "", None),
     ("seen", "generate / ours, 8 positions", "generation", "1M_L256_M8", "generate_over_ours", "", None),
-    ("seen", "peak memory, dense mask / ours (1024 streams)", "memory", "10M_L256", "dense_mask_over_ours_1024", "", None),
+    (
+        "seen",
+        "peak memory, dense mask / ours (1024 streams)",
+        "memory",
+        "10M_L256",
+        "dense_mask_over_ours_1024",
+        "",
+        None,
+    ),
     ("seen", "four thoughts, generate / ours", "latency", "10M_L64_N4", "generate_over_ours", "", None),
 )
 
@@ -109,11 +119,21 @@ LINES = (
 def build(name):
     hidden, inner, layers, heads, key_heads, size = MODELS[name]
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=key_heads, vocab_size=size, max_position_embeddings=4096, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_heads,
+            vocab_size=size,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    ).eval()
 
 
 def texts(model, batch, length, positions):
@@ -127,8 +147,16 @@ def texts(model, batch, length, positions):
 def ours(model, ids, positions, number, length, **options):
     # A random model ends few thoughts early; those stay in the batch until 15 % have ended, so nothing is saved.
     return generate_thoughts(
-        model, ids, None, positions, number, length, generator=torch.Generator().manual_seed(0), think_id=THINK,
-        end_id=END, **options,
+        model,
+        ids,
+        None,
+        positions,
+        number,
+        length,
+        generator=torch.Generator().manual_seed(0),
+        think_id=THINK,
+        end_id=END,
+        **options,
     )
 
 
@@ -160,8 +188,15 @@ def by_generate(model, ids, positions, number, length, rows, kept):
         for i, (row, p) in enumerate(part):
             inputs[i, width - p - 2 : -1], inputs[i, -1], mask[i, width - p - 2 :] = ids[row, : p + 1], THINK, 1
         model.generate(
-            inputs, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, num_return_sequences=number,
-            max_new_tokens=length - 2, min_new_tokens=length - 2, pad_token_id=0,
+            inputs,
+            attention_mask=mask,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=number,
+            max_new_tokens=length - 2,
+            min_new_tokens=length - 2,
+            pad_token_id=0,
         )
     return share
 
@@ -189,7 +224,11 @@ def copied_prefix(model, text, ids, positions, number, length, rows, kept):
         for t in range(length):
             mask = torch.cat([mask, torch.ones_like(tokens)], 1)
             hidden = model.model(
-                tokens, attention_mask=mask, position_ids=(limit + t).unsqueeze(1), past_key_values=cache, use_cache=True
+                tokens,
+                attention_mask=mask,
+                position_ids=(limit + t).unsqueeze(1),
+                past_key_values=cache,
+                use_cache=True,
             ).last_hidden_state[:, -1]
             if t < length - 2:
                 tokens = sample(model.lm_head(hidden), uniform[:, t + 1], forbid=torch.tensor([THINK]))[0].unsqueeze(1)
@@ -258,7 +297,11 @@ def official(model, ids, number, length):
         mask = torch.cat([mask, eye], 3)
         places = torch.arange(1, size + 1).unsqueeze(0) + t
         logits = model(
-            inputs_embeds=inputs @ table, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
+            inputs_embeds=inputs @ table,
+            attention_mask=mask,
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
         ).logits
         inputs = torch.nn.functional.gumbel_softmax(logits, hard=True)
 
@@ -296,7 +339,10 @@ def rescore_rows(model, ids, thoughts, rows, kept):
         lengths = torch.tensor([p + 1 + tail for p, _, _ in part])
         mask = (torch.arange(width) >= width - lengths.unsqueeze(1)).long()
         logits = model(
-            batch, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=tail,
+            batch,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            logits_to_keep=tail,
             use_cache=False,
         ).logits[:, :-1]
         logits.log_softmax(-1).gather(-1, batch[:, 1 - tail :, None]).sum().backward()
@@ -325,8 +371,14 @@ def timed(jobs, small, large, turns=1):
 
 def described(shape):
     kind, batch, size, positions, number, length = shape
-    return {"model": kind, "batch": batch, "length": size, "positions": positions or "all", "thoughts": number,
-            "thought_length": length}
+    return {
+        "model": kind,
+        "batch": batch,
+        "length": size,
+        "positions": positions or "all",
+        "thoughts": number,
+        "thought_length": length,
+    }
 
 
 def generation(shape):
@@ -361,8 +413,11 @@ def generation_ratios(shape, seconds):
     flops += 2 * model.lm_head.weight.numel() * (length - 2) / length
     mine, tokens = seconds["ours"], batch * (positions or size) * number * length
     rate, plain_token = 4 * 2 * 1024**3 / seconds["matrix_product"], seconds["plain_4x256"] / 1024
-    found = {f"{name}_over_ours": seconds[name] / mine for name in ("copied_prefix", "one_by_one", "dense_mask")
-             if name in seconds}
+    found = {
+        f"{name}_over_ours": seconds[name] / mine
+        for name in ("copied_prefix", "one_by_one", "dense_mask")
+        if name in seconds
+    }
     if "ours_bf16" in seconds:
         found["bf16_token_over_plain_token"] = seconds["ours_bf16"] / tokens / plain_token
     return found | {
@@ -381,11 +436,15 @@ def rescoring(shape):
         (ids, ours(model, ids, at, number, length))
         for ids, at in (texts(model, 1, 16, None), texts(model, batch, size, positions))
     )
-    return timed({
-        "ours": lambda ids, thoughts: rescore_ours(model, ids, thoughts),
-        "rows_8": lambda ids, thoughts: rescore_rows(model, ids, thoughts, 8, 4),
-        "rows_32": lambda ids, thoughts: rescore_rows(model, ids, thoughts, 32, 2),
-    }, small, large)
+    return timed(
+        {
+            "ours": lambda ids, thoughts: rescore_ours(model, ids, thoughts),
+            "rows_8": lambda ids, thoughts: rescore_rows(model, ids, thoughts, 8, 4),
+            "rows_32": lambda ids, thoughts: rescore_rows(model, ids, thoughts, 32, 2),
+        },
+        small,
+        large,
+    )
 
 
 def rescoring_ratios(_, seconds):
@@ -396,21 +455,29 @@ def latency(shape):
     kind, batch, size, positions, number, length = shape
     model = build(kind)
     given = texts(model, batch, size, positions)
-    return timed({
-        "ours": lambda ids, at: ours(model, ids, at, number, length),
-        "ours_tokens_only": lambda ids, at: ours(model, ids, at, number, length, with_hidden=False),
-        "generate": lambda ids, at: by_generate(model, ids, at, number, length, number, 1),
-    }, given, given, turns=5)
+    return timed(
+        {
+            "ours": lambda ids, at: ours(model, ids, at, number, length),
+            "ours_tokens_only": lambda ids, at: ours(model, ids, at, number, length, with_hidden=False),
+            "generate": lambda ids, at: by_generate(model, ids, at, number, length, number, 1),
+        },
+        given,
+        given,
+        turns=5,
+    )
 
 
 def latency_ratios(_, seconds):
-    return {"ours_over_generate": seconds["ours"] / seconds["generate"],
-            "generate_over_ours": seconds["generate"] / seconds["ours"],
-            "tokens_only_over_generate": seconds["ours_tokens_only"] / seconds["generate"]}
+    return {
+        "ours_over_generate": seconds["ours"] / seconds["generate"],
+        "generate_over_ours": seconds["generate"] / seconds["ours"],
+        "tokens_only_over_generate": seconds["ours_tokens_only"] / seconds["generate"],
+    }
 
 
 def masks(size):
     """Making all masks of one step at every position, 4 thoughts each, one row."""
+
     def make(_):
         limit = torch.arange(1, size + 1).repeat_interleave(4)
         grid = Grid(torch.zeros_like(limit), limit, limit, 256)
@@ -492,8 +559,17 @@ def lines(result):
         reached = None
         if value is not None and bound is not None:
             reached = value >= bound if direction == ">=" else value <= bound
-        found.append({"kind": kind, "claim": claim, "shape": shape, "direction": direction, "bound": bound,
-                      "value": value, "reached": reached})
+        found.append(
+            {
+                "kind": kind,
+                "claim": claim,
+                "shape": shape,
+                "direction": direction,
+                "bound": bound,
+                "value": value,
+                "reached": reached,
+            }
+        )
     return found
 
 
@@ -511,9 +587,15 @@ def conditions():
     names = "attention packed prefix rescoring sampler stepping thoughts".split()
     sources = [Path(__file__), *(root / "qs_lib" / f"{name}.py" for name in names)]
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return {"command": "make bench", "unit": "CPU seconds of one thread, medians over repeats", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
-            "transformers": transformers.__version__, "commit": git.stdout.strip() or None,
-            "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()}
+    return {
+        "command": "make bench",
+        "unit": "CPU seconds of one thread, medians over repeats",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": git.stdout.strip() or None,
+        "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
+    }
 
 
 def main():
@@ -529,7 +611,8 @@ def main():
     sections = {
         "memory": (memory, memory_ratios, MEMORY),
         "masks": (masks, mask_ratios, {f"L{size}": size for size in (64, 256, 512, 1024)}),
-        "latency": (latency, latency_ratios, LATENCY), "rescoring": (rescoring, rescoring_ratios, RESCORE),
+        "latency": (latency, latency_ratios, LATENCY),
+        "rescoring": (rescoring, rescoring_ratios, RESCORE),
         "generation": (generation, generation_ratios, SHAPES | (LARGE if options.only else {})),
     }
     if options.quick:
@@ -562,7 +645,9 @@ def main():
             result = now | {"repeats": number}
             for section, name in work:
                 _, ratios, shapes = sections[section]
-                result.setdefault(section, {})[name] = summary(shapes[name], rounds[f"{section} {name}"][:number], ratios)
+                result.setdefault(section, {})[name] = summary(
+                    shapes[name], rounds[f"{section} {name}"][:number], ratios
+                )
             result["lines"] = lines(result)
             write_bytes(options.output, (json.dumps(result, indent=1) + "\n").encode())
     partial.unlink()

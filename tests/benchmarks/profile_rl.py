@@ -1,6 +1,6 @@
 """Where the time of reinforcement goes: shares of CPU seconds by part of a step, on the committed pocket model.
 
-    python tests/benchmarks/profile_rl.py [STEPS=20] [THREADS=1]
+python tests/benchmarks/profile_rl.py [STEPS=20] [THREADS=1]
 """
 
 import functools
@@ -18,11 +18,14 @@ from qs_lib.model import QuietStarForCausalLM
 from qs_lib.training import reinforce
 
 PARTS = (
-    ("sampling thoughts", reinforce, "generate_thoughts"), ("re-scoring, policy and reference", reinforce, "rescore_thoughts"),
-    ("choosing problems, tokens", reinforce, "think_where"), ("which thoughts disagree", reinforce, "disagreement"),
-    ("backward", torch.Tensor, "backward"), ("optimizer", reinforce.MuonGrokfast, "step"),
+    ("sampling thoughts", reinforce, "generate_thoughts"),
+    ("re-scoring, policy and reference", reinforce, "rescore_thoughts"),
+    ("choosing problems, tokens", reinforce, "think_where"),
+    ("which thoughts disagree", reinforce, "disagreement"),
+    ("backward", torch.Tensor, "backward"),
+    ("optimizer", reinforce.MuonGrokfast, "step"),
     ("validation", reinforce, "validate"),
-)  # fmt: skip
+)
 
 
 def main(steps: int, threads: int) -> None:

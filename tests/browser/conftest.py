@@ -33,11 +33,20 @@ def browser():
 def environment(tmp_path_factory):
     """Private folders for Jupyter, so that a test changes nothing of its user's, and the kernels' own settings."""
     folder = tmp_path_factory.mktemp("jupyter")
-    names = {"JUPYTER_CONFIG_DIR": "cfg", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "rt",
-             "JUPYTERLAB_SETTINGS_DIR": "set", "JUPYTERLAB_WORKSPACES_DIR": "ws", "IPYTHONDIR": "ipy", "QS_OUTPUTS": "qs-outputs-b"}  # fmt: skip
+    names = {
+        "JUPYTER_CONFIG_DIR": "cfg",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "rt",
+        "JUPYTERLAB_SETTINGS_DIR": "set",
+        "JUPYTERLAB_WORKSPACES_DIR": "ws",
+        "IPYTHONDIR": "ipy",
+        "QS_OUTPUTS": "qs-outputs-b",
+    }
     notices = folder / "set" / "@jupyterlab" / "apputils-extension"
     notices.mkdir(parents=True)
-    (notices / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+    (notices / "notification.jupyterlab-settings").write_text(
+        json.dumps({"fetchNews": "false", "checkForUpdates": False})
+    )
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return os.environ | {k: str(folder / v) for k, v in names.items()} | {"PATH": path, "PYTHONPATH": str(ROOT)}
 
@@ -55,11 +64,23 @@ def lab(workbook, environment):
     pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: pip install -e '.[notebooks]'")
     port = free_port()
     yield from serve(
-        ["jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--port-retries=0",
-         "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True",
-         "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={workbook}"],
-        f"http://127.0.0.1:{port}", environment, workbook,
-    )  # fmt: skip
+        [
+            "jupyterlab",
+            "--no-browser",
+            "--allow-root",
+            "--ip=127.0.0.1",
+            f"--port={port}",
+            "--port-retries=0",
+            "--IdentityProvider.token=",
+            "--ServerApp.password=",
+            "--ServerApp.disable_check_xsrf=True",
+            "--LabApp.expose_app_in_browser=True",
+            f"--ServerApp.root_dir={workbook}",
+        ],
+        f"http://127.0.0.1:{port}",
+        environment,
+        workbook,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -71,8 +92,13 @@ def axe(tmp_path_factory):
         pytest.skip("npm is missing, and QS_AXE does not name an axe.min.js")
     folder = tmp_path_factory.mktemp("axe")
     try:
-        done = subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", "axe-core"], cwd=folder,
-                              capture_output=True, timeout=120, check=False)  # fmt: skip
+        done = subprocess.run(
+            ["npm", "install", "--silent", "--no-audit", "--no-fund", "axe-core"],
+            cwd=folder,
+            capture_output=True,
+            timeout=120,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         done = None
     script = folder / "node_modules" / "axe-core" / "axe.min.js"
@@ -92,15 +118,20 @@ def page(browser):
 @pytest.fixture
 def open_lab(page, lab):
     """A function that opens a notebook in JupyterLab and, with ``run``, runs all its cells."""
+
     def opened(path: str, run: bool = True, seconds: float = 240):
         page.goto(f"{lab}/lab/tree/{path}?reset")
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
         page.wait_for_function(IDLE, timeout=60_000)
         if run:
-            page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")  # returns no promise
+            page.evaluate(
+                "() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }"
+            )  # returns no promise
             page.wait_for_function(
                 "() => { const c = [...window.jupyterapp.shell.currentWidget.content.widgets].filter(w => w.model.type === 'code');"
-                " return c.every(w => w.model.executionState === 'idle' && w.model.executionCount) }", timeout=1000 * seconds)
+                " return c.every(w => w.model.executionState === 'idle' && w.model.executionCount) }",
+                timeout=1000 * seconds,
+            )
         return page
 
     yield opened

@@ -31,8 +31,14 @@ def wait_for(url: str, process, seconds: float = 90) -> None:
 
 
 def serve(command: list[str], url: str, environment, cwd):
-    process = subprocess.Popen([sys.executable, "-m", *command], env=environment, cwd=cwd, text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        env=environment,
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     wait_for(url, process)
     yield url
     process.terminate()
@@ -50,4 +56,6 @@ class Watch:
 
     @staticmethod
     def _ours(url: str) -> bool:
-        return url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:image", "data:font", "data:application", "blob:", "file:"))
+        return url.startswith(
+            ("http://127.0.0.1:", "ws://127.0.0.1:", "data:image", "data:font", "data:application", "blob:", "file:")
+        )

@@ -187,8 +187,11 @@ def test_axe_finds_nothing_serious(theme, open_lab, axe, shot):
     assert {"button-name", "color-contrast"} <= {v["id"] for v in found["violations"]}
     page.evaluate("() => document.getElementById('qs-fault').remove()")
     found = page.evaluate("() => axe.run('#qs-inspector')")
-    serious = [(v["id"], [n["html"][:200] for n in v["nodes"][:3]]) for v in found["violations"]
-               if v["impact"] in ("serious", "critical")]  # fmt: skip
+    serious = [
+        (v["id"], [n["html"][:200] for n in v["nodes"][:3]])
+        for v in found["violations"]
+        if v["impact"] in ("serious", "critical")
+    ]
     assert not serious and len(found["passes"]) >= 10, json.dumps(serious, indent=1)
     unsure = [n["html"] for v in found["incomplete"] if v["id"] == "color-contrast" for n in v["nodes"]]
     measured = [n for v in found["passes"] if v["id"] == "color-contrast" for n in v["nodes"]]
@@ -198,9 +201,19 @@ def test_axe_finds_nothing_serious(theme, open_lab, axe, shot):
 def hostile_episode(number: int, text: str) -> Episode:
     thought = Thought(tokens=[text, text], logprobs=[-1.0, -2.0], answer=text, next_tokens=[(text, 0.5)], weight=0.5)
     return Episode(
-        problem=number, question=text, answer=text, family=text, stage=text, position=1, tokens=[text, text],
-        thoughts=[thought, thought], base_tokens=[(text, 0.5)], mixed_tokens=[(text, 0.5)], answer_without=text, answer_with=text,
-    )  # fmt: skip
+        problem=number,
+        question=text,
+        answer=text,
+        family=text,
+        stage=text,
+        position=1,
+        tokens=[text, text],
+        thoughts=[thought, thought],
+        base_tokens=[(text, 0.5)],
+        mixed_tokens=[(text, 0.5)],
+        answer_without=text,
+        answer_with=text,
+    )
 
 
 SHOWN = [html.unescape(safe_text(text)) for text in HOSTILE]
@@ -213,10 +226,18 @@ def harmless(page, view=None):
 
 def test_hostile_text_in_the_widget(open_lab, workbook, expect, shot):
     path = workbook / "hostile.jsonl"
-    path.write_text("\n".join(hostile_episode(i, t).model_dump_json() if t.isprintable() else json.dumps(
-        hostile_episode(i, t).model_dump()) for i, t in enumerate(HOSTILE)))  # fmt: skip
-    source = (f"import qs_lib as qs\nepisodes = qs.read_episodes({str(path)!r})\n"
-              "qs.ThoughtInspector({'<img src=x onerror=window.qsHit=1>': episodes, '</button><script>window.qsHit=1</script>': episodes})")  # fmt: skip
+    path.write_text(
+        "\n".join(
+            hostile_episode(i, t).model_dump_json()
+            if t.isprintable()
+            else json.dumps(hostile_episode(i, t).model_dump())
+            for i, t in enumerate(HOSTILE)
+        )
+    )
+    source = (
+        f"import qs_lib as qs\nepisodes = qs.read_episodes({str(path)!r})\n"
+        "qs.ThoughtInspector({'<img src=x onerror=window.qsHit=1>': episodes, '</button><script>window.qsHit=1</script>': episodes})"
+    )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, workbook / "hostile.ipynb")
@@ -230,7 +251,9 @@ def test_hostile_text_in_the_widget(open_lab, workbook, expect, shot):
         assert page.evaluate("() => performance.now()") - asked < 2000, f"the page froze at {shown[:40]!r}"
         title = view.locator("h4").first
         assert title.evaluate("e => e.textContent") == shown
-        assert not shown.strip() or title.evaluate("e => e.getClientRects().length > 0 && e.innerText.trim().length > 0")
+        assert not shown.strip() or title.evaluate(
+            "e => e.getClientRects().length > 0 && e.innerText.trim().length > 0"
+        )
         harmless(page)
         if "position:fixed" in shown or "[2 more" in shown or "more marks]" in shown or place == len(SHOWN):
             shot(f"hostile-{place:03}", box)
@@ -307,8 +330,22 @@ def readable(page, shot, name):
 
 
 def test_readable_in_html_offline(page, tmp_path, workbook, environment, shot):
-    subprocess.run([sys.executable, "-m", "jupyter", "nbconvert", "--to", "html", "--output-dir", str(tmp_path),
-                    str(workbook.parent / workbook.name / NOTEBOOK)], check=True, env=environment, capture_output=True)  # fmt: skip
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "jupyter",
+            "nbconvert",
+            "--to",
+            "html",
+            "--output-dir",
+            str(tmp_path),
+            str(workbook.parent / workbook.name / NOTEBOOK),
+        ],
+        check=True,
+        env=environment,
+        capture_output=True,
+    )
     page.context.set_offline(True)
     page.goto((tmp_path / "04_parallel_thoughts.html").as_uri())
     text = page.locator("body").inner_text()
