@@ -1,4 +1,4 @@
-"""Thoughts at many positions at once: sampling them. Re-scoring them is in `rescoring.py`.
+"""Thoughts at many positions at once: sampling them. Re-scoring them is in `rescore.py`.
 
 Quiet-STaR (arXiv 2403.09629, section 4.2) generates one thought after every token in parallel. Here the text is
 read once; its keys and values are shared by all thoughts and never copied. Each step then adds one token to every
@@ -12,10 +12,8 @@ import torch
 from .attention import LanguageHead, backbone, forward, thinking
 from .fallback import PlainSteps, shares_prefix, spliced
 from .prefix import PrefixPass, StepPass, align_rows
-from .rescore import Rescored, rescore_thoughts
 from .sampler import draw_seed, forbidden, sample, uniforms
 
-__all__ = ["Rescored", "Thoughts", "generate_thoughts", "rescore_thoughts"]
 _COMPACT_BELOW = 0.85
 _LOGIT_NUMBERS = 8_000_000
 _PER_STREAM = ("tokens", "logprobs", "sampled", "lengths", "hidden")
@@ -45,7 +43,20 @@ class Thoughts:
 
     def part(self, rows=slice(None), slots=slice(None)):
         """The thoughts of some rows and some places of `positions` (slices or indices), to re-score a share at a time."""
-        return _cut(self, (rows, slots), (*_PER_STREAM, "positions"))
+        return self.map(lambda tensor: tensor[rows, slots])
+
+    def map(self, change):
+        """Thoughts with ``change`` applied to every tensor, each (batch, P, ...)."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: change(value) for name, value in tensors.items()})
+
+    @staticmethod
+    def cat(several):
+        """The thoughts of several batches as one; their hidden states are left out."""
+        tensors = [
+            name for name, value in vars(several[0]).items() if isinstance(value, torch.Tensor) and name != "hidden"
+        ]
+        return replace(several[0], hidden=None, **{n: torch.cat([getattr(one, n) for one in several]) for n in tensors})
 
     def to_text(self, tokenizer):
         """Nested lists [batch][P][N] of decoded thoughts, tags included; '' where there is no thought."""

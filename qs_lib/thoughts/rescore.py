@@ -27,6 +27,7 @@ class Rescored:
     distribution each sampled token came from, 0 elsewhere. true_logprobs (B, P, N, n_true): of the true tokens
     after each thought, at temperature 1, each given the true tokens before it. base_logprobs (B, P, n_true): the
     same without a thought. valid (B, P, n_true): the true token exists; where False the log-probs are 0.
+    true (B, P, n_true): the true tokens; some token where there is none.
     thought_hidden (B, P, N, n_true, hidden), base_hidden (B, P, n_true, hidden): the states that made them.
     true_full (B, P, N, n_true, V), base_full (B, P, n_true, V): log-softmax from those states, or None. Of these
     four, index 0 is filled wherever there is a thought, even when no true token follows.
@@ -37,6 +38,7 @@ class Rescored:
     true_logprobs: torch.Tensor
     base_logprobs: torch.Tensor
     valid: torch.Tensor
+    true: torch.Tensor
     thought_hidden: torch.Tensor
     base_hidden: torch.Tensor
     true_full: torch.Tensor | None = None
@@ -235,12 +237,15 @@ def rescore_thoughts(
     )
     valid = torch.zeros(slots.numel(), n_true, dtype=torch.bool, device=input_ids.device)
     valid[rows.slot] = layout.exists
+    true = torch.zeros_like(valid, dtype=torch.long)
+    true[rows.slot] = layout.true
     return Rescored(
         _placed(shape, index, logprob),
         _placed(shape, index, entropy),
         true_logprobs,
         base_logprobs,
         valid.view(*slots, n_true),
+        true.view(*slots, n_true),
         thought_hidden,
         base_hidden,
         true_full,

@@ -7,25 +7,23 @@ anything (:func:`check_parameters`), because papermill runs code written in a pa
 """
 
 import ast
-import difflib
 import json
 import re
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from ..errors import ParameterError
 from ..files import REPOSITORY, RUN_NAME
+from ..settings import Settings, unknown_name
 
 PARAMETER_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 
-class NotebookParams(BaseModel):
+class NotebookParams(Settings):
     """What every notebook takes; each notebook adds its own fields in a subclass at the end of this file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     seed: int = Field(default=0, ge=0, lt=2**32)
     run_name: str = Field(pattern=RUN_NAME)
@@ -49,38 +47,8 @@ class NotebookParams(BaseModel):
 
     @classmethod
     def check(cls, values: dict) -> "NotebookParams":
-        """Like ``model_validate``, with one sentence instead of pydantic's list. Raises ParameterError."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            sentences = [_sentence(problem, cls.model_fields) for problem in error.errors(include_url=False)]
-        raise ParameterError("; ".join(sentences))
-
-
-def _sentence(problem: dict, known) -> str:
-    """One pydantic problem in words."""
-    name = ".".join(str(part) for part in problem["loc"]) or "parameters"
-    if problem["type"] == "extra_forbidden":
-        return unknown_name(name, known)
-    if problem["type"] == "missing":
-        return f"parameter {name} is missing; the notebook's parameters cell must set it"
-    given = repr(problem["input"])
-    given = given if len(given) <= 60 else given[:57] + "..."
-    if name == "run_name":
-        return (
-            f"run_name={given} cannot name a folder: use 1 to 64 letters, digits, '.', '_' or '-', "
-            "the first a letter or digit"
-        )
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"parameter {name}={given}: {message[0].lower()}{message[1:]}"
-
-
-def unknown_name(name: str, known) -> str:
-    """The sentence for a name that is not a parameter, with the nearest one that is."""
-    shown = name if len(name) <= 60 else name[:57] + "..."
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(sorted(known))
-    return f"unknown parameter {shown!r}; {hint}"
+        """The parameters from a dict. Raises ``ParameterError``."""
+        return cls(**values)
 
 
 def notebook_parameters(notebook: str | Path) -> dict:

@@ -24,15 +24,9 @@ from pathlib import Path
 
 from ..errors import ParameterError, StageError, WorkbookError
 from ..files import REPOSITORY, find_run, lock_run, outputs_root, read_rows, run_folder, write_rows
+from ..settings import unknown_name
 from . import figures
-from .params import (
-    check_parameters,
-    check_variant,
-    notebook_parameters,
-    read_variant,
-    read_yaml,
-    unknown_name,
-)
+from .params import check_parameters, check_variant, notebook_parameters, read_variant, read_yaml
 from .run import run_stage
 
 COSTS = ("seconds", "peak_memory_mb")  # every row has them, and they differ from run to run

@@ -39,8 +39,9 @@ from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from qs_lib.files import write_bytes
-from qs_lib.thoughts.generate import generate_thoughts, rescore_thoughts
+from qs_lib.thoughts.generate import generate_thoughts
 from qs_lib.thoughts.prefix import Grid
+from qs_lib.thoughts.rescore import rescore_thoughts
 from qs_lib.thoughts.sampler import sample, uniforms
 
 THINK, END = 1, 2
