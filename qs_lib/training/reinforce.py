@@ -16,6 +16,7 @@ from ..data.batches import thought_length as adapted
 from ..data.tokens import thinking_ids
 from ..errors import TrainingError, WorkbookError
 from ..evaluation.accuracy import accuracy_with_thoughts, answer_of
+from ..evaluation.coherence import utility
 from ..evaluation.episodes import Episode, record
 from ..evaluation.likelihood import text_log_likelihood
 from ..model import ZeroLinear
@@ -102,21 +103,15 @@ def quiet_star_loss(
         thoughts = replace(thoughts, temperature=PAPER_TEMPERATURE)
     tags, there = tuple(thinking_ids(tokenizer)), thoughts.positions >= 0
     scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=n_true, true_logits=True, forbid_true=tags)
-    valid, base, after = (
-        scored.valid[there],
-        scored.base_logprobs[there],
-        scored.true_logprobs[there],
-    )  # (U, n), (U, K, n)
+    valid, after = scored.valid[there], scored.true_logprobs[there]  # (U, n), (U, K, n)
     logprobs, entropy = scored.thought_logprobs[there], scored.thought_entropy[there]  # (U, K, T)
-    gain = ((after - base.unsqueeze(1)) * valid.unsqueeze(1)).sum(-1).detach()
-    truth = true_tokens(ids, thoughts.positions, n_true)[there]
-    correct = (scored.true_full[there][..., 0, :].argmax(-1) == truth[:, None, 0]).float()
+    gain = utility(scored)[there].detach()
+    correct = (scored.true_full[there][..., 0, :].argmax(-1) == scored.true[there][:, None, 0]).float()
     rewards = correct if reward == "correct" else gain.clamp_min(reward_floor)
     value = None if value_head is None else value_head(scored.base_hidden[there][:, 0].detach()).squeeze(-1)
     advantage = advantages(rewards, objective, None if value is None else value.detach())
-    weights = model.mixing_head(scored.base_hidden[there], scored.thought_hidden[there].transpose(1, 2))
-    mixed = torch.cat([base.unsqueeze(-1), after.transpose(1, 2)], -1).exp()
-    nll = -(weights * mixed).sum(-1).clamp_min(1e-8).log()
+    weights = model.mixing_weights(scored)
+    nll = -model.mix_truth(scored, weights)[there]
     discount = torch.tensor([1.0] + [look_ahead_weight] * (n_true - 1), device=nll.device)
     predicted, units = valid[..., 0].sum(), len(valid)
     nll, alone = (
@@ -131,7 +126,7 @@ def quiet_star_loss(
         "nll": nll.item(),
         "thought_nll": alone.item(),
         "correct": correct.mean().item(),
-        "no_thought_weight": weights[:, 0, 0].mean().item(),
+        "no_thought_weight": weights[there][:, 0, 0].mean().item(),
         "length": thoughts.lengths[there].float().mean().item(),
         "entropy": (entropy.sum() / thoughts.sampled.sum().clamp_min(1)).item(),
         "signal": (advantage.abs().amax(-1) > 0.1).float().mean().item(),
