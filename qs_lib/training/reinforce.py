@@ -141,7 +141,7 @@ def train_quiet_star(
             with torch.autocast(model.device.type, torch.bfloat16, enabled=s.bf16):
                 loss, metrics, credit = quiet_star_loss(model, reference, tokenizer, *mine[1:], s)
             validates = (step + 1) % s.evaluate_every == 0 or step == s.steps - 1
-            if validates:
+            if validates and loss.isfinite():
                 found = first_groups(model, tokenizer, mine, credit, s, f"step {step + 1}")
                 episodes += [e.model_dump() | {"problem": n} for n, e in enumerate(found, len(episodes))]
             if s.qk_clip_threshold:  # re-scoring has an attention of its own: the batch's texts are read once more
@@ -220,7 +220,7 @@ def keep_disputed(drawn: Rollouts, s: QuietStarSettings, generator) -> tuple[Rol
     return drawn, differ.float().mean().item()
 
 
-def advantages(rewards: torch.Tensor, objective: str = "positive") -> torch.Tensor:
+def advantages(rewards: torch.Tensor, objective: str) -> torch.Tensor:
     """Return the advantages of rewards (..., K) over the mean of the other thoughts' (leave-one-out).
 
     ``signed``: as they are. ``positive``: their positive part. For rewards of 0 and 1 it still has the mean direction
@@ -255,7 +255,7 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
     each.
 
     loss = pg_weight REINFORCE
-         + nll_weight (NLL of the mixture at the next token + look_ahead_weight x at the following n_true - 1 true tokens)
+         + nll_weight (NLL of the mixture at the next true token + look_ahead_weight x at the n_true - 1 after it)
          + thought_nll_weight (the same of each thought alone)
          + kl_coefficient KL(thoughts || reference) + base_kl KL(reference || policy) of the prediction without thoughts
 
