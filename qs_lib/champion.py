@@ -100,7 +100,7 @@ def build_tokenizer(
     """
     words = [*LEAD_WORDS, *" ".join(PROMPTS.values()).split()]
     if source == "pocket" and not byte_level:
-        return pocket.build_tokenizer(words)
+        return pocket.word_tokenizer(words)
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r" ?\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
