@@ -212,6 +212,12 @@ def test_one_problem_is_not_enough():
         t.anti_theater(model, tokenizer, problems(size=1))
 
 
+def test_a_misspelt_setting_is_refused():
+    model, tokenizer = tiny_quiet_star()
+    with pytest.raises(ValueError, match="unknown parameter 'num_thought'; did you mean num_thoughts"):
+        t.anti_theater(model, tokenizer, problems(size=2), num_thought=3)
+
+
 def test_difficult_positions_are_where_the_model_is_unsure():
     logits = torch.zeros(1, 5, 4)
     logits[0, :, 0] = torch.tensor([9.0, 0.0, 9.0, 1.0, 0.0])

@@ -136,7 +136,7 @@ class DatasetGeneration(Source):
     train_problems: int = Field(default=4000, ge=1)
     cot_examples: int = Field(default=400, ge=1)
     strategy_examples: int = Field(default=200, ge=1)
-    hard_share: float = Field(default=1.0, ge=0, le=1)
+    hard_examples: float = Field(default=1.0, ge=0, le=1)
     validation_problems: int = Field(default=480, ge=2)
     test_problems: int = Field(default=720, ge=2)
 
@@ -239,7 +239,7 @@ class Scoreboard(NotebookParams):
     """08: all criteria in one table."""
 
 
-class Scale(NotebookParams):
+class Scaling(NotebookParams):
     """09: sweeps, several processes, several machines."""
 
     workers: int = Field(default=2, ge=1)
@@ -257,7 +257,7 @@ NOTEBOOKS = {
     "06_anti_theater": AntiTheater,
     "07_latency": Latency,
     "08_scoreboard": Scoreboard,
-    "09_scale": Scale,
+    "09_scale": Scaling,
 }
 
 
