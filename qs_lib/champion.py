@@ -95,13 +95,7 @@ def build_tokenizer(source: str, texts: list[str], vocab_size: int = 2048, byte_
 
 
 def build_champion(
-    tokenizer,
-    architecture: str = "llama",
-    hidden_size: int = 128,
-    layers: int = 2,
-    heads: int = 4,
-    intermediate_size: int = 384,
-    seed: int = 0,
+    tokenizer, architecture="llama", hidden_size=128, layers=2, heads=4, intermediate_size=384, seed: int = 0
 ):
     """Build a small model of a known family with fresh weights (tied embeddings, RoPE), sized for ``tokenizer``.
 

@@ -67,7 +67,7 @@ def thoughts_of(tokenizer, *texts):
 
 
 def bpe(digits):
-    """A byte-level tokenizer: digits one by one (as ours), or in whatever pieces it learnt, spaces inside (as GPT-2)."""
+    """A byte-level tokenizer: digits one by one (as ours), or in pieces as it learnt them, spaces inside (as GPT-2)."""
     corpus = ["ben has 16 pens 1,200 pins finds 8 how many 16 + 8 = 24 think work out done answer step " * 3] * 5
     tokenizer = build_tokenizer("bpe", corpus, vocab_size=330)
     if not digits:

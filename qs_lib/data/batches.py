@@ -12,9 +12,9 @@ from .tokens import encode, padded
 
 
 def answer_batch(tokenizer, problems: list[Problem], device=None):
-    """Return questions with their answers, and the last token of each question: the model thinks after it.
+    """Return questions with their answers and the positions ``(batch, 1)`` of the last question tokens.
 
-    Ids and mask ``(batch, length)`` are padded on the right; positions are ``(batch, 1)``.
+    The model thinks after them. Ids and mask ``(batch, length)`` are padded on the right.
     """
     sequences = [encode(tokenizer, p["question"], reply(None, p)) for p in problems]
     ids, mask = padded(tokenizer, [s.ids for s in sequences], device)
@@ -36,15 +36,10 @@ def text_batch(tokenizer, problems: list[Problem], device=None):
 def think_where(lm, tokenizer, problems: list[Problem], where: str = "question", count: int = 8, generator=None):
     """Return a batch, ids and mask ``(batch, length)``, and the positions to think at, ``(batch, P)`` or None for all.
 
-    ``where``:
-
-    - ``question``: after the question of an answered problem.
-    - ``every``: at every token of whole texts.
-    - ``random``: at ``count`` of them, drawn from ``generator``. They stand for every token at a chosen price.
-    - ``difficult``: at the ``count`` whose next token the model itself finds least likely.
-    - ``uncertain``: at the ``count`` where its prediction has the highest entropy. This needs no truth.
-
-    Raises ``WorkbookError`` for another place.
+    ``where``: after the ``question`` of an answered problem, or in whole texts at ``every`` token or at ``count`` of
+    them. ``random`` ones, drawn from ``generator``, stand for every token at a chosen price. ``difficult`` ones have
+    the next token that the model itself finds least likely. ``uncertain`` ones have its prediction of highest entropy,
+    which needs no truth. Raises ``WorkbookError`` for another place.
     """
     if where == "question":
         return answer_batch(tokenizer, problems, lm.device)
@@ -52,7 +47,8 @@ def think_where(lm, tokenizer, problems: list[Problem], where: str = "question",
     if where == "every":
         return ids, mask, None
     if where == "random":
-        return ids, mask, random_positions(mask, count, generator)
+        drawn = torch.rand(mask[:, 1:].shape, generator=generator)  # on the CPU: the same on every device
+        return ids, mask, _highest(drawn.to(mask.device), mask, count)
     by = {"difficult": "log_prob", "uncertain": "entropy"}.get(where)
     if by is None:
         raise WorkbookError(f"think at {where!r}: it must be 'question', 'difficult', 'uncertain', 'random' or 'every'")
@@ -99,16 +95,6 @@ def difficult_positions(logits, input_ids, attention_mask=None, count: int = 8, 
     return _highest(hardness, torch.ones_like(input_ids) if attention_mask is None else attention_mask, count)
 
 
-def random_positions(attention_mask, count: int = 8, generator: torch.Generator | None = None) -> torch.LongTensor:
-    """Draw ``count`` positions ``(batch, count)`` without replacement among those that a true token follows.
-
-    They come in text order. Rows with fewer are filled with -1. ``generator`` is one of the CPU, so that the draw is
-    the same on every device.
-    """
-    drawn = torch.rand(attention_mask[:, 1:].shape, generator=generator).to(attention_mask.device)
-    return _highest(drawn, attention_mask, count)
-
-
 def _highest(values: torch.Tensor, mask: torch.Tensor, count: int) -> torch.LongTensor:
     """Return the places ``(batch, count)``, in order, of a row's highest values whose token is read and followed."""
     values = values.masked_fill(~(mask[:, :-1].bool() & mask[:, 1:].bool()), -torch.inf)
@@ -117,6 +103,6 @@ def _highest(values: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Long
     return torch.nn.functional.pad(places.masked_fill(places == past, -1), (0, count - places.shape[1]), value=-1)
 
 
-def thought_length(problem_length: int, shortest: int = 10, longest: int = 20) -> int:
+def thought_length(problem_length: int) -> int:
     """Return the tokens that a problem of ``problem_length`` tokens deserves: a fifth, from 10 to 20."""
-    return max(shortest, min(longest, problem_length // 5))
+    return max(10, min(20, problem_length // 5))

@@ -16,6 +16,7 @@ from . import Problem, pocket
 from .strategies import exact_value, fitting, result
 
 HUB_NAMES = {"gsm8k": ("openai/gsm8k", "main")}
+HARD_FROM = 3  # worked steps
 LONGEST_LINE = 1_000_000  # bytes
 HUB_TIMEOUT = 3.0  # seconds
 _ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
@@ -27,13 +28,9 @@ def load_problems(
 ) -> Dataset:
     """Load problems of ``split`` (train, validation or test) as a ``datasets.Dataset`` of ``Problem`` records.
 
-    ``source``:
-
-    - ``"pocket"``: generated, ``limit`` of them (2,000 by default), which may repeat unless ``distinct``.
-    - ``"gsm8k"``: from the hub.
-    - a folder with ``train.jsonl`` and ``test.jsonl``, or one ``.jsonl`` file: each line holds ``question`` and
-      ``answer`` in GSM8K's form (``#### 42`` at the end, ``<<48/2=24>>`` around worked steps).
-
+    ``source`` is ``"pocket"`` (generated: ``limit`` of them, 2,000 by default, which may repeat unless ``distinct``),
+    ``"gsm8k"`` (from the hub), a folder with ``train.jsonl`` and ``test.jsonl``, or one ``.jsonl`` file. Each line of a
+    file holds ``question`` and ``answer`` in GSM8K's form: ``#### 42`` at the end, ``<<48/2=24>>`` around worked steps.
     Where data has no validation split, every tenth training problem by the MD5 of its question is held out for it.
     Raises ``SourceError``, ``HubError`` or ``WorkbookError`` with one sentence that says what to do.
     """
@@ -50,22 +47,20 @@ def load_problems(
     return Dataset.from_list(problems[:limit])
 
 
-def limit_hard(problems: list[Problem], share: float, hard_from: int = 3, seed: int = 0) -> list[Problem]:
-    """Return the problems with about ``share`` of those of ``hard_from`` steps or more, in order, chosen by ``seed``.
+def limit_hard(problems: list[Problem], share: float, seed: int = 0) -> list[Problem]:
+    """Return the problems with about ``share`` of those of ``HARD_FROM`` steps or more, in order, drawn by ``seed``.
 
     Worked solutions of hard problems are dear and their answers are cheap. Baking learns from worked solutions of what
     this leaves, reinforcement learning from answers of all problems.
     """
     rng = random.Random(seed)
-    return [p for p in problems if p["difficulty"] < hard_from or rng.random() < share]
+    return [p for p in problems if p["difficulty"] < HARD_FROM or rng.random() < share]
 
 
-def baking_data(
-    examples: list[dict], train: list[Problem], count: int, hard_share: float, seed: int = 0
-) -> tuple[list[dict], list[Problem]]:
-    """Return what a model is baked with: worked examples, and problems without one for the prompted teacher to solve.
+def baking_data(examples, train, count: int, hard_share: float, seed: int = 0) -> tuple[list[dict], list[Problem]]:
+    """Return ``count`` of the worked examples, and training problems without one for the prompted teacher to solve.
 
-    The examples are ``count`` of those given, or all of fewer. Of the hard problems the teacher gets ``hard_share``.
+    Of fewer examples it takes all. Of the hard problems the teacher gets ``hard_share``.
     """
     worked = random.Random(seed).sample(examples, min(count, len(examples)))
     with_example = {e["question"] for e in examples}
@@ -146,7 +141,7 @@ def parse_gsm8k(question: str, worked: str) -> Problem:
 
 
 def _equation(left: str, right: str) -> str | None:
-    """Turn ``48/2``, ``24`` into ``48 / 2 = 24``, or None unless it is true plain arithmetic (to a cent)."""
+    """Turn ``48/2`` and ``24`` into ``48 / 2 = 24``, or None unless it is true plain arithmetic (to a cent)."""
     left = re.sub(r"\s*([-+*/()])\s*", r" \1 ", left.replace(",", "").replace("$", "")).strip()
     try:
         right = plain_number(right)

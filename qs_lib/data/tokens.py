@@ -29,7 +29,6 @@ _TOKENS = (
 )
 THINKING_TOKENS = tuple(token for token, _, _ in _TOKENS)
 PLAIN_WORDS = {token: word for token, word, _ in _TOKENS}
-DESCRIPTIONS = {token: words for token, _, words in _TOKENS}
 
 
 def thinking_ids(tokenizer) -> list[int]:
@@ -46,13 +45,13 @@ def add_thinking_tokens(model, tokenizer):
     """Add those of the eight thinking tokens that are missing, and return (model, tokenizer).
 
     A new input or output row is the mean of the rows of a few plain words that say what the token means
-    (``DESCRIPTIONS``), scaled to the median norm of the existing rows. Rows and logits of all other tokens stay as
+    (``_TOKENS``), scaled to the median norm of the existing rows. Rows and logits of all other tokens stay as
     they are, a padded embedding matrix is never shrunk, and a token the tokenizer has already keeps its id, row and
     flags: a second call changes nothing. Sets ``config.think_token_id`` and ``config.end_think_token_id``.
     """
     known = tokenizer.get_vocab()
     new = [t for t in THINKING_TOKENS if t not in known]
-    plain_ids = {t: _plain_ids(tokenizer, DESCRIPTIONS[t]) for t in new}
+    plain_ids = {token: _plain_ids(tokenizer, words) for token, _, words in _TOKENS if token in new}
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=True) for t in new])
     ids = tokenizer.convert_tokens_to_ids(new)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -109,11 +108,7 @@ def encode_context(tokenizer, text: str) -> list[int]:
 
 
 def encode(tokenizer, context: str, reply: str) -> Sequence:
-    """Return ``context``, a space and ``reply``, and end-of-text as one sequence.
-
-    The two are tokenised apart. So the reply's ids never depend on the context, and the teacher's and the student's
-    copies are equal.
-    """
+    """Return context, reply and end-of-text. Tokenised apart, a reply has the same ids after every context."""
     start = encode_context(tokenizer, context)
     written = tokenizer.encode(" " + reply, add_special_tokens=False)
     return Sequence([*start, *written, tokenizer.eos_token_id], len(start))
@@ -133,9 +128,8 @@ def marker_spellings(tokenizer) -> dict[int, list[int]]:
     """
     words = [tokenizer.encode(" " + word, add_special_tokens=False) for word in PLAIN_WORDS.values()]
     if len({ids[0] for ids in words}) < len(words):
-        raise WorkbookError(
-            "two marker words begin with the same token in this tokenizer; choose other words in tokens.py"
-        )
+        same = "two marker words begin with the same token in this tokenizer"
+        raise WorkbookError(f"{same}; choose other words in tokens.py")
     return dict(zip(thinking_ids(tokenizer), words, strict=True))
 
 
@@ -173,10 +167,7 @@ def padded(tokenizer, rows: list[list[int]], device=None, side: str = "right") -
 
 
 def length_batches(lengths: list[int], batch_size: int, rng: random.Random, pool: int = 8) -> list[list[int]]:
-    """Cut one epoch into batches of indices of like length.
-
-    The indices are shuffled and sorted by length inside pools of ``pool`` batches, whose batches are shuffled.
-    """
+    """Shuffle one epoch, sort it by length inside pools of ``pool`` batches, and return index batches, shuffled."""
     order, batches = list(range(len(lengths))), []
     rng.shuffle(order)
     for i in range(0, len(order), pool * batch_size):

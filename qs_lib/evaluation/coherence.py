@@ -9,6 +9,7 @@ from ..errors import WorkbookError
 
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 WORD = re.compile(r"\w+")
+CLIP = 6.0  # nats that a gain counts at most, up or down
 WEIGHTS = {"semantic": 0.4, "syntactic": 0.3, "predictive": 0.3}
 
 
@@ -64,7 +65,7 @@ def coherence(
         "predictive": consensus_gain(after_log_probs, base_log_probs),
     }
     if scale is None:
-        scaled = raw | {"predictive": (raw["predictive"] + 6) / 12}
+        scaled = raw | {"predictive": (raw["predictive"] + CLIP) / (2 * CLIP)}
         scaled = {k: v.clamp(0, 1) for k, v in scaled.items()}
     else:
         scaled = {k: torch.special.ndtr((v - scale.mean[k]) / scale.std[k]) for k, v in raw.items()}
@@ -97,17 +98,17 @@ def _found(pattern: re.Pattern, text: str) -> set[str]:
     return {match.replace(",", "").lower() for match in pattern.findall(text)}
 
 
-def consensus_gain(after: torch.Tensor, base: torch.Tensor, clip: float = 6.0) -> torch.Tensor:
+def consensus_gain(after: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """Return the expected gain in log-probability of the next token, drawn as the *other* thoughts predict it.
 
-    E_{y ~ other thoughts}[clip(log p_k(y) - log p_0(y))] in nats, clipped to ``clip`` either way. ``after (..., K,
+    E_{y ~ other thoughts}[clip(log p_k(y) - log p_0(y))] in nats, clipped to ``CLIP`` either way. ``after (..., K,
     vocab)`` and ``base (..., vocab)`` give ``(..., K)``. A single thought has no others and a gain of 0.
     """
     k = after.shape[-2]
     if k == 1:
         return torch.zeros(after.shape[:-1], device=after.device)
     allowed = torch.isfinite(base).unsqueeze(-2)
-    gain = (after.masked_fill(~allowed, 0) - base.unsqueeze(-2).masked_fill(~allowed, 0)).clamp(-clip, clip)
+    gain = (after.masked_fill(~allowed, 0) - base.unsqueeze(-2).masked_fill(~allowed, 0)).clamp(-CLIP, CLIP)
     probs = after.exp()
     others = (probs.sum(-2, keepdim=True) - probs) / (k - 1)
     return (others * gain).sum(-1)

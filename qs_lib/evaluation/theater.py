@@ -32,32 +32,29 @@ from .episodes import Episode, answers_alone, answers_with, by_problem, draw_tho
 
 ATTACKS = ("own", "none", "foreign", "foreign_family", "shuffled", "filler", "last_step_deleted")
 GAINS = {"none": "ablation_gain", "foreign": "foreign_gain", "shuffled": "shuffled_gain", "filler": "filler_gain"}
-CHECKS = {
-    "divergence": ("distance from the direct continuation", "thoughts repeat the direct continuation"),
-    "ablation_gain": ("accuracy with own thoughts minus none", "answers are no better with thoughts than without"),
-    "foreign_gain": ("accuracy with own thoughts minus foreign", "another problem's thoughts serve as well"),
-    "shuffled_gain": ("accuracy with own thoughts minus shuffled", "the thought's words in any order serve as well"),
-    "filler_gain": ("accuracy with own thoughts minus filler", "blank filler serves as well"),
-    "training_gain": (
-        "accuracy with own thoughts minus that of the model before training, same budget",
-        "the model before training answers as well with its thoughts",
-    ),
-    "moved": (
-        "share of thoughts that differ from those of the model before training, same seed",
-        "training never moved the thoughts",
-    ),
-    "redrawn": (
-        "share of thoughts that come out again from model, question and seed alone",
-        "the harness put something into the thoughts",
-    ),
-    "training_overlap": (
-        "share of evaluated questions that were trained or selected on",
-        "the problems were seen in training",
-    ),
-    "coherence_utility_r": (
-        "correlation of coherence with utility",
-        "coherence does not tell useful thoughts from useless ones",
-    ),
+CHECKS = {  # what each check measures
+    "divergence": "distance from the direct continuation",
+    "ablation_gain": "accuracy with own thoughts minus none",
+    "foreign_gain": "accuracy with own thoughts minus foreign",
+    "shuffled_gain": "accuracy with own thoughts minus shuffled",
+    "filler_gain": "accuracy with own thoughts minus filler",
+    "training_gain": "accuracy with own thoughts minus that of the model before training, same budget",
+    "moved": "share of thoughts that differ from those of the model before training, same seed",
+    "redrawn": "share of thoughts that come out again from model, question and seed alone",
+    "training_overlap": "share of evaluated questions that were trained or selected on",
+    "coherence_utility_r": "correlation of coherence with utility",
+}
+MEANINGS = {  # what it means if it is missed
+    "divergence": "thoughts repeat the direct continuation",
+    "ablation_gain": "answers are no better with thoughts than without",
+    "foreign_gain": "another problem's thoughts serve as well",
+    "shuffled_gain": "the thought's words in any order serve as well",
+    "filler_gain": "blank filler serves as well",
+    "training_gain": "the model before training answers as well with its thoughts",
+    "moved": "training never moved the thoughts",
+    "redrawn": "the harness put something into the thoughts",
+    "training_overlap": "the problems were seen in training",
+    "coherence_utility_r": "coherence does not tell useful thoughts from useless ones",
 }
 
 
@@ -207,14 +204,16 @@ def anti_theater(
     scoring = {"n_true": settings.n_true, "weights": weights, "think": think, "score": score}
     drawn, rows = score_thoughts(model, tokenizer, problems, scale, **scoring, **drawing)
     own = _stacked(drawn)
-    direct, running_on = _direct(model.lm, tokenizer, questions, max(settings.thought_length, longest))
+    tags, room = tuple(thinking_ids(tokenizer)), max(settings.thought_length, longest)
+    direct = replies(model.lm, tokenizer, questions, room, tags, desc="direct")
+    endless = replies(model.lm, tokenizer, questions, room, (*tags, tokenizer.eos_token_id), desc="direct, run on")
     written = {"none": [answer_of(tokenizer, d[:longest]) for d in direct]}
     for attack in tqdm([a for a in ATTACKS if a != "none"], desc="attack", leave=False):
         attacked = attacked_thoughts(attack, *own, problems, tokenizer, rng)
         written[attack] = answers_with(model, tokenizer, contexts, *attacked, weights, longest)
     correct = {attack: (np.array(written[attack], object) == truth).astype(float) for attack in ATTACKS}
 
-    far, matched, diversity = _distances(*own, direct, running_on)
+    far, matched, diversity = _distances(*own, direct, endless)
     checks = [_above("divergence", far, 0.3)]
     checks += [_gain(name, correct["own"] - correct[attack]) for attack, name in GAINS.items()]
     if before is not None:
@@ -252,23 +251,16 @@ def _same(drawn, others) -> torch.Tensor:
     return (drawn[0] == others[0]).all(-1) & (drawn[1] == others[1])
 
 
-def _direct(lm, tokenizer, questions, length):
-    """Greedy continuations without thoughts: up to end-of-text, and of full ``length`` with end-of-text forbidden."""
-    tags, end = tuple(thinking_ids(tokenizer)), tokenizer.eos_token_id
-    direct = replies(lm, tokenizer, questions, length, tags, desc="direct")
-    return direct, replies(lm, tokenizer, questions, length, (*tags, end), desc="direct, run on")
+def _distances(tokens, lengths, direct, endless):
+    """Mean edit distances of thoughts from the direct continuation, from one of their own length, and from each other.
 
-
-def _distances(tokens, lengths, direct, running_on):
-    """Mean normalised edit distance of thoughts, without tags, each (value, low, high).
-
-    From the direct continuation, from one of their own length, and from each other.
+    They are normalised and leave out tags. Each is (value, low, high).
     """
     distance, inner = Levenshtein.normalized_distance, []
     for row, ends in zip(tokens.tolist(), lengths.tolist(), strict=True):
         inner.append([t[1 : n - 1] for t, n in zip(row, ends, strict=True)])
     far = [[distance(t, d) for t in ts] for ts, d in zip(inner, direct, strict=True)]
-    matched = [[distance(t, d[: len(t)]) for t in ts] for ts, d in zip(inner, running_on, strict=True)]
+    matched = [[distance(t, d[: len(t)]) for t in ts] for ts, d in zip(inner, endless, strict=True)]
     between = [[distance(a, b) for j, a in enumerate(ts) for b in ts[:j]] or [0.0] for ts in inner]
     return interval(far), interval(matched), interval(between)
 
@@ -286,7 +278,7 @@ def _above(id: str, value, bound: float, surely: bool = False) -> Check:
     mean, low, high = value
     target, reached = f"> {bound:g}", (low if surely else mean) > bound
     target += f", interval above {bound:g}" if surely else ""
-    return Check(id, CHECKS[id][0], target, mean, low, high, reached, not reached and high > bound, CHECKS[id][1])
+    return Check(id, CHECKS[id], target, mean, low, high, reached, not reached and high > bound, MEANINGS[id])
 
 
 def _gain(id: str, difference: np.ndarray) -> Check:
@@ -301,7 +293,7 @@ def _gain(id: str, difference: np.ndarray) -> Check:
 
 
 def _exactly(id: str, value, target: float) -> Check:
-    return Check(id, CHECKS[id][0], f"{target:g}", *value, value[0] == target, False, CHECKS[id][1])
+    return Check(id, CHECKS[id], f"{target:g}", *value, value[0] == target, False, MEANINGS[id])
 
 
 def _plain(question: str) -> str:
