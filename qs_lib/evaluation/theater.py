@@ -31,7 +31,7 @@ from .coherence import Scale, coherence
 from .episodes import Episode, answers_alone, answers_with, by_problem, draw_thoughts, episodes, score_thoughts
 
 ATTACKS = ("own", "none", "foreign", "foreign_family", "shuffled", "filler", "last_step_deleted")
-GAINS = {"none": "ablation_gain", "foreign": "foreign_gain", "shuffled": "shuffled_gain", "filler": "filler_gain"}
+GAIN_OVER = {"none": "ablation_gain", "foreign": "foreign_gain", "shuffled": "shuffled_gain", "filler": "filler_gain"}
 CHECKS = {  # what each check measures
     "divergence": "distance from the direct continuation",
     "ablation_gain": "accuracy with own thoughts minus none",
@@ -215,7 +215,7 @@ def anti_theater(
 
     far, matched, diversity = _distances(*own, direct, endless)
     checks = [_above("divergence", far, 0.3)]
-    checks += [_gain(name, correct["own"] - correct[attack]) for attack, name in GAINS.items()]
+    checks += [_gain(name, correct["own"] - correct[attack]) for attack, name in GAIN_OVER.items()]
     if before is not None:
         earlier = _stacked(draw_thoughts(before.think, tokenizer, questions, **drawing))
         was = np.array(answers_with(before, tokenizer, contexts, *earlier, "thoughts", longest), object) == truth
