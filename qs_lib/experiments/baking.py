@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from ..champion import load_champion
-from ..data.problems import load_problems, rarefy
+from ..data.problems import limit_hard, load_problems
 from ..data.strategies import reasoning_dataset
 from ..evaluation.accuracy import direct_accuracy, habits, read_problems
 from ..stats import column, difference, fixed, seed_interval, shown
@@ -79,7 +79,7 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
     share = settings.get("hard_examples", made["hard_examples"])
     worked = list(
         reasoning_dataset(
-            rarefy(problems, share, seed=seed),
+            limit_hard(problems, share, seed=seed),
             held["validation"] + held["test"],
             made["cot_examples"],
             made["strategy_examples"],
@@ -87,7 +87,7 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
         )["train"]
     )
     used = {e["question"] for e in worked}
-    unseen = rarefy([p for p in problems if p["question"] not in used], settings["hard_shown"], seed=seed)
+    unseen = limit_hard([p for p in problems if p["question"] not in used], settings["hard_shown"], seed=seed)
     model, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))
     before = direct_accuracy(model, tokenizer, held["test"]) if tested else None
     given = {name: settings[name] for name in TRAINED_WITH if name in settings}
