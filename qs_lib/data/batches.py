@@ -63,16 +63,16 @@ def disagreement(thoughts) -> torch.Tensor:
 
 
 def curriculum(
-    problems: list[Problem], progress: float, rng: random.Random, size: int, hard_share: float = 0.4
+    problems: list[Problem], progress: float, rng: random.Random, size: int, hardest_share: float = 0.4
 ) -> list[Problem]:
     """Draw ``size`` problems from the easier ones first: all difficulties are reached at a ``progress`` of 0.1 (of 1).
 
-    ``hard_share`` of them have the highest difficulty reached, the others any.
+    ``hardest_share`` of them have the highest difficulty reached, the others any.
     """
     levels = sorted({p["difficulty"] for p in problems})
     reached = levels[: max(1, math.ceil(min(1.0, 10 * progress + 1e-9) * len(levels)))]
     by_level = {level: [p for p in problems if p["difficulty"] == level] for level in reached}
-    hard = round(size * hard_share)
+    hard = round(size * hardest_share)
     picked = [rng.choice(by_level[reached[-1]]) for _ in range(hard)]
     return picked + [rng.choice(by_level[rng.choice(reached)]) for _ in range(size - hard)]
 

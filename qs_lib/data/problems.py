@@ -57,14 +57,14 @@ def limit_hard(problems: list[Problem], share: float, seed: int = 0) -> list[Pro
     return [p for p in problems if p["difficulty"] < HARD_FROM or rng.random() < share]
 
 
-def baking_data(examples, train, count: int, hard_share: float, seed: int = 0) -> tuple[list[dict], list[Problem]]:
+def baking_data(examples, train, count: int, hard_shown: float, seed: int = 0) -> tuple[list[dict], list[Problem]]:
     """Return ``count`` of the worked examples, and training problems without one for the prompted teacher to solve.
 
-    Of fewer examples it takes all. Of the hard problems the teacher gets ``hard_share``.
+    Of fewer examples it takes all. Of the hard problems the teacher gets ``hard_shown``.
     """
     worked = random.Random(seed).sample(examples, min(count, len(examples)))
     with_example = {e["question"] for e in examples}
-    return worked, limit_hard([p for p in train if p["question"] not in with_example], hard_share, seed=seed)
+    return worked, limit_hard([p for p in train if p["question"] not in with_example], hard_shown, seed=seed)
 
 
 def _read_source(source: str, split: str) -> list[Problem]:
