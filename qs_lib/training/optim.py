@@ -84,30 +84,32 @@ class MuonGrokfast(torch.optim.Optimizer):
                    p <- p - lr wd p - lr s O
         AdamW      p <- p - lr wd p - lr m_hat / (sqrt(v_hat) + eps)
 
-    with s = sqrt(max(1, rows / cols)) for adjust_lr_fn="original" (own lr, about 0.02) and
-    s = 0.2 sqrt(max(rows, cols)) for "match_rms_adamw" (reuses AdamW's lr). rows x cols is the shape as stored.
+    with s = sqrt(max(1, rows / cols)) for adjust_lr_fn="original" (own lr, about 0.02) and s = 0.2 sqrt(max(rows,
+    cols)) for "match_rms_adamw" (reuses AdamW's lr). rows x cols is the shape as stored.
 
-    Sources: Muon, Keller Jordan 2024 (``torch.optim.Muon`` is the reference of the tests). "match_rms_adamw", Moonlight,
-    arXiv 2502.16982. Grokfast-EMA, arXiv 2405.20233, with mu starting at the first gradient as in the authors' code (the
-    printed algorithm starts it at the weights). AdamW, arXiv 1711.05101, torch's fused kernel. Deviations: the filter is part
-    of the optimizer, so ``state_dict`` saves mu. Small matrices, and all on a CPU without bfloat16, are orthogonalised in
-    float32. Before Muon the filter is mostly a longer momentum: lambda 0.1 has the mean lag of beta 0.959.
+    Sources: Muon, Keller Jordan 2024 (``torch.optim.Muon`` is the reference of the tests). "match_rms_adamw",
+    Moonlight, arXiv 2502.16982. Grokfast-EMA, arXiv 2405.20233, with mu starting at the first gradient as in the
+    authors' code (the printed algorithm starts it at the weights). AdamW, arXiv 1711.05101, torch's fused kernel.
+    Deviations: the filter is part of the optimizer, so ``state_dict`` saves mu. Small matrices, and all on a CPU
+    without bfloat16, are orthogonalised in float32. Before Muon the filter is mostly a longer momentum: lambda 0.1 has
+    the mean lag of beta 0.959.
 
-    ``model_or_params``: a model (parameters routed by :func:`split_parameters`) or a list of parameters or (name, parameter)
-    pairs (routed by shape alone: every matrix goes to Muon). Groups are named: group["name"] is "muon", "adamw" or "tokens".
-    ``grokfast_lambda`` 0 is exactly off and allocates nothing. Weight decay is decoupled, by the raw lr, on all parameters.
-    Parameters without a gradient are left alone. Gradient clipping is the caller's, before ``step``, hence before the filter.
-    State has the dtype of its parameter. In bfloat16 a slow average loses its small steps: train float32 weights, with
-    autocast for speed.
+    ``model_or_params``: a model (parameters routed by :func:`split_parameters`) or a list of parameters or (name,
+    parameter) pairs (routed by shape alone: every matrix goes to Muon). Groups are named: group["name"] is "muon",
+    "adamw" or "tokens". ``grokfast_lambda`` 0 is exactly off and allocates nothing. Weight decay is decoupled, by the
+    raw lr, on all parameters. Parameters without a gradient are left alone. Gradient clipping is the caller's, before
+    ``step``, hence before the filter. State has the dtype of its parameter. In bfloat16 a slow average loses its small
+    steps: train float32 weights, with autocast for speed.
 
-    ``qk_clip_threshold``: after each step QK-Clip (:func:`clip_heads`) brings heads whose largest attention logit passed the
-    threshold back to it, and ``clip_report`` says which. Train inside ``with watch_max_logits(model) as optimizer.watch:``.
-    ``token_rows``: these rows of the input embedding (and of an untied head) get the learning rate adamw_lr x
-    ``token_scale``, in the group "tokens". With an adapter, whose own tensor holds only such rows, they are counted in it.
-    Scaling their gradient would do nothing, as Adam divides by its size. Their weight decay is not scaled.
+    ``qk_clip_threshold``: after each step QK-Clip (:func:`clip_heads`) brings heads whose largest attention logit
+    passed the threshold back to it, and ``clip_report`` says which. Train inside ``with watch_max_logits(model) as
+    optimizer.watch:``. ``token_rows``: these rows of the input embedding (and of an untied head) get the learning rate
+    adamw_lr x ``token_scale``, in the group "tokens". With an adapter, whose own tensor holds only such rows, they are
+    counted in it. Scaling their gradient would do nothing, as Adam divides by its size. Their weight decay is not
+    scaled.
 
-    Raises ``ValueError`` on bad settings, and ``TrainingError`` with the names of the tensors if a gradient is not finite,
-    before anything has changed.
+    Raises ``ValueError`` on bad settings, and ``TrainingError`` with the names of the tensors if a gradient is not
+    finite, before anything has changed.
     """
 
     watch = None  # an open `watch_max_logits`, needed when qk_clip_threshold is set
