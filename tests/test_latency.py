@@ -72,7 +72,7 @@ def test_bench_lines_name_what_was_missed():
     assert table["outcome"].tolist() == ["reached", "NOT reached", "-", "-"]
     assert table["measured"].tolist() == ["5", "3", "not measured", "2"]
     assert table["bound"].tolist() == [">= 4"] * 3 + ["-"]
-    assert len(figures.bench(lines).axes[0].get_yticklabels()) == 3
+    assert len(figures.bench_ratios(lines).axes[0].get_yticklabels()) == 3
 
 
 def test_committed_bench_file_says_what_its_numbers_say():

@@ -164,7 +164,7 @@ def test_tables_say_what_the_reports_say():
     assert len(tables.reliabilities({"first": first, "second": second})) == 6
     numbers = tables.summary(second)
     assert numbers["checks"] == 10 and numbers["redrawn_low"] == 1.0 and "vote_calibration_error_high" in numbers
-    assert figures.reliability(second.reliability).axes[1].get_xlabel() == "vote (0 to 1)"
+    assert figures.calibration(second.reliability).axes[1].get_xlabel() == "vote (0 to 1)"
 
 
 def test_too_few_problems_leave_a_check_open_and_do_not_prove_theater():
