@@ -1,4 +1,4 @@
-"""The figures of all notebooks. Each function returns a matplotlib Figure; marks differ by shape, not only by colour."""
+"""The figures of all notebooks. Each function returns a matplotlib Figure. Marks differ in shape as well as colour."""
 
 import os
 import time

@@ -210,7 +210,7 @@ def ladder_steps(run: str | Path) -> dict[str, tuple]:
 
 
 def hand_over(stage: Stage, name: str) -> bool:
-    """Copy a file of the stage beside the model in ``<run>/quietstar/``, if that is the run whose model was measured."""
+    """Copy a file of the stage to the model in ``<run>/quietstar/``, if that is the run whose model was measured."""
     model = stage.run / "quietstar"
     if find_run(stage.params.upstream) != stage.run or not model.is_dir():
         return False
