@@ -1,4 +1,4 @@
-"""The scoreboard lists every criterion of design section 8, whatever a run did or did not measure, and judges by the rules."""
+"""The scoreboard lists every criterion, whatever a run did or did not measure, and judges by the rules."""
 
 import json
 import shutil

@@ -37,11 +37,11 @@ def steps_to(row: dict, accuracy: float) -> float:
 def fewer_steps(rows: list[dict], arm: str, control: str, halve_errors: bool = False) -> tuple[list[float], int, float]:
     """Compare the steps that ``arm`` and ``control`` need to a validation accuracy.
 
-    Returns (steps of ``arm`` over steps of ``control`` minus 1, pair by pair; number of pairs whose control never got
-    there; mean of the accuracies). The accuracy is the one that every run of both reached. With ``halve_errors`` it is,
-    for each pair, the one at which half of the errors are gone that ``arm``'s start model makes: champions differ in
-    what they can reach. A run that never got there counts with all its steps. Where that is the control, its ratio is
-    an upper bound.
+    Returns (ratios, never, accuracy): steps of ``arm`` over steps of ``control`` minus 1, pair by pair, the number of
+    pairs whose control never got there, and the mean of the accuracies. The accuracy is the one that every run of both
+    reached. With ``halve_errors`` it is, for each pair, the one at which half of the errors are gone that ``arm``'s
+    start model makes: champions differ in what they can reach. A run that never got there counts with all its steps.
+    Where that is the control, its ratio is an upper bound.
     """
     both = pairs(rows, arm, control)
     common = min((max(row["validation"]) for pair in both for row in pair), default=math.nan)

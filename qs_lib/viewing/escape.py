@@ -6,7 +6,6 @@ because tests/test_audit.py lets nothing else put text into HTML.
 
 import html
 import re
-import unicodedata
 
 # controls, marks of no width, spaces that are not the space bar's, letters that print nothing, selectors and tags
 _UNSEEN = re.compile(
@@ -68,8 +67,3 @@ def safe_line(text: str) -> str:
 def safe_label(text: str, limit: int = 40) -> str:
     """Return ``text`` for the label of a figure: on one line, and no formula begins at a dollar sign."""
     return safe_option(text, limit).replace("$", r"\$")
-
-
-def invisible(text: str) -> bool:
-    """Say whether ``text`` holds a character that is not printed, which :func:`safe_text` must never return."""
-    return any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text)

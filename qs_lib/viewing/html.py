@@ -77,7 +77,7 @@ def _page(body: str) -> str:
 
 
 def _table(titles: Iterable[str], body: str) -> str:
-    """A table of titled columns; titles are this library's own words."""
+    """A table of titled columns. The titles are this library's own words."""
     head = "".join(f"<th scope='col'>{t}</th>" for t in titles)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 

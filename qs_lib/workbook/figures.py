@@ -48,8 +48,8 @@ def new_figure(width: float = 6.4, height: float = 3.4, columns: int = 1, rows: 
     return figure, axes
 
 
-def _line(axis, points: list[tuple], look: Look, label: str | None) -> None:
-    """Draw (x, y) points as a line with at most a dozen or two marks; nothing where there are none."""
+def _draw_line(axis, points: list[tuple], look: Look, label: str | None) -> None:
+    """Draw (x, y) points as a line with at most a dozen or two marks, and nothing if there are none."""
     if points:
         every = max(1, len(points) // 12)
         drawn = {"color": look.colour, "marker": look.marker, "markevery": every, "ms": 5}
@@ -70,7 +70,7 @@ def _bars(axis, series: dict[str, list], names: list[str], looks=LOOKS) -> None:
 
 
 def _spread(intervals) -> np.ndarray:
-    """Distances (2, n) of (mean, low, high) from their ends; rounding must not make them negative."""
+    """Distances (2, n) of (mean, low, high) from their ends. Rounding must not make them negative."""
     mean, low, high = np.array(intervals, float).T
     return np.maximum([mean - low, high - mean], 0)
 
@@ -124,7 +124,7 @@ def curves(runs: dict[str, list[dict]], x: str, panels: dict[str, str], xlabel: 
     figure, axes = new_figure(max(5.6, 3.6 * len(panels)), 3.2, len(panels))
     for axis, (key, label) in zip(np.atleast_1d(axes), panels.items(), strict=True):
         for (name, rows), look in zip(runs.items(), LOOKS, strict=False):
-            _line(axis, [(r[x], r[key]) for r in rows if key in r and x in r], look, name)
+            _draw_line(axis, [(r[x], r[key]) for r in rows if key in r and x in r], look, name)
         axis.set(xlabel=xlabel, ylabel=label)
         axis.grid(alpha=0.3)
     if any(runs.values()):
@@ -133,10 +133,10 @@ def curves(runs: dict[str, list[dict]], x: str, panels: dict[str, str], xlabel: 
 
 
 def lines(series: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str, log: bool = False):
-    """Draw one line of (x, y) points per name; the last is the one in blue. ``log``: logarithmic x axis."""
+    """Draw one line of (x, y) points per name. The last is the one in blue. ``log``: logarithmic x axis."""
     figure, axis = new_figure(6.8, 3.4)
     for (name, points), look in zip(series.items(), LOOKS[len(series) - 1 :: -1], strict=True):
-        _line(axis, points, look, name)
+        _draw_line(axis, points, look, name)
     _finish(axis, grid=True, xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
     return figure
 
@@ -155,7 +155,7 @@ def sweep_panels(rows: list[dict], x: str, ys: list[str], parameters: list[str])
             points = [(r[x], r[y]) for r in group if isinstance(r.get(y), (int, float))]
             places = list(dict.fromkeys(place for place, _ in points))
             means = [(here, np.mean([value for place, value in points if place == here])) for here in places]
-            _line(axis, means, look, safe_label(name) or "mean")
+            _draw_line(axis, means, look, safe_label(name) or "mean")
             axis.plot([p for p, _ in points], [value for _, value in points], ".", color=look.colour, ms=3, alpha=0.6)
         _finish(axis, grid=True, xlabel=safe_label(x), ylabel=safe_label(y))
     return figure
@@ -247,7 +247,7 @@ def bench_ratios(measured: list[dict]):
 
 
 def hard_positions(tokens: list[str], entropy: list[float], chosen: list[int]):
-    """Draw the entropy of the next-token prediction after each token; the chosen positions are hatched and marked."""
+    """Draw the entropy of the next-token prediction after each token. The chosen positions are hatched and marked."""
     figure, axis = new_figure(max(7.0, 0.24 * len(tokens)), 3.2)
     picked = np.isin(np.arange(len(tokens)), chosen)
     bars = axis.bar(range(len(tokens)), entropy, color=np.where(picked, ORANGE, GREY), edgecolor="white")
@@ -297,7 +297,7 @@ def training_curves(live: list[dict], pocket: list[dict] = ()):
             if len(points) > 40:
                 steps, values = zip(*points, strict=True)
                 name, points = f"{name} (mean of 10)", list(zip(steps, smooth(values, 10), strict=True))
-            _line(axis, points, look, name)
+            _draw_line(axis, points, look, name)
         axis.set(xlabel="RL step", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     if live or pocket:
@@ -325,7 +325,7 @@ def live_curves(log, every: float = 3.0):
 
 
 def accuracy_by_difficulty(problems: list[dict], before, after):
-    """Draw exact match per number of worked steps, 95 % intervals; ``before``, ``after`` RL (problems, ...)."""
+    """Draw exact match per number of worked steps, 95 % intervals. ``before``, ``after`` RL: (problems, ...)."""
     difficulty = np.array([p["difficulty"] for p in problems])
     levels = sorted(set(difficulty.tolist()))
     runs = {"baked": before, "after RL": after}
@@ -381,8 +381,8 @@ def latency_by_setting(rows: list[dict], target_ms: float):
 
 
 def model_latency(rows: list[dict], target_ms: float):
-    """Draw rows of ``model_sizes.measure_models``: left, median to 95th percentile by setting; right, what each setting
-    of the longest text is made of (shares of the median)."""
+    """Draw rows of ``model_sizes.measure_models``: left, median to 95th percentile by setting, and
+    right, what each setting of the longest text is made of (shares of the median)."""
     figure, (left, right) = new_figure(12, 4.2, 2, dpi=100)
     models, longest = list(dict.fromkeys(r["model"] for r in rows)), max(r["text_length"] for r in rows)
     for model, look in zip(models, LOOKS, strict=False):
@@ -411,7 +411,7 @@ def _setting(row: dict) -> str:
 
 
 def ladder(steps: dict[str, tuple]):
-    """Draw the accuracy (value, low, high) of each stage of the workbook; low and high may be None."""
+    """Draw the accuracy (value, low, high) of each stage of the workbook. Low and high may be None."""
     figure, axis = new_figure(7.5, 0.6 + 0.5 * len(steps), dpi=100)
     for i, (label, (value, low, high)) in enumerate(steps.items()):
         if value is None:

@@ -19,9 +19,9 @@ from ..files import find_run
 from ..stats import named
 from .stage import Stage, read_stage
 
-TOKENS, DATA, BAKING, RL = "01_token_setup", "02_dataset_generation", "03_baking", "05_rl"
+TOKENS, DATASET, BAKING, RL = "01_token_setup", "02_dataset_generation", "03_baking", "05_rl"
 THEATER, LATENCY = "06_anti_theater", "07_latency"
-CHAIN_STAGES = (TOKENS, DATA, BAKING, "04_parallel_thoughts", RL, THEATER, LATENCY)
+CHAIN_STAGES = (TOKENS, DATASET, BAKING, "04_parallel_thoughts", RL, THEATER, LATENCY)
 GAIN = "> 0, interval above 0"
 REPORTED = "reported"  # the target of a criterion that is shown and not judged
 COMPARISONS = {"": operator.eq, ">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
@@ -41,8 +41,8 @@ class Criterion(NamedTuple):
 
 CRITERIA = (
     Criterion("tokens_added", "thinking tokens added", "8", "tokens", TOKENS),
-    Criterion("examples", "worked examples that passed their check", ">= 1800", "examples", DATA, "verified"),
-    Criterion("strategies", "strategies beside chain of thought", "7", "strategies", DATA),
+    Criterion("examples", "worked examples that passed their check", ">= 1800", "examples", DATASET, "verified"),
+    Criterion("strategies", "strategies beside chain of thought", "7", "strategies", DATASET),
     Criterion("baking_accuracy", "unprompted accuracy of the baked model", ">= 0.85", "share", BAKING),
     Criterion("gap_closed", "share of the prompted-unprompted KL gap closed", ">= 0.9", "share", BAKING),
     Criterion("thinking_use", "replies that think, baked model", "> 0.8", "share", BAKING),
@@ -76,7 +76,7 @@ CRITERIA = (
 
 
 def meets(target: str, value: float | None, low: float | None) -> bool | None:
-    """Say whether a value with the lower end ``low`` of its interval reaches a target; None where it is only reported.
+    """Say whether a value with the lower end ``low`` of its interval reaches a target, None where it is only reported.
 
     A target is a number, or a comparison with one such as ``">= 0.85"``, and may go on with ``", interval above 0"``.
     The value itself then stands for an interval that was not measured.
@@ -199,7 +199,7 @@ def latency_summary(report: LatencyReport) -> dict:
 
 
 def ladder_steps(run: str | Path) -> dict[str, tuple]:
-    """Return test accuracy (value, low, high) stage by stage, for ``figures.ladder``; None where not measured."""
+    """Return test accuracy (value, low, high) stage by stage, for ``figures.ladder``, and None where not measured."""
     steps = {
         "champion, direct": (THEATER, "champion_direct"),
         "baked, with thoughts": (RL, "accuracy_baseline"),
@@ -222,7 +222,7 @@ def model_card(board: list[dict], run: str | Path) -> ModelCard:
     """Return the card of a run's ``quietstar/``: what the model is, its scores as they are, how to load and ask it."""
     run = Path(run)
     record, _ = read_stage(run / RL)
-    problems = run / DATA / "test.parquet"
+    problems = run / DATASET / "test.parquet"
     question = read_problems(problems)[0]["question"] if problems.is_file() else "how many ?"
     lines = ["| id | criterion | target | value [95 % interval] | outcome |", "|---|---|---|---|---|"]
     lines += [f"| {r['id']} | {r['criterion']} | {r['target']} | {value_text(r)} | {outcome(r)} |" for r in board]

@@ -36,7 +36,7 @@ def _read_json(path) -> dict:
 
 
 def read_json_lines(path) -> list[dict]:
-    """Return the rows of a JSON-lines file, such as a stage's ``metrics.jsonl``; none where there is no file."""
+    """Return the rows of a JSON-lines file, such as a stage's ``metrics.jsonl``, and none where there is no file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
@@ -67,7 +67,7 @@ def number(value, digits: int = 3) -> str:
 
 
 def side_by_side(columns: dict[str, dict], digits: int = 3) -> pd.DataFrame:
-    """Return dictionaries of numbers as columns of one table, empty ones left out; rows are the first one's keys."""
+    """Return dictionaries of numbers as columns of one table, empty ones left out. Rows are the first one's keys."""
     columns = {name: values for name, values in columns.items() if values}
     keys = list(next(iter(columns.values())))
     return pd.DataFrame({n: [number(v.get(k, "-"), digits) for k in keys] for n, v in columns.items()}, index=keys)
@@ -145,7 +145,7 @@ def strategy_use(rows: list[dict]) -> dict[str, dict[str, float]]:
 
 
 def thoughts_html(thoughts: list[dict]) -> str:
-    """Return thoughts as static HTML. Each: ``name``, ``tokens`` (text), ``logprobs`` (nats; None for a forced token).
+    """Return thoughts as static HTML. Each: ``name``, ``tokens`` (text), ``logprobs`` (nats, None for a forced token).
 
     The number under a token is its log-prob. The less likely it was, the stronger its shade. All text is escaped.
     """
@@ -199,7 +199,7 @@ def model_latency_table(rows: list[dict]) -> pd.DataFrame:
 
 
 def bench_lines(result: dict) -> pd.DataFrame:
-    """Return the promises of a bench file beside what was measured; what was missed says so."""
+    """Return the promises of a bench file beside what was measured. What was missed says so."""
     words = {True: "reached", False: "NOT reached", None: "-"}
     rows = [{name: line[name] for name in ("claim", "shape", "kind")} for line in result.get("lines", [])]
     for row, line in zip(rows, result.get("lines", []), strict=True):
@@ -210,7 +210,7 @@ def bench_lines(result: dict) -> pd.DataFrame:
 
 
 def verdicts(reports: dict[str, TheaterReport]) -> pd.DataFrame:
-    """Return every check against its target for each model, its outcome in words; "not made" where a model lacks it."""
+    """Return every check against its target for each model, its outcome in words, "not made" where a model lacks it."""
     columns = {
         name: {c.id: f"{_check_value(c)} {_check_outcome(c)}" for c in one.checks} for name, one in reports.items()
     }
@@ -269,7 +269,7 @@ def turned_red(planted: TheaterReport, honest: TheaterReport) -> list[str]:
 
 
 def theater_summary(report: TheaterReport) -> dict[str, float]:
-    """Return a report's numbers for the stage's ``run.json``; an interval is ``name``, ``name_low``, ``name_high``."""
+    """Return a report's numbers for the stage's ``run.json``. An interval is ``name``, ``name_low``, ``name_high``."""
     out = {}
     for c in report.checks:
         out |= named(c.id, (c.value, c.low, c.high))
