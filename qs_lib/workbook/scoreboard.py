@@ -48,11 +48,7 @@ CRITERIA = (
     Criterion("thinking_use", "replies that think, baked model", "> 0.8", "share", BAKING),
     Criterion("strategy_fit", "replies with a fitting strategy, baked model", "> 0.6", "share", BAKING),
     Criterion(
-        "accuracy_gain",
-        "accuracy after RL minus baked, same thought budget",
-        ">= 0.05, interval above 0",
-        "share",
-        RL,
+        "accuracy_gain", "accuracy after RL minus baked, same thought budget", ">= 0.05, interval above 0", "share", RL
     ),
     Criterion("accuracy_with", "accuracy after RL, with thoughts", REPORTED, "share", RL),
     Criterion("accuracy_without", "accuracy after RL, thoughts removed", REPORTED, "share", RL),
