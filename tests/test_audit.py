@@ -30,6 +30,7 @@ SAFE_CALLS = {
     "_outcome",
     "_nats",
     "_shade",
+    "shade",
     "_bar",
     "len",
     "_coherence",

@@ -4,7 +4,7 @@ import pytest
 
 from qs_lib.errors import UpstreamError
 from qs_lib.experiments import chain as chain_seeds
-from qs_lib.experiments.chain import GAINS, KEPT, chain, chain_row, chain_table
+from qs_lib.experiments.chain import MEASURED, chain, chain_row, chain_table, summary_keys
 from qs_lib.files import read_rows, run_folder
 from qs_lib.workbook.params import NOTEBOOKS
 from qs_lib.workbook.stage import start_stage
@@ -12,8 +12,8 @@ from qs_lib.workbook.stage import start_stage
 
 def finish(run_name: str, seed: int, **known):
     """A run with .7 everywhere but for ``known``."""
-    for stage, names in KEPT.items():
-        summary = {f"{name}{end}": 0.7 for name in names for end in (("", "_low", "_high") if name in GAINS else ("",))}
+    for stage in MEASURED:
+        summary = dict.fromkeys(summary_keys(stage), 0.7)
         given = {key: value for key, value in known.items() if key in summary}
         start_stage(NOTEBOOKS[stage](run_name=run_name, seed=seed), stage).finish(summary | given)
     return run_folder(run_name)

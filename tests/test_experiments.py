@@ -203,7 +203,7 @@ def test_the_grokking_conclusion_follows_from_each_method_at_its_best_rate(plain
     ]
     best = grokking.best_rows(rows)
     assert len(best) == 9 and {r["settings"]["lr"] for r in best if r["understood"]} == {0.01}
-    assert verdict in grokking.conclusion(best)
+    assert verdict in grokking.acceleration(best)
 
 
 def test_one_small_baking_run_of_the_committed_champion(monkeypatch):

@@ -1,13 +1,14 @@
 """The inspector shows what the model wrote and nothing that it wrote can act; it moves, filters, compares and saves."""
 
 import time
+import unicodedata
 from html.parser import HTMLParser
 
 import pytest
 from hostile import HOSTILE
 
 from qs_lib.evaluation.episodes import Episode, Thought
-from qs_lib.viewing.escape import invisible, safe_label, safe_line, safe_option, safe_text, safe_token
+from qs_lib.viewing.escape import safe_label, safe_line, safe_option, safe_text, safe_token
 from qs_lib.viewing.html import MOST_THOUGHTS, MOST_TOKENS, disagree, helped, overview, render, right
 from qs_lib.viewing.inspector import FILTERS, SORTS, ThoughtInspector
 
@@ -43,6 +44,11 @@ def episode(problem=0, answer_with="17", thoughts=None, **changes):
         "answer_with": answer_with,
     }
     return Episode(**values | changes)
+
+
+def invisible(text):
+    """Whether ``text`` holds a character that is not printed."""
+    return any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text)
 
 
 class Tags(HTMLParser):

@@ -47,7 +47,7 @@ def test_random_models(monkeypatch):
         assert row["repeats"] == 2 and row["meets"] and 0 < row["median_ms"] <= row["p95_ms"]
         assert list(row["shares"]) == ["reading", "sampling", "mixing", "steps"]
         assert sum(row["shares"].values()) == pytest.approx(1) and min(row["shares"].values()) >= 0
-    table = tables.model_latency(rows)
+    table = tables.model_latency_table(rows)
     assert len(table) == 4 and set(table["outcome"]) == {"meets the target"}
     figure = figures.model_latency(rows, 200.0)
     assert len(figure.axes) == 2
@@ -72,11 +72,11 @@ def test_bench_lines_name_what_was_missed():
     assert table["outcome"].tolist() == ["reached", "NOT reached", "-", "-"]
     assert table["measured"].tolist() == ["5", "3", "not measured", "2"]
     assert table["bound"].tolist() == [">= 4"] * 3 + ["-"]
-    assert len(figures.bench(lines).axes[0].get_yticklabels()) == 3
+    assert len(figures.bench_ratios(lines).axes[0].get_yticklabels()) == 3
 
 
 def test_committed_bench_file_says_what_its_numbers_say():
-    result = tables.bench()
+    result = tables.read_bench()
     if not result:
         pytest.skip("no bench file is committed")
     assert result["repeats"] >= 3 and result["command"] == "make bench"

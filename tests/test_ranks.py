@@ -194,7 +194,7 @@ def test_the_training_to_try_says_how_many_there_were_and_ends_where_one_ends(tm
     together(lambda: two_processes.train(tmp_path / "two", steps=3), tmp_path)
     one, two = (json.loads((tmp_path / "two" / f"rank-{number}.json").read_text()) for number in (0, 1))
     assert one["processes"] == two["processes"] == 2 and one["weights_sha256"] == two["weights_sha256"]
-    assert two_processes.largest_difference(tmp_path / "alone", tmp_path / "two") < two_processes.BOUND
+    assert two_processes.largest_weight_difference(tmp_path / "alone", tmp_path / "two") < two_processes.BOUND
     assert json.loads((tmp_path / "alone" / "rank-0.json").read_text())["processes"] == 1
 
 

@@ -86,14 +86,14 @@ def test_planted_claims():
 
 
 def test_the_parts_are_drawn_in_points_with_their_verdicts():
-    axis = f.parts(planted()).axes[0]
+    axis = f.objective_parts(planted()).axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["KL 0.1 minus 0"], (
         "accuracy on both sides, claimed a point"
     )
     assert axis.lines[0].get_xdata() == pytest.approx([0.1] * 3) and [text.get_text() for text in axis.texts] == [
         "refuted"
     ]
-    assert f.parts([]).axes[0].get_yticklabels() == []
+    assert f.objective_parts([]).axes[0].get_yticklabels() == []
 
 
 def test_the_figure_and_its_numbers():

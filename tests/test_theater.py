@@ -160,11 +160,11 @@ def test_tables_say_what_the_reports_say():
     honest = replace(first, checks=[replace(c, reached=True) for c in second.checks])
     assert tables.turned_red(second, honest) == second.missed
     r = correlation(by_problem(second.table, "predictive"), by_problem(second.table, "utility"))[0]
-    assert tables.parts(second).loc["predictive", "pooled r"].startswith(f"{r:+.3f}")
+    assert tables.coherence_parts(second).loc["predictive", "pooled r"].startswith(f"{r:+.3f}")
     assert len(tables.reliabilities({"first": first, "second": second})) == 6
-    numbers = tables.summary(second)
+    numbers = tables.theater_summary(second)
     assert numbers["checks"] == 10 and numbers["redrawn_low"] == 1.0 and "vote_calibration_error_high" in numbers
-    assert figures.reliability(second.reliability).axes[1].get_xlabel() == "vote (0 to 1)"
+    assert figures.calibration(second.reliability).axes[1].get_xlabel() == "vote (0 to 1)"
 
 
 def test_too_few_problems_leave_a_check_open_and_do_not_prove_theater():

@@ -16,7 +16,7 @@ from ..training.checkpoint import Checkpoint
 from ..training.optim import MuonGrokfast
 from ..workbook.params import recipe
 from ..workbook.stage import read_stage, stage_digest
-from .arms import verdict, repeat
+from .arms import repeat, verdict
 from .grokking import matched_momentum
 
 # What the baked model must reach on test problems, as a mean over seeds.

@@ -13,94 +13,60 @@ from ..workbook.params import stages_of
 from ..workbook.stage import read_stage
 from .arms import repeat
 
-# Stage -> what is kept of its summary. Those of GAINS come with the ends of their interval over problems.
-KEPT = {
-    "01_token_setup": ("prompted_accuracy", "direct_accuracy"),
-    "03_baking": (
-        "baking_accuracy",
-        "thinking_use",
-        "strategy_fit",
-        "gap_closed",
-        "direct_accuracy_champion",
-        "direct_accuracy_baked",
-    ),
-    "05_rl": ("accuracy_baseline", "accuracy_with", "accuracy_gain", "greedy_baseline", "greedy_with"),
-    "06_anti_theater": (
-        "divergence",
-        "ablation_gain",
-        "foreign_gain",
-        "shuffled_gain",
-        "filler_gain",
-        "training_gain",
-        "coherence_utility_r",
-        "within_r",
-        "accuracy_own",
-        "accuracy_none",
-        "checks_reached",
-        "checks",
-        "cheats_caught",
-    ),
+OVER_CONTROLS = ("ablation_gain", "foreign_gain", "shuffled_gain", "filler_gain", "training_gain")
+# Stage -> what a row keeps of its summary.
+MEASURED = {
+    "01_token_setup": "prompted_accuracy direct_accuracy".split(),
+    "03_baking": "baking_accuracy thinking_use strategy_fit gap_closed "
+    "direct_accuracy_champion direct_accuracy_baked".split(),
+    "05_rl": "accuracy_baseline accuracy_with accuracy_gain greedy_baseline greedy_with".split(),
+    "06_anti_theater": ["divergence", *OVER_CONTROLS, "coherence_utility_r", "within_r"]
+    + "accuracy_own accuracy_none checks_reached checks cheats_caught".split(),
 }
-GAINS = (
-    "accuracy_gain",
-    "divergence",
-    "ablation_gain",
-    "foreign_gain",
-    "shuffled_gain",
-    "filler_gain",
-    "training_gain",
-    "coherence_utility_r",
-    "within_r",
+# What comes with the ends of its interval over problems.
+WITH_INTERVAL = ("accuracy_gain", "divergence", *OVER_CONTROLS, "coherence_utility_r", "within_r")
+# What a mean over seeds must reach. Where it is 0, the interval over problems of every single seed must lie above it.
+CHAIN_TARGETS = (
+    {"baking_accuracy": 0.85, "thinking_use": 0.95, "strategy_fit": 0.9, "gap_closed": 0.8, "direct_change": -0.05}
+    | {"accuracy_gain": 0.05, "divergence": 0.3, **dict.fromkeys(OVER_CONTROLS, 0)}
+    | {"coherence_utility_r": 0.6, "within_r": 0.5}
 )
-# What a mean over seeds must reach; where it is 0, the interval over problems of every single seed must lie above it.
-TARGETS = {
-    "baking_accuracy": 0.85,
-    "thinking_use": 0.95,
-    "strategy_fit": 0.9,
-    "gap_closed": 0.8,
-    "direct_change": -0.05,
-    "accuracy_gain": 0.05,
-    "divergence": 0.3,
-    "ablation_gain": 0,
-    "foreign_gain": 0,
-    "shuffled_gain": 0,
-    "filler_gain": 0,
-    "training_gain": 0,
-    "coherence_utility_r": 0.6,
-    "within_r": 0.5,
-}
+
+
+def summary_keys(stage: str) -> list[str]:
+    """Return the keys of a stage's summary that a row keeps, ends of intervals included."""
+    ends = {name: ("", "_low", "_high") if name in WITH_INTERVAL else ("",) for name in MEASURED[stage]}
+    return [f"{name}{end}" for name in MEASURED[stage] for end in ends[name]]
 
 
 def chain_row(run: str | Path) -> dict:
-    """What the stages of one run measured, as in ``KEPT``, ``direct_change``: direct answers of the baked model minus the
-    champion's, and ``chain_seconds``, which they took. Raises ``UpstreamError`` where a stage is not finished or too old."""
-    row, seconds = {}, 0.0
-    for stage, names in KEPT.items():
+    """Return what the stages of one run measured (:data:`MEASURED`), with two numbers more.
+
+    ``direct_change``: accuracy of direct answers, the baked model's minus the champion's. ``chain_seconds``: how long
+    the stages took. Raises ``UpstreamError`` if a stage is not finished or too old.
+    """
+    row, seconds, name = {}, 0.0, Path(run).name
+    for stage in MEASURED:
         record, reason = read_stage(Path(run) / stage)
         if record is None:
-            raise UpstreamError(
-                f"{Path(run).name} has no {stage} ({reason}); make it with `make run RUN={Path(run).name}`"
-            )
-        keys = [f"{name}{end}" for name in names for end in (("", "_low", "_high") if name in GAINS else ("",))]
-        missing = [key for key in keys if key not in record["summary"]]
+            raise UpstreamError(f"{name} has no {stage} ({reason}); make it with `make run RUN={name}`")
+        missing = [key for key in summary_keys(stage) if key not in record["summary"]]
         if missing:
-            raise UpstreamError(
-                f"{Path(run).name} was made by an older version, without {missing[0]}; make its {stage} again"
-            )
-        row |= {key: record["summary"][key] for key in keys}
+            raise UpstreamError(f"{name} was made by an older version, without {missing[0]}; make its {stage} again")
+        row |= {key: record["summary"][key] for key in summary_keys(stage)}
         seconds += record["wall_s"]
     change = row["direct_accuracy_baked"] - row["direct_accuracy_champion"]
     return row | {"direct_change": change, "chain_seconds": seconds}
 
 
 def make_run(name: str, seed: int, stages, variant: str) -> None:
-    """``make run`` of some stages of a variant; what is finished of it is kept. Raises ``CalledProcessError``."""
+    """Run some stages of a variant as ``make run`` does, and keep what is finished. Raises ``CalledProcessError``."""
     command = ["--variant", variant, "--run", name, "--seed", str(seed), "--keep", "--only", *stages]
     subprocess.run([sys.executable, "-m", "qs_lib.workbook.run", *command], check=True, cwd=REPOSITORY)
 
 
 def made_with(run: Path, settings: dict[str, dict], seed: int) -> bool:
-    """Whether all stages of a run that are named in ``settings`` are finished, with that seed and those parameters."""
+    """Say whether all stages of a run that ``settings`` names are finished, with that seed and those parameters."""
     records = {stage: read_stage(run / stage)[0] for stage in settings}
     return all(
         record is not None and record["seed"] == seed and record["parameters"].items() >= settings[stage].items()
@@ -109,8 +75,10 @@ def made_with(run: Path, settings: dict[str, dict], seed: int) -> bool:
 
 
 def chain(run: Path, folder: Path, seeds) -> None:
-    """Every seed's run, and its row. The seed draws everything: the champion's weights and corpus, worked examples,
-    held-out problems, thoughts."""
+    """Make every seed's run and its row.
+
+    The seed draws everything: the champion's weights and corpus, worked examples, held-out problems, thoughts.
+    """
 
     def measure(_, seed: int, __) -> dict:  # stages have checkpoints of their own
         return {name: round(float(value), 5) for name, value in chain_row(seed_run(run, seed)).items()}
@@ -119,8 +87,10 @@ def chain(run: Path, folder: Path, seeds) -> None:
 
 
 def seed_run(run: Path, seed: int, stages=("01", "02", "03", "05", "06"), variant: str = "pocket") -> Path:
-    """A variant's run of a seed: ``run`` itself if its stages were made with that seed and today's parameters, else
-    ``<run>-seed<seed>`` beside it, whose ``stages`` are made where they are missing."""
+    """Return a variant's run of a seed, whose ``stages`` are made where they are missing.
+
+    It is ``run`` itself if its stages were made with that seed and today's parameters, else ``<run>-seed<seed>``.
+    """
     settings = {name: given for name, given in stages_of(variant).items() if name[:2] in stages}
     made = run.with_name(f"{run.name}-seed{seed}")
     for finished in (run, made):
@@ -131,12 +101,15 @@ def seed_run(run: Path, seed: int, stages=("01", "02", "03", "05", "06"), varian
 
 
 def chain_table(rows: list[dict], arm: str = "pocket") -> pd.DataFrame:
-    """Each number with a target: mean with Student's t interval over seeds, the least of the seeds, the least lower end
-    over problems, the target and whether it is reached. Raises ``ValueError`` below two seeds."""
+    """Return a table of the numbers with a target and whether each is reached.
+
+    It shows the mean over seeds with Student's t interval, the least of the seeds, the least lower end over problems
+    and the target. Raises ``ValueError`` below two seeds.
+    """
     table = {}
-    for name, target in TARGETS.items():
+    for name, target in CHAIN_TARGETS.items():
         values = column(rows, arm, name)
-        lows = column(rows, arm, f"{name}_low") if name in GAINS else []
+        lows = column(rows, arm, f"{name}_low") if name in WITH_INTERVAL else []
         reached = min(lows) > 0 if target == 0 else seed_interval(values)[0] >= target
         table[name] = {
             "mean over seeds": shown(seed_interval(values), signed=target <= 0),

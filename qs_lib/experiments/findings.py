@@ -1,8 +1,9 @@
-"""What the reinforcement experiments say: each claim reached or refuted by an interval over seeds, or said to be open."""
+"""What the reinforcement experiments say: each claim is reached or refuted by an interval over seeds, or open."""
 
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,30 +17,31 @@ DEPTHS = (("from un-baked", "none"), ("from eighth-baked", "an eighth"), ("from 
 
 
 def pairs(rows: list[dict], arm: str, control: str) -> list[tuple[dict, dict]]:
-    """Rows of ``arm`` and ``control`` of every seed that both have, from the same baked model, in order of seeds."""
+    """Return rows of ``arm`` and ``control`` for each seed that both have, from the same baked model, by seed."""
     of = {name: {(r["seed"], r.get("data", "")): r for r in rows if r["arm"] == name} for name in (arm, control)}
     return [(of[arm][one], of[control][one]) for one in sorted(set(of[arm]) & set(of[control]))]
 
 
 def paired(rows: list[dict], arm: str, control: str, key: str) -> list[float]:
-    """``arm`` minus ``control``, pair by pair."""
+    """Return ``arm`` minus ``control``, pair by pair."""
     return [mine[key] - other[key] for mine, other in pairs(rows, arm, control)]
 
 
 def steps_to(row: dict, accuracy: float) -> float:
-    """RL steps until the validation accuracy of a row first was at ``accuracy``; infinite where it never was."""
+    """Return the RL steps until a row's validation accuracy first was at ``accuracy``, infinity if it never was."""
     every, steps = row["settings"]["evaluate_every"], row["settings"]["steps"]
     reached = (min((i + 1) * every, steps) for i, value in enumerate(row["validation"]) if value >= accuracy)
     return next(reached, math.inf)
 
 
 def fewer_steps(rows: list[dict], arm: str, control: str, halve_errors: bool = False) -> tuple[list[float], int, float]:
-    """Steps of ``arm`` over steps of ``control``, minus 1, pair by pair, to a validation accuracy: (ratios, pairs whose control
-    never got there, mean of the accuracies).
+    """Compare the steps that ``arm`` and ``control`` need to a validation accuracy.
 
-    The accuracy is the one that every run of both reached, or, with ``halve_errors``, for each pair the one at which half of the
-    errors are gone that the model makes from which ``arm`` starts: champions differ in what they can reach. A run that never
-    got there counts with all its steps: where that is the control, its ratio is an upper bound.
+    Returns (ratios, never, accuracy): steps of ``arm`` over steps of ``control`` minus 1, pair by pair, the number of
+    pairs whose control never got there, and the mean of the accuracies. The accuracy is the one that every run of both
+    reached. With ``halve_errors`` it is, for each pair, the one at which half of the errors are gone that ``arm``'s
+    start model makes: champions differ in what they can reach. A run that never got there counts with all its steps.
+    Where that is the control, its ratio is an upper bound.
     """
     both = pairs(rows, arm, control)
     common = min((max(row["validation"]) for pair in both for row in pair), default=math.nan)
@@ -53,147 +55,128 @@ def fewer_steps(rows: list[dict], arm: str, control: str, halve_errors: bool = F
 
 
 def decided(values: list[float], claim: float, above: bool = True) -> str:
-    """``reached`` where the interval over seeds lies wholly on the claimed side of ``claim``, ``refuted`` where wholly on the
-    other, else ``open``. Raises ``ValueError`` below two seeds."""
+    """Return ``reached`` where the interval over seeds lies wholly on the claimed side of ``claim``, ``refuted`` where
+    wholly on the other, else ``open``. Raises ``ValueError`` below two seeds."""
     _, low, high = seed_interval(values)
     good, bad = (low >= claim, high < claim) if above else (high <= claim, low > claim)
     return "reached" if good else "refuted" if bad else "open"
 
 
-def questions(rl: list[dict], ahead: list[dict] = ()) -> dict[str, tuple[list[float], float, bool]]:
-    """Every question as (its number in every seed, what is claimed, whether at least that much or at most); questions whose
-    arms have fewer than two seeds in common are left out. ``rl``, ``ahead``: rows of ``rl.csv`` and ``look_ahead.csv``."""
+class Question(NamedTuple):
+    """What is asked of the rows: its number in every seed, and whether it is at least (or at most) what is claimed."""
 
-    def over(control, key="accuracy"):
-        return paired(rl, "full", control, key)
+    values: list[float]
+    claim: float = 0.0
+    above: bool = True
 
+
+def questions(rl: list[dict], ahead: list[dict] = ()) -> dict[str, Question]:
+    """Return every question of ``rl.csv`` and ``look_ahead.csv`` whose arms have two seeds or more in common."""
+
+    def over(control, arm="full", key="accuracy"):
+        return paired(rl, arm, control, key)
+
+    digits = paired(ahead, "n_true 4", "n_true 1", "accuracy")
+    greedy_off = Question(column(rl, "pg off", "greedy_gain"), above=False)
     asked = {
-        "accuracy after RL minus baked": (column(rl, "full", "gain"), 0.05, True),
-        "the same, one greedy thought": (column(rl, "full", "greedy_gain"), 0.0, True),
-        "pg off: gain, should not be above 0": (column(rl, "pg off", "gain"), 0.0, False),
-        "pg off: gain of one greedy thought, should not be above 0": (column(rl, "pg off", "greedy_gain"), 0.0, False),
-        "REINFORCE itself: full minus pg off": (over("pg off"), 0.0, True),
-        "thoughts: full minus training on answers alone": (over("without thoughts"), 0.0, True),
-        "beyond one fitted temperature (probability of the answer)": (
-            column(rl, "full", "beyond_temperature"),
-            0.0,
-            True,
-        ),
-        "n_true 4 minus 1, one-token answers": (over("n_true 1"), SMALLEST, True),
-        "n_true 4 minus 1, answers in digits": (paired(ahead, "n_true 4", "n_true 1", "accuracy"), 0.0, True),
-        "the same, as much as is claimed": (paired(ahead, "n_true 4", "n_true 1", "accuracy"), 0.044, True),
-        "thinking use, token scale 100 minus 1": (paired(rl, "token scale 100", "full", "thinking_use"), 0.47, True),
-        "token scale 100 minus 1": (paired(rl, "token scale 100", "full", "accuracy"), SMALLEST, True),
-        "KL 0.1 minus 0": (over("KL 0"), SMALLEST, True),
-        "curriculum minus none": (over("no curriculum"), SMALLEST, True),
-        "4 thoughts minus 2 in training": (over("2 thoughts"), SMALLEST, True),
-        "8 thoughts minus 4 in training": (paired(rl, "8 thoughts", "full", "accuracy"), SMALLEST, True),
-        "our objective minus the paper's": (over("paper objective"), SMALLEST, True),
-        "baked minus half-baked start, final accuracy": (over("from half-baked"), SMALLEST, True),
+        "accuracy after RL minus baked": Question(column(rl, "full", "gain"), 0.05),
+        "the same, one greedy thought": Question(column(rl, "full", "greedy_gain")),
+        "pg off: gain, should not be above 0": Question(column(rl, "pg off", "gain"), above=False),
+        "pg off: gain of one greedy thought, should not be above 0": greedy_off,
+        "REINFORCE itself: full minus pg off": Question(over("pg off")),
+        "thoughts: full minus training on answers alone": Question(over("without thoughts")),
+        "beyond one fitted temperature (probability of the answer)": Question(column(rl, "full", "beyond_temperature")),
+        "n_true 4 minus 1, one-token answers": Question(over("n_true 1"), SMALLEST),
+        "n_true 4 minus 1, answers in digits": Question(digits),
+        "the same, as much as is claimed": Question(digits, 0.044),
+        "thinking use, token scale 100 minus 1": Question(over("full", "token scale 100", "thinking_use"), 0.47),
+        "token scale 100 minus 1": Question(over("full", "token scale 100"), SMALLEST),
+        "KL 0.1 minus 0": Question(over("KL 0"), SMALLEST),
+        "curriculum minus none": Question(over("no curriculum"), SMALLEST),
+        "4 thoughts minus 2 in training": Question(over("2 thoughts"), SMALLEST),
+        "8 thoughts minus 4 in training": Question(over("full", "8 thoughts"), SMALLEST),
+        "our objective minus the paper's": Question(over("paper objective"), SMALLEST),
+        "baked minus half-baked start, final accuracy": Question(over("from half-baked"), SMALLEST),
     }
     if ahead:
-        asked["steps, n_true 4 over 1, minus 1, digits"] = (fewer_steps(ahead, "n_true 4", "n_true 1")[0], -0.25, False)
+        fewer = fewer_steps(ahead, "n_true 4", "n_true 1")[0]
+        asked["steps, n_true 4 over 1, minus 1, digits"] = Question(fewer, -0.25, above=False)
     for arm, _ in DEPTHS[-2::-1]:
         ratios, never, _ = fewer_steps(rl, "full", arm, halve_errors=True)
         late = f" (it never arrives in {never} of {len(ratios)} seeds: at least)" if never else ""
         saved = [-ratio for ratio in ratios]
-        asked[f"jumpstart: share of steps saved over RL {arm}{late}"] = (saved, 0.0, True)
-        asked[f"the same over RL {arm}, as much as is claimed"] = (saved, 0.3, True)
-    return {name: one for name, one in asked.items() if len(one[0]) >= 2}
+        asked[f"jumpstart: share of steps saved over RL {arm}{late}"] = Question(saved)
+        asked[f"the same over RL {arm}, as much as is claimed"] = Question(saved, 0.3)
+    return {name: one for name, one in asked.items() if len(one.values) >= 2}
 
 
 def claims(rl: list[dict], ahead: list[dict] = ()) -> pd.DataFrame:
-    """Every one of :func:`questions` with its claim, what was measured over seeds and whether that decides it."""
-    return pd.DataFrame(
-        {
-            name: {
-                "measured": shown(seed_interval(values), signed=True),
-                "seeds": len(values),
-                "claim": f"{'>=' if above else '<='} {claim:g}",
-                "decided": decided(values, claim, above),
-            }
-            for name, (values, claim, above) in questions(rl, ahead).items()
-        }
-    ).T
+    """Return every one of :func:`questions` with its claim, what was measured and whether that decides it."""
+    table = {}
+    for name, (values, claim, above) in questions(rl, ahead).items():
+        row = {"measured": shown(seed_interval(values), signed=True), "seeds": len(values)}
+        row |= {"claim": f"{'>=' if above else '<='} {claim:g}", "decided": decided(values, claim, above)}
+        table[name] = row
+    return pd.DataFrame(table).T
 
 
-def parts(rl: list[dict]):
-    """What each part of the objective adds to accuracy: a dot per seed, the mean with its interval over seeds, and the line
-    that the interval must lie beyond for the part to count as useful."""
-    asked = {name: values for name, (values, claim, _) in questions(rl).items() if claim == SMALLEST}
+def objective_parts(rl: list[dict]):
+    """Draw what each part of the objective adds to accuracy: a dot per seed, the mean with its interval over seeds.
+
+    The dashed line is what the interval must lie beyond for the part to count as useful.
+    """
+    asked = {name: one.values for name, one in questions(rl).items() if one.claim == SMALLEST}
     figure, axis = new_figure(7.4, 0.8 + 0.38 * len(asked))
+    beside = {"xycoords": axis.get_yaxis_transform(), "va": "center", "fontsize": 9}
     for y, values in enumerate(asked.values()):
         mean, low, high = (100 * x for x in seed_interval(values))
         axis.plot([100 * x for x in values], [y] * len(values), "o", color=GREY, ms=4, alpha=0.6)
         axis.errorbar(mean, y + 0.22, xerr=[[mean - low], [high - mean]], fmt="D", color=BLUE, ms=5, capsize=3)
-        axis.annotate(
-            decided(values, SMALLEST), (1.01, y), xycoords=axis.get_yaxis_transform(), va="center", fontsize=9
-        )
+        axis.annotate(decided(values, SMALLEST), (1.01, y), **beside)
     axis.axvline(0, color="black", lw=0.8)
     axis.axvline(100 * SMALLEST, color="black", lw=0.8, ls="--")
-    axis.set(
-        yticks=range(len(asked)),
-        yticklabels=list(asked),
-        ylim=(len(asked) - 0.4, -0.6),
-        xlabel="points of accuracy (dashed: a useful part)",
-    )
+    axis.set_yticks(range(len(asked)), list(asked))
+    axis.set(ylim=(len(asked) - 0.4, -0.6), xlabel="points of accuracy (dashed: a useful part)")
     axis.grid(alpha=0.3, axis="x")
     return figure
 
 
 def arms_table(rl: list[dict]) -> pd.DataFrame:
-    """Arm by arm on test problems: gain over the model it started from with its interval over seeds, and mean accuracies with
-    four thoughts, one greedy thought and none, and replies that think."""
+    """Return arm by arm, on test problems, the gain over its start model with the interval over seeds, mean accuracies
+    with four thoughts, with one greedy thought and with none, and the share of replies that think."""
     table = {}
+    kinds = {"accuracy": "accuracy", "greedy thought": "greedy", "no thought": "without", "thinks": "thinking_use"}
     for arm in dict.fromkeys(row["arm"] for row in rl):
         gains = column(rl, arm, "gain")
         gain = shown(seed_interval(gains), signed=True) if len(gains) > 1 else fixed(gains[0], 3, True)
-        own = [row for row in rl if row["arm"] == arm]
-        table[arm] = {
-            "seeds": len(own),
-            "gain": gain,
-            **{
-                name: fixed(float(np.mean([r[key] for r in own if key in r])), 3) if any(key in r for r in own) else ""
-                for name, key in (
-                    ("accuracy", "accuracy"),
-                    ("greedy thought", "greedy"),
-                    ("no thought", "without"),
-                    ("thinks", "thinking_use"),
-                )
-            },
-        }
+        table[arm] = {"seeds": len(gains), "gain": gain}
+        for name, key in kinds.items():
+            values = [row[key] for row in rl if row["arm"] == arm and key in row]
+            table[arm][name] = fixed(float(np.mean(values))) if values else ""
     return pd.DataFrame(table).T
 
 
 def baking_depth(rl: list[dict]):
-    """Accuracy with four thoughts before and after RL by how far the start model was baked; one mark per seed."""
+    """Draw accuracy with four thoughts before and after RL by how far the start model was baked, one mark per seed."""
     figure, axis = new_figure()
-    first = True
     for at, (arm, _) in enumerate(DEPTHS):
         own = sorted((r for r in rl if r["arm"] == arm), key=lambda row: row["seed"])
         for i, row in enumerate(own):
-            x = at + 0.04 * (i - (len(own) - 1) / 2)
-            axis.annotate(
-                "", (x, row["accuracy"]), (x, row["baseline"]), arrowprops={"arrowstyle": "->", "color": GREY}
-            )
-            axis.plot(x, row["baseline"], "s", color=GREY, ms=5, label="before RL" if first else None)
-            axis.plot(x, row["accuracy"], "o", color=BLUE, ms=6, label="after RL" if first else None)
-            first = False
-    axis.set(
-        xticks=range(len(DEPTHS)),
-        xticklabels=[label for _, label in DEPTHS],
-        xlabel="baking before RL",
-        ylabel="accuracy with thoughts (share)",
-        ylim=(0, 1.02),
-    )
+            x, before, after = at + 0.04 * (i - (len(own) - 1) / 2), row["baseline"], row["accuracy"]
+            labels = ("", "") if axis.lines else ("before RL", "after RL")
+            axis.annotate("", (x, after), (x, before), arrowprops={"arrowstyle": "->", "color": GREY})
+            axis.plot(x, before, "s", color=GREY, ms=5, label=labels[0])
+            axis.plot(x, after, "o", color=BLUE, ms=6, label=labels[1])
+    axis.set_xticks(range(len(DEPTHS)), [label for _, label in DEPTHS])
+    axis.set(xlabel="baking before RL", ylabel="accuracy with thoughts (share)", ylim=(0, 1.02))
     axis.grid(alpha=0.3, axis="y")
-    if not first:
+    if axis.lines:
         axis.legend(fontsize=8)
     return figure
 
 
 def depth_lines(rl: list[dict]) -> list[str]:
-    """The figure of :func:`baking_depth` in numbers, a line per start."""
+    """Return the figure of :func:`baking_depth` in numbers, a line per start model."""
     lines = []
     for arm, label in DEPTHS:
         own = [row for row in rl if row["arm"] == arm]
@@ -204,7 +187,7 @@ def depth_lines(rl: list[dict]) -> list[str]:
 
 
 def for_scoreboard(folder: Path) -> None:
-    """Write ``<id>.json`` (value, low, high, command) for the criteria of the scoreboard that these experiments measure."""
+    """Write ``<id>.json`` (value, low, high, command) for the scoreboard's criteria that these experiments measure."""
     rl, ahead = read_rows(folder / "rl.csv"), read_rows(folder / "look_ahead.csv")
 
     def write(name, values, command, note=""):
@@ -218,17 +201,9 @@ def for_scoreboard(folder: Path) -> None:
         ratios, _, level = fewer_steps(ahead, "n_true 4", "n_true 1")
         write("nonmyopic_steps", ratios, command, f" (answers in digits, to validation accuracy {level:.3f})")
         write("nonmyopic_accuracy", paired(ahead, "n_true 4", "n_true 1", "accuracy"), command, " (answers in digits)")
-    write(
-        "token_scale_use",
-        column(rl, "token scale 100", "thinking_use"),
-        "make evidence X=rl",
-        f" (at scale 1: {fixed(float(np.mean(column(rl, 'full', 'thinking_use') or [0])))})",
-    )
+    command, use = "make evidence X=rl", float(np.mean(column(rl, "full", "thinking_use") or [0]))
+    write("token_scale_use", column(rl, "token scale 100", "thinking_use"), command, f" (at scale 1: {fixed(use)})")
     ratios, never, level = fewer_steps(rl, "full", "from un-baked", halve_errors=True)
     bound = f"; a lower bound: the un-baked model does not get there in {never} of {len(ratios)} seeds" if never else ""
-    write(
-        "jumpstart",
-        [-ratio for ratio in ratios],
-        "make evidence X=rl",
-        f" (until half of the baked model's errors are gone, validation accuracy {level:.3f}{bound})",
-    )
+    until = f"until half of the baked model's errors are gone, validation accuracy {level:.3f}{bound}"
+    write("jumpstart", [-ratio for ratio in ratios], command, f" ({until})")

@@ -1,4 +1,4 @@
-"""Where Grokfast's own claim lives: a small network learns a + b mod p, by heart long before it understands."""
+"""The task of Grokfast's own claim: a small network learns a + b mod p, by heart long before it generalises."""
 
 from pathlib import Path
 
@@ -13,13 +13,14 @@ MODULUS = 47
 SETTINGS = {"steps": 3000, "weight_decay": 1.0, "every": 50}
 RATES = (3e-3, 1e-2)
 FILTERED = "AdamW + Grokfast"
-LAMBDA, ALPHA, MOMENTUM = 2.0, 0.98, 0.9  # the authors' own filter, ten times as strong as in baking
+# the filter of Lee et al. (2024), "Grokfast", ten times as strong as in baking, behind AdamW's first moment
+FILTER_LAMBDA, FILTER_ALPHA, FIRST_MOMENT = 2.0, 0.98, 0.9
 
 
 def matched_momentum(momentum: float, grokfast_lambda: float, alpha: float) -> float:
-    """The momentum whose mean lag is that of ``momentum`` behind a Grokfast filter.
+    """Return the momentum whose mean lag is that of ``momentum`` behind a Grokfast filter.
 
-    An average with factor b lags b / (1 - b) steps behind; the filter g + lambda mu adds lambda / (1 + lambda) of its
+    An average with factor b lags b / (1 - b) steps behind. The filter g + lambda mu adds lambda / (1 + lambda) of its
     own lag. What Grokfast does beyond a slower momentum must show against this control.
     """
     lag = momentum / (1 - momentum) + grokfast_lambda / (1 + grokfast_lambda) * alpha / (1 - alpha)
@@ -27,7 +28,7 @@ def matched_momentum(momentum: float, grokfast_lambda: float, alpha: float) -> f
 
 
 def addition_table(seed: int, modulus: int = MODULUS):
-    """Pairs a <= b, (n, 2), and their sums mod p, (n,), in two halves by ``seed``: (train, validation).
+    """Return pairs a <= b (n, 2) and their sums mod p (n,), in two halves by ``seed``: [train, validation].
 
     Only one of (a, b) and (b, a) is there: the network adds their embeddings, so the other would be given away.
     """
@@ -38,65 +39,63 @@ def addition_table(seed: int, modulus: int = MODULUS):
 
 
 def learn_addition(settings: dict, seed: int) -> dict:
-    """Train on half of the table, full batch, AdamW, the Grokfast-EMA filter before it where ``lambda`` > 0.
+    """Train on half of the table, full batch, with AdamW behind a Grokfast-EMA filter where ``lambda`` > 0.
 
-    Returns the curves ``steps``, ``train``, ``validation`` (accuracy), and ``learnt``, ``understood``: the first step
-    at which training and validation accuracy are 95 % (None if never).
+    Returns the curves ``steps``, ``train`` and ``validation`` (accuracy), and ``learnt`` and ``understood``: the first
+    step at which training and validation accuracy are 95 %, None if they never are.
     """
-    (pairs, sums), (new_pairs, new_sums) = addition_table(seed)
+    train, validation = addition_table(seed)
     torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.EmbeddingBag(MODULUS, 128, mode="sum"), nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, MODULUS)
-    )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings["lr"], betas=(settings["momentum"], 0.98), weight_decay=settings["weight_decay"]
-    )
-    slow = None
-    curves = {"steps": [], "train": [], "validation": []}
+    layers = [nn.EmbeddingBag(MODULUS, 128, mode="sum"), nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, MODULUS)]
+    model = nn.Sequential(*layers)
+    rates = {"lr": settings["lr"], "betas": (settings["momentum"], 0.98), "weight_decay": settings["weight_decay"]}
+    optimizer = torch.optim.AdamW(model.parameters(), **rates)
+    slow, curves = None, {"steps": [], "train": [], "validation": []}
     for step in range(settings["steps"] + 1):
-        logits = model(pairs)
         if step % settings["every"] == 0:
-            with torch.no_grad():
-                curves["steps"].append(step)
-                curves["train"].append(round((logits.argmax(1) == sums).float().mean().item(), 4))
-                curves["validation"].append(round((model(new_pairs).argmax(1) == new_sums).float().mean().item(), 4))
+            curves["steps"].append(step)
+            curves["train"].append(_accuracy(model, *train))
+            curves["validation"].append(_accuracy(model, *validation))
         optimizer.zero_grad()
-        F.cross_entropy(logits, sums).backward()
+        F.cross_entropy(model(train[0]), train[1]).backward()
         if settings["lambda"]:
             grads = [p.grad for p in model.parameters()]
             slow = slow or [g.clone() for g in grads]
-            torch._foreach_lerp_(slow, grads, 1 - ALPHA)
+            torch._foreach_lerp_(slow, grads, 1 - FILTER_ALPHA)
             torch._foreach_add_(grads, slow, alpha=settings["lambda"])
         optimizer.step()
-    return {"learnt": first(curves, "train"), "understood": first(curves, "validation"), **curves}
+    return {"learnt": first_step(curves, "train"), "understood": first_step(curves, "validation"), **curves}
 
 
-def first(curves: dict, key: str, level: float = 0.95) -> int | None:
-    """The first step at which a curve is at ``level``."""
+@torch.no_grad()
+def _accuracy(model, pairs: torch.Tensor, sums: torch.Tensor) -> float:
+    return round((model(pairs).argmax(1) == sums).float().mean().item(), 4)
+
+
+def first_step(curves: dict, key: str, level: float = 0.95) -> int | None:
+    """Return the first step at which a curve is at ``level``, None if it never is."""
     return next((s for s, x in zip(curves["steps"], curves[key], strict=True) if x >= level), None)
 
 
 def methods() -> dict[str, dict]:
-    """The filter, and what it is held against: nothing, and a first moment in AdamW as slow as the filter makes it."""
-    plain = SETTINGS | {"lambda": 0.0, "momentum": MOMENTUM}
-    return {
-        "AdamW": plain,
-        "AdamW, matched momentum": plain | {"momentum": round(matched_momentum(MOMENTUM, LAMBDA, ALPHA), 4)},
-        FILTERED: plain | {"lambda": LAMBDA},
-    }
+    """Return the filter's settings and its two controls': no filter, and a first moment of AdamW as slow as it."""
+    plain = SETTINGS | {"lambda": 0.0, "momentum": FIRST_MOMENT}
+    slower = round(matched_momentum(FIRST_MOMENT, FILTER_LAMBDA, FILTER_ALPHA), 4)
+    matched = plain | {"momentum": slower}
+    return {"AdamW": plain, "AdamW, matched momentum": matched, FILTERED: plain | {"lambda": FILTER_LAMBDA}}
 
 
 def grokking(run: Path, folder: Path, seeds) -> None:
-    """Every method at every rate, with the same weight decay; the models of ``run`` are not read."""
+    """Train with every method at every rate and the same weight decay. The models of ``run`` are not read."""
     arms = {f"{name}, rate {lr:g}": settings | {"lr": lr} for lr in RATES for name, settings in methods().items()}
     repeat(folder / "grokking.csv", arms, seeds, lambda settings, seed, _: learn_addition(settings, seed))
 
 
 def best_rows(rows: list[dict]) -> list[dict]:
-    """The rows of each method at the rate with which it understands soonest, ``arm`` shortened to the method's name.
+    """Return the rows of each method at its best rate, ``arm`` shortened to the method's name.
 
-    A run that never understands counts as its last step. The rate is chosen on the seeds that are shown, for all
-    methods alike.
+    Best is the rate at which its runs need the fewest steps. It is chosen on the seeds that are shown, for all methods
+    alike.
     """
     best = []
     for name in methods():
@@ -108,31 +107,26 @@ def best_rows(rows: list[dict]) -> list[dict]:
 
 
 def steps_needed(row: dict) -> int:
-    """Steps to 95 % on validation, or all of the run's where that was never reached."""
+    """Return the steps to 95 % on validation, or all of the run's where that was never reached."""
     return row["settings"]["steps"] if row["understood"] is None else row["understood"]
 
 
-def conclusion(rows: list[dict]) -> str:
-    """Whether the filter is faster than its controls, each at its own best rate, from :func:`best_rows`."""
+def acceleration(rows: list[dict]) -> str:
+    """Say whether the filter is faster than its controls, each at its own best rate (:func:`best_rows`)."""
     against = {name: difference(rows, name, FILTERED, "needed") for name in methods() if name != FILTERED}
     parts = [f"{name} {mean:+.0f} [{low:+.0f}, {high:+.0f}]" for name, (mean, low, high) in against.items()]
-    plain, matched = against.values()
-    found = verdict(
-        plain,
-        matched,
-        (
-            "the filter accelerates, and not only as a slower momentum",
-            "the filter accelerates, but no more than a slower momentum is shown to",
-            "the filter delays",
-            "no acceleration by the filter is shown",
-        ),
+    verdicts = (
+        "the filter accelerates, and not only as a slower momentum",
+        "the filter accelerates, but no more than a slower momentum is shown to",
+        "the filter delays",
+        "no acceleration by the filter is shown",
     )
-    seeds = len({row["seed"] for row in rows})
+    seeds, found = len({row["seed"] for row in rows}), verdict(*against.values(), verdicts)
     return f"Steps to understand minus the filter's, over {seeds} seeds: {'; '.join(parts)}: {found}."
 
 
 def mean_curves(rows: list[dict]) -> dict[str, list[tuple[float, float]]]:
-    """Validation accuracy of each method, and training accuracy of the plain one, as (step, mean over seeds)."""
+    """Return the validation accuracy of each method, and the plain one's in training, as (step, mean over seeds)."""
 
     def mean(arm, key):
         own = [row for row in rows if row["arm"] == arm]

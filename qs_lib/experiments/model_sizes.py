@@ -17,44 +17,32 @@ RANDOM_MODELS = {  # hidden, intermediate, layers, heads, key heads, vocabulary
     "30M": (512, 1408, 8, 8, 4, 16384),
     "100M": (768, 2048, 12, 12, 4, 32000),
 }
-SETTINGS = ((1, 1, 16), (1, 4, 16), (1, 4, 28), (8, 4, 16))  # positions, thoughts per position, tokens per thought
+# positions, thoughts per position, tokens per thought
+THOUGHT_SETTINGS = ((1, 1, 16), (1, 4, 16), (1, 4, 28), (8, 4, 16))
 
 
 def random_model(name: str) -> QuietStarForCausalLM:
-    """A Llama with random weights and tied embeddings from :data:`RANDOM_MODELS`: what size costs, whatever it says."""
-    hidden, inner, layers, heads, key_heads, size = RANDOM_MODELS[name]
+    """Return a Llama of a size of :data:`RANDOM_MODELS` with random weights and tied embeddings."""
+    hidden, inner, layers, heads, key_heads, vocabulary = RANDOM_MODELS[name]
     torch.manual_seed(0)
-    lm = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=key_heads,
-            vocab_size=size,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    )
+    shape = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": vocabulary}
+    shape |= {"num_attention_heads": heads, "num_key_value_heads": key_heads, "tie_word_embeddings": True}
+    lm = LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=None, eos_token_id=None, pad_token_id=0))
     lm.config.think_token_id, lm.config.end_think_token_id = 1, 2
     return QuietStarForCausalLM.from_base(lm)
 
 
 @torch.no_grad()
 def measure_models(
-    names, lengths=(64, 256), settings=SETTINGS, repeats: int = 3, seconds: float = 20.0, target_ms: float = 200.0
+    names, lengths=(64, 256), settings=THOUGHT_SETTINGS, repeats: int = 3, seconds: float = 20.0, target_ms=200.0
 ) -> list[dict]:
     """Time random models of several sizes (``names`` of :data:`RANDOM_MODELS`) on random texts of ``lengths`` tokens.
 
-    Every setting (positions, thoughts, tokens per thought) takes its turn; after ``repeats`` rounds they go on until
+    Every setting (positions, thoughts, tokens per thought) takes its turn. After ``repeats`` rounds they go on until
     ``seconds`` have passed for the model. Random weights end almost no thought early, so these are worst cases.
 
     Returns one dict per model, text length and setting: parameters, repeats, median_ms, p95_ms, plain_ms (reading the
-    text once), meets (95th percentile below the target) and shares of the median (they add up to 1): ``reading`` the
-    text, twice as the mixing needs its plain prediction too; ``sampling``: the output head and the draw of each token;
-    ``mixing``; ``steps``: the rest, one pass of all thoughts per token.
+    text once), meets (95th percentile below the target) and :func:`shares` of the median.
     """
     rows = []
     for name in tqdm(names, desc="models"):
@@ -69,33 +57,25 @@ def measure_models(
                 plain[n].append(_ms(model._read, model.lm, ids, None))
             for n, *setting in grid:
                 times[n, *setting].append(_ms(forward_with_thoughts, model, texts[n], *setting))
-        for key in grid:
-            n, positions, num_thoughts, thought_length = key
-            median, p95 = float(np.median(times[key])), float(np.quantile(times[key], 0.95))
-            rows.append(
-                {
-                    "model": name,
-                    "parameters": sum(p.numel() for p in model.lm.parameters()),
-                    "text_length": n,
-                    "positions": positions,
-                    "num_thoughts": num_thoughts,
-                    "thought_length": thought_length,
-                    "repeats": len(times[key]),
-                    "median_ms": median,
-                    "p95_ms": p95,
-                    "plain_ms": float(np.median(plain[n])),
-                    "meets": p95 < target_ms,
-                    "shares": shares(
-                        model, median, float(np.median(plain[n])), positions, num_thoughts, thought_length
-                    ),
-                }
+        parameters = sum(p.numel() for p in model.lm.parameters())
+        for (n, *setting), taken in times.items():
+            median, p95, plain_ms = (
+                float(x) for x in (np.median(taken), np.quantile(taken, 0.95), np.median(plain[n]))
             )
+            row = {"model": name, "parameters": parameters, "text_length": n}
+            row |= dict(zip(("positions", "num_thoughts", "thought_length"), setting, strict=True))
+            row |= {"repeats": len(taken), "median_ms": median, "p95_ms": p95, "plain_ms": plain_ms}
+            rows.append(row | {"meets": p95 < target_ms, "shares": shares(model, median, plain_ms, *setting)})
     return rows
 
 
 @torch.no_grad()
 def shares(model, total_ms: float, plain_ms: float, positions: int, num_thoughts: int, thought_length: int) -> dict:
-    """What a forward pass of ``total_ms`` is made of; see :func:`measure_models`."""
+    """Return what a forward pass of ``total_ms`` is made of, as shares that add up to 1.
+
+    ``reading``: the text, twice as the mixing needs its plain prediction too. ``sampling``: the output head and the
+    draw of each token. ``mixing``. ``steps``: the rest, one pass of all thoughts per token.
+    """
     head, size = LanguageHead(model.lm), model.config.hidden_size
     states = torch.randn(positions * num_thoughts, size, dtype=model.lm.dtype)
     base, uniform = states[None, :positions], torch.rand(len(states))

@@ -1,11 +1,11 @@
-"""From model text to HTML, one way only. A model can write anything: tags, scripts, terminal codes, marks that turn text around.
+"""The one way from model text to HTML.
 
-A file of its own, because tests/test_audit.py lets nothing else put text into HTML.
+A model can write anything: tags, scripts, terminal codes, marks that turn text around. This is a file of its own
+because tests/test_audit.py lets nothing else put text into HTML.
 """
 
 import html
 import re
-import unicodedata
 
 # controls, marks of no width, spaces that are not the space bar's, letters that print nothing, selectors and tags
 _UNSEEN = re.compile(
@@ -22,11 +22,11 @@ _PICTURES = {"\n": "\u21b5", "\t": "\u21e5", "\x7f": "\u2421"}
 
 
 def safe_text(text, limit: int = 2000) -> str:
-    """HTML that shows ``text`` as it is, on one line, and does nothing else.
+    """Return HTML that shows ``text`` as it is, on one line, and does nothing else.
 
-    Tags and quotes are escaped; control characters become visible pictures (a line break: an arrow), marks that are
-    invisible or reverse the reading direction their code, as in ``[U+202E]``; of accents piled on one letter three are
-    kept. Beyond ``limit`` characters it is cut, and says so.
+    Tags and quotes are escaped. Control characters become visible pictures, a line break an arrow. Marks that are
+    invisible or reverse the reading direction become their code, as in ``[U+202E]``. Of accents piled on one letter
+    three are kept. A text of more than ``limit`` characters is cut, and says so.
     """
     text = str(text)
     shown = html.escape(safe_option(text, limit))
@@ -34,7 +34,7 @@ def safe_text(text, limit: int = 2000) -> str:
 
 
 def safe_option(text, limit: int = 40) -> str:
-    """``text`` for what escapes HTML itself, such as the label of a control: on one line, with nothing unseen in it."""
+    """Return ``text`` for what escapes HTML itself, such as a control's label: on one line, nothing unseen in it."""
     return _PILE.sub(lambda m: f"{m[1]}[{len(m[2])} more marks]", _UNSEEN.sub(_visible, str(text)[:limit]))
 
 
@@ -48,7 +48,7 @@ def _visible(found: re.Match) -> str:
 
 
 def safe_token(text: str) -> str:
-    """A token for display: :func:`safe_text`, with spaces at its ends shown so that no token looks empty."""
+    """Return a token as :func:`safe_text` does, with spaces at its start shown so that no token looks empty."""
     inner = str(text).strip(" ")
     if not inner:
         return "\u2423" * min(len(str(text)), 8) or "\u2205"
@@ -56,17 +56,14 @@ def safe_token(text: str) -> str:
 
 
 def safe_line(text: str) -> str:
-    """``text`` for a terminal: what could move the cursor, colour or reverse it is shown instead; line ends and the one
-    sequence that nested progress bars use stay."""
+    """Return ``text`` for a terminal: what could move the cursor, colour or reverse it is shown instead.
+
+    Line ends and the one sequence that nested progress bars use stay.
+    """
     kept = re.split("(\\x1b\\[A|[\\n\\r])", text)
     return "".join(part if i % 2 else _UNSEEN.sub(_visible, part) for i, part in enumerate(kept))
 
 
 def safe_label(text: str, limit: int = 40) -> str:
-    """``text`` for the label of a figure: on one line, and no formula begins at a dollar sign."""
+    """Return ``text`` for the label of a figure: on one line, and no formula begins at a dollar sign."""
     return safe_option(text, limit).replace("$", r"\$")
-
-
-def invisible(text: str) -> bool:
-    """Whether ``text`` still holds a character that is not printed (what :func:`safe_text` must never return)."""
-    return any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text)

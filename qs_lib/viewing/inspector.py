@@ -1,4 +1,4 @@
-"""The thought inspector: step through problems and read what the model thought, in a notebook, on a page or as an app."""
+"""The thought inspector: step through problems and read what a model thought, in a notebook, on a page, as an app."""
 
 import re
 from pathlib import Path
@@ -23,40 +23,43 @@ FILTERS = {
 SORTS = {
     "as chosen": None,
     "utility, best first": lambda e: -helped(e),
-    "coherence, best first": lambda e: (
-        -sum(t.coherence.get("composite", 0.0) for t in e.thoughts) / max(1, len(e.thoughts))
-    ),
+    "coherence, best first": lambda e: -mean_coherence(e),
     "hardest first": lambda e: -e.difficulty,
     "most different answers first": lambda e: -len({t.answer for t in e.thoughts}),
 }
 NOTHING = ""  # beside the first checkpoint; None would leave its button unmarked
 WIDE = {"description_width": "initial"}
+MOST_CHARACTERS = 20_000  # of a text of one's own that is read
+
+
+def mean_coherence(episode: Episode) -> float:
+    """Return the mean composite coherence of the episode's thoughts (0 to 1), 0 where there are none."""
+    return sum(t.coherence.get("composite", 0.0) for t in episode.thoughts) / max(1, len(episode.thoughts))
 
 
 class ThoughtInspector(widgets.VBox):
-    """Controls over a list of episodes and one view of the chosen one; with a model it also draws thoughts itself.
+    """Controls over a list of episodes and one view of the chosen one. With a model it also draws thoughts itself.
 
-    ``episodes``: a list of :class:`~qs_lib.evaluation.episodes.Episode`, an ``episodes.jsonl``, or a dict of name -> either: the
-    first one's problems can be chosen, another is shown beside it. ``model``: a ``QuietStarForCausalLM`` for the first
-    name, or a dict of name -> model (a name without episodes may be given here alone); all read with ``tokenizer``.
-    ``scale``: the ``Scale`` their coherence is measured on. Without a model nothing can be drawn, everything else works.
+    - ``episodes``: a list of ``Episode``, an ``episodes.jsonl``, or a dict of name -> either. The first one's problems
+      can be chosen, another is shown beside it.
+    - ``model``: a ``QuietStarForCausalLM`` for the first name, or a dict of name -> model, where a name may lack
+      episodes. Without a model nothing can be drawn, everything else works.
+    - ``tokenizer``: what all models read with. ``scale``: the ``Scale`` their coherence is measured on.
 
     Every control is an attribute (``filter``, ``sort``, ``index``, ``token``, ``beside``, ``thoughts``, ``length``,
     ``temperature``, ``seed``, ``draw``, ``own_text``, ``own_truth``): ``inspector.index.value = 3`` is the same as
-    clicking. ``view`` is what they change. Raises ``WorkbookError`` for nothing to inspect and a model without tokenizer.
+    clicking. ``view`` is what they change. Raises ``WorkbookError`` if there is nothing to inspect or a model lacks its
+    tokenizer.
     """
 
     def __init__(self, episodes=(), model=None, tokenizer=None, scale=None):
         named = dict(episodes) if isinstance(episodes, dict) else {"": episodes}
         self.models = model if isinstance(model, dict) else {} if model is None else {next(iter(named)): model}
         if self.models and tokenizer is None:
-            raise WorkbookError(
-                "a model needs its tokenizer to read a text: ThoughtInspector(..., model=model, tokenizer=tokenizer)"
-            )
+            example = "ThoughtInspector(..., model=model, tokenizer=tokenizer)"
+            raise WorkbookError(f"a model needs its tokenizer to read a text: {example}")
         self.tokenizer, self.scale = tokenizer, scale
-        self.sets = {
-            name: _episodes(named.get(name, ())) for name in [*named, *(n for n in self.models if n not in named)]
-        }
+        self.sets = {name: _episodes(named.get(name, ())) for name in dict.fromkeys([*named, *self.models])}
         self.episodes = next(iter(self.sets.values()))
         if not self.episodes and not self.models:
             raise WorkbookError("there is nothing to inspect: give at least one episode")
@@ -70,56 +73,38 @@ class ThoughtInspector(widgets.VBox):
         self._choose()
 
     def _make_controls(self) -> None:
-        others = list(self.sets)[1:]
+        others = [(safe_option(name), name) for name in list(self.sets)[1:]]
         self.filter = _choice(list(FILTERS), description="Show")
         self.sort = _choice(list(SORTS), description="Order")
         self.index = widgets.BoundedIntText(value=1, min=1, max=1, description="Problem")
         self.token = widgets.BoundedIntText(value=0, min=0, max=0, description="Token")
         self.strip = _choice([])
         self.strip.add_class("qs-strip")
-        self.beside = _choice(
-            [("nothing", NOTHING), *((safe_option(n), n) for n in others)],
-            description="Beside it",
-            value=others[0] if others else NOTHING,
-        )
-        self.count, self.view = widgets.HTML(), widgets.HTML()
-        self.previous, self.next = (_button(d) for d in ("Previous", "Next"))
+        chosen = others[0][1] if others else NOTHING
+        self.beside = _choice([("nothing", NOTHING), *others], description="Beside it", value=chosen)
+        self.count, self.view, self.saved = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.previous = _button("Previous", lambda: self.step(-1))
+        self.next = _button("Next", lambda: self.step(1))
         self.file = widgets.Text(value="thoughts.html", description="File name", continuous_update=False, style=WIDE)
-        self.save, self.saved = _button("Save as HTML"), widgets.HTML()
-        self.previous.on_click(lambda _: self.step(-1))
-        self.next.on_click(lambda _: self.step(1))
-        self.save.on_click(lambda _: self._save())
-        for control, act in (
-            (self.filter, self._choose),
-            (self.sort, self._choose),
-            (self.index, self._open),
-            (self.token, self._move),
-            (self.strip, self._click),
-            (self.beside, self._show),
-        ):
-            control.observe(act, "value")
+        self.save = _button("Save as HTML", self._save)
+        acts = {"filter": self._choose, "sort": self._choose, "index": self._open, "token": self._move}
+        for name, act in (acts | {"strip": self._click, "beside": self._show}).items():
+            getattr(self, name).observe(act, "value")
 
     def _make_live_controls(self) -> None:
         settings = getattr(next(iter(self.models.values()), None), "config", None)
-        number, length, heat = (
-            getattr(settings, n, d)
-            for n, d in (("num_thoughts", 4), ("thought_length", 28), ("thought_temperature", 1.0))
-        )
+        number, length = getattr(settings, "num_thoughts", 4), getattr(settings, "thought_length", 28)
+        heat = {"value": getattr(settings, "thought_temperature", 1.0), "min": 0, "max": 5, "step": 0.1}
         self.thoughts = widgets.BoundedIntText(value=number, min=1, max=32, description="Thoughts")
         self.length = widgets.BoundedIntText(value=length, min=3, max=256, description="Longest")
-        self.temperature = widgets.BoundedFloatText(
-            value=heat, min=0, max=5, step=0.1, description="Temperature", style=WIDE
-        )
+        self.temperature = widgets.BoundedFloatText(**heat, description="Temperature", style=WIDE)
         self.seed = widgets.BoundedIntText(value=0, min=0, max=2**31 - 1, description="Seed")
-        self.draw = _button("Draw thoughts here")
+        self.draw = _button("Draw thoughts here", self._draw)
         self.bar, self.status = widgets.IntProgress(layout={"width": "120px", "visibility": "hidden"}), widgets.HTML()
-        self.own_text = widgets.Text(
-            description="Your text", continuous_update=False, style=WIDE, layout={"width": "45%"}
-        )
-        self.own_truth = widgets.Text(description="What follows, if known", continuous_update=False, style=WIDE)
-        self.read_own = _button("Read this text")
-        self.draw.on_click(lambda _: self._draw())
-        self.read_own.on_click(lambda _: self._read_own())
+        alike = {"continuous_update": False, "style": WIDE}
+        self.own_text = widgets.Text(description="Your text", layout={"width": "45%"}, **alike)
+        self.own_truth = widgets.Text(description="What follows, if known", **alike)
+        self.read_own = _button("Read this text", self._read_own)
 
     def _rows(self) -> list:
         for number in (self.index, self.token, self.thoughts, self.length, self.seed, self.temperature):
@@ -128,27 +113,27 @@ class ThoughtInspector(widgets.VBox):
         rows += [_row(self.token, self.strip)] if self.models or self.episodes else []
         rows += [self.beside] if len(self.sets) > 1 else []
         if self.models:
-            rows += [
-                _row(self.thoughts, self.length, self.temperature, self.seed, self.draw, self.status, self.bar),
-                _row(self.own_text, self.own_truth, self.read_own),
-            ]
+            drawing = (self.thoughts, self.length, self.temperature, self.seed, self.draw, self.status, self.bar)
+            rows += [_row(*drawing), _row(self.own_text, self.own_truth, self.read_own)]
         return [*rows, _row(self.file, self.save, self.saved), self.view]
 
     def step(self, by: int) -> None:
-        """Move by so many problems; stays inside the list."""
+        """Move by so many problems, inside the list."""
         self.index.value = min(max(1, self.index.value + by), self.index.max)
 
     def think(self) -> list[Episode]:
         """Draw thoughts at the chosen token with the settings of the controls, by every model in view, and show them.
 
-        Returns their episodes. Raises ``WorkbookError`` where that cannot be done.
+        Returns their episodes. Raises ``WorkbookError`` if that cannot be done.
         """
         names = [n for n in self._names() if n in self.models]
         if not names or self.current is None:
             raise WorkbookError("there is nothing to draw: give a model, and choose a problem or write a text")
-        question, place = self.current.question, self.token.value
+        question, place, seed = self.current.question, self.token.value, self.seed.value
         if len(self.current.tokens) and self._tokens()[: len(self.current.tokens)] != self.current.tokens:
             raise WorkbookError("the tokenizer reads this text otherwise than the model that made these episodes did")
+        settings = {"num_thoughts": self.thoughts.value, "thought_length": self.length.value, "seed": seed}
+        settings |= {"temperature": self.temperature.value, "answer": self.current.answer, "scale": self.scale}
         self.bar.max, drawn = len(names) * len(STEPS), []
         for turn, name in enumerate(names):
 
@@ -156,48 +141,27 @@ class ThoughtInspector(widgets.VBox):
                 self.bar.value = turn * of + done
                 self._say(f"{name} {what}".strip())
 
-            drawn.append(
-                think_at(
-                    self.models[name],
-                    self.tokenizer,
-                    question,
-                    place,
-                    self.current.answer,
-                    self.thoughts.value,
-                    self.length.value,
-                    self.temperature.value,
-                    self.seed.value,
-                    scale=self.scale,
-                    progress=tell,
-                    stage=f"{name} live, temperature {self.temperature.value:g}, seed {self.seed.value}".strip(),
-                )
-            )
+            stage = f"{name} live, temperature {self.temperature.value:g}, seed {seed}".strip()
+            alike = settings | {"progress": tell, "stage": stage}
+            drawn.append(think_at(self.models[name], self.tokenizer, question, place, **alike))
         shared = {"problem": self.current.problem, "family": self.current.family, "difficulty": self.current.difficulty}
         for name, episode in zip(names, drawn, strict=True):
             self.found[name][question, place] = episode.model_copy(update=shared)
-        self._say(f"drawn with seed {self.seed.value}; the next draw takes another")
+        self._say(f"drawn with seed {seed}; the next draw takes another")
         self.seed.value += 1
         self._show()
         return drawn
 
     def read(self, text: str, truth: str | None = None) -> None:
-        """Put one's own text at the end of the problems and open it; ``truth``: what follows it, where that is known.
+        """Put one's own text at the end of the problems and open it. ``truth``: what follows it, where that is known.
 
         Raises ``WorkbookError`` without a model, and for a text without a word.
         """
         if not self.models or not text.strip():
             raise WorkbookError("a text of one's own needs a model to think about it, and at least one word")
-        tokens = text_tokens(self.tokenizer, text[:20_000])  # think_at refuses a longer one
-        own = Episode(
-            problem=len(self.episodes),
-            question=text,
-            answer=truth or None,
-            family="own text",
-            position=len(tokens) - 1,
-            tokens=tokens,
-            thoughts=[],
-        )
-        self.episodes.append(own)
+        tokens = text_tokens(self.tokenizer, text[:MOST_CHARACTERS])  # think_at refuses a longer one
+        known = {"problem": len(self.episodes), "question": text, "answer": truth or None, "family": "own text"}
+        self.episodes.append(Episode(**known, position=len(tokens) - 1, tokens=tokens, thoughts=[]))
         self._busy = True
         self.filter.value, self.sort.value = "all", "as chosen"
         self._busy = False
@@ -207,10 +171,7 @@ class ThoughtInspector(widgets.VBox):
         self.draw.disabled, self.bar.layout.visibility = True, "visible"
         try:
             self.think()
-        except (
-            ValueError,
-            NotImplementedError,
-        ) as error:  # one sentence each; a button has nowhere to show a traceback
+        except (ValueError, NotImplementedError) as error:  # one sentence; a button has nowhere to show a traceback
             self._say(str(error))
         finally:
             self.draw.disabled, self.bar.layout.visibility, self.bar.value = False, "hidden", 0
@@ -228,14 +189,12 @@ class ThoughtInspector(widgets.VBox):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.save_html(folder / name)
-            self.saved.value = (
-                f"<span role='status'>saved as {safe_text(f'{folder.parent.name}/inspector/{name}')}</span>"
-            )
+            self.saved.value = _status(f"saved as {folder.parent.name}/inspector/{name}")
         except (OSError, WorkbookError) as error:
-            self.saved.value = f"<span role='status'>{safe_text(error)}</span>"
+            self.saved.value = _status(error)
 
     def _say(self, text: str) -> None:
-        self.status.value = f"<span role='status'>{safe_text(text)}</span>"
+        self.status.value = _status(text)
 
     def _choose(self, change=None, place: int = 1) -> None:
         if self._busy:
@@ -279,7 +238,7 @@ class ThoughtInspector(widgets.VBox):
             return
         place = self.index.value
         self.previous.disabled, self.next.disabled = place <= 1, place >= len(self.shown)
-        self.count.value = f"<span role='status'>{place if self.shown else 0} of {len(self.shown)}</span>"
+        self.count.value = _status(f"{place if self.shown else 0} of {len(self.shown)}")
         self.view.value = self.current_html()
 
     def _names(self) -> list[str]:
@@ -287,20 +246,20 @@ class ThoughtInspector(widgets.VBox):
         return [next(iter(self.sets)), *([self.beside.value] if self.beside.value != NOTHING else [])]
 
     def _tokens(self) -> list[str]:
-        """The tokens of the problem in view: all of them with a tokenizer, else those read up to its last episode."""
+        """All tokens of the problem in view where a model is there, else those read up to its last episode."""
         if self.current is None:
             return []
-        if self.models and len(self.current.question) <= 20_000:
+        if self.models and len(self.current.question) <= MOST_CHARACTERS:
             return text_tokens(self.tokenizer, self.current.question)
         return self.current.tokens
 
     @property
     def current(self) -> Episode | None:
-        """The problem in view, None where the filter leaves none."""
+        """Return the problem in view, None where the filter leaves none."""
         return self.shown[self.index.value - 1] if self.shown else None
 
     def current_html(self) -> str:
-        """What the view shows, as HTML."""
+        """Return what the view shows, as HTML."""
         if not self.episodes:
             return "<p>No problem was given: write a text of your own.</p>"
         if self.current is None:
@@ -321,28 +280,19 @@ class ThoughtInspector(widgets.VBox):
             return render(one, style=False)
         if name in self.models:
             read = self._tokens()[: place + 1] if episode is self.current else episode.tokens
-            bare = Episode(
-                problem=episode.problem,
-                question=episode.question,
-                answer=episode.answer,
-                family=episode.family,
-                difficulty=episode.difficulty,
-                position=place,
-                tokens=read,
-                thoughts=[],
-            )
-            return render(bare, style=False)
+            known = episode.model_dump(include={"problem", "question", "answer", "family", "difficulty"})
+            return render(Episode(**known, position=place, tokens=read, thoughts=[]), style=False)
         if place != episode.position:
             return "<p>No thoughts were saved at this token; with a model they can be drawn.</p>"
         return "<p>This question is not among its episodes.</p>"
 
     def static_html(self, listed: int = 50) -> str:
-        """The state as HTML that needs no kernel: the problem in view, and a table of those the filter leaves."""
+        """Return HTML that needs no kernel: the problem in view, and a table of those the filter leaves."""
         title = f"<p><b>{safe_text(self.filter.value)}</b>: {len(self.shown)} of {len(self.episodes)} problems</p>"
         return f"<div class='qs-twin'>{self.current_html()}{title}{overview(self.shown, listed)}</div>"
 
     def save_html(self, path: str | Path, most: int = 200) -> Path:
-        """Write a page that opens anywhere, offline: the view, the table, and the first ``most`` problems of the filter."""
+        """Write a page that opens anywhere, offline: the view, a table, the first ``most`` problems of the filter."""
         body = "<hr>".join(self._compared(e, e.position) for e in self.shown[:most])
         page = (
             "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Thoughts</title>"
@@ -357,8 +307,10 @@ class ThoughtInspector(widgets.VBox):
         return f"ThoughtInspector({len(self.episodes)} episodes)"
 
     def _ipython_display_(self):
-        """The widget, and the same as HTML, which is hidden where the widget lives: in JupyterLab a widget whose kernel
-        is gone leaves only an error, whatever else its output holds."""
+        """Show the widget and the same as HTML, which is hidden beside a widget that works.
+
+        In JupyterLab a widget whose kernel is gone leaves only an error, whatever else its output holds.
+        """
         display(self._repr_mimebundle_(), raw=True)
         display({"text/html": self.static_html(), "text/plain": f"{self!r} as it was when shown"}, raw=True)
 
@@ -373,8 +325,15 @@ def _choice(options, **settings):
     return choice
 
 
-def _button(name: str):
-    return widgets.Button(description=name, layout={"width": "auto"})
+def _button(name: str, act):
+    button = widgets.Button(description=name, layout={"width": "auto"})
+    button.on_click(lambda _: act())
+    return button
+
+
+def _status(text) -> str:
+    """The text as a message that a screen reader speaks."""
+    return f"<span role='status'>{safe_text(text)}</span>"
 
 
 def _row(*controls):

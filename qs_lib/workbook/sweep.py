@@ -180,7 +180,7 @@ def figure(rows: list[dict], x: str, y: tuple[str, ...] | list[str], parameters:
     ]
     shown = [name for name in y or numbers[:1] if any(isinstance(row.get(name), (int, float)) for row in whole)]
     lines = [name for name in parameters if name not in (x, "seed") and len({str(row.get(name)) for row in whole}) > 1]
-    return figures.sweep(whole, x, shown, lines) if shown else None
+    return figures.sweep_panels(whole, x, shown, lines) if shown else None
 
 
 def ready_made() -> list[dict]:

@@ -18,23 +18,40 @@ from ..files import find_run
 from ..stats import correlation, fixed, named, shown
 from ..training.baking import BakingItem
 from ..viewing.escape import safe_text, safe_token
+from ..viewing.html import shade
 
 
 def committed(params, stage: str, name: str):
-    """A ``.json`` or ``.jsonl`` file that the committed pocket run's stage wrote, to show beside a small live run.
+    """Return a ``.json`` or ``.jsonl`` file that the committed pocket run's stage wrote, to show beside a small run.
 
-    Empty where nothing is committed, and where ``params.upstream`` is given: then the notebook is itself a real run.
+    It is empty where nothing is committed, and where ``params.upstream`` is given, when the notebook is a real run.
     """
-    path = find_run("") / stage / name
-    here = path.is_file() and not params.upstream
     if name.endswith(".jsonl"):
-        return read_rows(path) if here else []
-    return json.loads(path.read_text(encoding="utf-8")) if here else {}
+        return [] if params.upstream else read_json_lines(find_run("") / stage / name)
+    return {} if params.upstream else _read_json(find_run("") / stage / name)
 
 
-def read_rows(path) -> list[dict]:
-    """The rows of a JSON-lines file, such as a stage's ``metrics.jsonl``; none where there is no file."""
+def _read_json(path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_json_lines(path) -> list[dict]:
+    """Return the rows of a JSON-lines file, such as a stage's ``metrics.jsonl``, and none where there is no file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def read_bench() -> dict:
+    """Return the committed file of ``make bench``, empty where there is none."""
+    return _read_json(find_run("").parent / "bench" / "thoughts.json")
+
+
+def committed_path(name: str):
+    """Return the path of something in the committed pocket run. Raises ``UpstreamError`` where it is not there."""
+    path = find_run("") / name
+    if not path.exists():
+        again = "`git checkout outputs/pocket` or `make refresh`"
+        raise UpstreamError(f"the committed run lacks {name}: bring it back with {again}")
+    return path
 
 
 def write_parquet(stage, name: str, rows: list[dict]) -> None:
@@ -45,89 +62,80 @@ def write_parquet(stage, name: str, rows: list[dict]) -> None:
 
 
 def number(value, digits: int = 3) -> str:
-    """A number as notebooks print it: counts in full, the rest with fixed decimals."""
+    """Return a number as notebooks print it: counts in full, the rest with fixed decimals."""
     return fixed(value, digits) if isinstance(value, float) else str(value)
 
 
 def side_by_side(columns: dict[str, dict], digits: int = 3) -> pd.DataFrame:
-    """Dictionaries of numbers as columns of one table, empty ones left out; rows are the first one's keys."""
+    """Return dictionaries of numbers as columns of one table, empty ones left out. Rows are the first one's keys."""
     columns = {name: values for name, values in columns.items() if values}
     keys = list(next(iter(columns.values())))
     return pd.DataFrame({n: [number(v.get(k, "-"), digits) for k in keys] for n, v in columns.items()}, index=keys)
 
 
-def row_norms(model, tokenizer) -> dict:
-    """Norms of the input rows: ``real`` (list, tokens that were there) and ``new`` (thinking token -> norm)."""
+def embedding_norms(model, tokenizer) -> dict:
+    """Return norms of the input rows: ``real`` (list, tokens that were there) and ``new`` (thinking token -> norm)."""
     weight = model.get_input_embeddings().weight.detach()[: len(tokenizer)]
     ids, norms = thinking_ids(tokenizer), weight.norm(dim=1).tolist()
-    return {
-        "real": [n for i, n in enumerate(norms) if i not in ids],
-        "new": {t: norms[i] for t, i in zip(THINKING_TOKENS, ids, strict=True)},
-    }
+    new = {token: norms[i] for token, i in zip(THINKING_TOKENS, ids, strict=True)}
+    return {"real": [norm for i, norm in enumerate(norms) if i not in ids], "new": new}
 
 
 def nearest_tokens(model, tokenizer, count: int = 3) -> pd.DataFrame:
-    """The ``count`` other tokens whose input rows point most nearly the same way as each thinking token's (cosine)."""
+    """Return the ``count`` other tokens whose input rows are nearest to each thinking token's (cosine)."""
     weight = torch.nn.functional.normalize(model.get_input_embeddings().weight.detach()[: len(tokenizer)], dim=1)
     ids = thinking_ids(tokenizer)
     cosine = weight[ids] @ weight.T
     cosine[:, ids] = -torch.inf
-    best = cosine.topk(count, dim=1)
-    rows = [
-        [f"{tokenizer.decode([i]).strip()} ({c:.1f})" for i, c in zip(*pair, strict=True)]
-        for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
+    near, which = (found.tolist() for found in cosine.topk(count, dim=1))
+    names = [[tokenizer.decode([i]).strip() for i in row] for row in which]
+    rows = [[f"{n} ({c:.1f})" for n, c in zip(*pair, strict=True)] for pair in zip(names, near, strict=True)]
     return pd.DataFrame(rows, index=list(THINKING_TOKENS), columns=[f"nearest {n + 1}" for n in range(count)])
 
 
 def marked(reply: str) -> str:
-    """A plain reply with thinking tokens in place of their words: ``think step 1 + 1 = 2 done`` -> ``<think> <step> ...``."""
+    """Return a plain reply with thinking tokens in place of their words: ``think step 1`` -> ``<think> <step> 1``."""
     tokens = {word: token for token, word in PLAIN_WORDS.items()}
     return " ".join(tokens.get(word, word) for word in reply.split())
 
 
 def aligned_tokens(item: BakingItem, tokenizer) -> pd.DataFrame:
-    """What teacher and student have read last where a reply token is asked of both, and that token."""
+    """Return what teacher and student have read last where a reply token is asked of both, and that token."""
 
-    def word(ids, at):
-        return tokenizer.decode([ids[at]]).strip()
+    def words(ids):
+        return [tokenizer.decode([i]).strip() for i in ids]
 
-    rows = [
-        (word(item.teacher_ids, t), word(item.student_ids, s), tokenizer.decode([target]).strip())
-        for t, s, target in zip(item.teacher_at, item.student_at, item.targets, strict=True)
-    ]
-    return pd.DataFrame(rows, columns=["teacher has read", "student has read", "both predict"])
+    columns = {
+        "teacher has read": words(item.teacher_ids[at] for at in item.teacher_at),
+        "student has read": words(item.student_ids[at] for at in item.student_at),
+        "both predict": words(item.targets),
+    }
+    return pd.DataFrame(columns)
 
 
 def reply_rows(
-    model, tokenizer, problems: list[dict], max_new_tokens: int = 48, prompts: dict[str, str] | None = None
+    model, tokenizer, problems, max_new_tokens: int = 48, prompts: dict[str, str] | None = None
 ) -> list[dict]:
-    """One row per problem: the greedy ``reply``, its ``answer``, whether it is ``correct``, ``thinks``, which ``strategy``
-    it uses ("none" without a thought) and whether that ``fits``. ``prompts``: strategy -> what to ask it with, in front of the question."""
+    """Return one row per problem from its greedy reply.
+
+    A row holds the ``reply``, its ``answer``, whether it is ``correct`` and ``thinks``, which ``strategy`` it uses
+    ("none" without a thought) and whether that ``fits``. ``prompts``: strategy -> what stands in front of the question.
+    """
     start, end = thinking_ids(tokenizer)[:2]
     contexts = [asked(p, prompts) if prompts else p["question"] for p in problems]
     rows = []
     for problem, written in zip(problems, replies(model, tokenizer, contexts, max_new_tokens), strict=True):
         ids, _ = mark(written, marker_spellings(tokenizer))  # a prompted champion writes the plain words
-        thinks = bool(ids) and ids[0] == start and end in ids
+        thinks, answer = bool(ids) and ids[0] == start and end in ids, answer_of(tokenizer, ids, (end,))
         strategy = strategy_of(tokenizer.decode(ids[: ids.index(end)])) if thinks else None
-        answer = answer_of(tokenizer, ids, (end,))
-        rows.append(
-            {
-                "family": problem["family"],
-                "reply": tokenizer.decode(written),
-                "answer": answer,
-                "thinks": thinks,
-                "correct": answer == problem["answer"],
-                "strategy": strategy or "none",
-                "fits": strategy in (problem["fits"] or ["cot"]),
-            }
-        )
+        row = {"family": problem["family"], "reply": tokenizer.decode(written), "answer": answer, "thinks": thinks}
+        row |= {"correct": answer == problem["answer"], "strategy": strategy or "none"}
+        rows.append(row | {"fits": strategy in (problem["fits"] or ["cot"])})
     return rows
 
 
 def strategy_use(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """Family -> strategy -> share of the family's replies (:func:`reply_rows`) that use it."""
+    """Return family -> strategy -> share of the family's replies (:func:`reply_rows`) that use it."""
     columns = ["cot", *(s for s in PROMPTS if s != "cot"), "none"]
     table = {}
     for family in dict.fromkeys(sorted(r["family"] for r in rows)):
@@ -137,135 +145,92 @@ def strategy_use(rows: list[dict]) -> dict[str, dict[str, float]]:
 
 
 def thoughts_html(thoughts: list[dict]) -> str:
-    """Thoughts as static HTML. Each dict: ``name``, ``tokens`` (text) and ``logprobs`` (nats; None for a forced token).
+    """Return thoughts as static HTML. Each: ``name``, ``tokens`` (text), ``logprobs`` (nats, None for a forced token).
 
-    The number under a token is its log-prob; the less likely the token was, the stronger its shade. All text is escaped.
+    The number under a token is its log-prob. The less likely it was, the stronger its shade. All text is escaped.
     """
-    lines = []
+    rows = []
     for thought in thoughts:
-        cells = []
-        for token, x in zip(thought["tokens"], thought["logprobs"], strict=True):
-            note, shade = "given" if x is None else fixed(x, 2), min(0.75, 0.25 * abs(x or 0))
-            cells.append(
-                f"<td style='text-align:center;padding:1px 3px;background:rgba(213,94,0,{shade:.2f})'>"
-                f"{safe_token(token)}<br><small>{safe_text(note)}</small></td>"
-            )
         total = sum(x or 0 for x in thought["logprobs"])
-        lines.append(
-            f"<tr><th scope='row'>{safe_text(thought['name'])}<br><small>sum {total:.1f}</small></th>{''.join(cells)}</tr>"
-        )
-    return f"<div style='overflow-x:auto'><table><tbody>{''.join(lines)}</tbody></table></div>"
+        row = f"<th scope='row'>{safe_text(thought['name'])}<br><small>sum {total:.1f}</small></th>"
+        for token, x in zip(thought["tokens"], thought["logprobs"], strict=True):
+            note = "given" if x is None else fixed(x, 2)
+            row += f"<td style='text-align:center;padding:1px 3px;background:{shade(min(0.75, 0.25 * abs(x or 0)))}'>"
+            row += f"{safe_token(token)}<br><small>{safe_text(note)}</small></td>"
+        rows.append(row)
+    return f"<div style='overflow-x:auto'><table><tbody><tr>{'</tr><tr>'.join(rows)}</tr></tbody></table></div>"
 
 
 def thought_records(thoughts, tokenizer, row: int = 0, position: int = 0) -> list[dict]:
-    """The thoughts drawn at one position (``qs_lib.Thoughts``) for :func:`thoughts_html`."""
+    """Return the thoughts drawn at one position (``qs_lib.Thoughts``) for :func:`thoughts_html`."""
     records = []
     for k, n in enumerate(thoughts.lengths[row, position].tolist()):
         at = (row, position, k, slice(n))
-        pairs = zip(thoughts.logprobs[at].tolist(), thoughts.sampled[at].tolist(), strict=True)
-        records.append(
-            {
-                "name": f"thought {k + 1}",
-                "tokens": [tokenizer.decode([t]) for t in thoughts.tokens[at].tolist()],
-                "logprobs": [x if sampled else None for x, sampled in pairs],
-            }
-        )
+        drawn = zip(thoughts.logprobs[at].tolist(), thoughts.sampled[at].tolist(), strict=True)
+        tokens = [tokenizer.decode([t]) for t in thoughts.tokens[at].tolist()]
+        logprobs = [x if sampled else None for x, sampled in drawn]
+        records.append({"name": f"thought {k + 1}", "tokens": tokens, "logprobs": logprobs})
     return records
 
 
 def episode_table(episode) -> str:
-    """The thoughts of a ``qs_lib.Episode`` as an HTML table: text, answer, mixing weight, coherence, utility (nats)."""
-    rows = [
-        {
-            "thought": " ".join(t.strip() for t in thought.tokens),
-            "answer": thought.answer.strip(),
-            "weight": fixed(thought.weight, 2),
-            "coherence": fixed(thought.coherence.get("composite", 0.0), 2),
-            "utility": fixed(thought.utility, 1, True),
-        }
-        for thought in episode.thoughts
-    ]
+    """Return an episode's thoughts as an HTML table: text, answer, mixing weight, coherence, utility (nats)."""
+    columns = {
+        "thought": [" ".join(token.strip() for token in t.tokens) for t in episode.thoughts],
+        "answer": [t.answer.strip() for t in episode.thoughts],
+        "weight": [fixed(t.weight, 2) for t in episode.thoughts],
+        "coherence": [fixed(t.coherence.get("composite", 0.0), 2) for t in episode.thoughts],
+        "utility": [fixed(t.utility, 1, True) for t in episode.thoughts],
+    }
     with pd.option_context("display.max_colwidth", None):
-        return pd.DataFrame(rows, index=[f"thought {k + 1}" for k in range(len(rows))]).to_html()
+        return pd.DataFrame(columns, index=[f"thought {k + 1}" for k in range(len(episode.thoughts))]).to_html()
 
 
-def model_latency(rows: list[dict]) -> pd.DataFrame:
-    """Rows of ``latency.measure_models`` as a table: milliseconds, what dominates, and whether the target is met."""
+def model_latency_table(rows: list[dict]) -> pd.DataFrame:
+    """Return rows of ``model_sizes.measure_models`` as a table: milliseconds, what dominates, the target met or not."""
     if not rows:
         return pd.DataFrame()
-    keep = (
-        "model",
-        "text_length",
-        "positions",
-        "num_thoughts",
-        "thought_length",
-        "plain_ms",
-        "median_ms",
-        "p95_ms",
-        "repeats",
-    )
-    table = pd.DataFrame([{key: row[key] for key in keep} for row in rows]).round(1)
-    table["dominates"] = [
-        f"{part} ({row['shares'][part]:.0%})" for row in rows for part in [max(row["shares"], key=row["shares"].get)]
-    ]
+    setting = ["model", "text_length", "positions", "num_thoughts", "thought_length"]
+    table = pd.DataFrame(rows)[[*setting, "plain_ms", "median_ms", "p95_ms", "repeats"]].round(1)
+    largest = [max(row["shares"].items(), key=lambda one: one[1]) for row in rows]
+    table["dominates"] = [f"{part} ({share:.0%})" for part, share in largest]
     table["outcome"] = ["meets the target" if row["meets"] else "does not" for row in rows]
     return table
 
 
-def bench() -> dict:
-    """The committed file of `make bench`, empty where there is none."""
-    path = find_run("").parent / "bench" / "thoughts.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def bench_lines(result: dict) -> pd.DataFrame:
-    """The promises of a bench file beside what was measured; what was missed says so."""
+    """Return the promises of a bench file beside what was measured. What was missed says so."""
     words = {True: "reached", False: "NOT reached", None: "-"}
-    rows = [
-        {
-            "claim": line["claim"],
-            "shape": line["shape"],
-            "kind": line["kind"],
-            "bound": "-" if line["bound"] is None else f"{line['direction']} {line['bound']:g}",
-            "measured": "not measured" if line["value"] is None else f"{line['value']:.3g}",
-            "outcome": words[line["reached"]],
-        }
-        for line in result.get("lines", [])
-    ]
+    rows = [{name: line[name] for name in ("claim", "shape", "kind")} for line in result.get("lines", [])]
+    for row, line in zip(rows, result.get("lines", []), strict=True):
+        row["bound"] = "-" if line["bound"] is None else f"{line['direction']} {line['bound']:g}"
+        row["measured"] = "not measured" if line["value"] is None else f"{line['value']:.3g}"
+        row["outcome"] = words[line["reached"]]
     return pd.DataFrame(rows)
 
 
-def committed_path(name: str):
-    """The path of something in the committed pocket run. Raises ``UpstreamError`` where it is not there."""
-    path = find_run("") / name
-    if not path.exists():
-        raise UpstreamError(
-            f"the committed run lacks {name}: bring it back with `git checkout outputs/pocket` or `make refresh`"
-        )
-    return path
-
-
 def verdicts(reports: dict[str, TheaterReport]) -> pd.DataFrame:
-    """Every check against its target for each model, its outcome in words; "not made" where a model lacks it."""
-    columns = {name: {c.id: f"{_value(c)} {_outcome(c)}" for c in one.checks} for name, one in reports.items()}
+    """Return every check against its target for each model, its outcome in words, "not made" where a model lacks it."""
+    columns = {
+        name: {c.id: f"{_check_value(c)} {_check_outcome(c)}" for c in one.checks} for name, one in reports.items()
+    }
     targets = {c.id: c.target for one in reports.values() for c in one.checks}
     return pd.DataFrame({"target": targets, **columns}).reindex([i for i in CHECKS if i in targets]).fillna("not made")
 
 
-def parts(report: TheaterReport, seed: int = 0) -> pd.DataFrame:
-    """Correlation with utility of coherence and of each part of it, pooled and inside problems, with intervals."""
+def coherence_parts(report: TheaterReport, seed: int = 0) -> pd.DataFrame:
+    """Return the correlation with utility of coherence and of each part of it, pooled and inside problems."""
     utility, rows = by_problem(report.table, "utility"), {}
     for name in ("composite", "semantic", "syntactic", "predictive"):
         score = by_problem(report.table, name)
-        rows[name] = {
-            "pooled r": shown(correlation(score, utility, seed), signed=True),
-            "within problems": shown(correlation(score, utility.clip(-5, 5), seed, within=True), signed=True),
-        }
+        within = correlation(score, utility.clip(-5, 5), seed, within=True)
+        pooled = correlation(score, utility, seed)
+        rows[name] = {"pooled r": shown(pooled, signed=True), "within problems": shown(within, signed=True)}
     return pd.DataFrame(rows).T
 
 
 def reliabilities(reports: dict[str, TheaterReport]) -> pd.DataFrame:
-    """Calibration error and preference for right thoughts of each score of each model."""
+    """Return calibration error and preference for right thoughts of each score of each model."""
     rows = {
         (model, score): {
             "calibration error": shown(r.error),
@@ -279,10 +244,10 @@ def reliabilities(reports: dict[str, TheaterReport]) -> pd.DataFrame:
 
 
 def stages(reports: dict[str, TheaterReport]) -> pd.DataFrame:
-    """The models side by side, in the order given: what each stage of training adds."""
+    """Return the models side by side, in the order given: what each stage of training adds."""
     columns = {}
     for name, one in reports.items():
-        made = {c.id: _value(c) for c in one.checks}
+        made = {c.id: _check_value(c) for c in one.checks}
         columns[name] = {
             "accuracy with own thoughts": shown(one.accuracy["own"]),
             "without thoughts": shown(one.accuracy["none"]),
@@ -298,13 +263,13 @@ def stages(reports: dict[str, TheaterReport]) -> pd.DataFrame:
 
 
 def turned_red(planted: TheaterReport, honest: TheaterReport) -> list[str]:
-    """Ids of the checks that a planted cheat misses and the honest model passes: what caught it."""
+    """Return the ids of the checks that a planted cheat misses and the honest model passes: what caught it."""
     passed = {c.id for c in honest.checks if c.reached}
     return [i for i in planted.missed if i in passed]
 
 
-def summary(report: TheaterReport) -> dict[str, float]:
-    """The numbers of a report for the stage's ``run.json``, those with an interval as ``name``, ``_low``, ``_high``."""
+def theater_summary(report: TheaterReport) -> dict[str, float]:
+    """Return a report's numbers for the stage's ``run.json``. An interval is ``name``, ``name_low``, ``name_high``."""
     out = {}
     for c in report.checks:
         out |= named(c.id, (c.value, c.low, c.high))
@@ -316,9 +281,9 @@ def summary(report: TheaterReport) -> dict[str, float]:
     return out | {"checks_reached": len(report.checks) - len(report.missed), "checks": len(report.checks)}
 
 
-def _value(check) -> str:
+def _check_value(check) -> str:
     return shown((check.value, check.low, check.high))
 
 
-def _outcome(check) -> str:
+def _check_outcome(check) -> str:
     return "reached" if check.reached else "open" if check.undecided else "not reached"

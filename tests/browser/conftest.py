@@ -1,4 +1,4 @@
-"""A real JupyterLab and a real Chromium for `make browser`; where one of them is missing, the tests say which and skip."""
+"""A real JupyterLab and a real Chromium for `make browser`. Where one is missing, the tests say which and skip."""
 
 import json
 import os
@@ -128,7 +128,8 @@ def open_lab(page, lab):
                 "() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }"
             )  # returns no promise
             page.wait_for_function(
-                "() => { const c = [...window.jupyterapp.shell.currentWidget.content.widgets].filter(w => w.model.type === 'code');"
+                "() => { const all = [...window.jupyterapp.shell.currentWidget.content.widgets];"
+                " const c = all.filter(w => w.model.type === 'code');"
                 " return c.every(w => w.model.executionState === 'idle' && w.model.executionCount) }",
                 timeout=1000 * seconds,
             )

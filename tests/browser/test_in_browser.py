@@ -1,4 +1,4 @@
-"""The inspector in a real JupyterLab, as people use it: by mouse, by keyboard alone, after a restart, as an app, on a page."""
+"""The inspector in a real JupyterLab, as people use it: by mouse, by keys alone, after a restart, as an app, a page."""
 
 import html
 import json
@@ -236,7 +236,8 @@ def test_hostile_text_in_the_widget(open_lab, workbook, expect, shot):
     )
     source = (
         f"import qs_lib as qs\nepisodes = qs.read_episodes({str(path)!r})\n"
-        "qs.ThoughtInspector({'<img src=x onerror=window.qsHit=1>': episodes, '</button><script>window.qsHit=1</script>': episodes})"
+        "qs.ThoughtInspector({'<img src=x onerror=window.qsHit=1>': episodes, "
+        "'</button><script>window.qsHit=1</script>': episodes})"
     )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
