@@ -115,7 +115,7 @@ def baked(model, before, tokenizer):
         baking.direct_item(tokenizer, question, [5, 6]),
     ]
     baking.baking_loss(model.lm, before.lm, items, tokenizer)
-    accuracy.habits(model.lm, tokenizer, PROBLEMS, 4)
+    accuracy.reply_statistics(model.lm, tokenizer, PROBLEMS, 4)
 
 
 def scored(model, before, tokenizer, weights):

@@ -14,8 +14,8 @@ from qs_lib.evaluation.episodes import (
     STEPS,
     answers_alone,
     answers_with,
+    as_episodes,
     draw_thoughts,
-    episodes,
     score_thoughts,
     text_tokens,
     think_at,
@@ -36,7 +36,7 @@ def saved(problem, seed=0):
         for name, weights in (("own", "head"), ("none", "none"))
     }
     answers["alone"] = answers_alone(MODEL, TOKENIZER, contexts, *given, 6).tolist()
-    return episodes(TOKENIZER, [problem], drawn, rows, answers, "live")[0]
+    return as_episodes(TOKENIZER, [problem], drawn, rows, answers, "live")[0]
 
 
 @pytest.mark.parametrize("number", range(3))

@@ -168,6 +168,12 @@ def pad(rows: list[list[int]], value: int, side: str = "right", device=None) -> 
     return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, fill, strict=True)], device=device)
 
 
+def padded(tokenizer, rows: list[list[int]], device=None, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows as ids ``(rows, longest)``, filled up on ``side``, and their mask of that shape."""
+    ones = [[1] * len(row) for row in rows]
+    return pad(rows, tokenizer.pad_token_id, side, device), pad(ones, 0, side, device)
+
+
 def length_batches(lengths: list[int], batch_size: int, rng: random.Random, pool: int = 8) -> list[list[int]]:
     """One epoch of index batches: shuffled, sorted by length inside pools of ``pool`` batches, batches shuffled."""
     order = list(range(len(lengths)))

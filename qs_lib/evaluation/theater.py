@@ -16,9 +16,9 @@ from .episodes import (
     Episode,
     answers_alone,
     answers_with,
+    as_episodes,
     by_problem,
     draw_thoughts,
-    episodes,
     score_thoughts,
 )
 
@@ -260,7 +260,7 @@ def anti_theater(
         matched,
         {name: reliability(value, right, seed=seed) for name, value in scores.items()},
         [{k: r[k] for k in kept} for r in rows],
-        episodes(tokenizer, problems, drawn, rows, written | {"alone": alone.tolist()}, stage),
+        as_episodes(tokenizer, problems, drawn, rows, written | {"alone": alone.tolist()}, stage),
     )
 
 

@@ -195,7 +195,7 @@ def train_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | No
         "probability_without": likely["without"].mean(),
         "probability_without_fitted": likely["without fitted"].mean(),
         **named("beyond_temperature", interval(likelier["with"] - likely["with fitted"])),
-        "thinking_use": after.habits["thinking_use"],
+        "thinking_use": after.statistics["thinking_use"],
         "temperature_baseline": before.temperature,
         "temperature": after.temperature,
         "entropy": result.history[-1]["entropy"],

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..data.strategies import PROMPTS, asked
 from ..data.tokens import encode_context, length_batches, mark, marker_spellings, pad, thinking_ids
 from ..errors import TrainingError, WorkbookError
-from ..evaluation.accuracy import habits, replies
+from ..evaluation.accuracy import reply_statistics, replies
 from ..thoughts.attention import recompute_layers
 from . import distributed
 from .checkpoint import Checkpoint
@@ -300,7 +300,7 @@ def bake(
             trained.eval()
             with largest_logit(trained) as largest:
                 dose = {"epoch": epoch, "kl": held_out_kl(trained, teacher, tokenizer, held)}
-            dose |= largest | habits(trained, tokenizer, list(validation), max_new_tokens)
+            dose |= largest | reply_statistics(trained, tokenizer, list(validation), max_new_tokens)
             result.epochs.append(dose)
             saving.log(step=step, **dose)
             bar.set_postfix(accuracy=f"{dose['accuracy']:.3f}", use=f"{dose['thinking_use']:.2f}")

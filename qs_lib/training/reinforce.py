@@ -392,6 +392,7 @@ def first_groups(
         p = problems[row]
         about = {
             "problem": 0,
+            "stage": stage,
             "question": p["question"],
             "family": p["family"],
             "difficulty": p["difficulty"],
@@ -406,7 +407,6 @@ def first_groups(
                 about,
                 len(following),
                 n_true,
-                stage=stage,
                 trained=[values[unit] for values in trained_on],
             )
         )
