@@ -18,8 +18,8 @@ from .thoughts.rescore import scored as log_probs_of
 class QuietStarConfig(PreTrainedConfig):
     """Say how a model thinks. ``text_config`` is the wrapped language model's own configuration.
 
-    ``think``: whether thoughts are on by default. At a position ``num_thoughts`` are drawn at ``thought_temperature`` (0:
-    greedy), of at most ``thought_length`` tokens (both tags counted). Each helps to predict ``n_true`` tokens.
+    ``think``: whether thoughts are on by default. At a position ``num_thoughts`` are drawn, at ``thought_temperature``
+    (0: greedy) and of at most ``thought_length`` tokens, both tags counted. Each helps to predict ``n_true`` tokens.
     ``mixing``: ``"log_probs"`` (the mean of the predicted probabilities) or ``"hidden"`` (of the hidden states before
     the output head). ``hidden_ids``: tokens never written into visible text (the thinking tokens).
     Raises ``WorkbookError`` for another ``mixing``.
@@ -182,7 +182,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         text = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         return backbone(self.lm)(**text, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
-    def weigh(self, base, thought, weights: str = "head") -> torch.Tensor:
+    def branch_weights(self, base, thought, weights: str = "head") -> torch.Tensor:
         """Return weights (..., 1 + K) from hidden states base (..., hidden) and thought (..., K, hidden).
 
         ``weights``: ``"head"`` (the mixing head's), ``"thoughts"`` (every thought alike, no vote for the plain
@@ -195,15 +195,15 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.tensor(fixed, device=base.device).expand(*base.shape[:-1], -1)
 
     def mixing_weights(self, scored, weights: str = "head") -> torch.Tensor:
-        """Return weights (batch, P, n_true, 1 + K) at the true tokens of a ``qs_lib.Rescored``: see :meth:`weigh`."""
-        return self.weigh(scored.base_hidden, scored.thought_hidden.transpose(2, 3), weights)
+        """Return :meth:`branch_weights` (batch, P, n_true, 1 + K) at the true tokens of a ``qs_lib.Rescored``."""
+        return self.branch_weights(scored.base_hidden, scored.thought_hidden.transpose(2, 3), weights)
 
     def mix(self, base, thought, weights=None, among=None, sharpening=1.0) -> torch.Tensor:
         """Return mixed log-probs (..., vocab) from last hidden states base (..., hidden) and thought (..., K, hidden).
 
         ``weights`` (..., 1 + K) replace the head's. ``among`` and ``sharpening``: see :meth:`visible_log_probs`.
         """
-        weights = self.weigh(base, thought) if weights is None else weights
+        weights = self.branch_weights(base, thought) if weights is None else weights
         if self.config.mixing == "hidden":
             return self.visible_log_probs(mix_hidden(weights, base, thought), among, sharpening)
         branches = (self.visible_log_probs(states, among, sharpening) for states in (base, thought))

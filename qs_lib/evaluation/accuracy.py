@@ -104,7 +104,7 @@ def decode_with_thoughts(
     """Return greedy replies, ids without end-of-text, of a ``QuietStarForCausalLM`` to contexts (ids) with thoughts.
 
     ``tokens`` (rows, K, T) and ``lengths`` (rows, K) may be any thoughts: own, foreign, shuffled. ``weights``: see
-    ``QuietStarForCausalLM.weigh``.
+    ``QuietStarForCausalLM.branch_weights``.
     """
     whole = [len(c) + longest for c, longest in zip(contexts, lengths.amax(1).tolist(), strict=True)]
     out, size = [None] * len(contexts), max(1, STREAMS // (1 + tokens.shape[1]))
@@ -124,7 +124,7 @@ def _decode(model, cache, eos: int, weights: str, max_new_tokens: int) -> list[l
     out, open_rows = [[] for _ in cache.ids], set(range(len(cache.ids)))
     for _ in range(max_new_tokens):
         states = cache.read(model)
-        chosen = model.mix(*states, model.weigh(*states, weights)).argmax(-1)
+        chosen = model.mix(*states, model.branch_weights(*states, weights)).argmax(-1)
         open_rows -= {row for row in open_rows if chosen[row] == eos}
         for row in open_rows:
             out[row].append(chosen[row].item())
@@ -145,7 +145,7 @@ def writes_truth(model, ids, mask, thoughts, weights: str = "head", max_new_toke
 
     ``thoughts`` stand at one position a text. Two results: with all thoughts of a text together (B,), and with each
     alone (B, K). False where the truth is longer than ``max_new_tokens`` and its end-of-text. ``weights``: see
-    ``QuietStarForCausalLM.weigh``.
+    ``QuietStarForCausalLM.branch_weights``.
 
     The true reply is to greedy decoding what a draft is to speculative decoding (Leviathan et al., arXiv 2211.17192).
     Where every token of it is the likeliest, it would be written. One pass that reads each text once finds that.
@@ -176,7 +176,7 @@ def accuracy_with_thoughts(
 
     ``mixed`` (problems,): all thoughts of a problem together. With ``single`` also ``each`` (problems, K): every
     thought answers alone. ``thoughts``: their texts without tags, K per problem. ``weights``: see
-    ``QuietStarForCausalLM.weigh``. ``budget``: see :class:`Budget`.
+    ``QuietStarForCausalLM.branch_weights``. ``budget``: see :class:`Budget`.
     """
     budget = Budget(**budget)
     k, generator = budget.num_thoughts, budget.generator()

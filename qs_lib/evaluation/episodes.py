@@ -106,7 +106,7 @@ def score_thoughts(
     """Draw and score thoughts after each question: (thoughts per problem, one dict per thought in problem order).
 
     ``think`` and ``score`` replace the model's sampler and the coherence score. ``weights``: see
-    ``QuietStarForCausalLM.weigh``. ``budget``: see :class:`Budget`.
+    ``QuietStarForCausalLM.branch_weights``. ``budget``: see :class:`Budget`.
     """
     questions = [p["question"] for p in problems]
     settings = vars(Budget(**budget)) | {"batch_size": batch_size}

@@ -29,7 +29,7 @@ def answer_probability(
     Teacher-forced: the product over the answer's tokens and its closing stop. Each prediction is renormalised over the
     tokens that occur in true answers, as the paper's code does over digits and the line break (eval_helpers.py; arXiv
     2403.09629 appendix A calls it accuracy). Every branch's logits are divided by a sharpening before they are mixed.
-    ``weights``: see ``QuietStarForCausalLM.weigh``. ``budget`` goes to :func:`draw_thoughts`.
+    ``weights``: see ``QuietStarForCausalLM.branch_weights``. ``budget`` goes to :func:`draw_thoughts`.
     """
     questions = [p["question"] for p in problems]
     answers = [encode(tokenizer, p["question"], reply(None, p)) for p in problems]
@@ -46,7 +46,7 @@ def answer_probability(
         base, after = scored.base_hidden[:, 0], scored.thought_hidden[:, 0].transpose(1, 2)
         true = torch.searchsorted(alphabet, scored.true[:, 0]).clamp_max(len(alphabet) - 1)  # (B, n_true)
         past = (step >= lengths[rows, None]).unsqueeze(-1)
-        mixed = model.mix(base, after, model.weigh(base, after, weights), alphabet, sharpening)
+        mixed = model.mix(base, after, model.branch_weights(base, after, weights), alphabet, sharpening)
         plain = model.visible_log_probs(base, alphabet, sharpening)
         for name, log_probs in (("with", mixed), ("without", plain)):  # (B, n_true, sharpenings, alphabet)
             each = log_probs.gather(-1, true[..., None, None].expand(*log_probs.shape[:-1], 1)).squeeze(-1)
@@ -67,8 +67,8 @@ def text_log_likelihood(
 
     ``texts``: (context, continuation) pairs, read as plain documents. The arrays (texts, positions) are in nats, nan
     past the end of a short text: ``without`` (no thoughts), ``with`` (mixed by the head) and ``alone`` (all thoughts
-    alike, no vote for the plain prediction). With ``controls`` also what the mixture predicts after ``foreign`` thoughts
-    (of the batch's next text) and ``filler`` (each thought as many ``<step>``). ``budget``: see :class:`Budget`.
+    alike, no vote for the plain prediction). With ``controls`` also what is mixed after ``foreign`` thoughts (of the
+    batch's next text) and after ``filler`` (each thought as many ``<step>``). ``budget``: see :class:`Budget`.
     """
     budget, out = Budget(**budget), {}
     generator = budget.generator()
