@@ -140,9 +140,8 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             return self.lm(**text, past_key_values=past_key_values, **wanted, **kwargs)
         if past_key_values is not None:
             if logits_to_keep > 1:  # assisted generation asks for several tokens' predictions at once
-                raise WorkbookError(
-                    "a draft cannot be checked while thinking: generate without it, or with think=False"
-                )
+                advice = "generate without it, or with think=False"
+                raise WorkbookError(f"a draft cannot be checked while thinking: {advice}")
             return self._write(input_ids, attention_mask, past_key_values)
         first = input_ids.shape[1] - logits_to_keep if logits_to_keep else 0
         positions = torch.arange(first, input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
@@ -237,19 +236,17 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             logits = logits[..., among]
         if isinstance(sharpening, torch.Tensor):
-            logits, sharpening = logits.unsqueeze(-2), sharpening.unsqueeze(-1)
-        return (logits / sharpening).log_softmax(-1)
+            logits = logits.unsqueeze(-2) / sharpening.unsqueeze(-1)
+        elif sharpening != 1:
+            logits = logits / sharpening
+        return logits.log_softmax(-1)
 
     def _write(self, input_ids, attention_mask, cache):
         """Take one step of cached generation: read the new tokens in all streams, think where it is time, mix."""
-        state = cache
-        if not isinstance(cache, ThinkingCache):
-            if cache.get_seq_length():  # an empty one of any kind is replaced
-                raise WorkbookError(
-                    f"thinking cannot go on from a {type(cache).__name__} that it did not fill: leave the cache out, "
-                    "or generate with think=False"
-                )
-            state = ThinkingCache(input_ids, attention_mask)
+        state = cache if isinstance(cache, ThinkingCache) else ThinkingCache(input_ids, attention_mask)
+        if state is not cache and cache.get_seq_length():  # an empty one of any kind is replaced
+            advice = "leave the cache out, or generate with think=False"
+            raise WorkbookError(f"thinking cannot go on from a {type(cache).__name__} that it did not fill: {advice}")
         if state.started:
             state.append(input_ids, attention_mask)
         more_text = input_ids.shape[1] > 1  # not a token just written
@@ -300,7 +297,7 @@ class ThinkingCache(DynamicCache):
         """Read the new tokens of all streams. Return last hidden states (rows, hidden) and (rows, K, hidden)."""
         self.age += 1
         hidden = model.read(self.stream_ids, self.stream_mask, cache=self.streams)[:, -1]
-        hidden = hidden.unflatten(0, (len(self.ids), -1))
+        hidden = hidden.unflatten(0, (len(self.ids), -1))  # (rows, 1 + K, hidden)
         return hidden[:, 0], hidden[:, 1:]
 
     def reorder_cache(self, beam_idx):
@@ -378,8 +375,10 @@ def mix_log_probs(weights: torch.Tensor, base: torch.Tensor, thought: torch.Tens
     logs = torch.cat([base.unsqueeze(branch), thought], branch)  # (..., 1 + K, *rest)
     weights = weights.reshape(weights.shape + (1,) * (logs.dim() - weights.dim()))
     joint = weights.detach().log() + logs
-    never = (joint == -torch.inf).all(branch, keepdim=True)  # logsumexp has no gradient there
-    mixed = joint.masked_fill(never, 0).logsumexp(branch, keepdim=True).masked_fill(never, -torch.inf)
+    mixed = joint.logsumexp(branch, keepdim=True)
+    if joint.requires_grad:  # logsumexp's gradient is nan where no branch is possible
+        never = mixed.detach() == -torch.inf
+        mixed = joint.masked_fill(never, 0).logsumexp(branch, keepdim=True).masked_fill(never, -torch.inf)
     if weights.requires_grad:
         ratio = (logs - mixed).detach().nan_to_num(nan=-torch.inf, posinf=40.0, neginf=-torch.inf)
         mixed = mixed + ((weights - weights.detach()) * ratio.clamp_max(40).exp()).sum(branch, keepdim=True)
