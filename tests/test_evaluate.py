@@ -63,8 +63,10 @@ def test_decoding_with_given_thoughts_equals_plain_passes(weights):
 
 @pytest.fixture(scope="module")
 def taught():
-    """A model that has learnt what to write after an empty thought: two answers, one without its stop, one wrong, one wrong with
-    the true one behind it; and the problems."""
+    """A model that has learnt what to write after an empty thought, and the problems.
+
+    It writes two answers, one without its stop, one wrong, one wrong with the true one behind it.
+    """
     model, tokenizer = tiny_quiet_star(thought_length=2)
     torch.nn.init.constant_(model.mixing_head.gate.bias, 0.6)
     asked = [p | {"question": f"{p['question']} {n} ?"} for n, p in enumerate(problems(size=5))]

@@ -121,6 +121,13 @@ def test_progress_names_every_step():
     assert told == [(i, len(STEPS), what) for i, what in enumerate((*STEPS, "done"))]
 
 
+@pytest.mark.parametrize("steps", [STEPS[:-1], (*STEPS, "tidying")])
+def test_the_steps_that_are_named_are_those_that_are_taken(steps, monkeypatch):
+    monkeypatch.setattr("qs_lib.evaluation.episodes.STEPS", steps)
+    with pytest.raises(ValueError, match=r"zip\(\) argument 2"):
+        think_at(MODEL, TOKENIZER, "ana has 3 cups", **SETTINGS)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

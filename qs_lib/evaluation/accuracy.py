@@ -112,10 +112,9 @@ def decode_with_thoughts(
         ids, mask = padded(tokenizer, [contexts[r] for r in rows], model.device, "left")
         cache = ThinkingCache(ids, mask)
         cache.restart(tokens[rows], lengths[rows], tokenizer.pad_token_id)
-        for r, written in zip(
-            rows, _decode(model, cache, tokenizer.eos_token_id, weights, max_new_tokens), strict=True
-        ):
-            out[r] = written
+        written = _decode(model, cache, tokenizer.eos_token_id, weights, max_new_tokens)
+        for r, reply_ids in zip(rows, written, strict=True):
+            out[r] = reply_ids
     return out
 
 
