@@ -2,11 +2,13 @@
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .data.tokens import thinking_ids
 from .errors import WorkbookError
 from .thoughts.attention import LanguageHead, backbone
 from .thoughts.generate import generate_thoughts
@@ -14,12 +16,13 @@ from .thoughts.rescore import scored as log_probs_of
 
 
 class QuietStarConfig(PreTrainedConfig):
-    """How a model thinks; ``text_config`` is the wrapped language model's own configuration.
+    """Say how a model thinks. ``text_config`` is the wrapped language model's own configuration.
 
-    ``think``: thoughts on by default; ``num_thoughts`` per position of at most ``thought_length`` tokens (both tags
-    counted), sampled at ``thought_temperature`` (0 = greedy); each helps predict the next ``n_true`` tokens; ``mixing``:
-    ``log_probs`` (mix the predictions) or ``hidden`` (mix hidden states before the output head); ``hidden_ids``: tokens
-    never written into visible text (the thinking tokens).
+    ``think``: whether thoughts are on by default. At a position ``num_thoughts`` are drawn, at ``thought_temperature``
+    (0: greedy) and of at most ``thought_length`` tokens, both tags counted. Each helps to predict ``n_true`` tokens.
+    ``mixing``: ``"log_probs"`` (the mean of the predicted probabilities) or ``"hidden"`` (of the hidden states before
+    the output head). ``hidden_ids``: tokens never written into visible text (the thinking tokens).
+    Raises ``WorkbookError`` for another ``mixing``.
     """
 
     model_type = "quietstar"
@@ -57,14 +60,14 @@ class QuietStarConfig(PreTrainedConfig):
 
 
 class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal LM that thinks before it predicts. ``lm`` is the wrapped model, ``mixing_head`` weighs its thoughts.
+    """Think before predicting. ``lm`` is the wrapped causal language model, ``mixing_head`` weighs its thoughts.
 
-    ``forward`` returns next-token logits: with ``think=False`` the wrapped model's; else, at each position kept by
-    ``logits_to_keep`` (all if 0), log-probs mixed from ``num_thoughts`` thoughts sampled there and the plain
-    prediction. In cached generation a thought is drawn at the end of the prompt and again every ``n_true`` tokens, and
-    its streams follow the written text in between; with ``return_dict_in_generate=True`` all of them come back beside
-    the text, as ``out.past_key_values.thoughts`` (see :class:`ThinkingCache`). Without a cache it thinks before every
-    token. Sampling draws from torch's global generator.
+    ``forward`` returns next-token logits. With ``think=False`` they are the wrapped model's. Else they are, at each
+    position kept by ``logits_to_keep`` (all if 0), log-probs mixed from ``num_thoughts`` thoughts drawn there and the
+    plain prediction. In cached generation thoughts are drawn after the prompt and again every ``n_true`` tokens. Their
+    streams follow the written text in between. With ``return_dict_in_generate=True`` they come back beside the text, as
+    ``out.past_key_values.thoughts`` (see :class:`ThinkingCache`). Without a cache the model thinks before every token.
+    Sampling draws from torch's global generator.
     """
 
     config_class = QuietStarConfig
@@ -81,22 +84,22 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_base(cls, lm, tokenizer=None, **settings) -> "QuietStarForCausalLM":
-        """Wrap a loaded model that has its thinking tokens; its weights are shared, not copied."""
-        if getattr(lm.config, "think_token_id", None) is None:
-            raise WorkbookError("the model has no thinking tokens: call add_thinking_tokens(model, tokenizer) first")
-        from .data.tokens import thinking_ids
+        """Wrap a loaded model that has its thinking tokens. Its weights are shared, not copied.
 
+        Raises ``WorkbookError`` if it has no thinking tokens.
+        """
+        tags = [getattr(lm.config, name, None) for name in ("think_token_id", "end_think_token_id")]
+        if tags[0] is None:
+            raise WorkbookError("the model has no thinking tokens: call add_thinking_tokens(model, tokenizer) first")
         for module in lm.modules():
             module._is_hf_initialized = True  # post_init must leave the loaded weights alone
         lm.config._name_or_path = ""  # nested configurations keep it: the saved model would tell its maker's folders
         config = QuietStarConfig(
             text_config=lm.config,
             attn_implementation=lm.config._attn_implementation,
-            think_token_id=lm.config.think_token_id,
-            end_think_token_id=lm.config.end_think_token_id,
-            hidden_ids=thinking_ids(tokenizer)
-            if tokenizer is not None
-            else [lm.config.think_token_id, lm.config.end_think_token_id],
+            think_token_id=tags[0],
+            end_think_token_id=tags[1],
+            hidden_ids=tags if tokenizer is None else thinking_ids(tokenizer),
             **settings,
         )
         model = cls(config, lm=lm)
@@ -112,12 +115,6 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             super()._init_weights(module)
 
-    def get_input_embeddings(self):
-        return self.lm.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.lm.set_input_embeddings(value)
-
     def get_output_embeddings(self):
         return self.lm.get_output_embeddings()
 
@@ -130,110 +127,62 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
-        use_cache=None,
         logits_to_keep=0,
         think=None,
         labels=None,
         **kwargs,
     ):
+        """Return next-token logits (batch, kept, vocab). Raises ``WorkbookError`` for a draft to check."""
         think = self.config.think if think is None else think
         if not think:
-            return self.lm(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                labels=labels,
-                **kwargs,
-            )
+            text = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+            wanted = {"logits_to_keep": logits_to_keep, "labels": labels}
+            return self.lm(**text, past_key_values=past_key_values, **wanted, **kwargs)
         if past_key_values is not None:
             if logits_to_keep > 1:  # assisted generation asks for several tokens' predictions at once
-                raise WorkbookError(
-                    "a draft cannot be checked while thinking: generate without it, or with think=False"
-                )
+                advice = "generate without it, or with think=False"
+                raise WorkbookError(f"a draft cannot be checked while thinking: {advice}")
             return self._write(input_ids, attention_mask, past_key_values)
-        keep = logits_to_keep or input_ids.shape[1]
-        positions = torch.arange(input_ids.shape[1] - keep, input_ids.shape[1], device=input_ids.device)
-        positions = positions.expand(len(input_ids), -1)
-        at = positions.unsqueeze(-1).expand(-1, -1, self.config.hidden_size)
-        if attention_mask is not None:
-            positions = positions.masked_fill(~attention_mask.bool().gather(1, positions), -1)  # padding does not think
+        first = input_ids.shape[1] - logits_to_keep if logits_to_keep else 0
+        positions = torch.arange(first, input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
+        if attention_mask is not None:  # padding does not think
+            positions = positions.masked_fill(attention_mask[:, first:] == 0, -1)
         thoughts = self.think(input_ids, attention_mask, positions)
-        base = self._read(self.lm, input_ids, attention_mask, position_ids)
-        logits = self.mix(base.gather(1, at), thoughts.hidden)
+        base = self.read(input_ids, attention_mask, position_ids)[:, first:]
+        logits = self.mix(base, thoughts.hidden)
         loss = None
         if labels is not None:
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     def think(self, input_ids, attention_mask=None, positions=None, generator=None, **settings):
-        """Thoughts of the wrapped model at ``positions`` with this configuration's settings unless given.
+        """Draw thoughts at ``positions`` (batch, P), with this configuration's settings unless given.
 
-        Raises ``WorkbookError`` where learned positions leave no room for a thought behind the text.
+        ``settings`` go to ``qs_lib.generate_thoughts``. Raises ``WorkbookError`` where learned positions leave no room
+        for a thought behind the text.
         """
-        c = self.config
-        defaults = {
-            "num_thoughts": c.num_thoughts,
-            "thought_length": c.thought_length,
-            "temperature": c.thought_temperature,
-        }
+        c, length = self.config, input_ids.shape[1]
+        budget = {"num_thoughts": c.num_thoughts, "thought_length": c.thought_length}
+        settings = budget | {"temperature": c.thought_temperature, "generator": generator} | settings
+        tags = {"think_id": c.think_token_id, "end_id": c.end_think_token_id}
         try:
-            return generate_thoughts(
-                self.lm,
-                input_ids,
-                attention_mask,
-                positions,
-                generator=generator,
-                think_id=c.think_token_id,
-                end_id=c.end_think_token_id,
-                **{**defaults, **settings},
-            )
+            return generate_thoughts(self.lm, input_ids, attention_mask, positions, **tags, **settings)
         except IndexError:
             most = getattr(c.get_text_config(), "max_position_embeddings", None)
-            if most is None or input_ids.shape[1] + {**defaults, **settings}["thought_length"] <= most:
+            if most is None or length + settings["thought_length"] <= most:
                 raise
-            raise WorkbookError(
-                f"a text of {input_ids.shape[1]} tokens leaves no room for thoughts among the model's {most} "
-                "positions: shorten the text or thought_length"
-            ) from None
+            sentence = f"a text of {length} tokens leaves no room for thoughts among the model's {most} positions"
+            raise WorkbookError(f"{sentence}: shorten the text or thought_length") from None
 
-    def mix(self, base, thought, weights=None, among=None, sharpening=1.0) -> torch.Tensor:
-        """Return mixed next-token log-probs (..., vocab) from hidden states base (..., hidden), thought (..., K, hidden).
+    def read(self, input_ids, attention_mask=None, position_ids=None, cache=None) -> torch.Tensor:
+        """Return the wrapped model's last hidden states (batch, new tokens, hidden). Fills ``cache``."""
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
+        text = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return backbone(self.lm)(**text, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
-        ``weights`` (..., 1 + K) replace the head's. ``among`` and ``sharpening``: see :meth:`visible_log_probs`.
-        Each branch is sharpened before the mixture is formed. ``config.mixing`` says which form it has.
-        """
-        weights = self.mixing_head(base, thought) if weights is None else weights
-        if self.config.mixing == "hidden":
-            return self.visible_log_probs(mix_hidden(weights, base, thought), among, sharpening)
-        branches = (self.visible_log_probs(states, among, sharpening) for states in (base, thought))
-        return mix_log_probs(weights, *branches)
-
-    def mix_truth(self, scored, weights=None) -> torch.Tensor:
-        """Return the mixture's log-probs (batch, P, n_true) of the true tokens, 0 where there is none; differentiable.
-
-        ``scored``: a :class:`Rescored` whose pass forbade ``config.hidden_ids`` as text. ``weights`` (batch, P, n_true,
-        1 + K) replace the head's, see :meth:`mixing_weights`. Its form is that of :meth:`mix`.
-        """
-        weights = self.mixing_weights(scored) if weights is None else weights
-        if self.config.mixing == "hidden":
-            states = mix_hidden(weights, scored.base_hidden, scored.thought_hidden.transpose(2, 3))
-            head, forbid = LanguageHead(self.lm), torch.tensor(self.config.hidden_ids, device=states.device)
-            mixed, _ = log_probs_of(head, states.flatten(0, 2), scored.true.flatten(), forbid=forbid)
-            mixed = mixed.view(scored.true.shape)
-        else:
-            mixed = mix_log_probs(weights, scored.base_logprobs, scored.true_logprobs.transpose(2, 3))
-        return mixed.masked_fill(~scored.valid, 0)
-
-    def mixing_weights(self, scored, weights: str = "head") -> torch.Tensor:
-        """Return the weight of no thought and of each thought at every true token of a :class:`Rescored`, (batch, P,
-        n_true, 1 + K). ``weights``: see :meth:`weigh`."""
-        return self.weigh(scored.base_hidden, scored.thought_hidden.transpose(2, 3), weights)
-
-    def weigh(self, base, thought, weights: str = "head") -> torch.Tensor:
-        """Return weights (..., 1 + K) for hidden states base (..., hidden) and thought (..., K, hidden).
+    def branch_weights(self, base, thought, weights: str = "head") -> torch.Tensor:
+        """Return weights (..., 1 + K) from hidden states base (..., hidden) and thought (..., K, hidden).
 
         ``weights``: ``"head"`` (the mixing head's), ``"thoughts"`` (every thought alike, no vote for the plain
         prediction) or ``"none"`` (the plain prediction alone).
@@ -243,6 +192,37 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         k = thought.shape[-2]
         fixed = {"thoughts": [0.0] + k * [1 / k], "none": [1.0] + k * [0.0]}[weights]
         return torch.tensor(fixed, device=base.device).expand(*base.shape[:-1], -1)
+
+    def mixing_weights(self, scored, weights: str = "head") -> torch.Tensor:
+        """Return :meth:`branch_weights` (batch, P, n_true, 1 + K) at the true tokens of a ``qs_lib.Rescored``."""
+        return self.branch_weights(scored.base_hidden, scored.thought_hidden.transpose(2, 3), weights)
+
+    def mix(self, base, thought, weights=None, among=None, sharpening=1.0) -> torch.Tensor:
+        """Return mixed log-probs (..., vocab) from last hidden states base (..., hidden) and thought (..., K, hidden).
+
+        ``weights`` (..., 1 + K) replace the head's. ``among`` and ``sharpening``: see :meth:`visible_log_probs`.
+        """
+        weights = self.branch_weights(base, thought) if weights is None else weights
+        if self.config.mixing == "hidden":
+            return self.visible_log_probs(mix_hidden(weights, base, thought), among, sharpening)
+        branches = (self.visible_log_probs(states, among, sharpening) for states in (base, thought))
+        return mix_log_probs(weights, *branches)
+
+    def mix_truth(self, scored, weights=None) -> torch.Tensor:
+        """Return the mixture's log-probs (batch, P, n_true) of the true tokens, 0 where there is none. Differentiable.
+
+        ``scored``: a ``qs_lib.Rescored`` whose pass forbade ``config.hidden_ids`` as text. ``weights`` (batch, P,
+        n_true, 1 + K) replace the head's.
+        """
+        weights = self.mixing_weights(scored) if weights is None else weights
+        if self.config.mixing == "hidden":
+            states = mix_hidden(weights, scored.base_hidden, scored.thought_hidden.transpose(2, 3)).flatten(0, 2)
+            forbid = torch.tensor(self.config.hidden_ids, device=states.device)
+            mixed, _ = log_probs_of(LanguageHead(self.lm), states, scored.true.flatten(), forbid=forbid)
+            mixed = mixed.view(scored.true.shape)
+        else:
+            mixed = mix_log_probs(weights, scored.base_logprobs, scored.true_logprobs.transpose(2, 3))
+        return mixed.masked_fill(~scored.valid, 0)
 
     def visible_log_probs(self, hidden: torch.Tensor, among=None, sharpening=1.0) -> torch.Tensor:
         """Return log-probs (..., vocab) without the thinking tokens, from last hidden states (..., hidden).
@@ -256,54 +236,35 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             logits = logits[..., among]
         if isinstance(sharpening, torch.Tensor):
-            logits, sharpening = logits.unsqueeze(-2), sharpening.unsqueeze(-1)
-        return (logits / sharpening).log_softmax(-1)
-
-    @staticmethod
-    def _read(lm, input_ids, attention_mask, position_ids=None, cache=None):
-        """Last hidden states (rows, new tokens, hidden); fills ``cache``."""
-        if position_ids is None and attention_mask is not None:
-            position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
-        return backbone(lm)(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+            logits = logits.unsqueeze(-2) / sharpening.unsqueeze(-1)
+        elif sharpening != 1:
+            logits = logits / sharpening
+        return logits.log_softmax(-1)
 
     def _write(self, input_ids, attention_mask, cache):
-        """One step of cached generation: read the new tokens in all streams, think where it is time, mix."""
-        state = cache
-        if not isinstance(cache, ThinkingCache):
-            if cache.get_seq_length():  # an empty one of any kind is replaced
-                raise WorkbookError(
-                    f"thinking cannot go on from a {type(cache).__name__} that it did not fill: leave the cache out, "
-                    "or generate with think=False"
-                )
-            state = ThinkingCache(input_ids, attention_mask)
+        """Take one step of cached generation: read the new tokens in all streams, think where it is time, mix."""
+        state = cache if isinstance(cache, ThinkingCache) else ThinkingCache(input_ids, attention_mask)
+        if state is not cache and cache.get_seq_length():  # an empty one of any kind is replaced
+            advice = "leave the cache out, or generate with think=False"
+            raise WorkbookError(f"thinking cannot go on from a {type(cache).__name__} that it did not fill: {advice}")
         if state.started:
             state.append(input_ids, attention_mask)
-        if (
-            not state.started or state.age >= self.config.n_true or input_ids.shape[1] > 1
-        ):  # more text, not a written token
+        more_text = input_ids.shape[1] > 1  # not a token just written
+        if not state.started or state.age >= self.config.n_true or more_text:
             last = torch.full((len(state.ids), 1), state.ids.shape[1] - 1, device=state.ids.device)
             last = last.masked_fill(state.mask[:, -1:] == 0, -1)  # a piece of the prompt may be all padding
             thoughts = self.think(state.ids, state.mask, last)
             state.thoughts.append(thoughts)
             state.restart(thoughts.tokens[:, 0], thoughts.lengths[:, 0], self.config.pad_token_id)
-        hidden = self._read(self.lm, state.stream_ids, state.stream_mask, cache=state.streams)[:, -1]
-        state.age += 1
-        hidden = hidden.unflatten(0, (len(state.ids), -1))
-        logits = self.mix(hidden[:, 0], hidden[:, 1:])
+        logits = self.mix(*state.read(self))
         return CausalLMOutputWithPast(logits=logits.unsqueeze(1), past_key_values=state)
 
 
 class ThinkingCache(DynamicCache):
-    """Generation state: the visible text, and one cached stream per row for "no thought" and each thought.
+    """Hold what generation knows: the visible text, and a cached stream per row for "no thought" and each thought.
 
-    ``thoughts`` keeps every :class:`Thoughts` drawn, in order, for whoever wants to read them beside the text; their rows
-    are the rows of ``ids``, in beam search too.
+    ``thoughts`` keeps every ``qs_lib.Thoughts`` drawn, in order, to be read beside the text. Their rows are the rows of
+    ``ids``, in beam search too.
     """
 
     def __init__(self, input_ids, attention_mask=None):
@@ -320,7 +281,7 @@ class ThinkingCache(DynamicCache):
         return self.ids.shape[1] if self.started else 0
 
     def append(self, ids, mask=None):
-        """New visible tokens (rows, n), read by every stream; ``mask`` (rows, all), where it is known."""
+        """Add visible tokens (rows, n) to every stream. ``mask`` (rows, all) is the whole text's, where it is known."""
         self.ids = torch.cat([self.ids, ids], 1)
         whole = mask is not None and mask.shape == self.ids.shape
         self.mask = mask if whole else torch.cat([self.mask, torch.ones_like(ids)], 1)
@@ -328,12 +289,19 @@ class ThinkingCache(DynamicCache):
         self.stream_mask = torch.cat([self.stream_mask, torch.ones_like(self.stream_ids)], 1)
 
     def restart(self, tokens, lengths, pad_id):
-        """New streams: the text alone and the text with each thought (rows, K, T), right-aligned."""
+        """Begin new streams, right-aligned: the text alone and the text with each thought (rows, K, T)."""
         self.stream_ids, self.stream_mask = thought_rows(self.ids, self.mask, tokens, lengths, pad_id or 0)
         self.streams, self.age = DynamicCache(), 0
 
+    def read(self, model):
+        """Read the new tokens of all streams. Return last hidden states (rows, hidden) and (rows, K, hidden)."""
+        self.age += 1
+        hidden = model.read(self.stream_ids, self.stream_mask, cache=self.streams)[:, -1]
+        hidden = hidden.unflatten(0, (len(self.ids), -1))  # (rows, 1 + K, hidden)
+        return hidden[:, 0], hidden[:, 1:]
+
     def reorder_cache(self, beam_idx):
-        """Beam search keeps these rows; the streams of a row go with it."""
+        """Keep these rows, as beam search asks. The streams of a row go with it."""
         self.ids, self.mask = self.ids[beam_idx], self.mask[beam_idx]
         self.thoughts = [drawn.part(beam_idx) for drawn in self.thoughts]
         each = len(self.stream_mask) // len(beam_idx)
@@ -343,14 +311,12 @@ class ThinkingCache(DynamicCache):
 
 
 def thought_rows(input_ids, attention_mask, tokens, lengths, pad_id: int):
-    """Left-padded rows "text" and "text + thought k" for every text: ids and mask, each (B * (1 + K), width)."""
+    """Return left-padded rows "text" and "text + thought k" of every text: ids and mask, each (B * (1 + K), width)."""
     rows = []
     for text, keep, thoughts, ends in zip(input_ids, attention_mask.bool(), tokens, lengths, strict=True):
         rows += [text[keep], *(torch.cat([text[keep], t[:n]]) for t, n in zip(thoughts, ends, strict=True))]
-    width = max(map(len, rows))
-    ids = torch.stack([torch.nn.functional.pad(r, (width - len(r), 0), value=pad_id) for r in rows])
-    lengths = torch.tensor([len(r) for r in rows], device=ids.device)
-    return ids, (torch.arange(width, device=ids.device) >= (width - lengths)[:, None]).long()
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+    return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
 
 
 AutoConfig.register("quietstar", QuietStarConfig, exist_ok=True)
@@ -358,17 +324,16 @@ AutoModelForCausalLM.register(QuietStarConfig, QuietStarForCausalLM, exist_ok=Tr
 
 
 class MixingHead(nn.Module):
-    """Attention over {no thought, thought 1..K} that starts at exactly the base model.
+    """Weigh {no thought, thought 1..K}, starting at exactly the base model.
 
     From the hidden state without a thought, h_0, and after each thought, h_k, an MLP scores the thoughts and a
     zero-initialised gate says how much they count together:
 
         a_k = softmax_k s(h_0, h_k);  g = clip(mean_k v(h_0, h_k), 0, 1);  weights = (1 - g, g a_1, ..., g a_K)
 
-    The clip passes gradients straight through, so a gate at 0 can open. After Quiet-STaR (arXiv 2403.09629 §4.3),
-    whose head interpolates one thought with one unbounded weight; ours stays a distribution so that several thoughts
-    can vote. ``forward(base (..., hidden), thought (..., K, hidden))`` -> weights (..., 1 + K), summing to 1. Under autocast it
-    keeps its own precision: in bfloat16 a gate just opening would leave 1 - g at 1.
+    The clip passes gradients straight through, so a gate at 0 can open. The head of Quiet-STaR (arXiv 2403.09629 §4.3)
+    interpolates one thought with one unbounded weight. Ours stays a distribution, so that several thoughts can vote.
+    ``forward``: base (..., hidden), thought (..., K, hidden) -> weights (..., 1 + K), which sum to 1.
     """
 
     def __init__(self, hidden_size: int, width: int = 64):
@@ -380,7 +345,7 @@ class MixingHead(nn.Module):
     def forward(self, base: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
         dtype = self.features.weight.dtype
         both = torch.cat([base.unsqueeze(-2).expand_as(thought), thought], -1).to(dtype)
-        with torch.autocast(both.device.type, enabled=False):
+        with torch.autocast(both.device.type, enabled=False):  # in bfloat16 a gate just opening leaves 1 - g at 1
             features = torch.nn.functional.gelu(self.features(both))
             attention = self.score(features).squeeze(-1).softmax(-1)
             gate = self.gate(features).squeeze(-1).mean(-1, keepdim=True)
@@ -389,7 +354,7 @@ class MixingHead(nn.Module):
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that is zero when new; a type of its own so that loading code can tell it from the others."""
+    """Start at zero. A type of its own, so that loading code can tell it from other linear layers."""
 
     def reset_parameters(self):
         nn.init.zeros_(self.weight)
@@ -397,11 +362,11 @@ class ZeroLinear(nn.Linear):
 
 
 def mix_log_probs(weights: torch.Tensor, base: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
-    """Return log sum_k weights_k p_k, the log of the weighted mean of probabilities, in log space.
+    """Return log sum_k w_k p_k, the log of the weighted mean of probabilities, computed in log space.
 
-    ``weights`` (..., 1 + K), log-probs ``base`` (..., *rest) and ``thought`` (..., K, *rest) -> (..., *rest). Weights may
-    be 0 and log-probs -inf. The gradient for a log-prob is the posterior of its branch, w_k p_k / p. For a weight it is
-    p_k / p, at weight 0 too, so that a shut gate can open. That ratio is bounded by e^40, so it is finite where p is 0.
+    ``weights`` (..., 1 + K), log-probs ``base`` (..., *rest) and ``thought`` (..., K, *rest) -> (..., *rest). Weights
+    may be 0 and log-probs -inf. The gradient of a log-prob is the posterior of its branch, w_k p_k / p. That of a
+    weight is p_k / p, at weight 0 too, so that a shut gate can open. It is bounded by e^40: finite where p is 0.
 
     The paper interpolates log-probs (a product of experts), where one confident wrong thought vetoes the others. With
     several thoughts we take the mean of probabilities, a vote.
@@ -410,8 +375,10 @@ def mix_log_probs(weights: torch.Tensor, base: torch.Tensor, thought: torch.Tens
     logs = torch.cat([base.unsqueeze(branch), thought], branch)  # (..., 1 + K, *rest)
     weights = weights.reshape(weights.shape + (1,) * (logs.dim() - weights.dim()))
     joint = weights.detach().log() + logs
-    never = (joint == -torch.inf).all(branch, keepdim=True)  # logsumexp has no gradient there
-    mixed = joint.masked_fill(never, 0).logsumexp(branch, keepdim=True).masked_fill(never, -torch.inf)
+    mixed = joint.logsumexp(branch, keepdim=True)
+    if joint.requires_grad:  # logsumexp's gradient is nan where no branch is possible
+        never = mixed.detach() == -torch.inf
+        mixed = joint.masked_fill(never, 0).logsumexp(branch, keepdim=True).masked_fill(never, -torch.inf)
     if weights.requires_grad:
         ratio = (logs - mixed).detach().nan_to_num(nan=-torch.inf, posinf=40.0, neginf=-torch.inf)
         mixed = mixed + ((weights - weights.detach()) * ratio.clamp_max(40).exp()).sum(branch, keepdim=True)
@@ -419,5 +386,5 @@ def mix_log_probs(weights: torch.Tensor, base: torch.Tensor, thought: torch.Tens
 
 
 def mix_hidden(weights: torch.Tensor, base: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
-    """Weighted mean of hidden states, before the output head: base (..., hidden), thought (..., K, hidden)."""
+    """Return the weighted mean (..., hidden) of hidden states base (..., hidden) and thought (..., K, hidden)."""
     return (weights.unsqueeze(-1) * torch.cat([base.unsqueeze(-2), thought], -2)).sum(-2)

@@ -37,7 +37,7 @@ class Reader:
     def __init__(self, share):
         self.real, self.tokenizer = tiny_quiet_star()
         self.lm, self.config, self.mixing_head = self.real.lm, self.real.config, self.real.mixing_head
-        self.share = share
+        self.share, self.mix, self.mixing_weights = share, self.real.mix, self.real.mixing_weights
 
     def think(self, ids, mask, positions, generator, num_thoughts=4, thought_length=8, temperature=1.0):
         thoughts = self.real.think(

@@ -1,7 +1,7 @@
-"""Nothing made without a device meets the model's tensors: on a GPU it would lie in the wrong memory. No GPU is needed to see it.
+"""Nothing made without a device meets the model's tensors: on a GPU it would lie in the wrong memory.
 
-Everything is on the CPU here; the model's tensors, what is made with a ``device`` and what comes from these is marked, and each
-operation that mixes marked tensors with others as CUDA would refuse is written down.
+No GPU is needed to see it. Everything is on the CPU here. The model's tensors, what is made with a ``device`` and what
+comes from these is marked. Each operation that mixes marked tensors with others as CUDA would refuse is written down.
 """
 
 import traceback
@@ -115,7 +115,7 @@ def baked(model, before, tokenizer):
         baking.direct_item(tokenizer, question, [5, 6]),
     ]
     baking.baking_loss(model.lm, before.lm, items, tokenizer)
-    accuracy.habits(model.lm, tokenizer, PROBLEMS, 4)
+    accuracy.reply_statistics(model.lm, tokenizer, PROBLEMS, 4)
 
 
 def scored(model, before, tokenizer, weights):

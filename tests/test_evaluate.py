@@ -63,8 +63,10 @@ def test_decoding_with_given_thoughts_equals_plain_passes(weights):
 
 @pytest.fixture(scope="module")
 def taught():
-    """A model that has learnt what to write after an empty thought: two answers, one without its stop, one wrong, one wrong with
-    the true one behind it; and the problems."""
+    """A model that has learnt what to write after an empty thought, and the problems.
+
+    It writes two answers, one without its stop, one wrong, one wrong with the true one behind it.
+    """
     model, tokenizer = tiny_quiet_star(thought_length=2)
     torch.nn.init.constant_(model.mixing_head.gate.bias, 0.6)
     asked = [p | {"question": f"{p['question']} {n} ?"} for n, p in enumerate(problems(size=5))]
@@ -108,14 +110,20 @@ def test_only_replies_that_one_pass_leaves_open_are_decoded(taught, weights, mon
         "decode_with_thoughts",
         lambda m, t, contexts, *given: decoded.extend(contexts) or decode(m, t, contexts, *given),
     )
-    found = e.accuracy_with_thoughts(model, tokenizer, asked, 2, 2, weights=weights, batch_size=2)
+    found = e.accuracy_with_thoughts(
+        model, tokenizer, asked, num_thoughts=2, thought_length=2, weights=weights, batch_size=2
+    )
     if weights == "thoughts":
         assert right == [1, 1, 1, 0, 0]
         assert sorted(decoded) == sorted(encode_context(tokenizer, p["question"]) for p in asked[2:])
     assert found["mixed"].tolist() == right and found["thoughts"] == [["", ""]] * 5
-    single = e.accuracy_with_thoughts(model, tokenizer, asked, 2, 2, weights=weights, single=True)
+    single = e.accuracy_with_thoughts(
+        model, tokenizer, asked, num_thoughts=2, thought_length=2, weights=weights, single=True
+    )
     assert single["each"].tolist() == [[1, 1]] * 3 + [[0, 0]] * 2
-    cut = e.accuracy_with_thoughts(model, tokenizer, asked, 2, 2, weights="thoughts", max_new_tokens=1)
+    cut = e.accuracy_with_thoughts(
+        model, tokenizer, asked, num_thoughts=2, thought_length=2, weights="thoughts", max_new_tokens=1
+    )
     assert cut["mixed"].tolist() == [1, 1, 1, 0, 0]  # the stop is not part of an answer
     assert not any(
         map(any, e.writes_truth(model, *taken(model, tokenizer, asked), "thoughts", max_new_tokens=0)[1].tolist())

@@ -14,8 +14,8 @@ from qs_lib.evaluation.episodes import (
     STEPS,
     answers_alone,
     answers_with,
+    as_episodes,
     draw_thoughts,
-    episodes,
     score_thoughts,
     text_tokens,
     think_at,
@@ -36,7 +36,7 @@ def saved(problem, seed=0):
         for name, weights in (("own", "head"), ("none", "none"))
     }
     answers["alone"] = answers_alone(MODEL, TOKENIZER, contexts, *given, 6).tolist()
-    return episodes(TOKENIZER, [problem], drawn, rows, answers, "live")[0]
+    return as_episodes(TOKENIZER, [problem], drawn, rows, answers, "live")[0]
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -119,6 +119,13 @@ def test_progress_names_every_step():
     told = []
     think_at(MODEL, TOKENIZER, "ana has 3 cups", progress=lambda *step: told.append(step), **SETTINGS)
     assert told == [(i, len(STEPS), what) for i, what in enumerate((*STEPS, "done"))]
+
+
+@pytest.mark.parametrize("steps", [STEPS[:-1], (*STEPS, "tidying")])
+def test_the_steps_that_are_named_are_those_that_are_taken(steps, monkeypatch):
+    monkeypatch.setattr("qs_lib.evaluation.episodes.STEPS", steps)
+    with pytest.raises(ValueError, match=r"zip\(\) argument 2"):
+        think_at(MODEL, TOKENIZER, "ana has 3 cups", **SETTINGS)
 
 
 @pytest.mark.parametrize(

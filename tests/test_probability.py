@@ -11,7 +11,7 @@ from qs_lib.evaluation.likelihood import answer_probability, fitted
 
 
 def by_hand(model, tokenizer, problem, thoughts, words, sharpening):
-    """Product over "ANSWER ." of probabilities renormalised over ``words``, averaged over thoughts (ids) at each token."""
+    """Product over "ANSWER ." of probabilities renormalised over ``words``, a mean over thoughts at each token."""
     allowed, out, written = tokenizer.convert_tokens_to_ids(words), 1.0, []
     context = [tokenizer.bos_token_id, *tokenizer.encode(problem["question"], add_special_tokens=False)]
     for word in (problem["answer"], "."):

@@ -12,23 +12,51 @@ from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from ..data.batches import answer_batch
 from ..data.strategies import reply, strategy_of
-from ..data.tokens import encode, encode_context, line_ends, mark, marker_spellings, pad, thinking_ids
+from ..data.tokens import encode, encode_context, line_ends, mark, marker_spellings, padded, thinking_ids
 from ..model import ThinkingCache
 from ..stats import interval
 from ..thoughts.rescore import rescore_thoughts
 
 TEMPERATURES = (0.0, 0.5, 0.7, 1.0)
+STREAMS = 320  # texts with a thought that are read together
 
 
-def habits(model, tokenizer, problems: list[dict], max_new_tokens: int = 48) -> dict:
-    """Greedy replies' exact-match ``accuracy``, ``thinking_use`` (share that think) and ``strategy_fit`` (share whose
-    strategy suits the problem)."""
+@dataclass(frozen=True)
+class Budget:
+    """Say which thoughts to draw at a position.
+
+    There are ``num_thoughts`` of at most ``thought_length`` tokens (both tags counted), drawn at ``temperature`` (0:
+    greedy) from ``seed``. Functions that take a ``**budget`` take these names.
+    """
+
+    num_thoughts: int = 4
+    thought_length: int = 28
+    temperature: float = 1.0
+    seed: int = 0
+
+    @property
+    def drawing(self) -> dict:
+        """All but the seed, as ``qs_lib.generate_thoughts`` takes it."""
+        return {name: value for name, value in vars(self).items() if name != "seed"}
+
+    def generator(self) -> torch.Generator:
+        """Return a new generator at the seed."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+def sorted_batches(lengths: list[int], size: int) -> list[list[int]]:
+    """Return indices in batches of ``size``, shortest first."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def reply_statistics(model, tokenizer, problems: list[dict], max_new_tokens: int = 48) -> dict:
+    """Return shares of greedy replies: ``accuracy`` (exact match), ``thinking_use`` and ``strategy_fit`` (it suits)."""
     start, end = thinking_ids(tokenizer)[:2]
-    spellings = marker_spellings(tokenizer)
-    contexts = [p["question"] for p in problems]
     correct, use, fit = [], [], []
+    contexts = [p["question"] for p in problems]
     for problem, written in zip(problems, replies(model, tokenizer, contexts, max_new_tokens), strict=True):
-        ids, _ = mark(written, spellings)
+        ids, _ = mark(written, marker_spellings(tokenizer))
         thought = tokenizer.decode(ids[: ids.index(end)]) if end in ids else ""
         correct.append(answer_of(tokenizer, ids, (end,)) == problem["answer"])
         use.append(bool(ids) and ids[0] == start and end in ids)
@@ -39,51 +67,30 @@ def habits(model, tokenizer, problems: list[dict], max_new_tokens: int = 48) -> 
 
 @torch.no_grad()
 def replies(
-    model,
-    tokenizer,
-    contexts: list[str],
-    max_new_tokens: int = 48,
-    forbid: tuple[int, ...] = (),
-    temperature: float = 0.0,
-    batch_size: int = 240,
-    seed: int = 0,
-    desc: str = "reply",
+    model, tokenizer, contexts, max_new_tokens=48, forbid=(), temperature=0.0, batch_size=240, seed=0, desc="reply"
 ) -> list[list[int]]:
-    """Reply ids of a plain causal LM for each context, greedy or sampled: one line, without its end or end-of-text.
+    """Return a plain causal LM's reply to each context: ids of one line, without its end or end-of-text.
 
-    ``forbid``: ids that may not be written (the eight thinking tokens, to answer without thoughts).
+    Greedy at ``temperature`` 0, else sampled. ``forbid``: ids that may not be written.
     """
     torch.manual_seed(seed)
     ends = [tokenizer.eos_token_id, *line_ends(tokenizer)]
-    stops = set(ends)
-    order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
-    encoded, out = [encode_context(tokenizer, c) for c in contexts], [None] * len(contexts)
+    stops, encoded, out = set(ends), [encode_context(tokenizer, c) for c in contexts], [None] * len(contexts)
     processors = LogitsProcessorList([SuppressTokensLogitsProcessor(list(forbid))] if forbid else [])
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
-        else {"do_sample": False}
-    )
-    for i in tqdm(range(0, len(order), batch_size), desc=desc, leave=False):
-        rows = order[i : i + batch_size]
-        ids = pad([encoded[k] for k in rows], tokenizer.pad_token_id, "left", model.device)
-        mask = pad([[1] * len(encoded[k]) for k in rows], 0, "left", model.device)
-        written = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            logits_processor=processors,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=ends,
-            **sampling,
-        )[:, ids.shape[1] :]
+    settings = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
+    if temperature:
+        settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    settings |= {"do_sample": bool(temperature), "logits_processor": processors}
+    for rows in tqdm(sorted_batches([len(c) for c in contexts], batch_size), desc=desc, leave=False):
+        ids, mask = padded(tokenizer, [encoded[k] for k in rows], model.device, "left")
+        written = model.generate(input_ids=ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
         for k, row in zip(rows, written.tolist(), strict=True):
             out[k] = list(itertools.takewhile(lambda i: i not in stops, row))
     return out
 
 
 def answer_of(tokenizer, reply: list[int], end_of_thought: tuple[int, ...] = ()) -> str:
-    """The answer a reply gives: its text after the last end-of-thought id, without the closing stop."""
+    """Return the answer a reply gives: its text after the last end-of-thought id, without the closing stop."""
     for end in end_of_thought:
         if end in reply:
             reply = reply[len(reply) - reply[::-1].index(end) :]
@@ -92,91 +99,69 @@ def answer_of(tokenizer, reply: list[int], end_of_thought: tuple[int, ...] = ())
 
 @torch.no_grad()
 def decode_with_thoughts(
-    model,
-    tokenizer,
-    contexts: list[list[int]],
-    tokens,
-    lengths,
-    weights: str = "head",
-    max_new_tokens: int = 4,
-    max_streams: int = 320,
+    model, tokenizer, contexts, tokens, lengths, weights="head", max_new_tokens=4
 ) -> list[list[int]]:
-    """Greedy replies (ids, without end-of-text) of a :class:`QuietStarForCausalLM` to contexts (ids) with given thoughts.
+    """Return greedy replies, ids without end-of-text, of a ``QuietStarForCausalLM`` to contexts (ids) with thoughts.
 
-    ``tokens`` (rows, K, T) and ``lengths`` (rows, K), any thoughts at all: own, foreign, shuffled. ``weights``:
-    ``"head"`` (the mixing head), ``"thoughts"`` (every thought alike, no vote for the plain prediction), ``"none"`` (the
-    plain prediction alone). ``max_streams``:
-    texts with a thought that are read together, rows of like length first.
+    ``tokens`` (rows, K, T) and ``lengths`` (rows, K) may be any thoughts: own, foreign, shuffled. ``weights``: see
+    ``QuietStarForCausalLM.branch_weights``.
     """
     whole = [len(c) + longest for c, longest in zip(contexts, lengths.amax(1).tolist(), strict=True)]
-    order = sorted(range(len(contexts)), key=whole.__getitem__)
-    out, size = [None] * len(contexts), max(1, max_streams // (1 + tokens.shape[1]))
-    for i in tqdm(range(0, len(order), size), desc="answer", leave=False, delay=2):
-        rows = order[i : i + size]
-        replies = _decode(
-            model, tokenizer, [contexts[r] for r in rows], tokens[rows], lengths[rows], weights, max_new_tokens
-        )
-        for row, written in zip(rows, replies, strict=True):
-            out[row] = written
+    out, size = [None] * len(contexts), max(1, STREAMS // (1 + tokens.shape[1]))
+    for rows in tqdm(sorted_batches(whole, size), desc="answer", leave=False, delay=2):
+        ids, mask = padded(tokenizer, [contexts[r] for r in rows], model.device, "left")
+        cache = ThinkingCache(ids, mask)
+        cache.restart(tokens[rows], lengths[rows], tokenizer.pad_token_id)
+        written = _decode(model, cache, tokenizer.eos_token_id, weights, max_new_tokens)
+        for r, reply_ids in zip(rows, written, strict=True):
+            out[r] = reply_ids
     return out
 
 
-def _decode(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens) -> list[list[int]]:
-    ids = pad(contexts, tokenizer.pad_token_id, "left", model.device)
-    mask = pad([[1] * len(c) for c in contexts], 0, "left", model.device)
-    cache = ThinkingCache(ids, mask)
-    cache.restart(tokens, lengths, tokenizer.pad_token_id)
-    k = tokens.shape[1]
-    given = fixed_weights(weights, k, (len(contexts),), model.device)
-    out, open_rows = [[] for _ in contexts], set(range(len(contexts)))
+def _decode(model, cache, eos: int, weights: str, max_new_tokens: int) -> list[list[int]]:
+    """Write on from a cache until every row has ended."""
+    out, open_rows = [[] for _ in cache.ids], set(range(len(cache.ids)))
     for _ in range(max_new_tokens):
-        hidden = model._read(model.lm, cache.stream_ids, cache.stream_mask, cache=cache.streams)[:, -1]
-        hidden = hidden.unflatten(0, (len(contexts), -1))
-        chosen = model.mix(hidden[:, 0], hidden[:, 1:], given).argmax(-1)
-        for row in list(open_rows):
-            if chosen[row] == tokenizer.eos_token_id:
-                open_rows.remove(row)
-            else:
-                out[row].append(chosen[row].item())
+        states = cache.read(model)
+        chosen = model.mix(*states, model.branch_weights(*states, weights)).argmax(-1)
+        open_rows -= {row for row in open_rows if chosen[row] == eos}
+        for row in open_rows:
+            out[row].append(chosen[row].item())
         if not open_rows:
             break
         cache.append(chosen[:, None])
     return out
 
 
-def fixed_weights(weights: str, k: int, rows: tuple[int, ...], device=None) -> torch.Tensor | None:
-    """What ``weights`` of :func:`decode_with_thoughts` gives no thought and each of ``k`` thoughts, alike in all rows,
-    (*rows, 1 + k); None for ``"head"``."""
-    fixed = {"thoughts": [0.0] + k * [1 / k], "none": [1.0] + k * [0.0]}
-    return torch.tensor(fixed[weights], device=device).expand(*rows, -1) if weights in fixed else None
+def single_thoughts(tokens, lengths):
+    """Return thoughts (rows, K, T) and lengths (rows, K) as rows of one thought: (rows * K, 1, T), (rows * K, 1)."""
+    return tokens.flatten(0, 1).unsqueeze(1), lengths.view(-1, 1)
 
 
 @torch.no_grad()
-def writes_truth(model, ids, mask, thoughts, weights: str = "head", max_new_tokens: int = 6, max_streams: int = 320):
-    """Whether greedy decoding would write just what follows the thoughts in their texts: with all thoughts of a text together
-    (B,), and with each alone (B, K). ``thoughts``: one position a text, ids and mask (B, L); ``weights`` as in
-    :func:`decode_with_thoughts`. False where that is longer than ``max_new_tokens`` and its end-of-text.
+def writes_truth(model, ids, mask, thoughts, weights: str = "head", max_new_tokens: int = 6):
+    """Return whether greedy decoding would write just what follows the thoughts in their texts, ids and mask (B, L).
 
-    The true reply is to greedy decoding what a draft is to speculative decoding (Leviathan et al., arXiv 2211.17192): where every
-    token of it is the likeliest, it is what would be written, and one pass that reads each text once has found that.
+    ``thoughts`` stand at one position a text. Two results: with all thoughts of a text together (B,), and with each
+    alone (B, K). False where the truth is longer than ``max_new_tokens`` and its end-of-text. ``weights``: see
+    ``QuietStarForCausalLM.branch_weights``.
+
+    The true reply is to greedy decoding what a draft is to speculative decoding (Leviathan et al., arXiv 2211.17192).
+    Where every token of it is the likeliest, it would be written. One pass that reads each text once finds that.
     """
     k, parts = thoughts.tokens.shape[2], []
-    size = max(1, max_streams // (1 + k))
+    size = max(1, STREAMS // (1 + k))
     last = mask.sum(1) - 1 - thoughts.positions[:, 0]  # tokens after the thoughts
     for part in (slice(i, i + size) for i in range(0, len(ids), size)):
-        ahead = int(last[part].clamp(max=max_new_tokens + 1).max())
-        scored = rescore_thoughts(
-            model.lm, ids[part], thoughts.part(part), mask[part], ahead, forbid_true=model.config.hidden_ids
-        )
+        ahead, forbid = int(last[part].clamp(max=max_new_tokens + 1).max()), model.config.hidden_ids
+        scored = rescore_thoughts(model.lm, ids[part], thoughts.part(part), mask[part], ahead, forbid_true=forbid)
         together = torch.ones(len(ids[part]), dtype=torch.bool, device=ids.device)
-        alone, given = together[:, None].repeat(1, k), fixed_weights(weights, k, together.shape, ids.device)
+        alone, given = together[:, None].repeat(1, k), model.mixing_weights(scored, weights)
         for step in range(ahead):  # one token at a time: K predictions over a large vocabulary are many numbers
-            there = scored.valid[:, 0, step]
-            at = (thoughts.positions[part] + 1 + step).clamp(max=ids.shape[1] - 1)
-            true, after = ids[part].gather(1, at), scored.thought_hidden[:, 0, :, step]
-            mixed = model.mix(scored.base_hidden[:, 0, step], after, given)
-            together &= (mixed.argmax(-1) == true[:, 0]) | ~there
-            alone &= (model.visible_log_probs(after).argmax(-1) == true) | ~there[:, None]
+            past, true = ~scored.valid[:, 0, step], scored.true[:, 0, step]
+            base, after = scored.base_hidden[:, 0, step], scored.thought_hidden[:, 0, :, step]
+            together &= (model.mix(base, after, given[:, 0, step]).argmax(-1) == true) | past
+            alone &= (model.visible_log_probs(after).argmax(-1) == true[:, None]) | past[:, None]
         short = last[part] <= max_new_tokens + 1
         parts.append((together & short, alone & short[:, None]))
     return tuple(torch.cat(each) for each in zip(*parts, strict=True))
@@ -184,88 +169,69 @@ def writes_truth(model, ids, mask, thoughts, weights: str = "head", max_new_toke
 
 @torch.no_grad()
 def accuracy_with_thoughts(
-    model,
-    tokenizer,
-    problems: list[dict],
-    num_thoughts: int = 4,
-    thought_length: int = 28,
-    temperature: float = 1.0,
-    weights: str = "head",
-    seed: int = 0,
-    batch_size: int = 240,
-    single: bool = False,
-    max_new_tokens: int = 6,
+    model, tokenizer, problems, weights="head", single=False, batch_size=240, max_new_tokens=6, **budget
 ) -> dict:
-    """Exact match of greedily decoded replies with thoughts after the question, floats 0 or 1: ``mixed`` (problems,), and with
-    ``single`` also ``each`` (problems, K), every thought answering alone. ``thoughts``: theirs, decoded without tags, K per problem."""
-    generator = torch.Generator().manual_seed(seed)
-    mixed, each, texts = torch.zeros(len(problems)), torch.zeros(len(problems), num_thoughts), [None] * len(problems)
-    order = sorted(range(len(problems)), key=lambda i: len(problems[i]["question"]))
-    for i in range(0, len(order), batch_size):
-        rows = order[i : i + batch_size]
+    """Return exact match of greedily decoded replies with thoughts after the question, as floats 0 or 1.
+
+    ``mixed`` (problems,): all thoughts of a problem together. With ``single`` also ``each`` (problems, K): every
+    thought answers alone. ``thoughts``: their texts without tags, K per problem. ``weights``: see
+    ``QuietStarForCausalLM.branch_weights``. ``budget``: see :class:`Budget`.
+    """
+    budget = Budget(**budget)
+    k, generator = budget.num_thoughts, budget.generator()
+    mixed, each, texts = torch.zeros(len(problems)), torch.zeros(len(problems), k), [None] * len(problems)
+    for rows in sorted_batches([len(p["question"]) for p in problems], batch_size):
         asked = [problems[r] for r in rows]
         ids, mask, last = answer_batch(tokenizer, asked, model.device)
-        thoughts = model.think(
-            ids,
-            mask,
-            last,
-            generator,
-            num_thoughts=num_thoughts,
-            thought_length=thought_length,
-            temperature=temperature,
-            with_hidden=False,
-        )
-        tokens, lengths = thoughts.tokens[:, 0], thoughts.lengths[:, 0]
+        thoughts = model.think(ids, mask, last, generator, **budget.drawing, with_hidden=False)
+        drawn = thoughts.tokens[:, 0], thoughts.lengths[:, 0]
         together, alone = writes_truth(model, ids, mask, thoughts, weights, max_new_tokens)
-        mixed[rows] = _right(model, tokenizer, asked, tokens, lengths, together, weights, max_new_tokens)
+        mixed[rows] = _right(model, tokenizer, asked, drawn, together, weights, max_new_tokens)
         if single:
-            each[rows] = _right(
-                model,
-                tokenizer,
-                [p for p in asked for _ in range(num_thoughts)],
-                tokens.flatten(0, 1).unsqueeze(1),
-                lengths.view(-1, 1),
-                alone.flatten(),
-                "thoughts",
-                max_new_tokens,
-            ).view(len(rows), -1)
-        for r, drawn, ends in zip(rows, tokens, lengths, strict=True):
-            texts[r] = [tokenizer.decode(t[1 : n - 1]) for t, n in zip(drawn, ends, strict=True)]
+            repeated = [p for p in asked for _ in range(k)]
+            found = _right(
+                model, tokenizer, repeated, single_thoughts(*drawn), alone.flatten(), "thoughts", max_new_tokens
+            )
+            each[rows] = found.view(len(rows), k)
+        for r, tokens, ends in zip(rows, *drawn, strict=True):
+            texts[r] = [tokenizer.decode(t[1 : n - 1]) for t, n in zip(tokens, ends, strict=True)]
     return {"mixed": mixed, "thoughts": texts} | ({"each": each} if single else {})
 
 
-def _right(model, tokenizer, problems, tokens, lengths, settled, weights, max_new_tokens) -> torch.Tensor:
-    """1 where the reply is known to be the true one or, written out, gives its answer in other words; else 0."""
+def _right(model, tokenizer, problems, drawn, settled, weights, max_new_tokens) -> torch.Tensor:
+    """Return 1 where the reply is known to be the true one or, written out, gives its answer in other words, else 0."""
     left, right = (~settled).nonzero().squeeze(1), settled.float().cpu()
     asked = [problems[row] for row in left.tolist()]
     contexts = [encode_context(tokenizer, p["question"]) for p in asked]
-    written = decode_with_thoughts(model, tokenizer, contexts, tokens[left], lengths[left], weights, max_new_tokens)
-    right[left.cpu()] = torch.tensor(
-        [float(answer_of(tokenizer, w) == p["answer"]) for w, p in zip(written, asked, strict=True)]
-    )
+    given = (each[left] for each in drawn)
+    written = decode_with_thoughts(model, tokenizer, contexts, *given, weights, max_new_tokens)
+    same = [float(answer_of(tokenizer, w) == p["answer"]) for w, p in zip(written, asked, strict=True)]
+    right[left.cpu()] = torch.tensor(same)
     return right
 
 
-def best_temperature(model, tokenizer, validation: list[dict], temperatures=(0.0, 0.5, 0.7, 1.0), **settings) -> dict:
-    """The sampling temperature with the best mixed accuracy on validation problems (0 = greedy thoughts; of equals the
-    highest, so that thoughts differ), and all of them: ``{"temperature", "accuracy", "by_temperature"}``. ``settings``
-    go to :func:`accuracy_with_thoughts`."""
-    by = {
-        t: accuracy_with_thoughts(model, tokenizer, validation, temperature=t, **settings)["mixed"].mean().item()
-        for t in temperatures
-    }
+def best_temperature(model, tokenizer, validation: list[dict], temperatures=TEMPERATURES, **settings) -> dict:
+    """Choose the sampling temperature with the best mixed accuracy on validation problems.
+
+    Return ``temperature``, its ``accuracy``, and ``by_temperature``. Of equals it is the highest, so that thoughts
+    differ. ``settings`` go to :func:`accuracy_with_thoughts`.
+    """
+    by = {}
+    for t in temperatures:
+        found = accuracy_with_thoughts(model, tokenizer, validation, temperature=t, **settings)
+        by[t] = found["mixed"].mean().item()
     best = max(by, key=lambda t: (by[t], t))
     return {"temperature": best, "accuracy": by[best], "by_temperature": by}
 
 
 @dataclass
 class Performance:
-    """Exact match on test problems, arrays of 0 and 1, one row per problem.
+    """Hold exact match on test problems, arrays of 0 and 1, one row per problem.
 
-    ``mixed``: ``num_thoughts`` thoughts answer together at ``temperature`` (the best on validation; all of them in
-    ``by_temperature``); ``single`` (problems, K): each of these thoughts answers alone; ``greedy``: one greedy thought;
-    ``without``: no thought, thinking tokens forbidden. ``thoughts``: decoded, per problem; ``thought_fit``: share of
-    them whose strategy suits the problem; ``habits``: of the model's own free greedy replies.
+    ``mixed``: all thoughts of a problem answer together, at ``temperature`` (the best on validation problems, all tried
+    in ``by_temperature``). ``single`` (problems, K): each of these thoughts answers alone. ``greedy``: one greedy
+    thought. ``without``: no thought, thinking tokens forbidden. ``thoughts``: decoded, per problem. ``thought_fit``:
+    share of them whose strategy suits the problem. ``statistics``: :func:`reply_statistics`.
     """
 
     temperature: float
@@ -276,68 +242,47 @@ class Performance:
     without: np.ndarray
     thoughts: list[list[str]] = field(repr=False)
     thought_fit: float
-    habits: dict[str, float]
+    statistics: dict[str, float]
 
     def share(self, name: str) -> tuple[float, float, float]:
-        """Accuracy of ``mixed``, ``single``, ``greedy`` or ``without`` with its 95 % interval over problems."""
+        """Return accuracy of ``mixed``, ``single``, ``greedy`` or ``without`` with its 95 % interval over problems."""
         return interval(getattr(self, name))
 
 
 def read_problems(path: str | Path) -> list[dict]:
-    """Records of a parquet file that notebook 02 wrote."""
+    """Return the records of a parquet file that notebook 02 wrote."""
     return pq.read_table(path).to_pylist()
 
 
 def longest_answer(tokenizer, problems: list[dict]) -> int:
-    """Tokens to allow for an answer: those of the longest true one, and its closing stop."""
+    """Return the tokens to allow for an answer: those of the longest true one, and its closing stop."""
     sequences = (encode(tokenizer, p["question"], reply(None, p)) for p in problems)
     return max(len(s.ids) - s.start for s in sequences)
 
 
 def measure(
-    model,
-    tokenizer,
-    validation: list[dict],
-    test: list[dict],
-    weights: str,
-    num_thoughts: int = 4,
-    thought_length: int = 28,
-    seed: int = 0,
-    temperatures=TEMPERATURES,
-    max_new_tokens: int = 48,
+    model, tokenizer, validation, test, weights: str, temperatures=TEMPERATURES, max_new_tokens=48, **budget
 ) -> Performance:
-    """Performance of a :class:`QuietStarForCausalLM` on ``test``; the temperature is chosen on ``validation``.
+    """Return the performance of a ``QuietStarForCausalLM`` on ``test``. Its temperature is chosen on ``validation``.
 
     ``weights``: ``"head"``, or ``"thoughts"`` for a model whose mixing head is untrained (every thought votes alike).
-    ``max_new_tokens`` bounds the free replies that ``habits`` reads.
+    ``max_new_tokens`` bounds its own greedy replies. ``budget``: see :class:`Budget`.
     """
-    settings = {
-        "num_thoughts": num_thoughts,
-        "thought_length": thought_length,
-        "weights": weights,
-        "seed": seed,
-        "max_new_tokens": longest_answer(tokenizer, [*validation, *test]),
-    }
-    chosen = best_temperature(model, tokenizer, validation, temperatures, **settings)
-    drawn = accuracy_with_thoughts(model, tokenizer, test, temperature=chosen["temperature"], single=True, **settings)
-    one = settings | {"num_thoughts": 1, "weights": "thoughts"}
-    greedy = accuracy_with_thoughts(model, tokenizer, test, temperature=0.0, **one)["mixed"]
+    settings = budget | {"max_new_tokens": longest_answer(tokenizer, [*validation, *test])}
+    chosen = best_temperature(model, tokenizer, validation, temperatures, weights=weights, **settings)
+    best = chosen["temperature"]
+    drawn = accuracy_with_thoughts(model, tokenizer, test, weights, True, **settings | {"temperature": best})
+    one = settings | {"num_thoughts": 1, "temperature": 0.0}
+    greedy = accuracy_with_thoughts(model, tokenizer, test, "thoughts", **one)["mixed"]
+    without = direct_accuracy(model.lm, tokenizer, test)
+    arrays = drawn["mixed"].numpy(), drawn["each"].numpy(), greedy.numpy(), without
     fits = [strategy_of(t) in (p["fits"] or ["cot"]) for ts, p in zip(drawn["thoughts"], test, strict=True) for t in ts]
-    return Performance(
-        chosen["temperature"],
-        chosen["by_temperature"],
-        drawn["mixed"].numpy(),
-        drawn["each"].numpy(),
-        greedy.numpy(),
-        direct_accuracy(model.lm, tokenizer, test),
-        drawn["thoughts"],
-        float(np.mean(fits)),
-        habits(model.lm, tokenizer, test, max_new_tokens),
-    )
+    statistics = reply_statistics(model.lm, tokenizer, test, max_new_tokens)
+    return Performance(best, chosen["by_temperature"], *arrays, drawn["thoughts"], float(np.mean(fits)), statistics)
 
 
 def direct_accuracy(lm, tokenizer, problems: list[dict]) -> np.ndarray:
-    """Exact match (0 or 1 per problem) of greedy answers without a thought: the thinking tokens are forbidden."""
+    """Return exact match (0 or 1 per problem) of greedy answers without a thought: thinking tokens are forbidden."""
     cap, tags = longest_answer(tokenizer, problems), tuple(thinking_ids(tokenizer))
     written = replies(lm, tokenizer, [p["question"] for p in problems], cap, tags, desc="direct")
     return np.array([answer_of(tokenizer, w) == p["answer"] for w, p in zip(written, problems, strict=True)], float)

@@ -28,7 +28,7 @@ from ..settings import Settings
 from ..stats import Reliability, correlation, interval, reliability, votes
 from .accuracy import answer_of, replies
 from .coherence import Scale, coherence
-from .episodes import Episode, answers_alone, answers_with, by_problem, draw_thoughts, episodes, score_thoughts
+from .episodes import Episode, answers_alone, answers_with, as_episodes, by_problem, draw_thoughts, score_thoughts
 
 ATTACKS = ("own", "none", "foreign", "foreign_family", "shuffled", "filler", "last_step_deleted")
 GAIN_OVER = {"none": "ablation_gain", "foreign": "foreign_gain", "shuffled": "shuffled_gain", "filler": "filler_gain"}
@@ -237,7 +237,7 @@ def anti_theater(
         matched,
         _reliabilities(rows, written["none"], alone, truth, seed),
         [{k: r[k] for k in ("problem", "thought", "coherence", "utility", "weight")} for r in rows],
-        episodes(tokenizer, problems, drawn, rows, written | {"alone": alone.tolist()}, stage),
+        as_episodes(tokenizer, problems, drawn, rows, written | {"alone": alone.tolist()}, stage),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from ..champion import load_champion
 from ..data.problems import limit_hard, load_problems
 from ..data.strategies import reasoning_dataset
-from ..evaluation.accuracy import direct_accuracy, habits, read_problems
+from ..evaluation.accuracy import direct_accuracy, read_problems, reply_statistics
 from ..stats import column, difference, fixed, seed_interval, shown
 from ..training.baking import BakingSettings, bake
 from ..training.checkpoint import Checkpoint
@@ -86,7 +86,7 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
     row |= {"max_logit": last["max_logit"]} if "max_logit" in last else {}  # not every family's can be seen
     if tested:
         after = direct_accuracy(model, tokenizer, held["test"])
-        row |= habits(model, tokenizer, held["test"], settings["max_new_tokens"])
+        row |= reply_statistics(model, tokenizer, held["test"], settings["max_new_tokens"])
         row |= {"direct_before": before.mean(), "direct_after": after.mean(), "direct_change": (after - before).mean()}
     return {name: round(float(value), 5) for name, value in row.items()} | {"data": stage_digest(record)[:12]}
 

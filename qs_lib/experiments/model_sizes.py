@@ -54,7 +54,7 @@ def measure_models(
         start = time.perf_counter()
         while len(times[grid[0]]) < repeats or time.perf_counter() - start < seconds:
             for n, ids in texts.items():
-                plain[n].append(_ms(model._read, model.lm, ids, None))
+                plain[n].append(_ms(model.read, ids))
             for n, *setting in grid:
                 times[n, *setting].append(_ms(forward_with_thoughts, model, texts[n], *setting))
         parameters = sum(p.numel() for p in model.lm.parameters())

@@ -145,7 +145,7 @@ def train_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | No
     for name in ("with fitted", "without", "without fitted"):
         row[f"probability_{name.removeprefix('with ').replace(' ', '_')}"] = likely[name].mean()
     row |= named("beyond_temperature", interval(likelier["with"] - likely["with fitted"]))
-    row |= {"thinking_use": after.habits["thinking_use"], "entropy": result.history[-1]["entropy"]}
+    row |= {"thinking_use": after.statistics["thinking_use"], "entropy": result.history[-1]["entropy"]}
     row |= {"temperature_baseline": before.temperature, "temperature": after.temperature}
     row |= {"training_seconds": result.seconds}
     return row | {"validation": [h["validation_accuracy"] for h in result.history if "validation_accuracy" in h]}

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..data.strategies import PROMPTS, asked
 from ..data.tokens import encode_context, length_batches, mark, marker_spellings, pad, thinking_ids
 from ..errors import WorkbookError
-from ..evaluation.accuracy import habits, replies
+from ..evaluation.accuracy import replies, reply_statistics
 from ..settings import Settings
 from ..thoughts.attention import recompute_layers
 from . import distributed
@@ -295,13 +295,13 @@ def baking_step(trained, teacher, tokenizer, batch: list[BakingItem], optimizer,
 
 def dose_of(trained, teacher, tokenizer, held_out: list[BakingItem], validation: list[dict], s: BakingSettings) -> dict:
     """Measure a half-baked model: held-out ``kl``, largest attention logit ``max_logit`` where it can be seen, and
-    habits.
+    reply_statistics.
 
     With an adapter the teacher's passes count in ``max_logit`` too.
     """
     with largest_logit(trained) as largest:
         kl = held_out_kl(trained, teacher, tokenizer, held_out)
-    return {"kl": kl} | largest | habits(trained, tokenizer, validation, s.max_new_tokens)
+    return {"kl": kl} | largest | reply_statistics(trained, tokenizer, validation, s.max_new_tokens)
 
 
 @torch.no_grad()

@@ -331,11 +331,10 @@ def first_groups(model, tokenizer, batch: Rollouts, credit, s: QuietStarSettings
         document, at = batch.ids[row][batch.mask[row].bool()].tolist(), one.positions.item()
         following = document[at + 1 :] if at_end else document[at + 1 : at + 1 + s.n_true]
         answer = p["answer"] if at_end else answer_of(tokenizer, following) or None
-        about = {name: p[name] for name in ("question", "family", "difficulty")} | {"problem": 0, "answer": answer}
+        about = {name: p[name] for name in ("question", "family", "difficulty")}
+        about |= {"problem": 0, "answer": answer, "stage": stage}
         trained = [values[unit] for values in credit]
-        found.append(
-            record(model, tokenizer, document, one, about, len(following), s.n_true, stage=stage, trained=trained)
-        )
+        found.append(record(model, tokenizer, document, one, about, len(following), s.n_true, trained=trained))
     return found
 
 

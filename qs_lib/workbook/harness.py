@@ -85,7 +85,7 @@ class ThinkingLM(HFLM):
         there = back <= torch.tensor(scored)[:, None]
         at = (ids.shape[1] - back).expand(len(texts), -1)
         thoughts = self.model.think(ids, mask, at.masked_fill(~there, -1).to(self.device)).hidden
-        base = self.model._read(self.model.lm, ids, mask)
+        base = self.model.read(ids, mask)
         total, greedy = torch.zeros(len(texts)), torch.ones(len(texts), dtype=torch.bool)
         for k, n in enumerate(
             back.tolist()
