@@ -101,8 +101,8 @@ def test_every_criterion_is_listed_in_order_even_for_a_run_that_did_nothing(tmp_
     for r in board:
         assert list(r) == ["id", "criterion", "target", "value", "low", "high", "unit", "reached", "source"]
         assert r["value"] is None and r["reached"] is False and r["source"]
-        assert s.verdict(r) == "not reached (not measured)" and s.figure_of(r) == "-"
-    assert list(s.missing_stages(tmp_path / "nothing")) == list(s.STAGES)
+        assert s.outcome(r) == "not reached (not measured)" and s.value_text(r) == "-"
+    assert list(s.missing_stages(tmp_path / "nothing")) == list(s.CHAIN_STAGES)
 
 
 def test_a_run_that_reaches_everything(run):
@@ -140,7 +140,7 @@ def test_a_run_that_reaches_everything(run):
 def test_each_target_can_be_missed(run, stage, changes, name):
     finish(stage, **changes)
     missed = [r["id"] for r in s.build_scoreboard(run) if r["reached"] is False]
-    assert missed == [name] and s.verdict(row(run, name)) == "not reached"
+    assert missed == [name] and s.outcome(row(run, name)) == "not reached"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -173,7 +173,7 @@ def test_intervals_and_sources_are_told(run):
     found = row(run, "accuracy_gain")
     assert (found["low"], found["high"]) == (0.01, 0.09)
     assert found["source"].startswith("05_rl/run.json, ") and "papermill" in found["source"]
-    assert s.figure_of(found) == "0.05 [0.01, 0.09] share"
+    assert s.value_text(found) == "0.05 [0.01, 0.09] share"
     assert "seed 0" in s.provenance(run / "05_rl")
 
 
