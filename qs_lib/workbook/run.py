@@ -21,7 +21,7 @@ from ..settings import unknown_name
 from ..stats import short
 from .execute import execute, shown_path
 from .params import check_parameters, check_variant, notebook_parameters, read_variant
-from .scoreboard import figure_of, verdict
+from .scoreboard import outcome, value_text
 from .stage import CODE_CHANGED, notebook_hash, read_stage, stage_finished
 
 NOT_SETTABLE = {"run_name", "upstream"}  # parameters that the driver sets itself
@@ -30,7 +30,7 @@ OPTIONS = {  # of the command line; RunOptions has a field for each
     "--run": {"dest": "run_name", "metavar": "NAME", "help": "outputs/NAME; default: VARIANT-run"},
     "--data": {"metavar": "DIR", "help": "folder or file of problems, for notebooks that take data"},
     "--champion": {"metavar": "MODEL", "help": "folder or Hugging Face name of the model to start from"},
-    "--set": dict(dest="words", nargs="+", action="extend", default=[], metavar="NAME=VALUE")
+    "--set": {"dest": "words", "nargs": "+", "action": "extend", "default": [], "metavar": "NAME=VALUE"}
     | {"help": "parameters in place of the variant's, in every notebook with them; 05_rl.steps=4 in that one alone"},
     "--seed": {"type": int, "help": "seed of every stage"},
     "--only": {"nargs": "+", "metavar": "STAGE", "default": (), "help": "only these stages, as 05_rl or 05"},
@@ -178,7 +178,9 @@ def print_scoreboard(path: Path) -> None:
     table = [("id", "criterion", "target", "value [95 % interval]", "outcome")]
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
-        table += [(row["id"], row["criterion"], str(row["target"]), figure_of(row), verdict(row)) for row in rows]
+        for row in rows:
+            cells = row["id"], row["criterion"], row["target"], value_text(row), outcome(row)
+            table.append([str(cell) for cell in cells])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StageError(f"{path} is not a scoreboard ({error!r}); make it with notebook 08_scoreboard") from None
     widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
