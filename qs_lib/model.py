@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .errors import WorkbookError
 from .thoughts.attention import LanguageHead, backbone
 from .thoughts.generate import generate_thoughts
+from .thoughts.rescore import scored as log_probs_of
 
 
 class QuietStarConfig(PreTrainedConfig):
@@ -198,21 +199,65 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
                 "positions: shorten the text or thought_length"
             ) from None
 
-    def mix(self, base: torch.Tensor, thought: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """Mixed next-token log-probs (..., vocab) from hidden states base (..., hidden) and thought (..., K, hidden).
+    def mix(self, base, thought, weights=None, among=None, sharpening=1.0) -> torch.Tensor:
+        """Return mixed next-token log-probs (..., vocab) from hidden states base (..., hidden), thought (..., K, hidden).
 
-        ``weights`` (..., 1 + K) replace the head's. Thinking tokens get probability 0 in every branch.
+        ``weights`` (..., 1 + K) replace the head's. ``among`` and ``sharpening``: see :meth:`visible_log_probs`.
+        Each branch is sharpened before the mixture is formed. ``config.mixing`` says which form it has.
         """
         weights = self.mixing_head(base, thought) if weights is None else weights
         if self.config.mixing == "hidden":
-            return self.visible_log_probs(mix_hidden(weights, base, thought))
-        return mix_log_probs(weights, self.visible_log_probs(base), self.visible_log_probs(thought))
+            return self.visible_log_probs(mix_hidden(weights, base, thought), among, sharpening)
+        branches = (self.visible_log_probs(states, among, sharpening) for states in (base, thought))
+        return mix_log_probs(weights, *branches)
 
-    def visible_log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Log-probs over the vocabulary without the thinking tokens, from last hidden states."""
-        logits = LanguageHead(self.lm)(hidden).float()
-        logits[..., self.config.hidden_ids] = -torch.inf
-        return logits.log_softmax(-1)
+    def mix_truth(self, scored, weights=None) -> torch.Tensor:
+        """Return the mixture's log-probs (batch, P, n_true) of the true tokens, 0 where there is none; differentiable.
+
+        ``scored``: a :class:`Rescored` whose pass forbade ``config.hidden_ids`` as text. ``weights`` (batch, P, n_true,
+        1 + K) replace the head's, see :meth:`mixing_weights`. Its form is that of :meth:`mix`.
+        """
+        weights = self.mixing_weights(scored) if weights is None else weights
+        if self.config.mixing == "hidden":
+            states = mix_hidden(weights, scored.base_hidden, scored.thought_hidden.transpose(2, 3))
+            head, forbid = LanguageHead(self.lm), torch.tensor(self.config.hidden_ids, device=states.device)
+            mixed, _ = log_probs_of(head, states.flatten(0, 2), scored.true.flatten(), forbid=forbid)
+            mixed = mixed.view(scored.true.shape)
+        else:
+            mixed = mix_log_probs(weights, scored.base_logprobs, scored.true_logprobs.transpose(2, 3))
+        return mixed.masked_fill(~scored.valid, 0)
+
+    def mixing_weights(self, scored, weights: str = "head") -> torch.Tensor:
+        """Return the weight of no thought and of each thought at every true token of a :class:`Rescored`, (batch, P,
+        n_true, 1 + K). ``weights``: see :meth:`weigh`."""
+        return self.weigh(scored.base_hidden, scored.thought_hidden.transpose(2, 3), weights)
+
+    def weigh(self, base, thought, weights: str = "head") -> torch.Tensor:
+        """Return weights (..., 1 + K) for hidden states base (..., hidden) and thought (..., K, hidden).
+
+        ``weights``: ``"head"`` (the mixing head's), ``"thoughts"`` (every thought alike, no vote for the plain
+        prediction) or ``"none"`` (the plain prediction alone).
+        """
+        if weights == "head":
+            return self.mixing_head(base, thought)
+        k = thought.shape[-2]
+        fixed = {"thoughts": [0.0] + k * [1 / k], "none": [1.0] + k * [0.0]}[weights]
+        return torch.tensor(fixed, device=base.device).expand(*base.shape[:-1], -1)
+
+    def visible_log_probs(self, hidden: torch.Tensor, among=None, sharpening=1.0) -> torch.Tensor:
+        """Return log-probs (..., vocab) without the thinking tokens, from last hidden states (..., hidden).
+
+        With ``among`` (M,), token ids: of these tokens only, (..., M). Logits are divided by ``sharpening`` first, a
+        number, or several (S,), which give (..., S, vocab).
+        """
+        logits = LanguageHead(self.lm)(hidden)
+        if among is None:
+            logits[..., self.config.hidden_ids] = -torch.inf
+        else:
+            logits = logits[..., among]
+        if isinstance(sharpening, torch.Tensor):
+            logits, sharpening = logits.unsqueeze(-2), sharpening.unsqueeze(-1)
+        return (logits / sharpening).log_softmax(-1)
 
     @staticmethod
     def _read(lm, input_ids, attention_mask, position_ids=None, cache=None):
@@ -339,7 +384,7 @@ class MixingHead(nn.Module):
             features = torch.nn.functional.gelu(self.features(both))
             attention = self.score(features).squeeze(-1).softmax(-1)
             gate = self.gate(features).squeeze(-1).mean(-1, keepdim=True)
-        gate = gate + (gate.clamp(0, 1) - gate).detach()
+        gate = gate.clamp(0, 1).detach() + (gate - gate.detach())  # exact forward: the second term is 0
         return torch.cat([1 - gate, gate * attention], -1)
 
 
@@ -352,16 +397,25 @@ class ZeroLinear(nn.Linear):
 
 
 def mix_log_probs(weights: torch.Tensor, base: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
-    """Log of the weighted mean of probabilities.
+    """Return log sum_k weights_k p_k, the log of the weighted mean of probabilities, in log space.
 
-    ``weights`` (..., 1 + K), ``base`` (..., *rest) and ``thought`` (..., K, *rest) log-probs -> (..., *rest). The paper
-    interpolates log-probs (a product of experts), where one confident wrong thought vetoes the others; with several
-    thoughts we take the mean of probabilities, a vote.
+    ``weights`` (..., 1 + K), log-probs ``base`` (..., *rest) and ``thought`` (..., K, *rest) -> (..., *rest). Weights may
+    be 0 and log-probs -inf. The gradient for a log-prob is the posterior of its branch, w_k p_k / p. For a weight it is
+    p_k / p, at weight 0 too, so that a shut gate can open. That ratio is bounded by e^40, so it is finite where p is 0.
+
+    The paper interpolates log-probs (a product of experts), where one confident wrong thought vetoes the others. With
+    several thoughts we take the mean of probabilities, a vote.
     """
-    stacked = torch.cat([base.unsqueeze(weights.dim() - 1), thought], weights.dim() - 1)
-    shape = weights.shape + (1,) * (stacked.dim() - weights.dim())
-    mixed = (weights.reshape(shape) * stacked.exp()).sum(weights.dim() - 1)
-    return mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log()
+    branch = weights.dim() - 1
+    logs = torch.cat([base.unsqueeze(branch), thought], branch)  # (..., 1 + K, *rest)
+    weights = weights.reshape(weights.shape + (1,) * (logs.dim() - weights.dim()))
+    joint = weights.detach().log() + logs
+    never = (joint == -torch.inf).all(branch, keepdim=True)  # logsumexp has no gradient there
+    mixed = joint.masked_fill(never, 0).logsumexp(branch, keepdim=True).masked_fill(never, -torch.inf)
+    if weights.requires_grad:
+        ratio = (logs - mixed).detach().nan_to_num(nan=-torch.inf, posinf=40.0, neginf=-torch.inf)
+        mixed = mixed + ((weights - weights.detach()) * ratio.clamp_max(40).exp()).sum(branch, keepdim=True)
+    return mixed.squeeze(branch)
 
 
 def mix_hidden(weights: torch.Tensor, base: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:

@@ -50,13 +50,13 @@ class EveryFewSteps(Checkpoint):
 
 def champion(saving):
     model, tokenizer = tiny_champion()
-    pretrain(model, tokenizer, corpus(problems(size=400)), 40, batch_size=8, checkpoint=saving)
+    pretrain(model, tokenizer, corpus(problems(size=400)), steps=40, batch_size=8, checkpoint=saving)
     return model
 
 
 def baking(saving):
     model, tokenizer = tiny_lm()
-    pretrain(model, tokenizer, corpus(problems(size=400)), 25, batch_size=16)
+    pretrain(model, tokenizer, corpus(problems(size=400)), steps=25, batch_size=16)
     teach(model, tokenizer, saving)
     return model
 
@@ -82,7 +82,6 @@ def teach(model, tokenizer, saving):
         problems("validation", 6),
         epochs=2,
         batch_size=12,
-        patience=1,
         checkpoint=saving,
     )
 
@@ -100,7 +99,6 @@ def rl(saving):
         thought_length=8,
         n_true=3,
         evaluate_every=5,
-        baseline="value",
         checkpoint=saving,
     )
     return model

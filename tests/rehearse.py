@@ -107,7 +107,7 @@ def build(variant: str, data: str, folder: Path, layers: int | None) -> None:
             **shape,
         )
     )
-    pretrain(model, tokenizer, documents_of(documents), STEPS, batch_size=8)
+    pretrain(model, tokenizer, documents_of(documents), steps=STEPS, batch_size=8)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -116,7 +116,7 @@ def nan_weights(model):
 
 def nan_champion():
     model, tokenizer = tiny_champion()
-    pretrain.pretrain(nan_weights(model), tokenizer, [("a", "b"), ("c", "d")], 2, batch_size=2)
+    pretrain.pretrain(nan_weights(model), tokenizer, [("a", "b"), ("c", "d")], steps=2, batch_size=2)
 
 
 def nan_rl():
@@ -397,7 +397,7 @@ CASES = {
     "no thinking tokens": (lambda _: qs.QuietStarForCausalLM.from_base(tiny_champion()[0]), "call add_thinking_tokens"),
     "unknown mixing": (lambda _: qs.QuietStarConfig(mixing="sum"), "'log_probs' or 'hidden'"),
     # trainings
-    "no documents": (lambda _: pretrain.pretrain(*tiny_champion(), [], 1), "corpus is empty"),
+    "no documents": (lambda _: pretrain.pretrain(*tiny_champion(), [], steps=1), "corpus is empty"),
     "no problems": (
         lambda _: qs.train_quiet_star(*tiny_quiet_star(), [], problems()),
         "at least one training and one validation problem",

@@ -54,33 +54,13 @@ def test_zero_change_has_zero_kl_for_a_direct_answer():
     assert torch.equal(loop.forward_kl(s, t), torch.zeros(len(t)))
 
 
-def test_zero_change_has_zero_kl_for_a_prompted_thought():
-    """Teacher and student read the same prompt and the same tokens, the student through an adapter that does nothing."""
+def test_an_adapter_that_does_nothing_has_zero_kl():
     pytest.importorskip("peft")
     model, tokenizer, _ = setup()
-    plain = tokenizer.encode(" think step 9 + 8 = 17 done 17 .") + [tokenizer.eos_token_id]
-    item = b.thought_item(
-        tokenizer, "doubt it and check again . ben has 9 pens .", "ben has 9 pens .", plain, rebake=True
-    )
-    teacher = copy.deepcopy(model)
-    student = loop.add_adapter(model, tokenizer, rank=2).eval()
-    assert item.student_ids != item.teacher_ids
-    item.student_ids, item.student_at = item.teacher_ids, item.teacher_at
+    item = b.direct_item(tokenizer, "ben has 9 pens .", tokenizer.encode(" 9 .") + [tokenizer.eos_token_id])
+    teacher, student = copy.deepcopy(model), loop.add_adapter(model, tokenizer, rank=2).eval()
     s, t, *_ = b.aligned_log_probs(student, teacher, [item], tokenizer)
     assert torch.equal(loop.forward_kl(s, t), torch.zeros(len(t)))
-
-
-def test_a_rebaking_teacher_is_read_as_it_is():
-    model, tokenizer, _ = setup()
-    plain = tokenizer.encode(" think step 9 + 8 = 17 done 17 .") + [tokenizer.eos_token_id]
-    item = b.thought_item(
-        tokenizer, "doubt it and check again . ben has 9 pens .", "ben has 9 pens .", plain, rebake=True
-    )
-    start, end = thinking_ids(tokenizer)[:2]
-    assert item.teacher_ids[item.teacher_at[0] + 1] == start and end in item.teacher_ids
-    _s, t, targets, _ = b.aligned_log_probs(model, model, [item], tokenizer)
-    whole = model(torch.tensor([item.teacher_ids])).logits[0].log_softmax(-1)  # nothing moved, nothing forbidden
-    assert t.allclose(whole[item.teacher_at], atol=1e-5) and targets[0] == start
 
 
 def test_adapter_trains_lora_and_eight_rows_and_merges_to_the_same_logits(tmp_path):
@@ -163,7 +143,7 @@ def test_teacher_is_bit_equal_after_baking_and_the_student_moves():
     assert all(dose["max_logit"] > 0 for dose in result.epochs)
 
 
-def plain_trajectories(teacher, tokenizer, records, rebake=False, **_):
+def plain_trajectories(teacher, tokenizer, records, **_):
     """What a champion that knows the task would write; a random one writes no thought."""
     text = " think step {} done {} ."
     return [
@@ -172,7 +152,6 @@ def plain_trajectories(teacher, tokenizer, records, rebake=False, **_):
             f"doubt it and check again . {p['question']}",
             p["question"],
             tokenizer.encode(text.format(p["steps"][0], p["answer"])) + [tokenizer.eos_token_id],
-            rebake=rebake,
         )
         for p in records
     ]
@@ -182,23 +161,6 @@ def small_bake(monkeypatch, model, tokenizer, **settings):
     monkeypatch.setattr(b, "sample_trajectories", plain_trajectories)
     settings = {"epochs": 2, "trajectories": 8, "batch_size": 8, "max_new_tokens": 4} | settings
     return b.bake(model, tokenizer, [], problems(size=40), problems("validation")[:6], **settings)
-
-
-def test_early_stop_goes_back_to_the_best_epoch(monkeypatch):
-    model, tokenizer = tiny_lm()
-    losses, kept = iter([3.0, 1.0, 2.0, 2.5, 0.1]), {}
-    monkeypatch.setattr(b, "held_out_kl", lambda m, *_: m(torch.tensor([[4, 5]])) and next(losses))
-    result = small_bake(
-        monkeypatch,
-        model,
-        tokenizer,
-        epochs=5,
-        patience=2,
-        on_epoch=lambda e, m: kept.update({e: copy.deepcopy(m.state_dict())}),
-    )
-    assert list(kept) == [1, 2, 3, 4] and result.kl_after == 1.0
-    assert all(torch.equal(v, kept[2][k]) for k, v in model.state_dict().items())
-    assert not all(torch.equal(v, kept[4][k]) for k, v in model.state_dict().items())
 
 
 def test_lora_baking_leaves_a_plain_model_that_has_moved(monkeypatch):
@@ -276,18 +238,10 @@ def test_baking_clips_the_student_and_never_the_teacher(monkeypatch):
     monkeypatch.setattr(b, "baking_loss", lambda m, teacher, *rest: teachers.append(teacher) or real(m, teacher, *rest))
     free, clipped = (
         small_bake(monkeypatch, tiny_lm()[0], tokenizer, qk_clip_threshold=t).epochs[-1]["max_logit"]
-        for t in (None, threshold)
+        for t in (0.0, threshold)
     )
     assert clipped < 2 * threshold < free
     assert all(torch.equal(v, original[k]) for k, v in teachers[-1].state_dict().items())
-
-
-def test_rebaking_measures_the_gap_of_the_baked_model_itself(monkeypatch):
-    model, tokenizer = tiny_lm()
-    held = plain_trajectories(model, tokenizer, problems("validation")[:6], rebake=True)
-    expected = b.held_out_kl(model, copy.deepcopy(model), tokenizer, held)
-    result = small_bake(monkeypatch, model, tokenizer, rebake=True, rehearsal=0)
-    assert result.kl_before == pytest.approx(expected, rel=1e-5) and result.kl_before > 0
 
 
 def test_another_optimizer_can_be_handed_over(monkeypatch):

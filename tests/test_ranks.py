@@ -17,8 +17,6 @@ from qs_lib.experiments import two_processes
 from qs_lib.training import baking, distributed, reinforce
 from qs_lib.training import pretrain as pretraining
 from qs_lib.training.checkpoint import Checkpoint
-from qs_lib.training.distributed import clip_grad_norm, shard, whole_state
-from qs_lib.training.optim import MuonGrokfast
 
 FORK = multiprocessing.get_context("fork")  # a fresh Python would import torch again
 PATIENCE = 600  # seconds until two processes that wait for each other count as stuck; a busy machine needs minutes
@@ -46,7 +44,7 @@ def together(work, tmp_path, fine=True):
 
 
 def state(model):
-    return {name: value.numpy() for name, value in whole_state(model).items()}
+    return {name: value.numpy() for name, value in model.state_dict().items()}
 
 
 def largest_difference(one, two):
@@ -65,7 +63,7 @@ def bake(log=lambda **_: None, **settings):
             [],
             problems(size=40),
             problems("validation")[:6],
-            log=log,
+            checkpoint=Checkpoint(log=log),
             on_epoch=lambda epoch, _: epochs.append(epoch),
             **settings,
         )
@@ -77,7 +75,13 @@ def bake(log=lambda **_: None, **settings):
 def pretrain(log=lambda **_: None, **settings):
     model, tokenizer = tiny_champion()
     loss = pretraining.pretrain(
-        model, tokenizer, pretraining.corpus(problems(size=60)), 5, batch_size=8, log=log, **settings
+        model,
+        tokenizer,
+        pretraining.corpus(problems(size=60)),
+        steps=5,
+        batch_size=8,
+        checkpoint=Checkpoint(log=log),
+        **settings,
     )
     return state(model), loss
 
@@ -94,7 +98,12 @@ def reinforced(log=lambda **_: None, checkpoint=None, **settings):
         "evaluate_every": 3,
     } | settings
     result = reinforce.train_quiet_star(
-        model, tokenizer, problems(size=24), problems("validation")[:4], log=log, checkpoint=checkpoint, **settings
+        model,
+        tokenizer,
+        problems(size=24),
+        problems("validation")[:4],
+        checkpoint=checkpoint or Checkpoint(log=log),
+        **settings,
     )
     return state(model), result.history
 
@@ -166,7 +175,7 @@ def test_pretraining_in_two_processes_is_pretraining_in_one(tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"baseline": "value", "think_at": "difficult", "num_positions": 3}, {"think_at": "every", "over": 1}],
+    [{}, {"think_at": "difficult", "num_positions": 3}, {"think_at": "every", "over": 1}],
 )
 def test_reinforcement_in_two_processes_is_reinforcement_in_one(tmp_path, settings):
     (alone, history, _), (one, own, lines), (two, other, none) = (
@@ -182,13 +191,11 @@ def test_reinforcement_in_two_processes_is_reinforcement_in_one(tmp_path, settin
 
 def test_the_training_to_try_says_how_many_there_were_and_ends_where_one_ends(tmp_path):
     two_processes.train(tmp_path / "alone", steps=3)
-    for way, fsdp in two_processes.WAYS.items():
-        together(lambda way=way, fsdp=fsdp: two_processes.train(tmp_path / way, steps=3, fsdp=fsdp), tmp_path)
-        one, two = (json.loads((tmp_path / way / f"rank-{number}.json").read_text()) for number in (0, 1))
-        assert one["processes"] == two["processes"] == 2 and one["weights_sha256"] == two["weights_sha256"]
-        assert two_processes.largest_difference(tmp_path / "alone", tmp_path / way) < two_processes.BOUND
-        alone = json.loads((tmp_path / "alone" / "rank-0.json").read_text())
-        assert alone["processes"] == 1 and (one["held"] < alone["held"] if fsdp else one["held"] == alone["held"])
+    together(lambda: two_processes.train(tmp_path / "two", steps=3), tmp_path)
+    one, two = (json.loads((tmp_path / "two" / f"rank-{number}.json").read_text()) for number in (0, 1))
+    assert one["processes"] == two["processes"] == 2 and one["weights_sha256"] == two["weights_sha256"]
+    assert two_processes.largest_difference(tmp_path / "alone", tmp_path / "two") < two_processes.BOUND
+    assert json.loads((tmp_path / "alone" / "rank-0.json").read_text())["processes"] == 1
 
 
 def test_a_torchrun_that_fails_is_one_sentence(tmp_path):
@@ -221,7 +228,7 @@ def test_a_signal_to_one_process_stops_both_and_both_go_on(tmp_path, monkeypatch
 def test_processes_that_differ_are_told(tmp_path):
     def other_weights():
         model, tokenizer = tiny_champion(seed=distributed.rank())
-        pretraining.pretrain(model, tokenizer, pretraining.corpus(problems(size=60)), 1)
+        pretraining.pretrain(model, tokenizer, pretraining.corpus(problems(size=60)), steps=1)
 
     assert all("different weights before training" in text for text in together(other_weights, tmp_path, fine=False))
 
@@ -229,7 +236,7 @@ def test_processes_that_differ_are_told(tmp_path):
         model, tokenizer = tiny_champion()
         encode = pretraining.F.cross_entropy
         pretraining.F.cross_entropy = lambda *a, **k: encode(*a, **k) * (1 if distributed.first() else float("nan"))
-        pretraining.pretrain(model, tokenizer, pretraining.corpus(problems(size=60)), 1)
+        pretraining.pretrain(model, tokenizer, pretraining.corpus(problems(size=60)), steps=1)
 
     assert all(
         text.startswith(TrainingError.__name__) and "loss is nan" in text
@@ -246,70 +253,3 @@ def test_a_folder_that_only_one_process_sees_is_told(tmp_path):
         Checkpoint(folder, {}).resume({"model": model})
 
     assert all("do not see the same checkpoints" in text for text in together(work, tmp_path, fine=False))
-
-
-@pytest.mark.parametrize(
-    "work",
-    [
-        lambda fsdp: bake(optimizer=sgd, fsdp=fsdp)[0],
-        lambda fsdp: bake(fsdp=fsdp)[0],
-        lambda fsdp: pretrain(fsdp=fsdp)[0],
-        lambda fsdp: reinforced(fsdp=fsdp)[0],
-        lambda fsdp: reinforced(fsdp=fsdp, think_at="difficult", num_positions=3)[0],
-    ],
-)
-def test_sharded_weights_are_trained_as_in_one_process(tmp_path, work):
-    alone, (one, two) = work(False), together(lambda: work(True), tmp_path)
-    assert largest_difference(one, two) == 0 and largest_difference(alone, one) < 1e-3
-
-
-def test_each_process_holds_its_part_of_every_layer(tmp_path):
-    def work():
-        model, _ = tiny_lm()
-        layers, all_of = (
-            sum(p.numel() for p in model.model.layers.parameters()),
-            {n: p.shape for n, p in model.named_parameters()},
-        )
-        shard(model)
-        held = sum(p.to_local().numel() for p in model.parameters() if distributed.is_sharded(p))
-        optimizer = MuonGrokfast(model, grokfast_lambda=0.1)
-        model(torch.tensor([[1, 2, 3]])).logits.square().mean().backward()
-        distributed.average(model.parameters())
-        before = {n: v.clone() for n, v in whole_state(model).items()}
-        clip_grad_norm(model.parameters(), 1e9)
-        optimizer.step()
-        kept = sum(
-            v.numel() for p, s in optimizer.state.items() if distributed.is_sharded(p) for v in s.values() if v.dim()
-        )
-        moved = {n: not torch.equal(v, before[n]) for n, v in whole_state(model).items() if n in all_of}
-        return (
-            held / layers,
-            kept / held,
-            all(moved.values()),
-            {n: v.shape for n, v in whole_state(model).items() if n in all_of} == all_of,
-        )
-
-    for held, kept, moved, shapes in together(work, tmp_path):
-        assert held == pytest.approx(0.5, abs=0.02) and 2 <= kept < 2.2 and moved and shapes
-
-
-def test_the_gradient_norm_of_sharded_weights_is_that_of_all(tmp_path):
-    def work():
-        model, _ = tiny_lm()
-        if distributed.count() > 1:
-            shard(model)
-        model(torch.tensor([[1, 2, 3]])).logits.square().mean().backward()
-        distributed.average(model.parameters())
-        clip_grad_norm(model.parameters(), 0.01)
-        return {n: distributed.whole(p.grad).numpy() for n, p in model.named_parameters()}
-
-    alone, (one, two) = work(), together(work, tmp_path)
-    assert largest_difference(one, two) == 0 and largest_difference(alone, one) < 1e-6
-    assert sum((g**2).sum() for g in alone.values()) ** 0.5 == pytest.approx(0.01, rel=1e-3)
-
-
-def test_what_does_not_go_with_sharded_weights_is_said(tmp_path):
-    with pytest.raises(WorkbookError, match=r"fsdp=True goes without an adapter \(lora_rank\)"):
-        bake(fsdp=True, lora_rank=2)
-    with pytest.raises(WorkbookError, match="fsdp=True goes without a checkpoint on disk"):
-        reinforced(fsdp=True, checkpoint=Checkpoint(tmp_path, {}))

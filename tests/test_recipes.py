@@ -10,6 +10,8 @@ from tiny import problems, tiny_lm, tiny_quiet_star
 import qs_lib as qs
 from qs_lib.files import REPOSITORY
 from qs_lib.training import baking
+from qs_lib.training.baking import BakingSettings
+from qs_lib.training.reinforce import QuietStarSettings
 from qs_lib.workbook.params import recipe
 from qs_lib.workbook.run import RunOptions, given_parameters
 
@@ -44,45 +46,18 @@ def test_the_trainings_run_with_these_settings_at_small_width(variant, monkeypat
     pytest.importorskip("peft")
     monkeypatch.setattr(baking, "sample_trajectories", plain_trajectories)
     chosen = recipe("03_baking", variant)
-    settings = {
-        k: chosen[k]
-        for k in (
-            "muon_lr",
-            "adamw_lr",
-            "grokfast_lambda",
-            "ce_weight",
-            "rehearsal",
-            "patience",
-            "lora_rank",
-            "qk_clip_threshold",
-            "seed",
-        )
-    }
+    small = {"epochs": 1, "trajectories": 8, "batch_size": 4, "max_new_tokens": 4}
+    settings = BakingSettings(**{k: chosen[k] for k in BakingSettings.model_fields}).but(**small)
     model, tokenizer = tiny_lm("qwen2")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    result = qs.bake(
-        model,
-        tokenizer,
-        [],
-        problems(size=40),
-        problems("validation")[:4],
-        epochs=1,
-        trajectories=8,
-        batch_size=4,
-        max_new_tokens=4,
-        **settings,
-    )
+    result = qs.bake(model, tokenizer, [], problems(size=40), problems("validation")[:4], settings)
     assert math.isfinite(result.kl_after) and any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
     chosen = recipe("05_rl", variant)
-    elsewhere = {"run_name", "upstream", "mixing", "eval_problems", "test_problems", "tensorboard"}
-    settings = {k: v for k, v in chosen.items() if k not in elsewhere} | {
-        "steps": 2,
-        "batch_size": 2,
-        "evaluate_every": 2,
-    }
+    small = {"steps": 2, "batch_size": 2, "evaluate_every": 2}
+    settings = QuietStarSettings(**{k: chosen[k] for k in QuietStarSettings.model_fields}).but(**small)
     model, tokenizer = tiny_quiet_star()
-    result = qs.train_quiet_star(model, tokenizer, problems(size=24), problems("validation")[:4], **settings)
+    result = qs.train_quiet_star(model, tokenizer, problems(size=24), problems("validation")[:4], settings)
     assert len(result.history) == 2 and all(2 <= row["length"] <= 20 for row in result.history)
 
 

@@ -14,19 +14,20 @@ from ..training.checkpoint import Checkpoint
 from ..workbook.stage import code_hash, git_commit
 
 
-def repeat(path: Path, arms: dict[str, dict], seeds, measure) -> list[dict]:
-    """Rows of all ``arms`` (name -> settings) x ``seeds``, in that order; those missing from the CSV are made now.
+def repeat(path: Path, arms: dict[str, dict], seeds, measure, defaults: dict | None = None) -> list[dict]:
+    """Return the rows of all ``arms`` (name -> settings) x ``seeds``. Those missing from the CSV are made now.
 
-    ``measure(settings, seed, checkpoint)`` trains once, from where ``checkpoint`` stopped if it uses it, and returns a dict
-    of numbers (or lists of them). A row made with other settings under the same name is made again. Rows also hold ``seconds``, ``threads`` and the git ``commit``. Raises
-    ``StageError`` when another process writes the same file.
+    ``measure(settings, seed, checkpoint)`` trains once, from where ``checkpoint`` stopped if it uses it, and returns a
+    dict of numbers (or lists of them). A row made with other settings under the same name is made again. A row that
+    lacks a setting was made before there was one: it stands for the value in ``defaults``. Rows also hold ``seconds``,
+    ``threads`` and the git ``commit``. Raises ``StageError`` if another process writes the same file.
     """
-    lock = lock_run(path.parent, f"experiment {path.stem}", f".{path.stem}.lock")
+    lock, defaults = lock_run(path.parent, f"experiment {path.stem}", f".{path.stem}.lock"), defaults or {}
     try:
         wanted = [(arm, settings, seed) for seed in seeds for arm, settings in arms.items()]
         for arm, settings, seed in (bar := tqdm(wanted, desc=path.stem)):
             bar.set_postfix_str(f"{arm}, seed {seed}")
-            if row_of(read_rows(path), arm, seed, settings) is None:
+            if row_of(read_rows(path), arm, seed, settings, defaults) is None:
                 started = time.monotonic()
                 identity = {"settings": settings, "seed": seed, "code": code_hash()}
                 checkpoint = Checkpoint(path.with_name(f".{path.stem}.checkpoint"), identity)
@@ -36,22 +37,25 @@ def repeat(path: Path, arms: dict[str, dict], seeds, measure) -> list[dict]:
                 write_rows(path, [*others, row | {"commit": git_commit()}])
                 discard(checkpoint.folder)
         rows = read_rows(path)
-        return [row_of(rows, arm, seed, settings) for arm, settings in arms.items() for seed in seeds]
+        return [row_of(rows, arm, seed, settings, defaults) for arm, settings in arms.items() for seed in seeds]
     finally:
         lock.release()
 
 
-def row_of(rows: list[dict], arm: str, seed: int, settings: dict) -> dict | None:
-    """The row of one run, if it is there and was made with these settings."""
+def row_of(rows: list[dict], arm: str, seed: int, settings: dict, defaults: dict) -> dict | None:
+    """Return the row of one run, if it is there and was made with these settings."""
     for row in rows:
-        if (row["arm"], row["seed"], row["settings"]) == (arm, seed, settings):
+        if (row["arm"], row["seed"]) == (arm, seed) and defaults | row["settings"] == defaults | settings:
             return row
     return None
 
 
 def verdict(plain, matched, verdicts: tuple[str, str, str, str]) -> str:
-    """Which of four verdicts the filter's gains, as (value, low, high), over its control without a filter and over the
-    one with a momentum as slow bear out: a gain over both, over the plain one alone, a loss, nothing shown."""
+    """Choose one of four verdicts from two intervals (value, low, high): the gain over no filter, and over a momentum
+    as slow.
+
+    They are a gain over both, a gain over no filter alone, a loss, and nothing shown.
+    """
     both, plain_only, loss, nothing = verdicts
     if plain[1] > 0:
         return both if matched[1] > 0 else plain_only

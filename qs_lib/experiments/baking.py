@@ -1,4 +1,6 @@
-"""The pocket baking over several seeds, and its optimizer against controls with the same data and the same weight decay."""
+"""The pocket baking over several seeds, and its optimizer against controls with the same data and the same weight
+decay.
+"""
 
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from ..data.problems import load_problems, rarefy
 from ..data.strategies import reasoning_dataset
 from ..evaluation.accuracy import direct_accuracy, habits, read_problems
 from ..stats import column, difference, fixed, seed_interval, shown
-from ..training.baking import bake
+from ..training.baking import BakingSettings, bake
 from ..training.checkpoint import Checkpoint
 from ..training.optim import MuonGrokfast
 from ..workbook.params import recipe
@@ -20,16 +22,14 @@ from .grokking import matched_momentum
 
 # What the baked model must reach on test problems, as a mean over seeds.
 TARGETS = {"accuracy": 0.85, "thinking_use": 0.95, "strategy_fit": 0.9, "gap_closed": 0.8, "direct_change": -0.05}
-# Parameters of notebook 03: which data it takes, what `bake` is called with, and what an optimizer of one's own replaces.
-DATA = ("examples", "hard_share")
-BAKED_WITH = ("epochs", "batch_size", "ce_weight", "trajectories", "rehearsal", "max_new_tokens")
-OPTIMIZED_WITH = ("muon_lr", "adamw_lr", "grokfast_lambda")
+TRAINED_WITH = BakingSettings().model_dump(exclude={"seed"})
+RATES = ("muon_lr", "adamw_lr", "grokfast_lambda")  # what an optimizer of one's own replaces
 LAMBDA, ALPHA, MOMENTUM, BETAS = 0.2, 0.98, 0.95, (0.9, 0.95)
 SUBJECT = "Muon x Grokfast"
 # The lowest rate of each scan, which goes on in steps of 2 around the recipe's; AdamW's share of Muon's rate is fixed.
 LOWEST = {"AdamW": 1e-3, "Muon": 3e-3, "Muon, matched momentum": 3e-3, SUBJECT: 3e-3}
 ADAMW_SHARE = 1 / 6
-ALL_SHOWN = {"hard_share": 1.0, "hard_examples": 1.0}
+ALL_SHOWN = {"hard_shown": 1.0, "hard_examples": 1.0}
 # The optimizers' grid is long: fewer examples and trajectories, alike for all.
 SMALLER = {"examples": 900, "trajectories": 900}
 
@@ -56,19 +56,19 @@ def make_optimizer(name: str, rate: float):
 
 
 def baking_recipe() -> dict:
-    """What notebook 03 bakes the pocket model with."""
+    """Return what notebook 03 bakes the pocket model with: its data, and its :class:`BakingSettings` but for the seed."""
     values = recipe("03_baking")
-    return {name: values[name] for name in (*DATA, *BAKED_WITH, *OPTIMIZED_WITH)}
+    return {name: values[name] for name in ("examples", "hard_shown", *TRAINED_WITH)}
 
 
 def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | None = None, tested: bool = True) -> dict:
     """Bake the run's champion as ``settings`` say and measure it on its test (or only on validation) problems.
 
-    ``seed`` draws the training problems, the worked examples, the teacher's samples and the order of the batches; the
-    champion and the held-out problems are the run's own. ``settings``: those of :func:`baking_recipe`, or ``optimizer`` and
-    ``rate`` (:func:`make_optimizer`) in place of its rates; ``hard_examples`` replaces the run's share of hard problems
-    among worked examples. Shares are exact matches of greedy replies; ``direct_*`` with thinking tokens forbidden, before
-    and after.
+    ``seed`` draws the training problems, the worked examples, the teacher's samples and the order of the batches. The
+    champion and the held-out problems are the run's own. ``settings``: those of :func:`baking_recipe`, or ``optimizer``
+    and ``rate`` (:func:`make_optimizer`) in place of its rates. ``hard_examples`` replaces the run's share of hard
+    problems among worked examples. Shares are exact matches of greedy replies; ``direct_*`` with thinking tokens
+    forbidden, before and after.
     """
     record = read_stage(run / "02_dataset_generation")[0]
     made = record["parameters"]
@@ -76,7 +76,7 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
         split: read_problems(run / "02_dataset_generation" / f"{split}.parquet") for split in ("validation", "test")
     }
     problems = list(load_problems(made["data"] or made["source"], "train", made["train_problems"], seed))
-    share = settings.get("hard_examples", made["hard_share"])
+    share = settings.get("hard_examples", made["hard_examples"])
     worked = list(
         reasoning_dataset(
             rarefy(problems, share, seed=seed),
@@ -87,10 +87,10 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
         )["train"]
     )
     used = {e["question"] for e in worked}
-    unseen = rarefy([p for p in problems if p["question"] not in used], settings["hard_share"], seed=seed)
+    unseen = rarefy([p for p in problems if p["question"] not in used], settings["hard_shown"], seed=seed)
     model, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))
     before = direct_accuracy(model, tokenizer, held["test"]) if tested else None
-    given = {name: settings[name] for name in (*BAKED_WITH, *OPTIMIZED_WITH) if name in settings}
+    given = {name: settings[name] for name in TRAINED_WITH if name in settings}
     if "optimizer" in settings:
         given["optimizer"] = make_optimizer(settings["optimizer"], settings["rate"])
     result = bake(
@@ -116,13 +116,13 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
 def baking(run: Path, folder: Path, seeds) -> None:
     """The recipe of notebook 03, which shows few hard problems, and the same with all of them shown."""
     arms = {"recipe": baking_recipe(), "all hard problems shown": baking_recipe() | ALL_SHOWN}
-    repeat(folder / "baking.csv", arms, seeds, lambda *given: bake_once(run, *given))
+    repeat(folder / "baking.csv", arms, seeds, lambda *given: bake_once(run, *given), TRAINED_WITH)
 
 
 def optimizers(run: Path, folder: Path, seeds) -> None:
     """A learning-rate scan per optimizer (seed 0, validation problems), then every optimizer at its best rate on the
     test problems, on seeds 1, 2, ... so that no run is measured that was chosen."""
-    alike = {name: value for name, value in (baking_recipe() | SMALLER).items() if name not in OPTIMIZED_WITH}
+    alike = {name: value for name, value in (baking_recipe() | SMALLER).items() if name not in RATES}
     rates = {name: [lowest * 2**k for k in range(4)] for name, lowest in LOWEST.items()}
     while True:
         arms = {
@@ -130,14 +130,22 @@ def optimizers(run: Path, folder: Path, seeds) -> None:
             for name in rates
             for rate in rates[name]
         }
-        scan = repeat(folder / "optimizers_scan.csv", arms, [0], lambda *given: bake_once(run, *given, tested=False))
+        scan = repeat(
+            folder / "optimizers_scan.csv", arms, [0], lambda *given: bake_once(run, *given, tested=False), TRAINED_WITH
+        )
         best = best_rates(scan)
         beyond = {name: edge(rates[name], best[name]) for name in rates}
         if not any(beyond.values()):
             break
         rates = {name: rates[name] + ([beyond[name]] if beyond[name] else []) for name in rates}
     arms = {name: alike | {"optimizer": name, "rate": rate} for name, rate in best.items()}
-    repeat(folder / "optimizers.csv", arms, [seed + 1 for seed in seeds], lambda *given: bake_once(run, *given))
+    repeat(
+        folder / "optimizers.csv",
+        arms,
+        [seed + 1 for seed in seeds],
+        lambda *given: bake_once(run, *given),
+        TRAINED_WITH,
+    )
 
 
 def best_rates(scan: list[dict]) -> dict[str, float]:

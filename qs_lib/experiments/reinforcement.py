@@ -18,15 +18,14 @@ from ..evaluation.accuracy import direct_accuracy, measure, read_problems
 from ..evaluation.likelihood import SHARPENINGS, answer_probability, fitted
 from ..model import QuietStarForCausalLM
 from ..stats import interval, named
-from ..training.baking import bake
+from ..training.baking import BakingSettings, bake
 from ..training.checkpoint import Checkpoint
-from ..training.loop import schedule
+from ..training.loop import scheduled, update
 from ..training.optim import MuonGrokfast
-from ..training.reinforce import train_quiet_star
+from ..training.reinforce import QuietStarSettings, train_quiet_star
 from ..workbook.params import recipe
 from ..workbook.stage import read_stage, stage_digest
 from .arms import repeat
-from .baking import BAKED_WITH, OPTIMIZED_WITH
 from .chain import seed_run
 from .findings import for_scoreboard
 
@@ -67,26 +66,13 @@ DECIDED_BY = {
 LOOK_AHEAD = {"n_true 4": {}, "n_true 1": {"n_true": 1}}
 THOUGHTS = 4
 STAGES = ("01", "02", "03")
-# Parameters of notebook 05 that `train_quiet_star` is not called with, and options that every arm leaves alone.
-ELSEWHERE = {"seed", "run_name", "upstream", "mixing", "eval_problems", "test_problems", "tensorboard"}
-LEFT_ALONE = {
-    "baseline",
-    "think_at",
-    "thought_nll_weight",
-    "num_positions",
-    "adaptive_length",
-    "lora_rank",
-    "qk_clip_threshold",
-    "gradient_checkpointing",
-    "bf16",
-}
+TRAINED_WITH = QuietStarSettings().model_dump(exclude={"seed"})
 
 
 def rl_recipe(variant: str = "pocket") -> dict:
-    """What notebook 05 trains a variant's model with, validated every 25 steps."""
-    return {k: v for k, v in recipe("05_rl", variant).items() if k not in ELSEWHERE | LEFT_ALONE} | {
-        "evaluate_every": 25
-    }
+    """Return the :class:`QuietStarSettings` that notebook 05 trains a variant's model with, validated every 25 steps."""
+    values = recipe("05_rl", variant)
+    return {name: values[name] for name in TRAINED_WITH} | {"evaluate_every": 25}
 
 
 @lru_cache(maxsize=4)
@@ -98,8 +84,8 @@ def baseline(run: Path, start: str, length: int, seed: int):
 def measured(model, tokenizer, data, weights: str, length: int, seed: int):
     """Performance on test problems, and the probability of their true answers: (:class:`Performance`, name -> array).
 
-    Of the probabilities ``with`` and ``without`` thoughts, ``with fitted`` and ``without fitted`` are at the sharpening of
-    the predictions that is best on validation problems.
+    Of the probabilities ``with`` and ``without`` thoughts, ``with fitted`` and ``without fitted`` are at the sharpening
+    of the predictions that is best on validation problems.
     """
     budget = {"weights": weights, "seed": seed, "num_thoughts": THOUGHTS, "thought_length": length}
     found = measure(model, tokenizer, data["validation"], data["test"], max_new_tokens=length + 20, **budget)
@@ -115,11 +101,8 @@ def measured(model, tokenizer, data, weights: str, length: int, seed: int):
 
 def _load(run: Path, start: str):
     _, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))  # half-baked models come without one
-    lm = (
-        copy.deepcopy(eighth_baked(run))
-        if start == EIGHTH
-        else AutoModelForCausalLM.from_pretrained(run / start).eval()
-    )
+    eighth = start == EIGHTH
+    lm = copy.deepcopy(eighth_baked(run)) if eighth else AutoModelForCausalLM.from_pretrained(run / start).eval()
     model = QuietStarForCausalLM.from_base(lm, tokenizer, num_thoughts=THOUGHTS)
     folder = run / "02_dataset_generation"
     return model, tokenizer, {s: read_problems(folder / f"{s}.parquet") for s in ("train", "validation", "test")}
@@ -127,144 +110,108 @@ def _load(run: Path, start: str):
 
 @lru_cache(maxsize=1)
 def eighth_baked(run: Path):
-    """The champion after one pass over a quarter of the worked examples and trajectories that it is baked with in two: it
-    begins half of its replies with a thought, but most of its thoughts are wrong."""
+    """The champion after one pass over a quarter of the worked examples and trajectories that it is baked with in two:
+    it begins half of its replies with a thought, but most of its thoughts are wrong.
+    """
     values, seed = recipe("03_baking"), read_stage(run / "03_baking")[0]["seed"]
     lm, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))
     folder = run / "02_dataset_generation"
     examples, train, validation = (read_problems(folder / f"{s}.parquet") for s in ("examples", "train", "validation"))
-    worked, unseen = baking_data(examples, train, values["examples"] // 4, values["hard_share"], seed)
-    given = {name: values[name] for name in (*BAKED_WITH, *OPTIMIZED_WITH)} | {
-        "epochs": 1,
-        "trajectories": values["trajectories"] // 4,
-    }
-    bake(lm, tokenizer, worked, unseen, validation[:48], seed=seed, **given)
+    worked, unseen = baking_data(examples, train, values["examples"] // 4, values["hard_shown"], seed)
+    settings = BakingSettings(**{name: values[name] for name in BakingSettings.model_fields})
+    fewer = settings.but(epochs=1, trajectories=settings.trajectories // 4, seed=seed)
+    bake(lm, tokenizer, worked, unseen, validation[:48], fewer)
     return lm
 
 
 def train_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | None = None) -> dict:
-    """Train one arm from a model of ``run`` and measure it on test problems, with the same budget of thoughts for all arms.
+    """Train one arm from a model of ``run`` and measure it on test problems, with the same budget of thoughts for all
+    arms.
 
-    ``gain``: mixed accuracy minus that of the model it started from, each at its own best temperature, with its interval over
-    problems; ``greedy_gain``: the same with one greedy thought; ``probability``: the paper's metric, ``_fitted`` of the start
-    model with one fitted temperature on its predictions, and ``beyond_temperature`` the trained model's minus that;
-    ``validation``: accuracy after every ``evaluate_every`` steps.
-    ``think`` False trains direct answers on the same problems (:func:`train_direct`), answers directly, and is compared with
-    the same baseline.
+    ``gain``: mixed accuracy minus that of the model it started from, each at its own best temperature, with its
+    interval over problems. ``greedy_gain``: the same with one greedy thought. ``probability``: the paper's metric;
+    ``_fitted`` is the start model's with one fitted temperature on its predictions, and ``beyond_temperature`` the
+    trained model's minus that. ``validation``: accuracy after every ``evaluate_every`` steps. ``think`` False trains
+    direct answers on the same problems (:func:`train_direct`), answers directly, and is compared with the same
+    baseline.
     """
-    settings = dict(settings)
-    start, think = settings.pop("start", "03_baking/baked"), settings.pop("think", True)
-    length = settings["thought_length"]
-    before, likely = baseline(run, start, length, seed)
+    start, think = settings.get("start", "03_baking/baked"), settings.get("think", True)
+    s = QuietStarSettings(**{k: v for k, v in settings.items() if k not in ("start", "think")}, seed=seed)
+    before, likely = baseline(run, start, s.thought_length, seed)
     model, tokenizer, data = _load(run, start)
     if not think:
-        validation = train_direct(
-            model.lm,
-            tokenizer,
-            data["train"],
-            data["validation"],
-            seed=seed,
-            **{k: settings[k] for k in ("steps", "batch_size", "muon_lr", "adamw_lr", "hard_share", "evaluate_every")},
-        )
+        validation = train_direct(model.lm, tokenizer, data["train"], data["validation"], s)
         after = direct_accuracy(model.lm, tokenizer, data["test"])
-        return {
-            "baseline": before.mixed.mean(),
-            "accuracy": after.mean(),
-            "without": after.mean(),
-            "validation": validation,
-            **named("gain", interval(after - before.mixed)),
-        }
-    result = train_quiet_star(
-        model, tokenizer, data["train"], data["validation"], seed=seed, checkpoint=checkpoint, **settings
-    )
-    after, likelier = measured(model, tokenizer, data, "head", length, seed)
-    return {
-        "baseline": before.mixed.mean(),
-        "accuracy": after.mixed.mean(),
-        **named("gain", interval(after.mixed - before.mixed)),
-        "greedy_baseline": before.greedy.mean(),
-        "greedy": after.greedy.mean(),
-        **named("greedy_gain", interval(after.greedy - before.greedy)),
-        "single_baseline": before.single.mean(),
-        "single": after.single.mean(),
-        "without_baseline": before.without.mean(),
-        "without": after.without.mean(),
-        "probability_baseline": likely["with"].mean(),
-        "probability": likelier["with"].mean(),
-        "probability_fitted": likely["with fitted"].mean(),
-        "probability_without": likely["without"].mean(),
-        "probability_without_fitted": likely["without fitted"].mean(),
-        **named("beyond_temperature", interval(likelier["with"] - likely["with fitted"])),
-        "thinking_use": after.habits["thinking_use"],
-        "temperature_baseline": before.temperature,
-        "temperature": after.temperature,
-        "entropy": result.history[-1]["entropy"],
-        "training_seconds": result.seconds,
-        "validation": [h["validation_accuracy"] for h in result.history if "validation_accuracy" in h],
-    }
+        row = {"baseline": before.mixed.mean(), "accuracy": after.mean(), "without": after.mean()}
+        return row | {"validation": validation, **named("gain", interval(after - before.mixed))}
+    result = train_quiet_star(model, tokenizer, data["train"], data["validation"], s, checkpoint)
+    after, likelier = measured(model, tokenizer, data, "head", s.thought_length, seed)
+    row = {"baseline": before.mixed.mean(), "accuracy": after.mixed.mean()}
+    row |= named("gain", interval(after.mixed - before.mixed))
+    row |= {"greedy_baseline": before.greedy.mean(), "greedy": after.greedy.mean()}
+    row |= named("greedy_gain", interval(after.greedy - before.greedy))
+    row |= {"single_baseline": before.single.mean(), "single": after.single.mean()}
+    row |= {"without_baseline": before.without.mean(), "without": after.without.mean()}
+    row |= {"probability_baseline": likely["with"].mean(), "probability": likelier["with"].mean()}
+    for name in ("with fitted", "without", "without fitted"):
+        row[f"probability_{name.removeprefix('with ').replace(' ', '_')}"] = likely[name].mean()
+    row |= named("beyond_temperature", interval(likelier["with"] - likely["with fitted"]))
+    row |= {"thinking_use": after.habits["thinking_use"], "entropy": result.history[-1]["entropy"]}
+    row |= {"temperature_baseline": before.temperature, "temperature": after.temperature}
+    row |= {"training_seconds": result.seconds}
+    return row | {"validation": [h["validation_accuracy"] for h in result.history if "validation_accuracy" in h]}
 
 
-def train_direct(
-    lm,
-    tokenizer,
-    problems,
-    validation,
-    steps: int,
-    batch_size: int,
-    muon_lr: float,
-    adamw_lr: float,
-    hard_share: float,
-    evaluate_every: int,
-    seed: int = 0,
-) -> list[float]:
-    """The control without thoughts: cross-entropy of the answer right after the question, thinking tokens forbidden, on the
-    problems that :func:`train_quiet_star` draws. Returns validation accuracies; the last weights stay."""
-    rng, tags, found = random.Random(seed), thinking_ids(tokenizer), []
-    optimizer = MuonGrokfast(lm, muon_lr=muon_lr, adamw_lr=adamw_lr, grokfast_lambda=0.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: schedule(k, steps, 20, constant=0.3))
-    for step in tqdm(range(steps), desc="direct"):
-        ids, mask, positions = answer_batch(
-            tokenizer, curriculum(problems, step / steps, rng, batch_size, hard_share), lm.device
-        )
+def train_direct(lm, tokenizer, problems, validation, s: QuietStarSettings) -> list[float]:
+    """Train the control without thoughts and return its validation accuracies. The last weights stay.
+
+    It learns the answer right after the question by cross-entropy, thinking tokens forbidden, on the problems that
+    :func:`train_quiet_star` draws.
+    """
+    rng, tags, found = random.Random(s.seed), thinking_ids(tokenizer), []
+    optimizer = MuonGrokfast(lm, muon_lr=s.muon_lr, adamw_lr=s.adamw_lr, grokfast_lambda=0.0)
+    scheduler = scheduled(optimizer, s.steps, warm_up=20, constant=0.3)
+    for step in tqdm(range(s.steps), desc="direct"):
+        chosen = curriculum(problems, step / s.steps, rng, s.batch_size, s.hardest_share)
+        ids, mask, positions = answer_batch(tokenizer, chosen, lm.device)
         logits = lm(input_ids=ids).logits[:, :-1].index_fill(-1, ids.new_tensor(tags), -torch.inf)
         nll = -logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
         answer = mask[:, 1:].bool() & (torch.arange(ids.shape[1] - 1, device=ids.device) >= positions)
-        nll[answer].mean().backward()
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if (step + 1) % evaluate_every == 0 or step == steps - 1:
+        update(nll[answer].mean(), optimizer, scheduler, [lm.parameters()], "the loss of direct answers")
+        if (step + 1) % s.evaluate_every == 0 or step == s.steps - 1:
             found.append(float(direct_accuracy(lm, tokenizer, validation).mean()))
     return found
 
 
 def reinforcement(run: Path, folder: Path, seeds) -> None:
-    """All arms on all ``seeds`` but those that fewer of them decide."""
+    """Make all arms on all ``seeds`` but those that fewer of them decide."""
 
     def once(settings: dict, seed: int, checkpoint: Checkpoint) -> dict:
-        return row_of(seed_run(run, seed, STAGES), settings, seed, checkpoint)
+        return trained_row(seed_run(run, seed, STAGES), settings, seed, checkpoint)
 
     arms = {name: rl_recipe() | settings for name, settings in ARMS.items()}
     for seed in seeds:
         asked = {name: arms[name] for name in arms if seed < DECIDED_BY.get(name, math.inf)}
-        repeat(folder / "rl.csv", asked, [seed], once)
+        repeat(folder / "rl.csv", asked, [seed], once, TRAINED_WITH)
     for_scoreboard(folder)
 
 
 def look_ahead(run: Path, folder: Path, seeds) -> None:
-    """Rewards over four true tokens and over one, from one model that spells numbers in digits; seeds draw the training."""
-    digits = seed_run(run.with_name(f"{run.name}-digits"), 0, STAGES, "pocket-digits")
+    """Compare rewards over four true tokens and over one, from one model that spells numbers in digits, over ``seeds``."""
+
+    def once(*given) -> dict:
+        return trained_row(seed_run(run.with_name(f"{run.name}-digits"), 0, STAGES, "pocket-digits"), *given)
+
     arms = {name: rl_recipe("pocket-digits") | changed for name, changed in LOOK_AHEAD.items()}
-    repeat(folder / "look_ahead.csv", arms, seeds, lambda *given: row_of(digits, *given))
+    repeat(folder / "look_ahead.csv", arms, seeds, once, TRAINED_WITH)
     for_scoreboard(folder)
 
 
-def row_of(run: Path, *given) -> dict:
-    """:func:`train_once`, numbers to five decimals, and ``data``: which baked model of the seed it was, for another processor
-    makes another."""
-    row = {
-        k: [round(x, 5) for x in v] if isinstance(v, list) else round(float(v), 5)
-        for k, v in train_once(run, *given).items()
-    }
+def trained_row(run: Path, *given) -> dict:
+    """Return :func:`train_once`, numbers to five decimals, and ``data``: which baked model of the seed it was.
+
+    Another processor makes another one.
+    """
+    row = train_once(run, *given)
+    row = {k: [round(x, 5) for x in v] if isinstance(v, list) else round(float(v), 5) for k, v in row.items()}
     return row | {"data": stage_digest(read_stage(run / "03_baking")[0])[:12]}

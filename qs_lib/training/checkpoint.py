@@ -32,17 +32,17 @@ class Checkpoint:
                 ...
                 checkpoint.after(step + 1, parts, last=step + 1 == steps)
 
-    ``parts``: name -> whatever has ``state_dict``, a ``random.Random``, a ``torch.Generator``, or a list or dict that is
-    changed in place; the global generators of torch, numpy and Python are saved beside them. ``identity``: what must be
-    equal for a saved state to be this training's (parameters, data, code); thread count and torch version always belong to
-    it, because they change the bits. ``folder`` None: nothing is saved. ``log`` gets the metrics of ``checkpoint.log``, and
-    on resuming first those that were logged before.
+    ``parts``: name -> whatever has ``state_dict``, a ``random.Random``, a ``torch.Generator``, or a list or dict that
+    is changed in place; the global generators of torch, numpy and Python are saved beside them. ``identity``: what must
+    be equal for a saved state to be this training's (parameters, data, code); thread count and torch version always
+    belong to it, because they change the bits. ``folder`` None: nothing is saved. ``log`` gets the metrics of
+    ``checkpoint.log``, and on resuming first those that were logged before.
 
-    A file is written every ``seconds``, less often where writing would take more than ``SHARE`` of the time, after the last
-    step, and where Ctrl-C or SIGTERM arrives: the step is finished, saved, and ``KeyboardInterrupt`` or ``SystemExit``
-    raised; a second signal leaves at once. The newest file whose checksum holds is read, ``KEPT`` are kept; whoever owns
-    the folder removes it (``Stage.finish``). Writing raises ``StageError``, as for a full disk. Of several processes
-    (``ranks``) the first writes and logs, and all must read the same folder.
+    A file is written every ``seconds``, less often where writing would take more than ``SHARE`` of the time, after the
+    last step, and where Ctrl-C or SIGTERM arrives: the step is finished, saved, and ``KeyboardInterrupt`` or
+    ``SystemExit`` raised; a second signal leaves at once. The newest file whose checksum holds is read, ``KEPT`` are
+    kept; whoever owns the folder removes it (``Stage.finish``). Writing raises ``StageError``, as for a full disk. Of
+    several processes (``ranks``) the first writes and logs, and all must read the same folder.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ def as_tuple(value):
 
 
 def pack(head: dict, tree) -> bytes:
-    """A safetensors file: the tensors of ``tree``, and in its header as JSON the rest of it, ``head`` and a checksum."""
+    """Return a safetensors file: the tensors of ``tree``; its rest, ``head`` and a checksum are JSON in the header."""
     tensors, names = {}, {}
 
     def plain(value):

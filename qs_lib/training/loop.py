@@ -1,21 +1,72 @@
+"""What the three trainings share: the schedule, one update, a LoRA adapter, and the KL to a frozen reference."""
+
+import math
 from contextlib import contextmanager
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.tokens import thinking_ids
+from ..errors import TrainingError
+from . import distributed
 
 
 def schedule(step: int, steps: int, warm_up: int = 50, floor: float = 0.02, constant: float = 0.5) -> float:
-    """Factor on the learning rate: linear warm-up, constant up to ``constant`` of the steps, linear to ``floor``."""
+    """Return the factor on the learning rate: linear warm-up, constant up to ``constant`` of the steps, then linear to
+    ``floor``.
+    """
     if step < min(warm_up, steps // 10):
         return (step + 1) / min(warm_up, steps // 10)
     done = (step / max(1, steps) - constant) / (1 - constant)
     return 1.0 if done <= 0 else 1 - (1 - floor) * min(1.0, done)
 
 
+def scheduled(optimizer, steps: int, **shape) -> LambdaLR:
+    """Return the scheduler of a training of ``steps`` steps. ``shape`` goes to :func:`schedule`."""
+    return LambdaLR(optimizer, lambda step: schedule(step, steps, **shape))
+
+
+def update(loss: torch.Tensor, optimizer, scheduler, clipped, name: str) -> float:
+    """Take one optimizer step on ``loss`` and return its value, the mean over the processes.
+
+    ``clipped`` holds groups of parameters. The gradient norm of each group is clipped to 1. Raises ``TrainingError``
+    with the training's ``name`` if the loss is not finite. Nothing is updated then.
+    """
+    value = distributed.mean(loss.item())
+    if not math.isfinite(value):
+        raise TrainingError(f"{name} is {value} at step {scheduler.last_epoch}: lower the learning rates")
+    loss.backward()
+    for group in map(list, clipped):
+        distributed.average(group)
+        torch.nn.utils.clip_grad_norm_(group, 1.0)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return value
+
+
+def add_adapter(model, tokenizer, rank: int):
+    """Add a LoRA adapter (peft) to all hidden linear layers, and train the thinking tokens' eight rows beside it, in
+    place.
+
+    alpha = 2 rank. The authors of prompt baking set alpha to 1 at rank 32, with which an adapter barely acts. Raises
+    ``ImportError`` without peft.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ImportError("lora_rank needs peft: install it with `pip install peft`, or train all weights") from None
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    if model.config.tie_word_embeddings:
+        ends = {id(model.get_input_embeddings())}  # peft gives the tied head the same rows
+    rows = {name: thinking_ids(tokenizer) for name, module in model.named_modules() if id(module) in ends}
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", trainable_token_indices=rows)
+    return get_peft_model(model, config)
+
+
 @contextmanager
 def frozen(reference):
-    """The model to compare with: ``reference`` itself, or of a peft model what it was before its adapter, without dropout."""
+    """Yield the model to compare with: ``reference``, or a peft model as it was before its adapter, without dropout."""
     if not hasattr(reference, "disable_adapter"):
         yield reference
         return
@@ -29,25 +80,7 @@ def frozen(reference):
 
 
 def forward_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) per position from (..., vocab) log-probs; 0 where the teacher's probability is 0."""
+    """Return KL(teacher || student) per position (...), in nats, from log-probs (..., vocab). 0 x log 0 is 0."""
     impossible = teacher == -torch.inf
     difference = teacher.masked_fill(impossible, 0) - student.masked_fill(impossible, 0)
     return (teacher.exp() * difference).sum(-1)
-
-
-def add_adapter(model, tokenizer, rank: int):
-    """A peft LoRA adapter on all hidden linear layers, and the thinking tokens' eight rows beside it, in place.
-
-    alpha = 2 rank: the authors' alpha of 1 at rank 32 makes an adapter barely act. Raises ``ImportError`` without peft.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ImportError("lora_rank needs peft: install it with `pip install peft`, or bake all weights") from None
-    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    if model.config.tie_word_embeddings:
-        ends = {id(model.get_input_embeddings())}  # peft gives the tied head the same rows
-    rows = {name: thinking_ids(tokenizer) for name, module in model.named_modules() if id(module) in ends}
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", trainable_token_indices=rows)
-    )

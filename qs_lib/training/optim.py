@@ -7,7 +7,6 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from ..errors import TrainingError
-from .distributed import gather_like, is_sharded, part, part_like
 from .qk_clip import clip_heads
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -73,33 +72,33 @@ class MuonGrokfast(torch.optim.Optimizer):
                    p <- p - lr wd p - lr s O
         AdamW      p <- p - lr wd p - lr m_hat / (sqrt(v_hat) + eps)
 
-    with s = sqrt(max(1, rows / cols)) for adjust_lr_fn="original" (own lr, about 0.02) and
-    s = 0.2 sqrt(max(rows, cols)) for "match_rms_adamw" (reuses AdamW's lr). rows x cols is the shape as stored.
+    with s = sqrt(max(1, rows / cols)) for adjust_lr_fn="original" (own lr, about 0.02) and s = 0.2 sqrt(max(rows,
+    cols)) for "match_rms_adamw" (reuses AdamW's lr). rows x cols is the shape as stored.
 
-    Sources: Muon, Keller Jordan 2024 (`torch.optim.Muon` is the reference of the tests); "match_rms_adamw",
-    Moonlight, arXiv 2502.16982; Grokfast-EMA, arXiv 2405.20233, with mu starting at the first gradient as in the
-    authors' code (the printed algorithm starts it at the weights); AdamW, arXiv 1711.05101, torch's fused kernel.
-    Deviations: the filter is part of the optimizer, so `state_dict` saves mu; small matrices, and all on a CPU without
-    bfloat16, are orthogonalised in float32. Note that before Muon the filter is mostly a longer momentum: lambda 0.1 has the mean lag of beta 0.959.
+    Sources: Muon, Keller Jordan 2024 (`torch.optim.Muon` is the reference of the tests); "match_rms_adamw", Moonlight,
+    arXiv 2502.16982; Grokfast-EMA, arXiv 2405.20233, with mu starting at the first gradient as in the authors' code
+    (the printed algorithm starts it at the weights); AdamW, arXiv 1711.05101, torch's fused kernel. Deviations: the
+    filter is part of the optimizer, so `state_dict` saves mu; small matrices, and all on a CPU without bfloat16, are
+    orthogonalised in float32. Note that before Muon the filter is mostly a longer momentum: lambda 0.1 has the mean lag
+    of beta 0.959.
 
     model_or_params: a model (parameters routed by `split_parameters`) or a list of parameters or (name, parameter)
     pairs (routed by shape alone: every matrix goes to Muon). Groups are named: group["name"] is "muon", "adamw" or
-    "tokens" (only with token_rows: embedding and head, also updated by AdamW).
-    grokfast_lambda=0 is exactly off and allocates nothing. weight_decay is decoupled, by the raw lr, on all
-    parameters. kl_coefficient is only stored, in every group, for the training loop. Parameters without a gradient
-    are left alone. Gradient clipping is the caller's, before `step`, hence before the filter. A gradient that is not
-    finite raises TrainingError with the names of the tensors before anything has changed.
+    "tokens" (only with token_rows: embedding and head, also updated by AdamW). grokfast_lambda=0 is exactly off and
+    allocates nothing. weight_decay is decoupled, by the raw lr, on all parameters. Parameters without a gradient are
+    left alone. Gradient clipping is the caller's, before `step`, hence before the filter. A gradient that is not finite
+    raises TrainingError with the names of the tensors before anything has changed.
 
     State has the dtype of its parameter. In bfloat16 a slow average loses its small steps: train float32 weights, with
     autocast for speed.
 
     qk_clip_threshold: after each step QK-Clip (`clip_heads`) brings heads whose largest attention logit passed the
-    threshold back to it; `optimizer.clip_report` says which. Train inside
-    `with watch_max_logits(model) as optimizer.watch:`.
+    threshold back to it; `optimizer.clip_report` says which. Train inside `with watch_max_logits(model) as
+    optimizer.watch:`.
 
     token_rows, token_scale: these rows of the input embedding (and of an untied output head) get the learning rate
-    adamw_lr * token_scale; with an adapter, whose own tensor holds only such rows, they are counted in it. Scaling their gradient instead would do nothing, as Adam divides by its size. Weight decay
-    of these rows is not scaled.
+    adamw_lr * token_scale; with an adapter, whose own tensor holds only such rows, they are counted in it. Scaling
+    their gradient instead would do nothing, as Adam divides by its size. Weight decay of these rows is not scaled.
     """
 
     watch = None  # an open `watch_max_logits`, needed when qk_clip_threshold is set
@@ -113,7 +112,6 @@ class MuonGrokfast(torch.optim.Optimizer):
         grokfast_lambda=0.1,
         grokfast_alpha=0.98,
         qk_clip_threshold=None,
-        kl_coefficient=0.0,
         weight_decay=0.0,
         momentum=0.95,
         betas=(0.9, 0.95),
@@ -162,7 +160,6 @@ class MuonGrokfast(torch.optim.Optimizer):
             "grokfast_lambda": grokfast_lambda,
             "grokfast_alpha": grokfast_alpha,
             "qk_clip_threshold": qk_clip_threshold,
-            "kl_coefficient": kl_coefficient,
         }
         super().__init__([group for group in groups if group["params"]], defaults)
 
@@ -190,8 +187,6 @@ class MuonGrokfast(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                if threshold is not None and any(map(is_sharded, params)):
-                    raise ValueError("QK-Clip needs whole weights: leave qk_clip_threshold out where they are sharded")
                 grads = self._filtered_gradients(params, group)
                 (self._muon if group["name"] == "muon" else self._adamw)(params, grads, group)
         if threshold is not None:
@@ -201,7 +196,7 @@ class MuonGrokfast(torch.optim.Optimizer):
 
     def _raise_if_not_finite(self):
         named = [
-            (n, part(p.grad))
+            (n, p.grad)
             for group in self.param_groups
             for n, p in zip(group["param_names"], group["params"])
             if p.grad is not None
@@ -216,7 +211,7 @@ class MuonGrokfast(torch.optim.Optimizer):
                 raise TrainingError(f"gradient is not finite in {', '.join(bad)}; nothing was updated")
 
     def _filtered_gradients(self, params, group):
-        grads = [part(p.grad) for p in params]
+        grads = [p.grad for p in params]
         if group["grokfast_lambda"] == 0:
             return grads
         for p, grad in zip(params, grads):
@@ -230,15 +225,14 @@ class MuonGrokfast(torch.optim.Optimizer):
         momentum, lr = group["momentum"], group["lr"]
         for p in params:
             if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(part(p))
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         updates = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov
         if group["weight_decay"]:
-            torch._foreach_mul_([part(p) for p in params], 1 - lr * group["weight_decay"])
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         batches = {}
         for p, update in zip(params, updates):
-            update = gather_like(update, p)
             wide = update.T if p.shape[0] > p.shape[1] else update
             batches.setdefault((wide.shape, p.dtype, p.device), []).append((p, wide))
         for (shape, _, _), batch in batches.items():
@@ -251,7 +245,7 @@ class MuonGrokfast(torch.optim.Optimizer):
                         scale = math.sqrt(max(1, rows / cols))
                     else:
                         scale = 0.2 * math.sqrt(max(rows, cols))
-                    part(p).add_(part_like(direction.T if rows > cols else direction, p), alpha=-lr * scale)
+                    p.add_(direction.T if rows > cols else direction, alpha=-lr * scale)
 
     def _adamw(self, params, grads, group):
         (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
@@ -259,10 +253,10 @@ class MuonGrokfast(torch.optim.Optimizer):
             if "step" not in self.state[p]:
                 self.state[p].update(
                     step=torch.zeros((), device=p.device),
-                    exp_avg=torch.zeros_like(part(p)),
-                    exp_avg_sq=torch.zeros_like(part(p)),
+                    exp_avg=torch.zeros_like(p),
+                    exp_avg_sq=torch.zeros_like(p),
                 )
-        states, params = [self.state[p] for p in params], [part(p) for p in params]
+        states = [self.state[p] for p in params]
         rows = group.get("token_rows") if group.get("token_scale", 1) != 1 else None
         before = [p[rows] for p in params] if rows else []
         adamw(

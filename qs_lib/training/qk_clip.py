@@ -30,13 +30,10 @@ class watch_max_logits:
     "sdpa"; its own attention implementations are put back at the end, also after an error. On entry one pass over two
     tokens checks that every attention layer is really seen, and raises UnwatchedError where a family bypasses the
     attention interface or has no "sdpa".
-
-    report_only: `clip_heads` names the heads above the threshold and changes no weight. Use it while a teacher shares
-    the weights (an adapter that is switched off): clipping the student would move the teacher.
     """
 
-    def __init__(self, model, report_only=False):
-        self.model, self.report_only = model, report_only
+    def __init__(self, model):
+        self.model = model
         self.max_logits, self.layers = {}, {}
 
     def __enter__(self):
@@ -44,7 +41,8 @@ class watch_max_logits:
         lacking = [type(m).__name__ for m in backbones if not m._supports_sdpa]
         if lacking:
             raise UnwatchedError(
-                f"{lacking[0]} cannot run with sdpa attention, so its logits cannot be watched: set qk_clip_threshold to 0"
+                f"{lacking[0]} cannot run with sdpa attention, so its logits cannot be watched: "
+                "set qk_clip_threshold to 0"
             )
         expected = [
             m for m in self.model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")
@@ -162,7 +160,7 @@ def clip_heads(watch, threshold):
     over all of them first.
 
     Only a report is made where rescaling is not exact: models that normalise queries and keys, fused or compressed
-    projections other than GPT-2's, adapters on the projections, and watches opened with report_only=True.
+    projections other than GPT-2's, and adapters on the projections.
     """
     report = ClipReport(max_logit=-torch.inf)
     for layer, largest in sorted(watch.max_logits.items()):
@@ -174,13 +172,12 @@ def clip_heads(watch, threshold):
         if above:
             report.heads += above
             module = watch.layers[layer]
-            reason = "report only" if watch.report_only else obstacle(module, len(maxima))
+            reason = obstacle(module, len(maxima))
             if reason:
                 report.report_only[layer] = reason
             else:
-                rescale(
-                    module, torch.where(largest > threshold, threshold / largest, 1.0)
-                )  # exactly 1 at the threshold too
+                factors = torch.where(largest > threshold, threshold / largest, 1.0)  # exactly 1 at the threshold too
+                rescale(module, factors)
     return report
 
 

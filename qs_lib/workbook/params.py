@@ -18,14 +18,17 @@ from pydantic import Field
 from ..errors import ParameterError
 from ..files import REPOSITORY, RUN_NAME
 from ..settings import Settings, unknown_name
+from ..training.baking import BakingSettings
+from ..training.pretrain import PretrainSettings
+from ..training.reinforce import QuietStarSettings
 
 PARAMETER_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 
 class NotebookParams(Settings):
-    """What every notebook takes; each notebook adds its own fields in a subclass at the end of this file."""
+    """What every notebook takes. Each notebook adds its own in a subclass below, on top of the settings of its training."""
 
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32)
     run_name: str = Field(pattern=RUN_NAME)
     upstream: str = ""
 
@@ -98,7 +101,7 @@ class Source(NotebookParams):
 
     source: str = "pocket"
     data: str = ""
-    train_problems: int = Field(default=2000, ge=1)
+    train_problems: int = Field(2000, ge=1)
 
     @property
     def problems(self) -> str:
@@ -106,111 +109,66 @@ class Source(NotebookParams):
         return self.data or self.source
 
 
-class TokenSetup(Source):
+class TokenSetup(Source, PretrainSettings):
     """01: thinking tokens and the champion."""
 
     champion: str = ""
     chat_template: bool = False
-    prompt_examples: int = Field(default=0, ge=0)
+    prompt_examples: int = Field(0, ge=0)
     architecture: str = "llama"
-    hidden_size: int = Field(default=128, ge=8)
-    layers: int = Field(default=2, ge=1)
-    heads: int = Field(default=4, ge=1)
-    intermediate_size: int = Field(default=384, ge=8)
-    vocab_size: int = Field(default=2048, ge=300)
+    hidden_size: int = Field(128, ge=8)
+    layers: int = Field(2, ge=1)
+    heads: int = Field(4, ge=1)
+    intermediate_size: int = Field(384, ge=8)
+    vocab_size: int = Field(2048, ge=300)
     byte_level: bool = False
-    steps: int = Field(default=30, ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    muon_lr: float = Field(default=0.02, ge=0)
-    adamw_lr: float = Field(default=3e-3, ge=0)
-    weight_decay: float = Field(default=0.1, ge=0, le=1)
-    context_weight: float = Field(default=0.1, ge=0, le=1)
-    direct_share: float = Field(default=0.25, ge=0, le=1)
-    hard_worked: float = Field(default=1.0, ge=0, le=1)
-    eval_problems: int = Field(default=48, ge=2)
+    steps: int = Field(30, ge=1)  # a small run
+    direct_share: float = Field(0.25, ge=0, le=1)
+    hard_worked: float = Field(1.0, ge=0, le=1)
+    eval_problems: int = Field(48, ge=2)
 
 
 class DatasetGeneration(Source):
     """02: worked examples and problems."""
 
-    train_problems: int = Field(default=4000, ge=1)
-    cot_examples: int = Field(default=400, ge=1)
-    strategy_examples: int = Field(default=200, ge=1)
-    hard_share: float = Field(default=1.0, ge=0, le=1)
-    validation_problems: int = Field(default=480, ge=2)
-    test_problems: int = Field(default=720, ge=2)
+    train_problems: int = Field(4000, ge=1)
+    cot_examples: int = Field(400, ge=1)
+    strategy_examples: int = Field(200, ge=1)
+    hard_share: float = Field(1.0, ge=0, le=1)
+    validation_problems: int = Field(480, ge=2)
+    test_problems: int = Field(720, ge=2)
 
 
-class Baking(NotebookParams):
+class Baking(NotebookParams, BakingSettings):
     """03: prompt baking."""
 
-    epochs: int = Field(default=1, ge=1)
-    examples: int = Field(default=96, ge=1)
-    trajectories: int = Field(default=64, ge=0)
-    batch_size: int = Field(default=32, ge=2)
-    muon_lr: float = Field(default=6e-3, ge=0)
-    adamw_lr: float = Field(default=1.5e-3, ge=0)
-    grokfast_lambda: float = Field(default=0.2, ge=0)
-    ce_weight: float = Field(default=1.0, ge=0)
-    rehearsal: float = Field(default=0.25, ge=0, lt=1)
-    patience: int = Field(default=0, ge=0)
-    lora_rank: int = Field(default=0, ge=0)
-    qk_clip_threshold: float = Field(default=0.0, ge=0)
-    gradient_checkpointing: bool = False
-    bf16: bool = False
-    prompt_examples: int = Field(default=0, ge=0)
-    hard_share: float = Field(default=1.0, ge=0, le=1)
-    max_new_tokens: int = Field(default=48, ge=2)
-    eval_problems: int = Field(default=48, ge=2)
+    epochs: int = Field(1, ge=1)  # a small run
+    examples: int = Field(96, ge=1)
+    trajectories: int = Field(64, ge=0)  # a small run
+    prompt_examples: int = Field(0, ge=0)
+    hard_shown: float = Field(1.0, ge=0, le=1)
+    eval_problems: int = Field(48, ge=2)
 
 
 class ParallelThoughts(NotebookParams):
     """04: many thoughts at once."""
 
-    problem: int = Field(default=0, ge=0)
-    num_thoughts: int = Field(default=4, ge=1, le=64)
-    thought_length: int = Field(default=28, ge=2)
-    temperature: float = Field(default=1.0, ge=0)
-    problems: int = Field(default=24, ge=2)
+    problem: int = Field(0, ge=0)
+    num_thoughts: int = Field(4, ge=1, le=64)
+    thought_length: int = Field(28, ge=2)
+    temperature: float = Field(1.0, ge=0)
+    problems: int = Field(24, ge=2)
 
 
-class Reinforce(NotebookParams):
+class Reinforce(NotebookParams, QuietStarSettings):
     """05: REINFORCE on thoughts."""
 
-    steps: int = Field(default=4, ge=1)
-    batch_size: int = Field(default=8, ge=1)
-    num_thoughts: int = Field(default=4, ge=2, le=64)
-    thought_length: int = Field(default=28, ge=3)
-    temperature: float = Field(default=1.0, gt=0)
-    n_true: int = Field(default=4, ge=1)
-    over: int = Field(default=2, ge=1)
-    muon_lr: float = Field(default=1.5e-3, ge=0)
-    adamw_lr: float = Field(default=1e-3, ge=0)
-    grokfast_lambda: float = Field(default=0.1, ge=0)
-    token_scale: float = Field(default=1.0, gt=0)
-    lora_rank: int = Field(default=0, ge=0)
-    qk_clip_threshold: float = Field(default=0.0, ge=0)
-    gradient_checkpointing: bool = False
-    bf16: bool = False
-    reward: Literal["likelihood", "correct"] = "likelihood"
-    objective: Literal["signed", "positive", "paper"] = "positive"
-    baseline: Literal["others", "value"] = "others"
-    think_at: Literal["question", "difficult", "uncertain", "random", "every"] = "question"
-    num_positions: int = Field(default=8, ge=1)
-    adaptive_length: bool = False
-    pg_weight: float = Field(default=1.0, ge=0)
-    nll_weight: float = Field(default=0.5, ge=0)
-    thought_nll_weight: float = Field(default=0.0, ge=0)
-    look_ahead_weight: float = Field(default=0.5, ge=0)
-    kl_coefficient: float = Field(default=0.1, ge=0)
-    base_kl: float = Field(default=1.0, ge=0)
-    entropy_bonus: float = Field(default=0.0, ge=0)
-    use_curriculum: bool = True
-    hard_share: float = Field(default=0.4, ge=0, le=1)
+    steps: int = Field(4, ge=1)  # a small run
+    batch_size: int = Field(8, ge=1)  # a small run
+    evaluate_every: int = Field(2, ge=1)  # a small run
     mixing: Literal["log_probs", "hidden"] = "log_probs"
-    evaluate_every: int = Field(default=2, ge=1)
-    eval_problems: int = Field(default=24, ge=2)
-    test_problems: int = Field(default=24, ge=2)
+    eval_problems: int = Field(24, ge=2)
+    test_problems: int = Field(24, ge=2)
     tensorboard: bool = False
 
 
@@ -218,21 +176,21 @@ class AntiTheater(NotebookParams):
     """06: are the thoughts for show?"""
 
     theater: Literal["honest", "unused", "random", "frozen", "copied", "repeated", "leaked", "seen"] = "honest"
-    problems: int = Field(default=24, ge=2)
-    num_thoughts: int = Field(default=4, ge=2, le=64)
-    thought_length: int = Field(default=28, ge=3)
-    temperature: float = Field(default=1.0, gt=0)
-    episodes: int = Field(default=24, ge=1)
+    problems: int = Field(24, ge=2)
+    num_thoughts: int = Field(4, ge=2, le=64)
+    thought_length: int = Field(28, ge=3)
+    temperature: float = Field(1.0, gt=0)
+    episodes: int = Field(24, ge=1)
 
 
 class Latency(NotebookParams):
     """07: what thinking costs."""
 
-    repeats: int = Field(default=2, ge=1)
-    target_ms: float = Field(default=200.0, gt=0)
-    random_models: list[Literal["10M", "30M", "100M"]] = Field(default=["10M"], min_length=1)
-    random_repeats: int = Field(default=1, ge=1)
-    random_seconds: float = Field(default=0.0, ge=0)
+    repeats: int = Field(2, ge=1)
+    target_ms: float = Field(200.0, gt=0)
+    random_models: list[Literal["10M", "30M", "100M"]] = Field(["10M"], min_length=1)
+    random_repeats: int = Field(1, ge=1)
+    random_seconds: float = Field(0.0, ge=0)
 
 
 class Scoreboard(NotebookParams):
@@ -242,10 +200,10 @@ class Scoreboard(NotebookParams):
 class Scale(NotebookParams):
     """09: sweeps, several processes, several machines."""
 
-    workers: int = Field(default=2, ge=1)
-    num_thoughts: list[int] = Field(default=[2, 4], min_length=1)
-    num_processes: int = Field(default=2, ge=1, le=64)
-    steps: int = Field(default=6, ge=1)
+    workers: int = Field(2, ge=1)
+    num_thoughts: list[int] = Field([2, 4], min_length=1)
+    num_processes: int = Field(2, ge=1, le=64)
+    steps: int = Field(6, ge=1)
 
 
 NOTEBOOKS = {

@@ -88,8 +88,7 @@ def named_stages(notebooks: list[Path], names) -> list[Path]:
     """Return the notebooks of these stages, each given as ``05_rl`` or ``05``. Raises ``ParameterError`` for others."""
     for name in names:
         if not any(name in (path.stem, path.stem.split("_")[0]) for path in notebooks):
-            sentence = unknown_name(name, [path.stem for path in notebooks])
-            raise ParameterError(sentence.replace("parameter", "stage", 1))
+            raise ParameterError(unknown_name(name, [path.stem for path in notebooks]).replace("parameter", "stage", 1))
     return [path for path in notebooks if path.stem in names or path.stem.split("_")[0] in names]
 
 
