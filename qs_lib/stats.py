@@ -159,6 +159,8 @@ def shown(value: Interval, signed: bool = False, digits: int = 3) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def short(value) -> str:
-    """Return a float with three significant digits, anything else (a count, a word) in full."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def as_text(value, digits: int | None = None) -> str:
+    """Return a float with ``digits`` decimals, or three significant digits, and a count or a word in full."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if digits is None else fixed(value, digits)

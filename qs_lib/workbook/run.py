@@ -18,7 +18,7 @@ import yaml
 from ..errors import ParameterError, StageError, WorkbookError
 from ..files import REPOSITORY, find_run, lock_run, run_folder
 from ..settings import unknown_name
-from ..stats import short
+from ..stats import as_text
 from .execute import execute, shown_path
 from .params import check_parameters, check_variant, notebook_parameters, read_variant
 from .scoreboard import outcome, value_text
@@ -167,7 +167,7 @@ def run_stage(
     if record is None:
         raise StageError(f"{path.stem}: the notebook ended but its stage did not ({reason})")
     told = [(name, value) for name, value in record["summary"].items() if isinstance(value, (int, float, str))]
-    words = ", ".join(f"{name} {short(value)}" for name, value in told[:4])
+    words = ", ".join(f"{name} {as_text(value)}" for name, value in told[:4])
     print(f"{path.stem}: done in {record['wall_s']:.0f} s{words and ': '}{words}", flush=True)
     return record
 

@@ -27,7 +27,7 @@ from .. import files
 from ..errors import ParameterError, StageError, WorkbookError
 from ..files import REPOSITORY, find_run, lock_run, outputs_root, read_rows
 from ..settings import unknown_name
-from ..stats import short
+from ..stats import as_text
 from . import figures
 from .params import check_parameters, check_variant, notebook_parameters, read_variant, read_yaml
 from .run import NOT_SETTABLE, exit_code, run_stage
@@ -140,7 +140,7 @@ def run_sweep(
             done[row["run"]] = row
             rows = [done[run] for run in order if run in done]
             files.write_rows(folder / "sweep.csv", rows)
-            numbers = [f"{key} {short(row[key])}" for key in y if isinstance(row.get(key), (int, float))]
+            numbers = [f"{key} {as_text(row[key])}" for key in y if isinstance(row.get(key), (int, float))]
             told = row.get("error") or ", ".join([*numbers, f"{row['seconds']:.0f} s"])
             print(f"[{len(done)}/{len(order)}] {row['run']}: {told}", flush=True)
         drawn = figure(rows, x or parameters[0], y, parameters)
