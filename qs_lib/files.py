@@ -83,7 +83,7 @@ def write_error(error: Exception, path: Path) -> StageError:
 
 
 def to_json(value, indent: int | None = None) -> str:
-    """Return JSON text; tensors of one element and numpy scalars become numbers.
+    """Return JSON text. Tensors of one element and numpy scalars become numbers.
 
     Raises ``StageError`` if there is NaN, infinity or another object in it.
     """
@@ -103,7 +103,7 @@ def _as_number(value):
 
 
 def lock_run(folder: Path, user: str, name: str = ".lock") -> FileLock:
-    """Take the operating system's lock on a run folder; it ends with the process, however that ends.
+    """Take the operating system's lock on a run folder. It ends with the process, however that ends.
 
     Raises ``StageError``, which names the holder, if it is taken.
     """
@@ -132,7 +132,7 @@ def json_or_text(text: str):
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Return the rows of an experiment's CSV, numbers and lists as such; none where there is no file."""
+    """Return the rows of an experiment's CSV, numbers and lists as such, none where there is no file."""
     if not path.is_file():
         return []
     with open(path, encoding="utf-8", newline="") as file:
@@ -150,7 +150,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def outputs_root() -> Path:
-    """Return where runs go: ``QS_OUTPUTS``, or ``outputs/`` of the repository; never a notebook's working directory."""
+    """Return where runs go: ``QS_OUTPUTS``, or ``outputs/`` of the repository, never a notebook's working directory."""
     return Path(os.environ.get("QS_OUTPUTS") or REPOSITORY / "outputs").expanduser().resolve()
 
 

@@ -32,7 +32,7 @@ def pearson(x, y) -> float:
 
 
 def correlation(x, y, seed: int = 0, resamples: int = 1000, within: bool = False) -> Interval:
-    """Return :func:`pearson` over single thoughts, with its interval; ``x`` and ``y`` are (problems, K).
+    """Return :func:`pearson` over single thoughts, with its interval. ``x`` and ``y`` are (problems, K).
 
     ``within``: both are taken relative to their problem's mean, so that easy and hard problems cannot help.
     """

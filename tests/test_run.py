@@ -23,7 +23,7 @@ from qs_lib.workbook import run
 from qs_lib.workbook import stage as stage_module
 from qs_lib.workbook.execute import Terminal, _failure
 from qs_lib.workbook.params import NotebookParams
-from qs_lib.workbook.run import RunOptions, main, print_scoreboard, run_stages, stage_notebooks
+from qs_lib.workbook.run import main, print_scoreboard, run_options, run_stages, stage_notebooks
 from qs_lib.workbook.stage import code_hash, read_stage, stage_finished, start_stage
 
 
@@ -488,6 +488,10 @@ def test_a_value_of_the_wrong_kind_is_one_sentence(capsys, outputs):
     assert not outputs.exists()
 
 
+def options_for(notebooks, *more):
+    return run_options(["--variant", "small", "--run", "k", "--notebooks", str(notebooks), *more])
+
+
 def test_a_killed_kernel_leaves_the_stage_unfinished(notebooks, outputs):
     write_notebook(
         notebooks,
@@ -495,7 +499,7 @@ def test_a_killed_kernel_leaves_the_stage_unfinished(notebooks, outputs):
         FIRST.replace("stage.finish", "import os; os.kill(os.getpid(), 9)\nstage.finish"),
     )
     with pytest.raises(StageError, match="01_first: the kernel died"):
-        run_stages(RunOptions("small", "k", notebooks))
+        run_stages(options_for(notebooks))
     assert read_stage(outputs / "k/01_first") == (None, "not finished")
     assert not (outputs / "k/02_second").exists()
 
@@ -576,7 +580,7 @@ def test_bad_options_are_one_sentence(notebooks, outputs, capsys, options, words
 def test_bad_parameter_files_are_one_sentence(notebooks, outputs, text, words):
     (notebooks.parent / "params/01_first/small.yaml").write_text(text)
     with pytest.raises(ParameterError, match=words.replace("?", r"\?")):
-        run_stages(RunOptions("small", "k", notebooks, seed=1))
+        run_stages(options_for(notebooks, "--seed", "1"))
     assert not outputs.exists()
 
 

@@ -20,7 +20,7 @@ TEXT_BARS = "import tqdm.auto as _a, tqdm.std as _s; _a.tqdm, _a.trange = _s.tqd
 
 
 class Terminal:
-    """Where notebooks write; text that a model wrote cannot steer the terminal.
+    """Where notebooks write. Text that a model wrote cannot steer the terminal.
 
     Progress bars are redrawn in place on a terminal. In a log file only their last state is kept.
     """
@@ -47,7 +47,7 @@ def execute(notebook: Path, folder: Path, parameters: dict, debug: bool = False)
     """Execute one notebook into ``folder`` with this Python as its kernel, in the notebook's own folder.
 
     Papermill works in a thread, so that signals reach us: its own handlers end the kernel and hide the reason. Off the
-    main thread (a worker of a cluster) no signal is caught; the kernel ends with this process all the same.
+    main thread (a worker of a cluster) no signal is caught, and the kernel ends with this process all the same.
     Raises ``StageError`` with the message of the failed cell, ``KeyboardInterrupt`` or ``SystemExit(143)`` if stopped.
     """
     import papermill
@@ -123,7 +123,7 @@ def _kernel_class() -> type:
 
 @contextlib.contextmanager
 def _signals_caught():
-    """Yield the list of SIGINT and SIGTERM that arrive; on the main thread only, elsewhere it stays empty."""
+    """Yield the list of SIGINT and SIGTERM that arrive. Off the main thread it stays empty."""
     caught, last = [], float("-inf")
 
     def note(number, frame):
@@ -142,7 +142,7 @@ def _signals_caught():
 
 
 def _stop(thread: threading.Thread, kernel: type, caught: list) -> None:
-    """Let the running cell save and leave within five seconds; a second signal ends it at once."""
+    """Let the running cell save and leave within five seconds. A second signal ends it at once."""
     if kernel.started:
         kernel.started.signal(signal.SIGINT)
     end = time.monotonic() + 5

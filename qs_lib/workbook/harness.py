@@ -5,7 +5,6 @@ differences. Text becomes ids as in training. A log-likelihood thinks before the
 ``HFLM`` would think before every token of the prompt and of the padding.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..data.tokens import encode_context, pad
 from ..errors import SourceError, WorkbookError
 from ..files import REPOSITORY, find_run, to_json, write_bytes
 from ..model import QuietStarForCausalLM
-from .run import exit_code
+from .run import exit_code, parsed
 
 try:
     from lm_eval import simple_evaluate
@@ -35,7 +34,7 @@ TASKS = ("gsm8k_generate", "gsm8k_likelihood")
 
 
 class ThinkingLM(HFLM):
-    """A loaded model in lm-evaluation-harness; it thinks if it is a :class:`QuietStarForCausalLM` and ``think`` is set.
+    """A loaded model in lm-evaluation-harness. A :class:`QuietStarForCausalLM` thinks if ``think`` is set.
 
     In written replies a thought is drawn every ``n_true`` tokens, in a log-likelihood before each scored token. The
     longest text is the model's own, less the length of a thought.
@@ -148,12 +147,9 @@ OPTIONS = {  # of the command line
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
+    """Run the command line and return its exit code."""
     about = "lm-evaluation-harness on local problems."
-    parser = argparse.ArgumentParser(prog="python -m qs_lib.workbook.harness", description=about)
-    for option, settings in OPTIONS.items():
-        parser.add_argument(option, **settings)
-    given = parser.parse_args(arguments)
+    given = parsed("python -m qs_lib.workbook.harness", about, OPTIONS, arguments)
 
     def work():
         source = given.model

@@ -10,7 +10,6 @@ import os
 import shlex
 import sys
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -25,7 +24,8 @@ from .scoreboard import outcome, value_text
 from .stage import CODE_CHANGED, notebook_hash, read_stage, stage_finished
 
 NOT_SETTABLE = {"run_name", "upstream"}  # parameters that the driver sets itself
-OPTIONS = {  # of the command line; RunOptions has a field for each
+PROGRAM = "python -m qs_lib.workbook.run"
+OPTIONS = {  # of the command line
     "--variant": {"default": "pocket", "help": "params/<stage>/VARIANT.yaml; 'defaults' is the small CI run"},
     "--run": {"dest": "run_name", "metavar": "NAME", "help": "outputs/NAME; default: VARIANT-run"},
     "--data": {"metavar": "DIR", "help": "folder or file of problems, for notebooks that take data"},
@@ -41,30 +41,13 @@ OPTIONS = {  # of the command line; RunOptions has a field for each
 }
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """What a run can be told; ``OPTIONS`` says what each means."""
-
-    variant: str
-    run_name: str
-    notebooks: Path = REPOSITORY / "notebooks"
-    data: str | None = None
-    champion: str | None = None
-    words: tuple[str, ...] = ()
-    seed: int | None = None
-    only: tuple[str, ...] = ()
-    fresh: bool = False
-    keep: bool = False
-    debug: bool = False
-
-
 def stage_notebooks(folder: Path) -> list[Path]:
-    """Return the chain, 01 to 08, in order; 00_start_here is a tour of it, and 09_scale is about machines."""
+    """Return the chain, 01 to 08, in order. 00_start_here is a tour of it, and 09_scale is about machines."""
     return sorted(folder.glob("0[1-8]_*.ipynb"))
 
 
-def given_parameters(notebook: Path, options: RunOptions) -> dict:
-    """Return what this run sets in a notebook: the variant's file and the command line; not checked yet.
+def given_parameters(notebook: Path, options: argparse.Namespace) -> dict:
+    """Return what this run sets in a notebook: the variant's file and the command line, not checked yet.
 
     Raises ``ParameterError`` if the file is not a flat YAML mapping or there is nothing at ``data``.
     """
@@ -117,9 +100,10 @@ def overrides(notebooks: list[Path], words) -> dict[Path, dict]:
     return found
 
 
-def run_stages(options: RunOptions) -> Path:
-    """Execute every stage of a run that is not finished yet, in order; return the run folder.
+def run_stages(options: argparse.Namespace) -> Path:
+    """Execute every stage of a run that is not finished yet, in order, and return the run folder.
 
+    ``options``: those of :func:`run_options`.
     Raises ``WorkbookError`` in one sentence.
     """
     chosen = stage_notebooks(options.notebooks)
@@ -145,7 +129,7 @@ def run_stages(options: RunOptions) -> Path:
 def run_stage(
     path: Path, run: Path, given: dict, values: dict, fresh: bool = False, keep: bool = False, debug: bool = False
 ) -> dict:
-    """Execute one notebook into ``run`` unless its stage there is finished; return the stage's record.
+    """Execute one notebook into ``run`` unless its stage there is finished, and return the stage's record.
 
     ``given``: what differs from the notebook's defaults. ``values``: all parameters, checked. Raises ``StageError``.
     """
@@ -206,22 +190,34 @@ def exit_code(work, stopped: str, debug: bool = False) -> int:
         return 130 if isinstance(error, KeyboardInterrupt) else error.code
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
-    name = "python -m qs_lib.workbook.run"
-    parser = argparse.ArgumentParser(prog=name, description="Run notebooks 01 to 08 as one chain.")
-    for option, about in OPTIONS.items():
-        parser.add_argument(option, **about)
+def parsed(program: str, about: str, options: dict[str, dict], arguments: list[str] | None) -> argparse.Namespace:
+    """Return what a command line says, with the line itself as ``command``; ``options`` are argparse's own."""
+    parser = argparse.ArgumentParser(prog=program, description=about)
+    for option, settings in options.items():
+        parser.add_argument(option, **settings)
     given = parser.parse_args(arguments)
+    given.command = f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
+    return given
+
+
+def run_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of a run, by default those of the command line."""
+    given = parsed(PROGRAM, "Run notebooks 01 to 08 as one chain.", OPTIONS, arguments)
     given.run_name = given.run_name or f"{given.variant}-run"
     given.notebooks = given.notebooks.resolve()
-    os.environ["QS_COMMAND"] = f"{name} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
+    return given
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    given = run_options(arguments)
+    os.environ["QS_COMMAND"] = given.command
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
     if given.debug:
         os.environ["QS_DEBUG"] = "1"
 
     def work():
-        board = run_stages(RunOptions(**vars(given))) / "08_scoreboard" / "scoreboard.json"
+        board = run_stages(given) / "08_scoreboard" / "scoreboard.json"
         if board.is_file():
             print_scoreboard(board)
         return 0

@@ -84,7 +84,7 @@ def stage_finished(
 
 
 class Stage:
-    """A started stage; see :func:`start_stage`."""
+    """A stage that :func:`start_stage` began."""
 
     def __init__(self, params: NotebookParams, name: str):
         self.params = params
@@ -247,7 +247,7 @@ def code_hash() -> str:
     Viewing, the workbook and the experiments are left out. Their code draws and tells what was measured, or says what
     is to be trained: a colour in a figure must not repeat a training or throw a half-finished one away, and settings
     are compared by themselves (:func:`stage_finished`, :meth:`Stage.identity`). What the workbook computes of its own,
-    such as the criteria of the scoreboard, is new after ``FRESH=1 NB=08_scoreboard``.
+    such as the criteria of the scoreboard, is renewed by ``make run NB=08_scoreboard FRESH=1``.
     """
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -258,7 +258,7 @@ def code_hash() -> str:
 
 
 def notebook_hash(notebook: Path) -> str:
-    """Return one hash over a notebook's code cells; text and outputs may change without a rerun."""
+    """Return one hash over a notebook's code cells. Text and outputs may change without a rerun."""
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
@@ -276,7 +276,7 @@ def versions() -> dict:
 
 
 def git_commit() -> str | None:
-    """Return HEAD, with "-dirty" where code, notebooks or parameters differ from it; None outside a git checkout."""
+    """Return HEAD, with "-dirty" where code, notebooks or parameters differ from it, None outside git."""
 
     def git(*words):
         return subprocess.run(["git", "-C", PACKAGE.parent, *words], capture_output=True, text=True, check=True).stdout
@@ -289,7 +289,7 @@ def git_commit() -> str | None:
 
 
 def machine() -> dict:
-    """Return the kind of device, its threads and platform, and the memory needed; no machine's name."""
+    """Return the kind of device, its threads and platform, and the memory needed, without the machine's name."""
     torch = sys.modules.get("torch")  # a stage that did not import it did not use it
     cuda = torch is not None and torch.cuda.is_available()
     return {
@@ -302,7 +302,7 @@ def machine() -> dict:
 
 
 def _peak_memory(torch) -> int | None:
-    """Return the MB this process held at most, on the GPU where there is one, else resident; None on Windows."""
+    """Return the MB this process held at most, on the GPU where there is one, else resident, None on Windows."""
     if torch is not None:
         return round(torch.cuda.max_memory_allocated() / 1e6)
     try:

@@ -5,7 +5,6 @@ command goes on where it stopped. The rows are in ``sweep.csv``, parameters and 
 figure in ``sweep.png``. A sweep can also be a file, ``params/sweeps/<name>.yaml``.
 """
 
-import argparse
 import hashlib
 import importlib
 import itertools
@@ -14,7 +13,6 @@ import math
 import multiprocessing
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -30,7 +28,7 @@ from ..settings import unknown_name
 from ..stats import as_text
 from . import figures
 from .params import check_parameters, check_variant, notebook_parameters, read_variant, read_yaml
-from .run import NOT_SETTABLE, exit_code, run_stage
+from .run import NOT_SETTABLE, exit_code, parsed, run_stage
 from .stage import CODE_CHANGED
 
 COSTS = ("seconds", "peak_memory_mb")  # every row has them, and they differ from run to run
@@ -128,7 +126,7 @@ def run_sweep(
     workers: int = 2,
     address: str = "",
 ) -> list[dict]:
-    """Run all points and return their rows in the order of ``points``; the table is written anew after each.
+    """Run all points and return their rows in the order of ``points``. The table is written anew after each.
 
     Raises ``StageError`` if another process runs the same sweep, ``WorkbookError`` for an engine that is not there.
     """
@@ -153,7 +151,7 @@ def run_sweep(
 
 
 def figure(rows: list[dict], x: str, y: tuple[str, ...] | list[str], parameters: list[str]):
-    """Return the figure of a sweep, by default of the first number of the summaries; None where no row has a number.
+    """Return the figure of a sweep, by default of the first number of the summaries, or None where no row has one.
 
     There is a line for each combination of the ``parameters`` that vary, but ``x`` and the seed.
     """
@@ -181,7 +179,7 @@ def ready_made() -> list[dict]:
 
 
 def committed_rows(name: str) -> list[dict]:
-    """Return the rows of a ready-made sweep that are committed with the pocket run; none where there are none."""
+    """Return the rows of a ready-made sweep that are committed with the pocket run, if there are any."""
     return read_rows(find_run("") / "sweeps" / name / "sweep.csv")
 
 
@@ -189,8 +187,8 @@ def run_points(points: list[dict], engine: str = "pool", workers: int = 2, addre
     """Yield the rows of all ``points`` as they are done.
 
     ``engine``: ``pool``, ``dask`` (``address`` of a scheduler, or a cluster of ``workers`` started here) or ``slurm``
-    (submitit; without Slurm, and with ``address`` ``"local"``, its local executor). Raises ``ParameterError`` for
-    another engine, ``WorkbookError`` if its package is missing.
+    (submitit's local executor without Slurm, and for ``address`` ``"local"``). Raises ``ParameterError`` for another
+    engine, ``WorkbookError`` if its package is missing.
     """
     if engine not in ENGINES:
         raise ParameterError(f"engine {engine!r} is unknown; it must be {', '.join(ENGINES)}")
@@ -202,7 +200,7 @@ def run_points(points: list[dict], engine: str = "pool", workers: int = 2, addre
 
 
 def in_pool(points: list[dict], workers: int, address: str):
-    """Run points in fresh processes of this machine; Ctrl-C lets each save its checkpoint."""
+    """Run points in fresh processes of this machine. Ctrl-C lets each save its checkpoint."""
     pool = futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     jobs = {pool.submit(run_or_leave, point): point for point in points}
     try:
@@ -225,7 +223,7 @@ def run_or_leave(point: dict) -> dict:
 
 
 def on_dask(points: list[dict], workers: int, address: str):
-    """Run points on Dask, which repeats one whose worker dies (three times, its own setting); finished stages stay."""
+    """Run points on Dask, which repeats one whose worker dies (three times, its own setting) and keeps its stages."""
     from dask import distributed
 
     with ExitStack() as stack:
@@ -253,7 +251,7 @@ ENGINES = {"pool": in_pool, "dask": on_dask, "slurm": on_slurm}
 
 
 def result_of(job, point: dict) -> dict:
-    """Return the row of a finished job; one that died is a row with an error."""
+    """Return the row of a finished job. One that died is a row with an error."""
     try:
         return job.result()
     except Exception as error:  # noqa: BLE001 (each engine has its own)
@@ -288,7 +286,7 @@ def run_point(point: dict) -> dict:
 
 
 def _run_stages(point: dict, run: Path) -> dict:
-    """Run the point's notebooks and return its part of the row; a name that is taken gets its stage's in front."""
+    """Run the point's notebooks and return its part of the row. A name that is taken gets its stage's in front."""
     found = {"seconds": 0.0, "peak_memory_mb": 0}
     for notebook, given in zip(map(Path, point["notebooks"]), point["given"], strict=True):
         given = given | {"run_name": point["run"], "upstream": point["run"]}
@@ -303,7 +301,7 @@ def _run_stages(point: dict, run: Path) -> dict:
 
 
 def wait_for_lock(run: Path, name: str):
-    """Return the lock ``name`` of a run folder; a killed worker's kernel holds it a moment longer.
+    """Return the lock ``name`` of a run folder. A killed worker's kernel holds it a moment longer.
 
     Raises ``StageError`` if it is still held after ``LOCK_WAIT`` seconds.
     """
@@ -346,13 +344,8 @@ OPTIONS = {  # of the command line
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
-    prog = "python -m qs_lib.workbook.sweep"
-    parser = argparse.ArgumentParser(prog=prog, description="Notebooks x a grid of parameters.")
-    for option, about in OPTIONS.items():
-        parser.add_argument(option, **about)
-    given = parser.parse_args(arguments)
-    command = f"{prog} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
+    """Run the command line and return its exit code."""
+    given = parsed("python -m qs_lib.workbook.sweep", "Notebooks x a grid of parameters.", OPTIONS, arguments)
     folder = REPOSITORY / "notebooks"
 
     def work():
@@ -363,7 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not grid:
             raise ParameterError("a sweep needs at least one parameter, as name=value,value")
         name, variant = given.name or Path(given.what).stem, given.variant or plan.get("variant", "defaults")
-        points = points_of(name, notebooks, grid, variant, given.upstream, given.keep, given.threads, command)
+        points = points_of(name, notebooks, grid, variant, given.upstream, given.keep, given.threads, given.command)
         x, y = given.x or plan.get("x", ""), tuple(given.y) or tuple(plan.get("y", ()))
         print(f"sweep {name}: {len(points)} points, {given.engine}", flush=True)
         rows = run_sweep(name, points, x, y, given.engine, given.workers, given.address)
