@@ -12,40 +12,9 @@ from .evaluation.theater import TheaterReport, anti_theater
 from .model import MixingHead, QuietStarConfig, QuietStarForCausalLM
 from .thoughts.generate import Thoughts, generate_thoughts
 from .thoughts.rescore import Rescored, rescore_thoughts
-from .training.baking import BakingResult, bake
+from .training.baking import BakingResult, BakingSettings, bake
 from .training.optim import MuonGrokfast
-from .training.reinforce import TrainingResult, train_quiet_star
-
-__all__ = [
-    "STRATEGIES",
-    "THINKING_TOKENS",
-    "BakingResult",
-    "Coherence",
-    "Episode",
-    "LatencyReport",
-    "MixingHead",
-    "MuonGrokfast",
-    "QuietStarConfig",
-    "QuietStarForCausalLM",
-    "Rescored",
-    "TheaterReport",
-    "Thoughts",
-    "TrainingResult",
-    "add_thinking_tokens",
-    "anti_theater",
-    "bake",
-    "coherence",
-    "difficult_positions",
-    "generate_thoughts",
-    "load_champion",
-    "load_problems",
-    "measure_latency",
-    "read_episodes",
-    "reasoning_dataset",
-    "rescore_thoughts",
-    "thought_length",
-    "train_quiet_star",
-]
+from .training.reinforce import QuietStarSettings, TrainingResult, train_quiet_star
 
 
 def __getattr__(name):

@@ -6,59 +6,47 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from .data import pocket
 from .data.problems import hub_answers
 from .data.strategies import LEAD_WORDS, PROMPTS
+from .data.tokens import fast_tokenizer
 from .errors import HubError, SourceError, WorkbookError
 from .files import find_run
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 
 
-def load_champion(
-    source: str = "pocket", dtype=torch.float32, device: str | None = None, chat_template: bool | None = None
-):
-    """(model, tokenizer) from ``"pocket"`` (the committed run's), a Hugging Face name or a folder.
+def load_champion(source: str = "pocket", dtype=torch.float32, device: str | None = None, chat_template=None):
+    """Load (model, tokenizer) from ``"pocket"`` (the committed run's), a Hugging Face name or a folder.
 
-    The model is in evaluation mode, on ``device`` (by default what ``QS_DEVICE`` says, else the CPU: notebooks repeat their
-    numbers there); all that works with it follows its device. The tokenizer pads on the left; ``chat_template``: whether questions are put to
-    it as a user's turns (True raises where it has no template), by default if it has one. Only safetensors are read and no code of the
-    model's own is run. Raises ``SourceError`` or ``HubError`` with a sentence that says what to do.
+    The model is in evaluation mode, on ``device``: by default what ``QS_DEVICE`` says, else the CPU, where notebooks
+    repeat their numbers. All that works with it follows its device. The tokenizer pads on the left. ``chat_template``:
+    whether questions are put to it as a user's turns, by default if it has a template. Only safetensors are read and no
+    code of the model's own is run. Raises ``SourceError`` or ``HubError`` with a sentence that says what to do.
     """
     path = find_run("") / "01_token_setup" / "champion" if source == "pocket" else Path(source).expanduser()
     if source == "pocket" and not path.is_dir():
         raise SourceError(f"no pocket champion at {path}: train one with `make run`")
     local = path.is_dir()
-    given = {"local_files_only": local or not hub_answers(), "trust_remote_code": False}
+    place, given = path if local else source, {"local_files_only": local or not hub_answers()}
+    loading = given | {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
-        tokenizer = load_tokenizer(path if local else source, **given)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            path if local else source, dtype=dtype, use_safetensors=True, output_loading_info=True, **given
-        )
+        tokenizer = load_tokenizer(place, **given, trust_remote_code=False)
+        model, found = AutoModelForCausalLM.from_pretrained(place, **loading, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise _unloadable(source, local, given["local_files_only"], error) from None
-    if found["missing_keys"]:
-        raise SourceError(
-            f"{source} lacks weights that its configuration asks for: {', '.join(sorted(found['missing_keys'])[:3])}"
-        )
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise SourceError(
-            f"{source}: the tokenizer knows {len(tokenizer)} tokens and the model {rows}: they do not belong together"
-        )
+    if lacks := ", ".join(sorted(found["missing_keys"])[:3]):
+        raise SourceError(f"{source} lacks weights that its configuration asks for: {lacks}")
+    known, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
+    if known > rows:
+        both = f"the tokenizer knows {known} tokens and the model {rows}"
+        raise SourceError(f"{source}: {both}: they do not belong together")
     if chat_template and not tokenizer.chat_template:
-        raise SourceError(
-            f"{source} has no chat template: set chat_template to False, or take the instruction-tuned model"
-        )
+        advice = "set chat_template to False, or take the instruction-tuned model"
+        raise SourceError(f"{source} has no chat template: {advice}")
     if chat_template is False:
         tokenizer.chat_template = None
     tokenizer.padding_side = "left"
@@ -68,10 +56,10 @@ def load_champion(
 
 
 def load_tokenizer(source: str | Path, **given):
-    """The tokenizer as it was saved: ``AutoTokenizer``, except where a plain one was saved beside a family that has its own.
+    """Load the tokenizer as it was saved, also a plain one that was saved beside a family that has its own.
 
-    There ``AutoTokenizer`` silently puts the family's in its place, which cuts text differently and adds a token (seen with
-    transformers 5.23 and Qwen2).
+    There ``AutoTokenizer`` silently puts the family's in its place, which cuts text differently and adds a token (seen
+    with transformers 5.23 and Qwen2).
     """
     config = get_tokenizer_config(source, local_files_only=given.get("local_files_only", False))
     plain = config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -79,60 +67,40 @@ def load_tokenizer(source: str | Path, **given):
 
 
 def _unloadable(source: str, local: bool, offline: bool, error: Exception) -> WorkbookError:
-    """The sentence for a model that could not be loaded."""
+    """The error for a model that could not be loaded."""
     if not local and offline:
         return HubError(
             f"there is no folder {source}, the hub does not answer, and no copy of {source} was downloaded before: "
             "give a folder that save_pretrained wrote"
         )
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return SourceError(
-        f"{source} cannot be loaded as a causal language model with its tokenizer, weights in safetensors: {reason}"
-    )
+    what = "a causal language model with its tokenizer, weights in safetensors"
+    return SourceError(f"{source} cannot be loaded as {what}: {reason}")
 
 
-def build_tokenizer(
-    source: str, texts: list[str], vocab_size: int = 2048, byte_level: bool = False
-) -> PreTrainedTokenizerFast:
-    """The pocket task's word-level tokenizer, or a byte-level BPE trained on ``texts`` in which every digit is a token.
+def build_tokenizer(source: str, texts: list[str], vocab_size: int = 2048, byte_level: bool = False):
+    """Build the pocket task's word-level tokenizer, or a byte-level BPE from ``texts`` in which every digit is a token.
 
-    The pocket task's knows the words of the strategy prompts and the marker words; ``byte_level`` replaces it too.
+    The pocket task's knows the words of the strategy prompts and the marker words. ``byte_level`` replaces it too.
     """
-    words = [*LEAD_WORDS, *" ".join(PROMPTS.values()).split()]
     if source == "pocket" and not byte_level:
-        return pocket.build_tokenizer(words)
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r" ?\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+        return pocket.word_tokenizer([*LEAD_WORDS, *" ".join(PROMPTS.values()).split()])
+    raw, single_digits = Tokenizer(models.BPE()), pre_tokenizers.Split(Regex(r" ?\d"), "isolated")
+    raw.pre_tokenizer = pre_tokenizers.Sequence([single_digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    raw.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        padding_side="left",
-        model_max_length=512,
-    )
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<bos>", "<eos>"]
+    bpe = {"vocab_size": vocab_size, "special_tokens": special, "initial_alphabet": alphabet}
+    raw.train_from_iterator(texts, trainers.BpeTrainer(show_progress=False, **bpe))
+    return fast_tokenizer(raw, 512)
 
 
 def build_champion(
-    tokenizer,
-    architecture: str = "llama",
-    hidden_size: int = 128,
-    layers: int = 2,
-    heads: int = 4,
-    intermediate_size: int = 384,
-    seed: int = 0,
+    tokenizer, architecture="llama", hidden_size=128, layers=2, heads=4, intermediate_size=384, seed: int = 0
 ):
-    """A small model of a known family with fresh weights (tied embeddings, RoPE), sized for ``tokenizer``."""
+    """Build a small model of a known family with fresh weights (tied embeddings, RoPE), sized for ``tokenizer``.
+
+    Raises ``WorkbookError`` for another ``architecture`` than those of ``CONFIGS``.
+    """
     if architecture not in CONFIGS:
         raise WorkbookError(f"architecture {architecture!r}; known: {', '.join(CONFIGS)}")
     torch.manual_seed(seed)

@@ -203,7 +203,7 @@ def silent_hub(call):
     with pytest.MonkeyPatch.context() as patch, server:
         patch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
         patch.setattr(hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        patch.setattr(hub, "PATIENCE", 1.0)
+        patch.setattr(hub, "HUB_TIMEOUT", 1.0)
         started = time.monotonic()
         try:
             call()

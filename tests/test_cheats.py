@@ -127,7 +127,7 @@ def test_a_cheat_is_caught_and_without_its_checks_it_would_not_be(honest, cheat)
     assert not report.passed and set(report.missed) == CAUGHT_BY[cheat]
     assert report.verdict.startswith("THEATER, caught by")
     for name in report.missed:
-        assert name in report.verdict and t.CHECKS[name][1] in report.verdict
+        assert name in report.verdict and t.MEANINGS[name] in report.verdict
     blind = replace(report, checks=[c for c in report.checks if c.id not in CAUGHT_BY[cheat]])
     assert blind.passed and blind.verdict.startswith("NOT THEATER")
 

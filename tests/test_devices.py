@@ -101,12 +101,10 @@ def one_training_step(model, before, tokenizer):
     thoughts = model.think(ids, mask, at, torch.Generator().manual_seed(0), **BUDGET)
     keep = (batches.disagreement(thoughts) + torch.rand(6)).topk(3).indices
     ids, mask, thoughts = ids[keep], mask[keep], thoughts.part(keep)
-    *_, trained_on = reinforce.quiet_star_loss(
-        model, before.lm, tokenizer, ids, mask, thoughts, reinforce.QuietStarSettings()
-    )
-    reinforce.first_groups(
-        model, tokenizer, [PROBLEMS[k] for k in keep.tolist()], ids, mask, thoughts, trained_on, 4, True, "s"
-    )
+    settings = reinforce.QuietStarSettings()
+    *_, credit = reinforce.quiet_star_loss(model, before.lm, tokenizer, ids, mask, thoughts, settings)
+    chosen = reinforce.Rollouts([PROBLEMS[k] for k in keep.tolist()], ids, mask, thoughts)
+    reinforce.first_groups(model, tokenizer, chosen, credit, settings, "s")
 
 
 def baked(model, before, tokenizer):

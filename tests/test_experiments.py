@@ -132,7 +132,7 @@ def optimizer_rows(**accuracy):
     ],
 )
 def test_the_conclusion_follows_from_the_rows(accuracy, verdict):
-    sentence = baking.conclusion(optimizer_rows(**accuracy))
+    sentence = baking.optimizer_conclusion(optimizer_rows(**accuracy))
     assert verdict in sentence and "3 seeds" in sentence and all(n in sentence for n in baking.LOWEST)
 
 

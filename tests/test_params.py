@@ -1,3 +1,4 @@
+import inspect
 import json
 from pathlib import Path
 
@@ -5,8 +6,15 @@ import nbformat
 import pytest
 from pydantic import Field
 
+import qs_lib as qs
 from qs_lib.errors import ParameterError, WorkbookError
-from qs_lib.workbook.params import NOTEBOOKS, NotebookParams, check_parameters, notebook_parameters
+from qs_lib.files import REPOSITORY
+from qs_lib.training.baking import BakingSettings
+from qs_lib.training.pretrain import PretrainSettings
+from qs_lib.training.reinforce import QuietStarSettings
+from qs_lib.workbook.params import NOTEBOOKS, NotebookParams, check_parameters, notebook_parameters, read_variant
+
+TRAININGS = [("01_token_setup", PretrainSettings), ("03_baking", BakingSettings), ("05_rl", QuietStarSettings)]
 
 
 class Toy(NotebookParams):
@@ -160,3 +168,48 @@ def test_code_in_a_parameter_name_is_refused(tmp_path, monkeypatch, name):
     with pytest.raises(ParameterError, match="unknown parameter"):
         check_parameters(notebook, {name: 1})
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("stage", NOTEBOOKS)
+def test_a_notebook_shows_the_defaults_and_the_comments_of_its_settings(stage):
+    """A parameter has one home: the literals of the parameters cell are compared with it, word for word in its comment."""
+    fields, notebook = NOTEBOOKS[stage].model_fields, REPOSITORY / "notebooks" / f"{stage}.ipynb"
+    shown = notebook_parameters(notebook)
+    assert shown.keys() == fields.keys()
+    assert {name: fields[name].default for name in shown if name != "run_name"} == {
+        name: value for name, value in shown.items() if name != "run_name"
+    }
+
+
+@pytest.mark.parametrize(("stage", "settings"), TRAININGS)
+def test_only_the_sizes_of_a_small_run_differ_from_the_documented_training(stage, settings):
+    small = {"steps", "batch_size", "evaluate_every", "epochs", "trajectories"}
+    differ = {n for n, f in settings.model_fields.items() if NOTEBOOKS[stage].model_fields[n].default != f.default}
+    assert differ <= small
+
+
+@pytest.mark.parametrize(("stage", "settings"), TRAININGS)
+def test_every_setting_has_one_line_that_says_what_it_is(stage, settings):
+    source = inspect.getsource(settings).splitlines()
+    for name in settings.model_fields:
+        (line,) = [line for line in source if line.startswith(f"    {name}: ")]
+        assert "  # " in line, name
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "params").glob("[0-9]*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
+def test_a_variant_sets_known_parameters_to_other_values_than_the_defaults(path):
+    notebook = REPOSITORY / "notebooks" / f"{path.parent.name}.ipynb"
+    given, shown = read_variant(path.parent.name, path.stem), notebook_parameters(notebook)
+    values = check_parameters(notebook, given)
+    assert given and all(values[name] != shown[name] for name in given)
+
+
+def test_the_trainings_of_python_are_those_of_the_notebooks():
+    """``qs.train_quiet_star(...)`` and ``qs.bake(...)`` take their defaults from the same classes."""
+    assert QuietStarSettings().objective == "positive" == NOTEBOOKS["05_rl"].model_fields["objective"].default
+    for training in (qs.train_quiet_star, qs.bake):
+        own = {"settings", "checkpoint", "optimizer", "on_epoch", "prompts", "changed"}
+        optional = {n for n, p in inspect.signature(training).parameters.items() if p.default is not p.empty}
+        assert optional <= own and len(inspect.signature(training).parameters) <= 11

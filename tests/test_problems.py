@@ -100,8 +100,8 @@ def test_bad_sources_are_one_sentence(tmp_path, monkeypatch):
 def test_baking_shows_the_teacher_no_problem_with_a_worked_example():
     train = [{"question": str(i), "difficulty": i % 4} for i in range(40)]
     examples = train[:12]
-    worked, unseen = baking_data(examples, train, 5, hard_share=0.0, seed=1)
+    worked, unseen = baking_data(examples, train, 5, hard_shown=0.0, seed=1)
     assert len({e["question"] for e in worked}) == 5 and all(e in examples for e in worked)
     assert unseen == [p for p in train[12:] if p["difficulty"] < 3]
-    everything, _ = baking_data(examples, train, 99, hard_share=1.0)
+    everything, _ = baking_data(examples, train, 99, hard_shown=1.0)
     assert sorted(e["question"] for e in everything) == sorted(e["question"] for e in examples)

@@ -1,15 +1,13 @@
 """Arms of the reinforcement experiment, on the committed run and a handful of problems."""
 
-import inspect
-
 import pytest
 import torch
 from tiny import tiny_quiet_star
 
 from qs_lib.data import pocket
-from qs_lib.experiments import chain, reinforcement
+from qs_lib.experiments import arms, baking, chain, reinforcement
 from qs_lib.files import find_run, read_rows
-from qs_lib.training.reinforce import quiet_star_loss, train_quiet_star
+from qs_lib.training.reinforce import QuietStarSettings
 from qs_lib.workbook.stage import read_stage, stage_digest
 
 
@@ -34,9 +32,8 @@ def test_every_arm_that_few_seeds_decide_is_there():
 
 
 def test_every_arm_changes_something_that_training_knows():
-    known = set(inspect.signature(train_quiet_star).parameters) | set(inspect.signature(quiet_star_loss).parameters)
     recipe = reinforcement.rl_recipe()
-    assert set(recipe) <= known
+    assert set(recipe) == set(QuietStarSettings.model_fields) - {"seed"}
     for name, settings in reinforcement.ARMS.items():
         assert all(k in ("start", "think") or (k in recipe and recipe[k] != v) for k, v in settings.items()), name
     starts = {s.get("start", "03_baking/baked") for s in reinforcement.ARMS.values()}
@@ -69,16 +66,44 @@ def test_direct_training_makes_the_answers_likelier_and_needs_no_thought(few):
         return -logits[torch.arange(4), at].log_softmax(-1).gather(1, ids[torch.arange(4), at + 1, None]).mean().item()
 
     before = answer_nll()
-    found = reinforcement.train_direct(model.lm, tokenizer, problems, problems, 40, 4, 2e-2, 1e-2, 0.4, 20)
+    found = reinforcement.train_direct(
+        model.lm,
+        tokenizer,
+        problems,
+        problems,
+        QuietStarSettings(steps=40, batch_size=4, muon_lr=2e-2, adamw_lr=1e-2, evaluate_every=20),
+    )
     assert answer_nll() < before / 2 and len(found) == 2
     row = reinforcement.train_once(find_run(""), few | {"think": False}, 0)
     assert row["without"] == row["accuracy"]
 
 
+def test_the_committed_rows_are_those_of_the_arms_as_they_are(monkeypatch, tmp_path):
+    """Every row of both files is found again by its settings: repeating the experiments trains nothing."""
+    monkeypatch.setattr(reinforcement, "for_scoreboard", lambda folder: None)
+
+    def train(*_):
+        raise AssertionError("a row was not found")
+
+    for name, module in (("rl", reinforcement), ("baking", baking)):
+        source = find_run("") / "experiments" / f"{name}.csv"
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+        monkeypatch.setattr(module, "seed_run" if name == "rl" else "bake_once", train)
+        (module.reinforcement if name == "rl" else module.baking)(find_run(""), tmp_path, [0, 1, 2])
+        assert (tmp_path / source.name).read_bytes() == source.read_bytes()
+
+
+def test_a_row_made_before_a_setting_existed_stands_for_its_default():
+    row = {"arm": "a", "seed": 0, "settings": {"steps": 3}}
+    assert arms.row_of([row], "a", 0, {"steps": 3, "new": 1}, {"steps": 9, "new": 1}) is row
+    assert arms.row_of([row], "a", 0, {"steps": 3, "new": 2}, {"steps": 9, "new": 1}) is None
+    assert arms.row_of([row], "a", 0, {"steps": 9, "new": 1}, {"steps": 9, "new": 1}) is None
+
+
 def test_rows_are_kept(few, tmp_path, monkeypatch):
     monkeypatch.setattr(reinforcement, "for_scoreboard", lambda folder: None)
     monkeypatch.setattr(reinforcement, "ARMS", {"full": {}, "pg off": {"pg_weight": 0.0}, "n_true 1": {"n_true": 1}})
-    monkeypatch.setattr(reinforcement, "DECIDED_BY", {"n_true 1": 3})
+    monkeypatch.setattr(reinforcement, "DECIDED_BY", {"n_true 1": range(3)})
     monkeypatch.setattr(
         reinforcement,
         "train_once",

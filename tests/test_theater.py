@@ -67,7 +67,7 @@ def thoughts_of(tokenizer, *texts):
 
 
 def bpe(digits):
-    """A byte-level tokenizer: digits one by one (as ours), or in whatever pieces it learnt, spaces inside (as GPT-2)."""
+    """A byte-level tokenizer: digits one by one (as ours), or in pieces as it learnt them, spaces inside (as GPT-2)."""
     corpus = ["ben has 16 pens 1,200 pins finds 8 how many 16 + 8 = 24 think work out done answer step " * 3] * 5
     tokenizer = build_tokenizer("bpe", corpus, vocab_size=330)
     if not digits:
@@ -210,6 +210,12 @@ def test_one_problem_is_not_enough():
     model, tokenizer = tiny_quiet_star()
     with pytest.raises(ValueError, match="at least two held-out problems"):
         t.anti_theater(model, tokenizer, problems(size=1))
+
+
+def test_a_misspelt_setting_is_refused():
+    model, tokenizer = tiny_quiet_star()
+    with pytest.raises(ValueError, match="unknown parameter 'num_thought'; did you mean num_thoughts"):
+        t.anti_theater(model, tokenizer, problems(size=2), num_thought=3)
 
 
 def test_difficult_positions_are_where_the_model_is_unsure():

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import qs_lib as qs
 from qs_lib.champion import build_champion, build_tokenizer
-from qs_lib.data.tokens import PLAIN_WORDS, encode, length_batches, mark, marker_spellings, thinking_ids
+from qs_lib.data.tokens import PLAIN_WORDS, encode, length_batches, mark, marker_spellings, padded, thinking_ids
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
@@ -71,6 +71,15 @@ def test_reply_ids_do_not_depend_on_the_context():
     _, tokenizer = tiny_lm()
     one, two = encode(tokenizer, "ben has 9 pens", "9 ."), encode(tokenizer, "how many ?", "9 .")
     assert one.ids[one.start :] == two.ids[two.start :] and one.ids[-1] == tokenizer.eos_token_id
+
+
+def test_ids_and_mask_are_padded_together():
+    _, tokenizer = tiny_champion()
+    fill = tokenizer.pad_token_id
+    ids, mask = padded(tokenizer, [[7, fill, 9], [8]])
+    assert ids.tolist() == [[7, fill, 9], [8, fill, fill]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    ids, mask = padded(tokenizer, [[7, fill, 9], [8]], side="left")
+    assert ids.tolist() == [[7, fill, 9], [fill, fill, 8]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 def test_length_batches_cover_everything_once():

@@ -1,8 +1,4 @@
-"""Word problems from anywhere, as one kind of record.
-
-A record holds ``question``, ``answer`` (a number as text), ``steps`` (worked equations), ``difficulty`` (number of
-worked steps), ``family``, ``fits`` (strategies that suit it) and ``lead`` (numbers a strategy names first).
-"""
+"""Word problems from anywhere, as one kind of record: ``Problem``."""
 
 import json
 import random
@@ -16,82 +12,82 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import HubError, SourceError, WorkbookError
-from . import pocket
-from .strategies import evaluate, fitting, result
+from . import Problem, pocket
+from .strategies import exact_value, fitting, result
 
 HUB_NAMES = {"gsm8k": ("openai/gsm8k", "main")}
-LONGEST_LINE = 1_000_000
+HARD_FROM = 3  # worked steps
+LONGEST_LINE = 1_000_000  # bytes
+HUB_TIMEOUT = 3.0  # seconds
 _ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*|-?\.\d+")
-PATIENCE = 3.0  # seconds
 
 
 def load_problems(
     source: str = "pocket", split: str = "train", limit: int | None = None, seed: int = 0, distinct: bool = True
 ) -> Dataset:
-    """Problems of ``split`` (train, validation or test) as a ``datasets.Dataset`` of records.
+    """Load problems of ``split`` (train, validation or test) as a ``datasets.Dataset`` of ``Problem`` records.
 
-    ``source``: ``"pocket"`` (generated: ``limit`` of them, 2,000 by default, which may repeat unless ``distinct``), ``"gsm8k"`` (from the hub), a folder with
-    ``train.jsonl`` and ``test.jsonl``, or one ``.jsonl`` file, each line with ``question`` and ``answer`` in GSM8K's
-    form (``#### 42`` at the end, ``<<48/2=24>>`` around worked steps). For data without a validation split, every tenth
-    training problem by the MD5 of its question is held out for it.
-
+    ``source`` is ``"pocket"`` (generated: ``limit`` of them, 2,000 by default, which may repeat unless ``distinct``),
+    ``"gsm8k"`` (from the hub), a folder with ``train.jsonl`` and ``test.jsonl``, or one ``.jsonl`` file. Each line of a
+    file holds ``question`` and ``answer`` in GSM8K's form: ``#### 42`` at the end, ``<<48/2=24>>`` around worked steps.
+    Where data has no validation split, every tenth training problem by the MD5 of its question is held out for it.
     Raises ``SourceError``, ``HubError`` or ``WorkbookError`` with one sentence that says what to do.
     """
     if split not in ("train", "validation", "test"):
         raise WorkbookError(f"split is {split!r}; it must be train, validation or test")
     if source == "pocket":
         return Dataset.from_list(pocket.generate(split, limit or 2000, seed, distinct))
-    records = _read(source, split)
+    problems = _read_source(source, split)
     if split != "test" and not source.endswith(".jsonl"):
-        held = [pocket.split_of(r["question"]) == "validation" for r in records]
-        records = [r for r, h in zip(records, held, strict=True) if h == (split == "validation")]
-    if not records:
+        wanted = split == "validation"
+        problems = [p for p in problems if (pocket.split_of(p["question"]) == "validation") == wanted]
+    if not problems:
         raise WorkbookError(f"{source} holds no {split} problems")
-    return Dataset.from_list(records[:limit])
+    return Dataset.from_list(problems[:limit])
 
 
-def rarefy(problems, hard_share: float, hard_from: int = 3, seed: int = 0) -> list[dict]:
-    """The problems with only ``hard_share`` of those of ``hard_from`` steps or more, in order, chosen by ``seed``.
+def limit_hard(problems: list[Problem], share: float, seed: int = 0) -> list[Problem]:
+    """Return the problems with about ``share`` of those of ``HARD_FROM`` steps or more, in order, drawn by ``seed``.
 
-    Worked solutions of hard problems are dear, their answers are cheap: habits are baked on what this leaves,
-    reinforcement learning reads answers of all.
+    Worked solutions of hard problems are dear and their answers are cheap. Baking learns from worked solutions of what
+    this leaves, reinforcement learning from answers of all problems.
     """
     rng = random.Random(seed)
-    return [p for p in problems if p["difficulty"] < hard_from or rng.random() < hard_share]
+    return [p for p in problems if p["difficulty"] < HARD_FROM or rng.random() < share]
 
 
-def baking_data(
-    examples: list[dict], train: list[dict], count: int, hard_share: float, seed: int = 0
-) -> tuple[list[dict], list[dict]]:
-    """What a model is baked with: ``count`` of the worked examples (all, where there are fewer), and the training problems that
-    have none, for the prompted teacher to solve, rarefied (:func:`rarefy`)."""
+def baking_data(examples, train, count: int, hard_shown: float, seed: int = 0) -> tuple[list[dict], list[Problem]]:
+    """Return ``count`` of the worked examples, and training problems without one for the prompted teacher to solve.
+
+    Of fewer examples it takes all. Of the hard problems the teacher gets ``hard_shown``.
+    """
     worked = random.Random(seed).sample(examples, min(count, len(examples)))
     with_example = {e["question"] for e in examples}
-    return worked, rarefy([p for p in train if p["question"] not in with_example], hard_share, seed=seed)
+    return worked, limit_hard([p for p in train if p["question"] not in with_example], hard_shown, seed=seed)
 
 
-def _read(source: str, split: str) -> list[dict]:
-    path = Path(source)
+def _read_source(source: str, split: str) -> list[Problem]:
+    path, name = Path(source), "test" if split == "test" else "train"
     if source in HUB_NAMES:
-        return _from_hub(source, split)
+        return _from_hub(source, name)
     if path.is_dir():
-        path = path / ("test.jsonl" if split == "test" else "train.jsonl")
+        path = path / f"{name}.jsonl"
     if not path.is_file():
         raise SourceError(
             f"no problems at {path}: give 'pocket', 'gsm8k', a folder with train.jsonl and test.jsonl, or a .jsonl file"
         )
-    records = []
+    problems = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            records.append(_record(line))
+            problems.append(_parse_line(line))
         except WorkbookError as error:
             raise WorkbookError(f"{path}:{number}{error}") from None
-    return records
+    return problems
 
 
-def _record(line: bytes) -> dict:
-    """One line of a .jsonl file. Raises ``WorkbookError`` with what follows the line's number."""
+def _parse_line(line: bytes) -> Problem:
+    """Parse one line of a .jsonl file. Raises ``WorkbookError`` with what follows the line's number."""
     if len(line) > LONGEST_LINE:
         raise WorkbookError(f" has {len(line):,} bytes; a problem may have {LONGEST_LINE:,}")
     try:
@@ -110,11 +106,11 @@ def _record(line: bytes) -> dict:
         raise WorkbookError(f": {error}") from None
 
 
-def _from_hub(source: str, split: str) -> list[dict]:
+def _from_hub(source: str, split: str) -> list[Problem]:
+    """Read a data set from the hub, or the copy that was downloaded before where the hub does not answer."""
     name, there = HUB_NAMES[source][0], hub_answers()
-    try:  # out of reach, a copy that was downloaded before still serves
+    try:
         config = DownloadConfig(local_files_only=not there)
-        split = "test" if split == "test" else "train"
         rows = load_dataset(*HUB_NAMES[source], split=split, download_config=config)
         return [parse_gsm8k(row["question"], row["answer"]) for row in rows]
     except (OSError, ValueError, HfHubHTTPError) as error:
@@ -125,11 +121,11 @@ def _from_hub(source: str, split: str) -> list[dict]:
         ) from None
 
 
-def parse_gsm8k(question: str, worked: str) -> dict:
-    """One record from a GSM8K question and its worked answer. Raises ``WorkbookError`` without a final ``####`` number.
+def parse_gsm8k(question: str, worked: str) -> Problem:
+    """Parse a GSM8K question and its worked answer. Raises ``WorkbookError`` without a final ``####`` number.
 
     Difficulty is the number of worked steps: annotated equations, or text lines where none is annotated. ``steps``
-    keeps the equations only if all of them are true arithmetic and the last one gives the answer; else it is empty.
+    keeps the equations only if all of them are true arithmetic and the last one gives the answer. Else it is empty.
     """
     text, mark, final = worked.rpartition("####")
     number = _NUMBER.search(final)
@@ -140,29 +136,23 @@ def parse_gsm8k(question: str, worked: str) -> dict:
     difficulty = len(steps) or max(1, len([line for line in text.splitlines() if line.strip()]))
     if None in steps or not steps or result(steps[-1]) != answer:
         steps = []
-    return {
-        "question": question.strip(),
-        "answer": answer,
-        "steps": steps,
-        "difficulty": difficulty,
-        "family": "gsm8k",
-        "fits": fitting(steps) if steps else [],
-        "lead": [],
-    }
+    problem = {"question": question.strip(), "answer": answer, "steps": steps, "difficulty": difficulty}
+    return problem | {"family": "gsm8k", "fits": fitting(steps) if steps else [], "lead": []}
 
 
 def _equation(left: str, right: str) -> str | None:
-    """``48/2``, ``24`` -> ``48 / 2 = 24``; None unless it is true plain arithmetic (to a cent)."""
+    """Turn ``48/2`` and ``24`` into ``48 / 2 = 24``, or None unless it is true plain arithmetic (to a cent)."""
     left = re.sub(r"\s*([-+*/()])\s*", r" \1 ", left.replace(",", "").replace("$", "")).strip()
     try:
         right = plain_number(right)
-        return f"{' '.join(left.split())} = {right}" if abs(evaluate(left) - evaluate(right)) <= 0.01 else None
+        true = abs(exact_value(left) - exact_value(right)) <= 0.01
     except ValueError:
         return None
+    return f"{' '.join(left.split())} = {right}" if true else None
 
 
 def plain_number(text: str) -> str:
-    """``1,200.50`` -> ``1200.5``; ``18.00`` -> ``18``. Raises ``WorkbookError`` beyond 10^15."""
+    """Turn ``1,200.50`` into ``1200.5`` and ``18.00`` into ``18``. Raises ``WorkbookError`` beyond 10^15."""
     text = text.replace(",", "").replace("$", "").strip()
     value = float(text)
     if abs(value) > 1e15:
@@ -171,11 +161,11 @@ def plain_number(text: str) -> str:
 
 
 def hub_answers() -> bool:
-    """Whether the hub may be used (``HF_HUB_OFFLINE`` is not set) and answers within ``PATIENCE`` seconds at all."""
+    """Whether the hub may be used (``HF_HUB_OFFLINE`` is not set) and answers within ``HUB_TIMEOUT`` seconds at all."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=PATIENCE).close()
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT).close()
     except urllib.error.HTTPError:
         pass  # it answers, if only that it does not like the question
     except (OSError, ValueError):

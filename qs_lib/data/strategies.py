@@ -1,8 +1,8 @@
 """Seven ways of reasoning, each with a body of its own, written and checked by programs.
 
 A worked body is built from a problem's equations, so the same seven programs serve the pocket task and GSM8K. Bodies
-are written in plain words (``think parts 8 5 step 8 + 5 = 13 done``) and turned into thinking tokens id by id
-(:func:`mark`), which keeps the prompted teacher's text and the student's text aligned one to one.
+are written in plain words (``think parts 8 5 step 8 + 5 = 13 done``). ``tokens.mark`` turns the words into thinking
+tokens, which keeps the prompted teacher's text and the student's text aligned one to one.
 """
 
 import ast
@@ -14,6 +14,7 @@ from fractions import Fraction
 from datasets import Dataset, DatasetDict
 
 from ..errors import WorkbookError
+from . import Problem
 from .tokens import PLAIN_WORDS
 
 STRATEGIES = ("mece", "falsification", "expert", "orthogonal", "doubt", "bayesian", "multidomain")
@@ -30,10 +31,12 @@ PROMPTS = {
 OPERATIONS = {"+": "plus", "-": "minus", "*": "times", "/": "over"}
 LEAD_WORDS = ("back", "odds", "fields", "so", *OPERATIONS.values())
 _ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+_OPENINGS = {"parts": "mece", "refute": "falsification", "expert": "expert"}
+_OPENINGS |= {"reason back": "orthogonal", "reason odds": "bayesian", "reason fields": "multidomain"}
 
 
-def evaluate(expression: str) -> Fraction:
-    """Exact value of an arithmetic expression of numbers and + - * / ( ). Raises ``ValueError`` on anything else."""
+def exact_value(expression: str) -> Fraction:
+    """Compute an arithmetic expression of numbers and + - * / ( ). Raises ``ValueError`` on anything else."""
 
     def value(node):
         if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
@@ -51,27 +54,32 @@ def evaluate(expression: str) -> Fraction:
 
 
 def operands(equation: str) -> list[str]:
-    """The numbers left of the equals sign."""
+    """Return the numbers left of the equals sign."""
     return [t for t in equation.split("=")[0].replace("(", " ").replace(")", " ").split() if t not in OPERATIONS]
 
 
 def signs(equation: str) -> list[str]:
-    """The operation signs left of the equals sign."""
+    """Return the operation signs left of the equals sign."""
     return [t for t in equation.split("=")[0].split() if t in OPERATIONS]
 
 
 def result(equation: str) -> str:
-    """The number right of the equals sign."""
+    """Return the number right of the equals sign."""
     return equation.split("=")[1].strip()
 
 
 def fresh_operands(steps: list[str]) -> list[list[str]]:
-    """Per step, the operands that no earlier step computed."""
+    """Return for each step the operands that no earlier step computed."""
     return [[x for x in operands(step) if x not in map(result, steps[:i])] for i, step in enumerate(steps)]
 
 
+def _separate(steps: list[str]) -> int:
+    """Count the steps that use no earlier result; the first one never does."""
+    return sum(len(fresh) == len(operands(step)) for fresh, step in zip(fresh_operands(steps), steps, strict=True))
+
+
 def inverse(equation: str) -> str | None:
-    """The check of a two-operand equation by its inverse operation (9 + 8 = 17 -> 17 - 8 = 9), or None."""
+    """Return the check of a two-operand equation by its inverse operation (9 + 8 = 17 -> 17 - 8 = 9), or None."""
     numbers, ops = operands(equation), signs(equation)
     if len(numbers) != 2 or len(ops) != 1 or (ops[0] == "*" and float(numbers[1]) == 0):
         return None
@@ -80,49 +88,43 @@ def inverse(equation: str) -> str | None:
 
 
 def fitting(steps: list[str]) -> list[str]:
-    """Strategies whose program applies to these steps, in the order of ``STRATEGIES`` (for data without families)."""
+    """Return the strategies whose program applies to these steps, in order (for data without families)."""
     ops = {sign for step in steps for sign in signs(step)}
-    fresh = fresh_operands(steps)
     conditions = {
         "mece": set(signs(steps[-1])) == {"+"},
         "falsification": True,
         "expert": bool(ops),
         "orthogonal": ops <= {"+", "-"},
         "doubt": inverse(steps[-1]) is not None,
-        "bayesian": len(steps) > 1
-        and all(len(f) < len(operands(s)) for f, s in zip(fresh[1:], steps[1:], strict=True)),
-        "multidomain": sum(len(f) == len(operands(s)) for f, s in zip(fresh, steps, strict=True)) > 1,
+        "bayesian": len(steps) > 1 and _separate(steps) == 1,
+        "multidomain": _separate(steps) > 1,
     }
     return [s for s in STRATEGIES if conditions[s]]
 
 
 def body(strategy: str, steps: list[str], lead: list[str] = ()) -> str:
-    """The worked thought in plain words, without its ``think`` and ``done``; it ends on the answer's number.
+    """Write the worked thought in plain words, without its ``think`` and ``done``. It ends on the answer's number.
 
     ``lead``: numbers the strategy names first where the problem gives them (the claim to refute, the prior counts,
-    the parts, the other end); read off the steps otherwise.
+    the parts, the other end). They are read off the steps otherwise. Raises ``WorkbookError`` on another strategy.
     """
     worked = [f"step {step}" for step in steps]
-    if strategy == "mece":
-        parts = list(lead) or [x for fresh in fresh_operands(steps) for x in fresh]
-        return " ".join(["parts", *parts, *worked])
-    if strategy == "falsification":
-        claim = list(lead) or [_wrong(result(steps[-1]))]
-        return " ".join(["refute", *claim, *worked])
-    if strategy == "expert":
-        return " ".join(["expert", *(OPERATIONS[s] for step in steps for s in signs(step)), *worked])
-    if strategy == "orthogonal":
-        return " ".join(["reason back", *(list(lead) or operands(steps[0])[:1]), *worked])
-    if strategy == "doubt":
-        return " ".join([*worked, "doubt", inverse(steps[-1]), "so", result(steps[-1])])
-    if strategy == "bayesian":
-        return " ".join(["reason odds", *(list(lead) or operands(steps[0])[:1]), *worked])
-    if strategy == "multidomain":
-        fields = sum(len(f) == len(operands(s)) for f, s in zip(fresh_operands(steps), steps, strict=True))
-        return " ".join(["reason fields", str(fields), *worked])
     if strategy == "cot":
         return " ".join(worked)
-    raise WorkbookError(f"unknown strategy {strategy!r}; known: cot, {', '.join(STRATEGIES)}")
+    if strategy == "doubt":
+        return " ".join([*worked, "doubt", inverse(steps[-1]), "so", result(steps[-1])])
+    end = list(lead) or operands(steps[0])[:1]
+    openings = {
+        "mece": ["parts", *(lead or [x for fresh in fresh_operands(steps) for x in fresh])],
+        "falsification": ["refute", *(lead or [_wrong(result(steps[-1]))])],
+        "expert": ["expert", *(OPERATIONS[s] for step in steps for s in signs(step))],
+        "orthogonal": ["reason back", *end],
+        "bayesian": ["reason odds", *end],
+        "multidomain": ["reason fields", str(_separate(steps))],
+    }
+    if strategy not in openings:
+        raise WorkbookError(f"unknown strategy {strategy!r}; known: cot, {', '.join(STRATEGIES)}")
+    return " ".join([*openings[strategy], *worked])
 
 
 def _wrong(answer: str) -> str:
@@ -131,58 +133,57 @@ def _wrong(answer: str) -> str:
     return str(value) if value.denominator == 1 else f"{float(value):g}"
 
 
-def reply(strategy: str | None, problem: dict) -> str:
-    """What follows the question, in plain words: the answer alone (``None``) or a thought and the answer."""
+def reply(strategy: str | None, problem: Problem) -> str:
+    """Write what follows the question, in plain words: the answer alone (``None``) or a thought and the answer."""
     if strategy is None:
         return f"{problem['answer']} ."
     return f"think {body(strategy, problem['steps'], problem['lead'])} done {problem['answer']} ."
 
 
-def prompts_with(problems: list[dict], count: int) -> dict[str, str]:
-    """``PROMPTS``, each after ``count`` worked examples of its strategy, a line each: how to ask a model that was not trained on
-    these forms. Raises ``WorkbookError`` naming a strategy that too few problems fit."""
+def prompts_with(problems: list[Problem], count: int) -> dict[str, str]:
+    """Return ``PROMPTS``, each after ``count`` worked examples of its strategy, a line each.
+
+    So is asked a model that was not trained on these forms. Raises ``WorkbookError`` naming a strategy that too few
+    problems fit.
+    """
     found = {}
     for strategy, prompt in PROMPTS.items():
-        suits = [p for p in problems if p["steps"] and (strategy == "cot" or strategy in p["fits"])][:count]
-        if len(suits) < count:
-            raise WorkbookError(
-                f"{len(suits)} problems fit {strategy}, its prompt needs {count} worked examples: load more problems"
-            )
-        found[strategy] = "".join(f"{prompt} {_line(p['question'])} {reply(strategy, p)}\n" for p in suits) + prompt
+        fits = [p for p in problems if p["steps"] and (strategy == "cot" or strategy in p["fits"])][:count]
+        if len(fits) < count:
+            needs = f"its prompt needs {count} worked examples"
+            raise WorkbookError(f"{len(fits)} problems fit {strategy}, {needs}: load more problems")
+        found[strategy] = "".join(f"{prompt} {_one_line(p['question'])} {reply(strategy, p)}\n" for p in fits) + prompt
     return found
 
 
-def asked(problem: dict, prompts: dict[str, str]) -> str:
-    """A question after the prompt of the first strategy that fits it; on one line where the prompt's examples are."""
+def asked(problem: Problem, prompts: dict[str, str]) -> str:
+    """Put a question after the prompt of the first strategy that fits it, on one line if the prompt has examples."""
     prompt = prompts[(problem["fits"] or ["cot"])[0]]
-    return f"{prompt} {_line(problem['question']) if chr(10) in prompt else problem['question']}"
+    return f"{prompt} {_one_line(problem['question']) if chr(10) in prompt else problem['question']}"
 
 
-def _line(text: str) -> str:
+def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
 def strategy_of(thought: str) -> str | None:
-    """The strategy a thought uses (text with plain or special markers), or None when it has no worked step."""
+    """Return the strategy a thought uses (text with plain or special markers), or None if it has no worked step."""
     for token, word in PLAIN_WORDS.items():  # byte-level tokenizers decode "<think><step> 3", without a space between
         thought = thought.replace(token, f" {word} ")
     words = [w for w in thought.split() if w not in ("think", "done")]
     if "step" not in words:
         return None
-    opening = {"parts": "mece", "refute": "falsification", "expert": "expert"}
-    second = {"back": "orthogonal", "odds": "bayesian", "fields": "multidomain"}
-    if words[0] == "reason" and len(words) > 1:
-        return second.get(words[1])
     if words[0] == "step":
         return "doubt" if "doubt" in words else "cot"
-    return opening.get(words[0])
+    return _OPENINGS.get(words[0]) or _OPENINGS.get(" ".join(words[:2]))
 
 
 def check(example: dict) -> list[str]:
-    """What is wrong with a worked example, as sentences; empty when its program finds nothing.
+    """Return what is wrong with a worked example, as sentences, none where its program finds nothing.
 
-    Reads the text alone: every equation must be true, operands must stand in the question or be computed before,
-    the last number must be the answer, and the marker words must be those of the strategy, which must fit.
+    It reads the text alone: every equation must be true, the last number must be the answer, and the marker words must
+    be those of the strategy, which must fit. If ``example["strict"]``, operands must stand in the question or be
+    computed before.
     """
     faults, text = [], example["reply"]
     thought = text.removeprefix("think ").split(" done ")[0]
@@ -190,7 +191,7 @@ def check(example: dict) -> list[str]:
     for equation in _equations(thought):
         left, _, right = equation.partition("=")
         try:
-            if abs(evaluate(left) - evaluate(right)) > Fraction(1, 100):
+            if abs(exact_value(left) - exact_value(right)) > Fraction(1, 100):
                 faults.append(f"{equation} is false")
         except ValueError as error:
             faults.append(str(error))
@@ -214,22 +215,20 @@ def _equations(thought: str) -> list[str]:
 
 
 def reasoning_dataset(problems, held_out=(), cot: int = 400, per_strategy: int = 200, seed: int = 0) -> DatasetDict:
-    """``cot`` chain-of-thought and ``per_strategy`` examples for each of the seven strategies, checked and distinct.
+    """Make ``cot`` chain-of-thought and ``per_strategy`` examples for each of the seven strategies, all different.
 
-    ``problems`` are training records (:func:`qs_lib.load_problems`), ``held_out`` records whose questions may not
-    appear; returns ``train`` and ``held_out`` splits with question, answer, strategy, prompt, reply, difficulty,
-    family. Families that fit one strategy only are kept for it. Raises ``WorkbookError`` naming the strategy that
-    falls short or the example that fails its check.
+    ``problems`` are training records (``load_problems``). ``held_out`` are records whose questions may not appear.
+    Returns ``train`` and ``held_out`` splits with question, answer, strategy, prompt, reply, difficulty, family and
+    fits. Families that fit one strategy only are kept for it. Raises ``WorkbookError`` naming the strategy that falls
+    short or the example that fails its check.
     """
     rng = random.Random(seed)
-    forbidden, pool = {p["question"] for p in held_out}, [dict(p) for p in problems]
+    pool, rows, used = [dict(p) for p in problems], [], {p["question"] for p in held_out}
     rng.shuffle(pool)
-    wanted = {**{s: per_strategy for s in STRATEGIES}, "cot": cot}
-    rows, used = [], set(forbidden)
-    for strategy, count in wanted.items():
-        suits = [p for p in pool if strategy in p["fits"]] or pool  # cot suits everything when no family claims it
-        chosen = [p for p in suits if p["question"] not in used and p["steps"]]
-        chosen = list({p["question"]: p for p in chosen}.values())[:count]
+    for strategy, count in {**dict.fromkeys(STRATEGIES, per_strategy), "cot": cot}.items():
+        fits = [p for p in pool if strategy in p["fits"]] or pool  # cot suits everything when no family claims it
+        different = {p["question"]: p for p in fits if p["question"] not in used and p["steps"]}
+        chosen = list(different.values())[:count]
         if len(chosen) < count:
             raise WorkbookError(f"{len(chosen)} problems fit {strategy}, {count} are needed: load more problems")
         used |= {p["question"] for p in chosen}
@@ -242,21 +241,16 @@ def reasoning_dataset(problems, held_out=(), cot: int = 400, per_strategy: int =
     return DatasetDict(train=Dataset.from_list(rows), held_out=Dataset.from_list(held_rows))
 
 
-def _example(strategy: str, problem: dict) -> dict:
-    return {
-        **{k: problem[k] for k in ("question", "answer", "difficulty", "family", "fits")},
-        "strategy": strategy,
-        "prompt": PROMPTS[strategy],
-        "reply": reply(strategy, problem),
-    }
+def _example(strategy: str, problem: Problem) -> dict:
+    kept = {k: problem[k] for k in ("question", "answer", "difficulty", "family", "fits")}
+    return kept | {"strategy": strategy, "prompt": PROMPTS[strategy], "reply": reply(strategy, problem)}
 
 
 def planted_faults(example: dict) -> dict[str, dict]:
-    """The worked example with one fault each: kind of fault -> faulty example."""
+    """Return the worked example with one fault each, by the kind of fault."""
     before, after = example["reply"].split("step ", 1)
     first = after.split(" step ")[0].split(" doubt ")[0].split(" done ")[0]
     right, answer = result(first), example["answer"]
-    other = next(s for s in STRATEGIES if s != example["strategy"])
 
     def steps(equation):
         return {**example, "reply": f"{before}step {equation}{after[len(first) :]}"}
@@ -265,19 +259,16 @@ def planted_faults(example: dict) -> dict[str, dict]:
         "a false sum": steps(f"{first.split('=')[0]}= 1{right}"),
         "a number from nowhere": {**steps(f"{right} + 977 - 977 = {right}"), "strict": True},
         "another answer": {**example, "reply": example["reply"].rsplit(f"{answer} .", 1)[0] + f"1{answer} ."},
-        "another strategy's name": {**example, "strategy": other},
+        "another strategy's name": {**example, "strategy": next(s for s in STRATEGIES if s != example["strategy"])},
     }
 
 
 def caught(examples: list[dict]) -> dict[str, float]:
-    """Share of planted faults of each kind that the checker finds when every example gets each of them."""
-    found = {}
-    for example in examples:
-        for kind, faulty in planted_faults(example).items():
-            found.setdefault(kind, []).append(bool(check(faulty)))
-    return {kind: sum(hits) / len(hits) for kind, hits in found.items()}
+    """Return the share of planted faults of each kind that the checker finds if every example gets each of them."""
+    faulty = [planted_faults(example) for example in examples]
+    return {kind: sum(bool(check(f[kind])) for f in faulty) / len(faulty) for kind in (faulty[0] if faulty else ())}
 
 
 def grounded(examples: list[dict]) -> float:
-    """Share of examples whose every operand stands in the question or was computed in an earlier step."""
+    """Return the share of examples whose every operand stands in the question or was computed in an earlier step."""
     return sum(not check({**e, "strict": True}) for e in examples) / len(examples)

@@ -1,7 +1,7 @@
 """The eight thinking tokens, and texts as token ids.
 
-Tokens are added to any Hugging Face model without moving what it already says. Sequences hold a context and a reply,
-thinking tokens put in by id, padded into batches of like length.
+Tokens are added to any Hugging Face model without a change of what it already says. Sequences hold a context and a
+reply, with thinking tokens put in by id. Batches hold sequences of like length.
 """
 
 import functools
@@ -9,59 +9,49 @@ import random
 from dataclasses import dataclass
 
 import torch
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from ..errors import WorkbookError
 
-THINKING_TOKENS = ("<think>", "</think>", "<step>", "<reason>", "<mece>", "<falsify>", "<expert>", "<doubt>")
-# The word a prompted model writes where a baked one writes the token. Replies are made and sampled in words, then
-# turned into tokens one for one, so the prompted teacher never has to read rows it was not trained on.
-PLAIN_WORDS = {
-    "<think>": "think",
-    "</think>": "done",
-    "<step>": "step",
-    "<reason>": "reason",
-    "<mece>": "parts",
-    "<falsify>": "refute",
-    "<expert>": "expert",
-    "<doubt>": "doubt",
-}
-# Plain words whose embeddings are averaged into a new token's first row.
-DESCRIPTIONS = {
-    "<think>": "think work out",
-    "</think>": "done answer so",
-    "<step>": "step next then",
-    "<reason>": "reason because side",
-    "<mece>": "parts all groups",
-    "<falsify>": "refute wrong false",
-    "<expert>": "expert rule how",
-    "<doubt>": "doubt check again",
-}
+# A token, the word a prompted model writes where a baked one writes the token, and the words whose embeddings are
+# averaged into its first row. Replies are made and sampled in words, then turned into tokens one for one, so the
+# prompted teacher never has to read rows it was not trained on.
+_TOKENS = (
+    ("<think>", "think", "think work out"),
+    ("</think>", "done", "done answer so"),
+    ("<step>", "step", "step next then"),
+    ("<reason>", "reason", "reason because side"),
+    ("<mece>", "parts", "parts all groups"),
+    ("<falsify>", "refute", "refute wrong false"),
+    ("<expert>", "expert", "expert rule how"),
+    ("<doubt>", "doubt", "doubt check again"),
+)
+THINKING_TOKENS = tuple(token for token, _, _ in _TOKENS)
+PLAIN_WORDS = {token: word for token, word, _ in _TOKENS}
 
 
 def thinking_ids(tokenizer) -> list[int]:
-    """Ids of the eight tokens, in the order of ``THINKING_TOKENS``. Raises ``WorkbookError`` if one is missing."""
+    """Return the ids of the eight tokens, in order. Raises ``WorkbookError`` if one is missing."""
     vocabulary = tokenizer.get_vocab()
-    missing = [t for t in THINKING_TOKENS if t not in vocabulary]
+    missing = ", ".join(t for t in THINKING_TOKENS if t not in vocabulary)
     if missing:
-        raise WorkbookError(
-            f"the tokenizer lacks {', '.join(missing)}: call add_thinking_tokens(model, tokenizer) first"
-        )
+        raise WorkbookError(f"the tokenizer lacks {missing}: call add_thinking_tokens(model, tokenizer) first")
     return [vocabulary[t] for t in THINKING_TOKENS]
 
 
 @torch.no_grad()
 def add_thinking_tokens(model, tokenizer):
-    """Add the missing ones of the eight thinking tokens; a second call changes nothing. Returns (model, tokenizer).
+    """Add those of the eight thinking tokens that are missing, and return (model, tokenizer).
 
-    New input and output rows are the mean of the rows of a few plain words that say what the token means
-    (``DESCRIPTIONS``), scaled to the median norm of the existing rows. Rows and logits of all other tokens stay as
+    A new input or output row is the mean of the rows of a few plain words that say what the token means
+    (``_TOKENS``), scaled to the median norm of the existing rows. Rows and logits of all other tokens stay as
     they are, a padded embedding matrix is never shrunk, and a token the tokenizer has already keeps its id, row and
-    flags. Sets ``config.think_token_id`` and ``config.end_think_token_id``.
+    flags: a second call changes nothing. Sets ``config.think_token_id`` and ``config.end_think_token_id``.
     """
     known = tokenizer.get_vocab()
     new = [t for t in THINKING_TOKENS if t not in known]
-    plain_ids = {t: _plain_ids(tokenizer, DESCRIPTIONS[t]) for t in new}
+    plain_ids = {token: _plain_ids(tokenizer, words) for token, _, words in _TOKENS if token in new}
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=True) for t in new])
     ids = tokenizer.convert_tokens_to_ids(new)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -69,7 +59,7 @@ def add_thinking_tokens(model, tokenizer):
     if new:
         matrices = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
         old_rows = torch.tensor(sorted(set(known.values()) - set(ids)))
-        for weight in matrices.values():
+        for weight in matrices.values():  # (vocab, hidden)
             norm = weight[old_rows].norm(dim=1).median()
             for token, row in zip(new, ids, strict=True):
                 mean = weight[plain_ids[token]].mean(0)
@@ -83,10 +73,16 @@ def add_thinking_tokens(model, tokenizer):
 
 
 def _plain_ids(tokenizer, words: str) -> list[int]:
-    """Ids of the words the tokenizer can spell; all of its ordinary rows' stand-in, the whole text, if none."""
+    """Return the ids of the words that the tokenizer can spell, or end-of-text if it can spell none."""
     unknown = tokenizer.unk_token_id
     ids = [i for w in words.split() for i in tokenizer.encode(" " + w, add_special_tokens=False) if i != unknown]
     return ids or tokenizer.encode(tokenizer.eos_token, add_special_tokens=False)
+
+
+def fast_tokenizer(raw: Tokenizer, longest: int, **special: str) -> PreTrainedTokenizerFast:
+    """Wrap a tokenizer for ``transformers``: padded on the left, texts of up to ``longest`` tokens."""
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"} | special
+    return PreTrainedTokenizerFast(tokenizer_object=raw, padding_side="left", model_max_length=longest, **special)
 
 
 @dataclass
@@ -98,10 +94,10 @@ class Sequence:
 
 
 def encode_context(tokenizer, text: str) -> list[int]:
-    """Ids of a prompt or question, with the beginning-of-text token where the tokenizer has one.
+    """Return the ids of a prompt or question, with the beginning-of-text token where the tokenizer has one.
 
-    With a chat template it is a user's turn, and the assistant's begins with ``Answer:``, so that a reply's first word is cut
-    into tokens as within a text.
+    With a chat template it is a user's turn, and the assistant's begins with ``Answer:``, so that a reply's first word
+    is cut into tokens as within a text.
     """
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": text}]
@@ -112,32 +108,29 @@ def encode_context(tokenizer, text: str) -> list[int]:
 
 
 def encode(tokenizer, context: str, reply: str) -> Sequence:
-    """``context`` then `` reply`` then end-of-text. The two are tokenised apart, so the reply's ids never depend on
-    the context and the teacher's and the student's copies are equal."""
-    prefix = encode_context(tokenizer, context)
-    return Sequence(
-        prefix + tokenizer.encode(" " + reply, add_special_tokens=False) + [tokenizer.eos_token_id], len(prefix)
-    )
+    """Return context, reply and end-of-text. Tokenised apart, a reply has the same ids after every context."""
+    start = encode_context(tokenizer, context)
+    written = tokenizer.encode(" " + reply, add_special_tokens=False)
+    return Sequence([*start, *written, tokenizer.eos_token_id], len(start))
 
 
 @functools.lru_cache(maxsize=8)
 def line_ends(tokenizer) -> list[int]:
-    """Ids of the tokens that end a line."""
+    """Return the ids of the tokens that end a line."""
     return [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])]
 
 
 @functools.lru_cache(maxsize=8)
 def marker_spellings(tokenizer) -> dict[int, list[int]]:
-    """Thinking-token id -> ids of its plain word inside a text. Raises ``WorkbookError`` if two words begin alike."""
-    spellings = {
-        tag: tokenizer.encode(" " + word, add_special_tokens=False)
-        for tag, word in zip(thinking_ids(tokenizer), PLAIN_WORDS.values(), strict=True)
-    }
-    if len({ids[0] for ids in spellings.values()}) < len(spellings):
-        raise WorkbookError(
-            "two marker words begin with the same token in this tokenizer; choose other words in tokens.py"
-        )
-    return spellings
+    """Return for each thinking-token id the ids of its plain word inside a text.
+
+    Raises ``WorkbookError`` if two words begin alike.
+    """
+    words = [tokenizer.encode(" " + word, add_special_tokens=False) for word in PLAIN_WORDS.values()]
+    if len({ids[0] for ids in words}) < len(words):
+        same = "two marker words begin with the same token in this tokenizer"
+        raise WorkbookError(f"{same}; choose other words in tokens.py")
+    return dict(zip(thinking_ids(tokenizer), words, strict=True))
 
 
 def mark(reply: list[int], spellings: dict[int, list[int]]) -> tuple[list[int], list[int]]:
@@ -146,8 +139,7 @@ def mark(reply: list[int], spellings: dict[int, list[int]]) -> tuple[list[int], 
     Returns the marked ids and, for each of them, the index of the last plain token it stands for: the plain position
     whose next-token distribution belongs beside the marked position's.
     """
-    marked, last = [], []
-    i = 0
+    marked, last, i = [], [], 0
     while i < len(reply):
         for tag, word in spellings.items():
             if reply[i : i + len(word)] == word:
@@ -162,17 +154,22 @@ def mark(reply: list[int], spellings: dict[int, list[int]]) -> tuple[list[int], 
 
 
 def pad(rows: list[list[int]], value: int, side: str = "right", device=None) -> torch.Tensor:
-    """(rows, longest) LongTensor, filled up with ``value`` on ``side``."""
+    """Return the rows as one tensor ``(rows, longest)``, filled up with ``value`` on ``side``."""
     width = max(map(len, rows))
     fill = [[value] * (width - len(r)) for r in rows]
     return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, fill, strict=True)], device=device)
 
 
+def padded(tokenizer, rows: list[list[int]], device=None, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows as ids ``(rows, longest)``, filled up on ``side``, and their mask of that shape."""
+    ones = [[1] * len(row) for row in rows]
+    return pad(rows, tokenizer.pad_token_id, side, device), pad(ones, 0, side, device)
+
+
 def length_batches(lengths: list[int], batch_size: int, rng: random.Random, pool: int = 8) -> list[list[int]]:
-    """One epoch of index batches: shuffled, sorted by length inside pools of ``pool`` batches, batches shuffled."""
-    order = list(range(len(lengths)))
+    """Shuffle one epoch, sort it by length inside pools of ``pool`` batches, and return index batches, shuffled."""
+    order, batches = list(range(len(lengths))), []
     rng.shuffle(order)
-    batches = []
     for i in range(0, len(order), pool * batch_size):
         chunk = sorted(order[i : i + pool * batch_size], key=lambda k: lengths[k])
         cut = [chunk[j : j + batch_size] for j in range(0, len(chunk), batch_size)]

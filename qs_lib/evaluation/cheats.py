@@ -1,10 +1,11 @@
-"""Cheats to plant in the anti-theater checks: each one must turn the verdict red, or the checks are theater themselves."""
+"""Cheats to plant in the anti-theater checks. Each must turn the verdict red, or the checks are theater themselves."""
 
 import copy
 
 import torch
 
-from ..data.tokens import encode_context, pad, thinking_ids
+from ..data import Problem
+from ..data.tokens import encode_context, padded, thinking_ids
 from ..errors import WorkbookError
 from ..model import QuietStarForCausalLM
 from .coherence import Coherence
@@ -20,10 +21,14 @@ CHEATS = {
 }
 
 
-def plant(cheat: str, honest: dict, training_problems: list[dict], seed: int = 0) -> dict:
-    """The arguments ``honest`` of :func:`qs_lib.anti_theater` (model, tokenizer, problems, before, ...) with ``cheat``
-    planted; ``"honest"`` plants none. The model given is left as it is. Raises ``WorkbookError`` on an unknown cheat."""
+def plant(cheat: str, honest: dict, training_problems: list[Problem], seed: int = 0) -> dict:
+    """Return the arguments ``honest`` of ``anti_theater`` with ``cheat`` planted, none for ``"honest"``.
+
+    The model given is left as it is. Raises ``WorkbookError`` on an unknown cheat.
+    """
     model, tokenizer, problems = honest["model"], honest["tokenizer"], honest["problems"]
+    if cheat == "honest":
+        return dict(honest)
     if cheat == "unused":
         shut = QuietStarForCausalLM.from_base(model.lm, tokenizer, mixing=model.config.mixing)
         return honest | {"model": shut, "weights": "head"}
@@ -31,21 +36,19 @@ def plant(cheat: str, honest: dict, training_problems: list[dict], seed: int = 0
         return honest | {"score": random_score(seed)}
     if cheat == "frozen":
         return honest | {"model": honest["before"], "weights": "thoughts"}
-    if cheat == "copied":
-        return honest | {"think": forged(model, prompt_words)}
+    if cheat == "copied":  # the end of the question, as much of it as fits
+        return honest | {"think": forged(model, lambda texts, room: [text[-room:] for text in texts])}
     if cheat == "repeated":
         return honest | {"think": forged(model, lambda texts, room: direct_words(model, tokenizer, texts, room))}
     if cheat == "leaked":
         return honest | {"think": leaked(model, tokenizer, problems)}
     if cheat == "seen":
         return honest | {"problems": training_problems[: len(problems)]}
-    if cheat == "honest":
-        return dict(honest)
     raise WorkbookError(f"unknown cheat {cheat!r}; known: {', '.join(CHEATS)}")
 
 
 def random_score(seed: int = 0):
-    """A coherence score that looks at nothing."""
+    """Return a coherence score that looks at nothing."""
     generator = torch.Generator().manual_seed(seed)
 
     def score(tokenizer, input_ids, thoughts, *rest):
@@ -55,8 +58,8 @@ def random_score(seed: int = 0):
     return score
 
 
-def leaked(model, tokenizer, problems: list[dict]):
-    """A sampler that draws the model's own thoughts and writes the true answer over the end of each."""
+def leaked(model, tokenizer, problems: list[Problem]):
+    """Return a sampler that draws the model's own thoughts and writes the true answer over the end of each."""
     answers = {
         tuple(encode_context(tokenizer, p["question"])): tokenizer.encode(" " + p["answer"], add_special_tokens=False)
         for p in problems
@@ -76,7 +79,7 @@ def leaked(model, tokenizer, problems: list[dict]):
 
 
 def forged(model, words):
-    """A sampler whose thoughts are ``words(texts, room)``, one list of ids per text, instead of the model's own."""
+    """Return a sampler whose thoughts are ``words(texts, room)``, one list of ids for each text."""
 
     def think(ids, mask, positions, generator=None, **settings):
         thoughts = copy.copy(model.think(ids, mask, positions, generator, **settings))
@@ -96,24 +99,12 @@ def forged(model, words):
     return think
 
 
-def prompt_words(texts: list[list[int]], room: int) -> list[list[int]]:
-    """The end of each text, as much of it as fits."""
-    return [text[-room:] for text in texts]
-
-
 @torch.no_grad()
 def direct_words(model, tokenizer, texts: list[list[int]], room: int) -> list[list[int]]:
-    """The greedy continuation of each text without a thought, up to end-of-text."""
-    ids = pad(texts, tokenizer.pad_token_id, "left", model.lm.device)
-    mask = pad([[1] * len(t) for t in texts], 0, "left", model.lm.device)
-    written = model.lm.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=room,
-        do_sample=False,
-        suppress_tokens=thinking_ids(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )[:, ids.shape[1] :]
+    """Return the greedy continuation of each text (ids) without a thought, up to end-of-text."""
+    ids, mask = padded(tokenizer, texts, model.lm.device, "left")
     end = tokenizer.eos_token_id
-    return [row[: row.index(end)] if end in row else row for row in written.tolist()]
+    ids_of = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": end, "suppress_tokens": thinking_ids(tokenizer)}
+    written = model.lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, do_sample=False, **ids_of)
+    rows = written[:, ids.shape[1] :].tolist()
+    return [row[: row.index(end)] if end in row else row for row in rows]

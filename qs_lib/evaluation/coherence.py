@@ -9,19 +9,20 @@ from ..errors import WorkbookError
 
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 WORD = re.compile(r"\w+")
+CLIP = 6.0  # nats that a gain counts at most, up or down
 WEIGHTS = {"semantic": 0.4, "syntactic": 0.3, "predictive": 0.3}
 
 
 @dataclass
 class Scale:
-    """Mean and standard deviation of each raw component on validation thoughts; stored with the model as JSON."""
+    """Mean and standard deviation of each raw component on validation thoughts, stored with the model as JSON."""
 
     mean: dict[str, float]
     std: dict[str, float]
 
     @classmethod
     def fit(cls, raw: dict[str, torch.Tensor]) -> "Scale":
-        """From raw components of any shape. Raises ``WorkbookError`` when there is no thought to fit on."""
+        """Fit the scale to raw components of any shape. Raises ``WorkbookError`` on fewer than two thoughts."""
         if not raw or min(v.numel() for v in raw.values()) < 2:
             raise WorkbookError("the coherence scale needs at least two validation thoughts")
         return cls({k: v.mean().item() for k, v in raw.items()}, {k: max(v.std().item(), 1e-6) for k, v in raw.items()})
@@ -32,7 +33,7 @@ class Scale:
 
 @dataclass
 class Coherence:
-    """Scores in [0, 1], each (batch, P, K), and ``raw``, the components before scaling."""
+    """Scores in [0, 1], each ``(batch, P, K)``, and ``raw``, the components before scaling."""
 
     semantic: torch.Tensor
     syntactic: torch.Tensor
@@ -42,30 +43,21 @@ class Coherence:
 
 
 def coherence(
-    tokenizer,
-    input_ids,
-    thoughts,
-    after_log_probs,
-    base_log_probs,
-    scale: Scale | None = None,
-    attention_mask=None,
-    weights: dict[str, float] = WEIGHTS,
+    tokenizer, input_ids, thoughts, after_log_probs, base_log_probs, scale: Scale | None = None, attention_mask=None
 ) -> Coherence:
-    """Label-free coherence of thoughts (``qs_lib.Thoughts``) at their positions.
+    """Score the coherence of thoughts (``Thoughts``) at their positions, without the label.
 
-    ``after_log_probs`` (batch, P, K, vocab) and ``base_log_probs`` (batch, P, vocab): next-token log-probs after each
-    thought and without one. Raw components:
+    ``after_log_probs (batch, P, K, vocab)`` and ``base_log_probs (batch, P, vocab)`` are next-token log-probs after
+    each thought and without one. Raw components:
 
     - semantic: share of the numbers read so far (of the words, where there are none) that the thought takes up.
       Cosines of embeddings carry no information on correctness here (measured).
-    - syntactic: probability of the thought's least likely sampled token: one slip makes a thought ill-formed.
-    - predictive: consensus gain. The expected gain in log-probability, clipped to 6 nats, of the next token as the
-      *other* thoughts predict it: does this thought lead where the others lead? (A lower entropy after the thought
-      does not tell right from wrong: wrong thoughts are confident.)
+    - syntactic: probability of the thought's least likely sampled token. One slip makes a thought ill-formed.
+    - predictive: consensus gain. Does this thought lead where the others lead? A lower entropy after the thought does
+      not tell right from wrong, as wrong thoughts are confident.
 
-    With ``scale`` each goes through the normal CDF of its z-score, so that none outweighs the others by its spread;
-    without, they are clipped to [0, 1]. composite = 0.4 semantic + 0.3 syntactic + 0.3 predictive. A single thought
-    has no others; its predictive score is that of no gain.
+    With ``scale`` each goes through the normal CDF of its z-score, so that none outweighs the others by its spread.
+    Without, they are clipped to [0, 1]. The composite is their sum weighted by ``WEIGHTS``.
     """
     raw = {
         "semantic": number_coverage(tokenizer, input_ids, thoughts, attention_mask),
@@ -73,19 +65,19 @@ def coherence(
         "predictive": consensus_gain(after_log_probs, base_log_probs),
     }
     if scale is None:
-        scaled = raw | {"predictive": (raw["predictive"] + 6) / 12}
+        scaled = raw | {"predictive": (raw["predictive"] + CLIP) / (2 * CLIP)}
         scaled = {k: v.clamp(0, 1) for k, v in scaled.items()}
     else:
         scaled = {k: torch.special.ndtr((v - scale.mean[k]) / scale.std[k]) for k, v in raw.items()}
-    composite = sum(weights[k] * scaled[k] for k in weights)
+    composite = sum(WEIGHTS[k] * scaled[k] for k in WEIGHTS)
     return Coherence(**scaled, composite=composite, raw=raw)
 
 
 def number_coverage(tokenizer, input_ids, thoughts, attention_mask=None) -> torch.Tensor:
-    """Share of the distinct numbers read up to each position that occur in the thought, (batch, P, K).
+    """Return the share of the different numbers read up to each position that occur in the thought, ``(batch, P, K)``.
 
     Numbers are read from the decoded text, not from tokens: byte-level tokenizers spell "16" in one token or two, with
-    or without a space in it. A text without numbers is compared by its distinct words; 0 where there is nothing.
+    or without a space in it. A text without numbers is compared by its words. The share is 0 where there is nothing.
     """
     special = set(tokenizer.all_special_ids)
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -96,9 +88,8 @@ def number_coverage(tokenizer, input_ids, thoughts, attention_mask=None) -> torc
         text = tokenizer.decode([i for i in ids if i not in special])
         pattern = NUMBER if NUMBER.search(text) else WORD
         wanted = _found(pattern, text)
-        for k, (thought, length) in enumerate(
-            zip(thoughts.tokens[b, p].tolist(), thoughts.lengths[b, p].tolist(), strict=True)
-        ):
+        drawn = zip(thoughts.tokens[b, p].tolist(), thoughts.lengths[b, p].tolist(), strict=True)
+        for k, (thought, length) in enumerate(drawn):
             out[b, p, k] = len(wanted & _found(pattern, tokenizer.decode(thought[:length]))) / max(1, len(wanted))
     return out
 
@@ -107,22 +98,26 @@ def _found(pattern: re.Pattern, text: str) -> set[str]:
     return {match.replace(",", "").lower() for match in pattern.findall(text)}
 
 
-def consensus_gain(after: torch.Tensor, base: torch.Tensor, clip: float = 6.0) -> torch.Tensor:
-    """E_{y ~ other thoughts}[clip(log p_k(y) - log p_0(y))]: after (..., K, vocab), base (..., vocab) -> (..., K)."""
+def consensus_gain(after: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Return the expected gain in log-probability of the next token, drawn as the *other* thoughts predict it.
+
+    E_{y ~ other thoughts}[clip(log p_k(y) - log p_0(y))] in nats, clipped to ``CLIP`` either way. ``after (..., K,
+    vocab)`` and ``base (..., vocab)`` give ``(..., K)``. A single thought has no others and a gain of 0.
+    """
     k = after.shape[-2]
     if k == 1:
         return torch.zeros(after.shape[:-1], device=after.device)
     allowed = torch.isfinite(base).unsqueeze(-2)
-    gain = (after.masked_fill(~allowed, 0) - base.unsqueeze(-2).masked_fill(~allowed, 0)).clamp(-clip, clip)
+    gain = (after.masked_fill(~allowed, 0) - base.unsqueeze(-2).masked_fill(~allowed, 0)).clamp(-CLIP, CLIP)
     probs = after.exp()
     others = (probs.sum(-2, keepdim=True) - probs) / (k - 1)
     return (others * gain).sum(-1)
 
 
 def utility(scored) -> torch.Tensor:
-    """Gain in log-likelihood of the true tokens after each thought over no thought, nats, (batch, P, K).
+    """Return the gain in log-likelihood of the true tokens after each thought over no thought, nats, ``(batch, P, K)``.
 
-    ``scored``: ``qs_lib.Rescored``. This is what training rewards and needs the label; coherence must not.
+    ``scored``: ``Rescored``. This is what training rewards. It needs the label, which coherence may not read.
     """
     gain = scored.true_logprobs - scored.base_logprobs.unsqueeze(2)
     return (gain * scored.valid.unsqueeze(2)).sum(-1)

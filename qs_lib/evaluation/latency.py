@@ -4,6 +4,7 @@ import ctypes
 import gc
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,14 @@ from tqdm.auto import tqdm
 
 @dataclass
 class LatencyReport:
-    """``rows``: one dict per setting (positions, num_thoughts, thought_length, median_ms, p95_ms, meets); ``median_ms``,
-    ``p95_ms``: the default setting; ``parallel_speedup``: the default thoughts at **one** position (the last), drawn by
-    ``generate`` one after the other / all at once, medians of runs in turn; ``parallel_speedup_all``: the same with thoughts
-    at every position of the text; ``memory_overhead``: (peak with thoughts - peak of a plain forward pass) / what the plain pass adds to the process
-    at rest, None where the system cannot tell; ``plain_ms``: reading the text once, which is all the set-up there is."""
+    """What thoughts cost, times in milliseconds.
+
+    ``rows``: one dict for each setting. ``median_ms`` and ``p95_ms``: those of the default setting. ``plain_ms``:
+    reading the text once, which is all the set-up there is. ``parallel_speedup``: medians of the default thoughts at
+    **one** position (the last), drawn by ``generate`` one after the other / all at once. ``parallel_speedup_all``: the
+    same with thoughts at every position. ``memory_overhead``: (peak with thoughts - peak of a plain forward pass) /
+    what the plain pass adds to the process at rest, None where the system cannot tell.
+    """
 
     rows: list[dict]
     median_ms: float
@@ -34,72 +38,66 @@ class LatencyReport:
 
 @torch.no_grad()
 def measure_latency(
-    model,
-    input_ids,
-    positions=(1, 4),
-    num_thoughts=(1, 4, 8),
-    thought_lengths=(16, 28),
-    repeats: int = 20,
-    target_ms: float = 200.0,
+    model, input_ids, positions=(1, 4), num_thoughts=(1, 4, 8), thought_lengths=(16, 28), repeats=20, target_ms=200.0
 ) -> LatencyReport:
-    """Time a :class:`QuietStarForCausalLM` on one text, ``input_ids`` (1, L): every combination of thinking positions
-    (the last so many), thoughts per position and tokens per thought, interleaved, ``repeats`` times after a warm-up.
+    """Time a ``QuietStarForCausalLM`` on one text, ``input_ids (1, length)``.
 
-    A forward pass with thoughts reads the text, samples the thoughts, reads the states after them and mixes. The default
-    setting is the model's configuration at the last position. Thoughts may end early.
+    Every combination of thinking positions (the last so many), thoughts per position and tokens per thought takes its
+    turn with the default setting and the alternatives, ``repeats`` times after a warm-up. The default setting is the
+    model's configuration at the last position. A forward pass with thoughts reads the text, samples the thoughts, reads
+    the states after them and mixes. Thoughts may end early.
     """
     model.eval()
-    input_ids = input_ids.to(model.device)
-    c, length = model.config, input_ids.shape[1]
+    input_ids, length = input_ids.to(model.device), input_ids.shape[1]
+    default = (1, model.config.num_thoughts, model.config.thought_length)
     grid = [(p, n, t) for p in positions for n in num_thoughts for t in thought_lengths if p <= length]
-    default = (1, c.num_thoughts, c.thought_length)
     grid += [] if default in grid else [default]
-    times = {setting: [] for setting in grid}
-    plain, one_by_one, together, every_alone, every_together = [], [], [], [], []
-    settings = {"num_thoughts": c.num_thoughts, "thought_length": c.thought_length}
-    last = torch.tensor([[length - 1]], device=input_ids.device)
     some = range(length // 10, length, max(1, length // 5))  # an even selection of positions stands for all
-    for repeat in tqdm(range(repeats + 1), desc="latency"):
-        timed = {s: _ms(lambda s=s: forward_with_thoughts(model, input_ids, *s)) for s in grid}
-        bare = _ms(lambda: model.lm(input_ids=input_ids, logits_to_keep=1))
-        side = _ms(lambda: model.think(input_ids, None, last, temperature=1.0, **settings, with_hidden=False))
-        alone = sum(_ms(lambda: generate_alone(model, input_ids)) for _ in range(c.num_thoughts))
-        everywhere = _ms(lambda: model.think(input_ids, temperature=1.0, **settings, with_hidden=False))
-        each = sum(_ms(lambda p=p: generate_alone(model, input_ids[:, : p + 1])) for p in some)
-        if repeat == 0:
-            continue  # warm-up
-        for s, ms in timed.items():
-            times[s].append(ms)
-        plain.append(bare)
-        together.append(side)
-        one_by_one.append(alone)
-        every_together.append(everywhere)
-        every_alone.append(each * c.num_thoughts * length / len(some))
-    rows = [
-        {
-            "positions": p,
-            "num_thoughts": n,
-            "thought_length": t,
-            "median_ms": float(np.median(v)),
-            "p95_ms": float(np.quantile(v, 0.95)),
-            "meets": bool(np.quantile(v, 0.95) < target_ms),
-        }
-        for (p, n, t), v in times.items()
-    ]
+    work = {setting: partial(forward_with_thoughts, model, input_ids, *setting) for setting in grid}
+    work |= _alternatives(model, input_ids, some)
+    times = {name: [] for name in work}
+    for _ in tqdm(range(repeats + 1), desc="latency"):
+        for name, one in work.items():
+            times[name].append(_ms(one))
+    median = {name: float(np.median(ms[1:])) for name, ms in times.items()}  # without the warm-up
+    p95 = {name: float(np.quantile(ms[1:], 0.95)) for name, ms in times.items()}
+    rows = []
+    for setting in grid:
+        row = dict(zip(("positions", "num_thoughts", "thought_length"), setting, strict=True))
+        rows.append(row | {"median_ms": median[setting], "p95_ms": p95[setting], "meets": p95[setting] < target_ms})
     return LatencyReport(
         rows,
-        float(np.median(times[default])),
-        float(np.quantile(times[default], 0.95)),
-        float(np.median(plain)),
-        float(np.median(one_by_one) / np.median(together)),
-        float(np.median(every_alone) / np.median(every_together)),
+        median[default],
+        p95[default],
+        median["plain"],
+        median["one by one"] / median["together"],
+        median["every one by one"] * length / len(some) / median["every together"],
         memory_overhead(model, input_ids),
         target_ms,
     )
 
 
+def _alternatives(model, input_ids, some: range) -> dict:
+    """What is timed beside the settings: reading alone, and the default thoughts drawn at once or one by one."""
+    c, last = model.config, torch.tensor([[input_ids.shape[1] - 1]], device=input_ids.device)
+    settings = {"num_thoughts": c.num_thoughts, "thought_length": c.thought_length, "temperature": 1.0}
+
+    def one_by_one(ends):
+        for end in ends:
+            for _ in range(c.num_thoughts):
+                generate_alone(model, input_ids[:, :end])
+
+    return {
+        "plain": partial(model.lm, input_ids=input_ids, logits_to_keep=1),
+        "together": partial(model.think, input_ids, None, last, **settings, with_hidden=False),
+        "one by one": partial(one_by_one, [input_ids.shape[1]]),
+        "every together": partial(model.think, input_ids, **settings, with_hidden=False),
+        "every one by one": partial(one_by_one, [p + 1 for p in some]),
+    }
+
+
 def forward_with_thoughts(model, input_ids, positions: int, num_thoughts: int, thought_length: int):
-    """Mixed next-token log-probs (1, positions, vocab) at the last ``positions`` tokens."""
+    """Return mixed next-token log-probs ``(1, positions, vocab)`` at the last ``positions`` tokens."""
     at = torch.arange(input_ids.shape[1] - positions, input_ids.shape[1], device=input_ids.device).unsqueeze(0)
     thoughts = model.think(input_ids, None, at, num_thoughts=num_thoughts, thought_length=thought_length)
     base = model._read(model.lm, input_ids, None)[:, -positions:]
@@ -107,43 +105,36 @@ def forward_with_thoughts(model, input_ids, positions: int, num_thoughts: int, t
 
 
 def generate_alone(model, input_ids):
-    """One thought by the library's own ``generate`` with a cache: what parallel thoughts are compared with.
+    """Sample one thought by the library's own ``generate`` with a cache: what parallel thoughts are compared with.
 
-    It samples as many tokens as ours at most; neither reads ``</think>`` after them.
+    It samples as many tokens as ours at most. Neither reads ``</think>`` after them.
     """
     c = model.config
     start = torch.cat([input_ids, torch.tensor([[c.think_token_id]], device=input_ids.device)], 1)
-    return model.lm.generate(
-        input_ids=start,
-        attention_mask=torch.ones_like(start),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=c.thought_length - 2,
-        eos_token_id=c.end_think_token_id,
-        pad_token_id=c.end_think_token_id,
-    )
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    ends = {"eos_token_id": c.end_think_token_id, "pad_token_id": c.end_think_token_id}
+    mask, room = torch.ones_like(start), c.thought_length - 2
+    return model.lm.generate(input_ids=start, attention_mask=mask, max_new_tokens=room, **sampling, **ends)
 
 
 def memory_overhead(model, input_ids, resolution: int = 2**20) -> float | None:
-    """Extra peak memory of a pass with the default thoughts over a plain forward pass, as a share of what the plain pass
-    adds to the resting process; None where that is less than ``resolution`` bytes (a tiny model on a short text is not
-    seen by the system's accounting) or the kernel does not report a resettable peak."""
+    """Return the extra peak memory of the default thoughts over a plain forward pass.
 
-    def plain():
-        model.lm(input_ids=input_ids)
-
-    def with_thoughts():
-        forward_with_thoughts(model, input_ids, 1, model.config.num_thoughts, model.config.thought_length)
-
-    extra = [_extra_bytes(f, model.device) for f in (plain, with_thoughts)]
-    return None if None in extra or extra[0] < resolution else (extra[1] - extra[0]) / extra[0]
+    It is a share of what the plain pass adds to the resting process. It is None where that is less than ``resolution``
+    bytes (a tiny model on a short text is not seen by the system's accounting) or the kernel does not report a
+    resettable peak.
+    """
+    default = (1, model.config.num_thoughts, model.config.thought_length)
+    plain = _extra_bytes(partial(model.lm, input_ids=input_ids), model.device)
+    thinking = _extra_bytes(partial(forward_with_thoughts, model, input_ids, *default), model.device)
+    return None if None in (plain, thinking) or plain < resolution else (thinking - plain) / plain
 
 
 def _extra_bytes(work, device) -> int | None:
-    """Peak memory while ``work`` runs, above what is held at rest: a GPU's own count, or the process's resident memory
-    (Linux: VmHWM, reset by clear_refs)."""
+    """Return the peak memory while ``work`` runs, above what is held at rest, or None where the system does not tell.
+
+    On a GPU it is its own count, else the process's resident memory (Linux: VmHWM, reset by clear_refs).
+    """
     work()
     gc.collect()
     if device.type == "cuda":

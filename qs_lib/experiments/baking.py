@@ -1,14 +1,13 @@
-"""The pocket baking over several seeds, and its optimizer against controls with the same data and the same weight
-decay.
-"""
+"""The pocket baking over seeds, and its optimizer against controls with the same data and weight decay."""
 
+import functools
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from ..champion import load_champion
-from ..data.problems import load_problems, rarefy
+from ..data.problems import limit_hard, load_problems
 from ..data.strategies import reasoning_dataset
 from ..evaluation.accuracy import direct_accuracy, habits, read_problems
 from ..stats import column, difference, fixed, seed_interval, shown
@@ -17,7 +16,7 @@ from ..training.checkpoint import Checkpoint
 from ..training.optim import MuonGrokfast
 from ..workbook.params import recipe
 from ..workbook.stage import read_stage, stage_digest
-from .arms import repeat, verdict
+from .arms import verdict, repeat
 from .grokking import matched_momentum
 
 # What the baked model must reach on test problems, as a mean over seeds.
@@ -44,15 +43,8 @@ def make_optimizer(name: str, rate: float):
     slower = name == "Muon, matched momentum"
     momentum, beta = (matched_momentum(b, LAMBDA, ALPHA) if slower else b for b in (MOMENTUM, BETAS[0]))
     strength = LAMBDA if name == SUBJECT else 0.0
-    return lambda model: MuonGrokfast(
-        model,
-        muon_lr=rate,
-        adamw_lr=rate * ADAMW_SHARE,
-        grokfast_lambda=strength,
-        grokfast_alpha=ALPHA,
-        momentum=momentum,
-        betas=(beta, BETAS[1]),
-    )
+    rates = {"muon_lr": rate, "adamw_lr": rate * ADAMW_SHARE, "grokfast_lambda": strength, "grokfast_alpha": ALPHA}
+    return lambda model: MuonGrokfast(model, **rates, momentum=momentum, betas=(beta, BETAS[1]))
 
 
 def baking_recipe() -> dict:
@@ -70,39 +62,25 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
     problems among worked examples. Shares are exact matches of greedy replies; ``direct_*`` with thinking tokens
     forbidden, before and after.
     """
-    record = read_stage(run / "02_dataset_generation")[0]
-    made = record["parameters"]
-    held = {
-        split: read_problems(run / "02_dataset_generation" / f"{split}.parquet") for split in ("validation", "test")
-    }
-    problems = list(load_problems(made["data"] or made["source"], "train", made["train_problems"], seed))
-    share = settings.get("hard_examples", made["hard_examples"])
-    worked = list(
-        reasoning_dataset(
-            rarefy(problems, share, seed=seed),
-            held["validation"] + held["test"],
-            made["cot_examples"],
-            made["strategy_examples"],
-            seed,
-        )["train"]
+    folder = run / "02_dataset_generation"
+    record = read_stage(folder)[0]
+    made, held = (
+        record["parameters"],
+        {name: read_problems(folder / f"{name}.parquet") for name in ("validation", "test")},
     )
+    problems = list(load_problems(made["data"] or made["source"], "train", made["train_problems"], seed))
+    pool = limit_hard(problems, settings.get("hard_examples", made["hard_examples"]), seed=seed)
+    sizes = (made["cot_examples"], made["strategy_examples"])
+    worked = list(reasoning_dataset(pool, held["validation"] + held["test"], *sizes, seed)["train"])
     used = {e["question"] for e in worked}
-    unseen = rarefy([p for p in problems if p["question"] not in used], settings["hard_shown"], seed=seed)
+    unseen = limit_hard([p for p in problems if p["question"] not in used], settings["hard_shown"], seed=seed)
     model, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))
     before = direct_accuracy(model, tokenizer, held["test"]) if tested else None
     given = {name: settings[name] for name in TRAINED_WITH if name in settings}
     if "optimizer" in settings:
         given["optimizer"] = make_optimizer(settings["optimizer"], settings["rate"])
-    result = bake(
-        model,
-        tokenizer,
-        worked[: settings["examples"]],
-        unseen,
-        held["validation"],
-        seed=seed,
-        checkpoint=checkpoint,
-        **given,
-    )
+    given |= {"seed": seed, "checkpoint": checkpoint}
+    result = bake(model, tokenizer, worked[: settings["examples"]], unseen, held["validation"], **given)
     last = result.epochs[-1]
     row = {"validation_accuracy": last["accuracy"], "gap_closed": result.gap_closed}
     row |= {"max_logit": last["max_logit"]} if "max_logit" in last else {}  # not every family's can be seen
@@ -116,7 +94,7 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
 def baking(run: Path, folder: Path, seeds) -> None:
     """The recipe of notebook 03, which shows few hard problems, and the same with all of them shown."""
     arms = {"recipe": baking_recipe(), "all hard problems shown": baking_recipe() | ALL_SHOWN}
-    repeat(folder / "baking.csv", arms, seeds, lambda *given: bake_once(run, *given), TRAINED_WITH)
+    repeat(folder / "baking.csv", arms, seeds, functools.partial(bake_once, run), TRAINED_WITH)
 
 
 def optimizers(run: Path, folder: Path, seeds) -> None:
@@ -125,27 +103,18 @@ def optimizers(run: Path, folder: Path, seeds) -> None:
     alike = {name: value for name, value in (baking_recipe() | SMALLER).items() if name not in RATES}
     rates = {name: [lowest * 2**k for k in range(4)] for name, lowest in LOWEST.items()}
     while True:
-        arms = {
-            f"{name}, rate {rate:g}": alike | {"optimizer": name, "rate": rate}
-            for name in rates
-            for rate in rates[name]
-        }
-        scan = repeat(
-            folder / "optimizers_scan.csv", arms, [0], lambda *given: bake_once(run, *given, tested=False), TRAINED_WITH
-        )
+        tried = [(name, rate) for name in rates for rate in rates[name]]
+        arms = {f"{name}, rate {rate:g}": alike | {"optimizer": name, "rate": rate} for name, rate in tried}
+        measure = functools.partial(bake_once, run, tested=False)
+        scan = repeat(folder / "optimizers_scan.csv", arms, [0], measure, TRAINED_WITH)
         best = best_rates(scan)
         beyond = {name: edge(rates[name], best[name]) for name in rates}
         if not any(beyond.values()):
             break
         rates = {name: rates[name] + ([beyond[name]] if beyond[name] else []) for name in rates}
     arms = {name: alike | {"optimizer": name, "rate": rate} for name, rate in best.items()}
-    repeat(
-        folder / "optimizers.csv",
-        arms,
-        [seed + 1 for seed in seeds],
-        lambda *given: bake_once(run, *given),
-        TRAINED_WITH,
-    )
+    others = [seed + 1 for seed in seeds]
+    repeat(folder / "optimizers.csv", arms, others, functools.partial(bake_once, run), TRAINED_WITH)
 
 
 def best_rates(scan: list[dict]) -> dict[str, float]:
@@ -165,24 +134,17 @@ def edge(rates: list[float], best: float) -> float | None:
     return None
 
 
-def conclusion(rows: list[dict], key: str = "accuracy") -> str:
+def optimizer_conclusion(rows: list[dict], key: str = "accuracy") -> str:
     """What the optimizers' rows say about Grokfast, control by control, in one sentence that may say no."""
     controls = [name for name in LOWEST if name != SUBJECT]
     against = {name: difference(rows, SUBJECT, name, key) for name in controls}
-    parts = [
-        f"{name} {100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for name, (mean, low, high) in against.items()
-    ]
-    muon, matched = against["Muon"], against["Muon, matched momentum"]
-    found = verdict(
-        muon,
-        matched,
-        (
-            "Grokfast helps",
-            "the filter helps, but no more than a slower momentum is shown to",
-            "Grokfast hurts",
-            "no gain from Grokfast is shown",
-        ),
-    )
+    points = {
+        name: f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for name, (mean, low, high) in against.items()
+    }
+    slower = "the filter helps, but no more than a slower momentum is shown to"
+    verdicts = ("Grokfast helps", slower, "Grokfast hurts", "no gain from Grokfast is shown")
+    found = verdict(against["Muon"], against["Muon, matched momentum"], verdicts)
+    parts = [f"{name} {words}" for name, words in points.items()]
     seeds = len(column(rows, SUBJECT, "seed"))
     return f"{SUBJECT} minus its controls, points of {key} over {seeds} seeds: {'; '.join(parts)}: {found}."
 
@@ -201,10 +163,8 @@ def optimizer_table(rows: list[dict]) -> pd.DataFrame:
     """Each optimizer at its own best rate: mean and interval over seeds on test problems."""
     table = {}
     for name in LOWEST:
-        table[name] = {
-            key: shown(seed_interval(column(rows, name, key)), key == "direct_change")
-            for key in ("accuracy", "gap_closed", "direct_change")
-        }
+        keys = ("accuracy", "gap_closed", "direct_change")
+        table[name] = {key: shown(seed_interval(column(rows, name, key)), key == "direct_change") for key in keys}
         table[name]["rate"] = f"{next(r for r in rows if r['arm'] == name)['settings']['rate']:g}"
         table[name]["seconds"] = fixed(sum(column(rows, name, "seconds")) / len(column(rows, name, "seconds")), 0)
     return pd.DataFrame(table).T

@@ -1,7 +1,6 @@
 """Reinforcement over seeds and arms: what each part of the objective is worth, and where one may start from."""
 
 import copy
-import math
 import random
 from functools import lru_cache
 from pathlib import Path
@@ -47,21 +46,11 @@ ARMS = {
     "from un-baked": {"start": "01_token_setup/champion"},
     "without thoughts": {"think": False},
 }
-# Arm -> how many seeds, from 0 on, are enough to decide what it is asked; the others run on all seeds that are asked for.
-DECIDED_BY = {
-    "n_true 1": 3,
-    "token scale 10": 3,
-    "KL 0": 3,
-    "8 thoughts": 3,
-    "paper objective": 3,
-    "from half-baked": 3,
-    "from un-baked": 3,
-    "without thoughts": 3,
-    "pg off": 6,
-    "token scale 100": 6,
-    "from eighth-baked": 6,
-    "no curriculum": 7,
-}
+# Arm -> the seeds that decide what it is asked. The others run on all seeds that are asked for.
+DECIDED_BY = dict.fromkeys(("n_true 1", "token scale 10", "KL 0", "8 thoughts", "paper objective"), range(3))
+DECIDED_BY |= dict.fromkeys(("from half-baked", "from un-baked", "without thoughts"), range(3))
+DECIDED_BY |= {"pg off": range(6), "token scale 100": range(6), "no curriculum": range(7)}
+DECIDED_BY |= {"from eighth-baked": (0, 3, 4, 5)}  # the champions of 1 and 2 were gone when this arm was added
 # Where numbers are spelt in digits, the token after a thought is only the first of the answer's.
 LOOK_AHEAD = {"n_true 4": {}, "n_true 1": {"n_true": 1}}
 THOUGHTS = 4
@@ -191,7 +180,7 @@ def reinforcement(run: Path, folder: Path, seeds) -> None:
 
     arms = {name: rl_recipe() | settings for name, settings in ARMS.items()}
     for seed in seeds:
-        asked = {name: arms[name] for name in arms if seed < DECIDED_BY.get(name, math.inf)}
+        asked = {name: arms[name] for name in arms if seed in DECIDED_BY.get(name, seeds)}
         repeat(folder / "rl.csv", asked, [seed], once, TRAINED_WITH)
     for_scoreboard(folder)
 

@@ -41,9 +41,7 @@ class BakingSettings(Settings):
     ce_weight: float = Field(1.0, ge=0)  # weight of the cross-entropy on worked examples beside the KL
     rehearsal: float = Field(0.25, ge=0, lt=1)  # share of a batch that rehearses direct answers
     lora_rank: int = Field(0, ge=0)  # rank of a LoRA adapter to train in place of all weights (needs peft); 0 is none
-    qk_clip_threshold: float = Field(
-        0.0, ge=0
-    )  # largest attention logit allowed, heads above are brought back to it; 0 is off
+    qk_clip_threshold: float = Field(0.0, ge=0)  # largest attention logit allowed (QK-Clip); 0 is off
     gradient_checkpointing: bool = False  # run layers again in the backward pass in place of keeping what they computed
     bf16: bool = False  # train under autocast to bfloat16; the weights stay float32
     max_new_tokens: int = Field(48, ge=2)  # longest reply, in tokens

@@ -24,7 +24,7 @@ SHARE = 0.01  # of a training's time that writing may take
 
 
 class Checkpoint:
-    """Saves and restores a training; use as a context around its loop.
+    """Save and restore a training. Use it as a context around the loop.
 
         with Checkpoint(folder, {"steps": steps, ...}) as checkpoint:
             parts = {"model": model, "optimizer": optimizer, "order": rng, "losses": losses}
@@ -33,31 +33,22 @@ class Checkpoint:
                 checkpoint.after(step + 1, parts, last=step + 1 == steps)
 
     ``parts``: name -> whatever has ``state_dict``, a ``random.Random``, a ``torch.Generator``, or a list or dict that
-    is changed in place; the global generators of torch, numpy and Python are saved beside them. ``identity``: what must
-    be equal for a saved state to be this training's (parameters, data, code); thread count and torch version always
-    belong to it, because they change the bits. ``folder`` None: nothing is saved. ``log`` gets the metrics of
-    ``checkpoint.log``, and on resuming first those that were logged before.
+    is changed in place. The global generators of torch, numpy and Python are saved beside them. ``identity``: what must
+    be equal for a saved state to be this training's (parameters, data, code). Thread count and torch version always
+    belong to it, because they change the bits. ``folder`` None: nothing is saved. ``log(**metrics)`` gets the metrics,
+    and on resuming first those that were logged before.
 
     A file is written every ``seconds``, less often where writing would take more than ``SHARE`` of the time, after the
-    last step, and where Ctrl-C or SIGTERM arrives: the step is finished, saved, and ``KeyboardInterrupt`` or
-    ``SystemExit`` raised; a second signal leaves at once. The newest file whose checksum holds is read, ``KEPT`` are
-    kept; whoever owns the folder removes it (``Stage.finish``). Writing raises ``StageError``, as for a full disk. Of
-    several processes (``ranks``) the first writes and logs, and all must read the same folder.
+    last step, and where Ctrl-C or SIGTERM arrives. Then the step is finished and saved, and ``KeyboardInterrupt`` or
+    ``SystemExit`` raised. A second signal leaves at once. The newest file whose checksum holds is read, and ``KEPT``
+    are kept. Whoever owns the folder removes it (``Stage.finish``). Writing raises ``StageError``, as for a full disk.
+    Of several processes (``distributed``) the first writes and logs, and all must read the same folder.
     """
 
-    def __init__(
-        self,
-        folder: str | Path | None = None,
-        identity: dict | None = None,
-        log=lambda **metrics: None,
-        seconds: float = 20.0,
-    ):
+    def __init__(self, folder: str | Path | None = None, identity=None, log=lambda **metrics: None, seconds=20.0):
         self.folder = None if folder is None else Path(folder)
-        machine = [
-            torch.get_num_threads(),
-            str(torch.__version__),
-            *([distributed.count()] if distributed.count() > 1 else []),
-        ]
+        several = [distributed.count()] if distributed.count() > 1 else []
+        machine = [torch.get_num_threads(), str(torch.__version__), *several]
         self.identity = json.dumps([identity, *machine], sort_keys=True, default=str)
         self.seconds, self.rows, self._log = seconds, [], log
         self._signal, self._saved, self._cost = None, time.monotonic(), 0.0
@@ -94,15 +85,12 @@ class Checkpoint:
         """
         step = self._restored(parts)
         if distributed.either(step != round(distributed.mean(step))):
-            raise StageError(
-                f"the processes do not see the same checkpoints in {self.folder}: put it where all can read it"
-            )
+            what = f"the processes do not see the same checkpoints in {self.folder}"
+            raise StageError(f"{what}: put it where all can read it")
         if step == 0 and self.folder is not None and distributed.first():
             if self._files():
-                print(
-                    "starting anew: the checkpoints here are damaged, or of other parameters, data, code or threads",
-                    file=sys.stderr,
-                )
+                why = "the checkpoints here are damaged, or of other parameters, data, code or threads"
+                print(f"starting anew: {why}", file=sys.stderr)
             discard(self.folder)
         return step
 

@@ -42,6 +42,18 @@ def split_parameters(model):
     return hidden, rest
 
 
+def split_tokens(model, named):
+    """Split (name, parameter) pairs into those that hold the thinking tokens' rows, and the rest.
+
+    Raises ``ValueError`` if neither embedding nor head is trained.
+    """
+    ids = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
+    tokens = [(n, p) for n, p in named if id(p) in ids or "trainable_tokens_delta" in n]
+    if not tokens:
+        raise ValueError("token_rows is given, but neither embedding nor output head is trained")
+    return tokens, [(n, p) for n, p in named if all(p is not token for _, token in tokens)]
+
+
 def is_matrix(p):
     return p.ndim == 2 and min(p.shape) > 1
 
@@ -75,35 +87,35 @@ class MuonGrokfast(torch.optim.Optimizer):
     with s = sqrt(max(1, rows / cols)) for adjust_lr_fn="original" (own lr, about 0.02) and s = 0.2 sqrt(max(rows,
     cols)) for "match_rms_adamw" (reuses AdamW's lr). rows x cols is the shape as stored.
 
-    Sources: Muon, Keller Jordan 2024 (`torch.optim.Muon` is the reference of the tests); "match_rms_adamw", Moonlight,
-    arXiv 2502.16982; Grokfast-EMA, arXiv 2405.20233, with mu starting at the first gradient as in the authors' code
-    (the printed algorithm starts it at the weights); AdamW, arXiv 1711.05101, torch's fused kernel. Deviations: the
-    filter is part of the optimizer, so `state_dict` saves mu; small matrices, and all on a CPU without bfloat16, are
-    orthogonalised in float32. Note that before Muon the filter is mostly a longer momentum: lambda 0.1 has the mean lag
-    of beta 0.959.
+    Sources: Muon, Keller Jordan 2024 (``torch.optim.Muon`` is the reference of the tests). "match_rms_adamw",
+    Moonlight, arXiv 2502.16982. Grokfast-EMA, arXiv 2405.20233, with mu starting at the first gradient as in the
+    authors' code (the printed algorithm starts it at the weights). AdamW, arXiv 1711.05101, torch's fused kernel.
+    Deviations: the filter is part of the optimizer, so ``state_dict`` saves mu. Small matrices, and all on a CPU
+    without bfloat16, are orthogonalised in float32. Before Muon the filter is mostly a longer momentum: lambda 0.1 has
+    the mean lag of beta 0.959.
 
-    model_or_params: a model (parameters routed by `split_parameters`) or a list of parameters or (name, parameter)
-    pairs (routed by shape alone: every matrix goes to Muon). Groups are named: group["name"] is "muon", "adamw" or
-    "tokens" (only with token_rows: embedding and head, also updated by AdamW). grokfast_lambda=0 is exactly off and
-    allocates nothing. weight_decay is decoupled, by the raw lr, on all parameters. Parameters without a gradient are
-    left alone. Gradient clipping is the caller's, before `step`, hence before the filter. A gradient that is not finite
-    raises TrainingError with the names of the tensors before anything has changed.
+    ``model_or_params``: a model (parameters routed by :func:`split_parameters`) or a list of parameters or (name,
+    parameter) pairs (routed by shape alone: every matrix goes to Muon). Groups are named: group["name"] is "muon",
+    "adamw" or "tokens". ``grokfast_lambda`` 0 is exactly off and allocates nothing. Weight decay is decoupled, by the
+    raw lr, on all parameters. Parameters without a gradient are left alone. Gradient clipping is the caller's, before
+    ``step``, hence before the filter. State has the dtype of its parameter. In bfloat16 a slow average loses its small
+    steps: train float32 weights, with autocast for speed.
 
-    State has the dtype of its parameter. In bfloat16 a slow average loses its small steps: train float32 weights, with
-    autocast for speed.
+    ``qk_clip_threshold``: after each step QK-Clip (:func:`clip_heads`) brings heads whose largest attention logit
+    passed the threshold back to it, and ``clip_report`` says which. Train inside ``with watch_max_logits(model) as
+    optimizer.watch:``. ``token_rows``: these rows of the input embedding (and of an untied head) get the learning rate
+    adamw_lr x ``token_scale``, in the group "tokens". With an adapter, whose own tensor holds only such rows, they are
+    counted in it. Scaling their gradient would do nothing, as Adam divides by its size. Their weight decay is not
+    scaled.
 
-    qk_clip_threshold: after each step QK-Clip (`clip_heads`) brings heads whose largest attention logit passed the
-    threshold back to it; `optimizer.clip_report` says which. Train inside `with watch_max_logits(model) as
-    optimizer.watch:`.
-
-    token_rows, token_scale: these rows of the input embedding (and of an untied output head) get the learning rate
-    adamw_lr * token_scale; with an adapter, whose own tensor holds only such rows, they are counted in it. Scaling
-    their gradient instead would do nothing, as Adam divides by its size. Weight decay of these rows is not scaled.
+    Raises ``ValueError`` on bad settings, and ``TrainingError`` with the names of the tensors if a gradient is not
+    finite, before anything has changed.
     """
 
     watch = None  # an open `watch_max_logits`, needed when qk_clip_threshold is set
     clip_report = None  # what QK-Clip saw and did in the last step
 
+    # As many parameters as the two optimizers have together: their names are those of torch.optim.
     def __init__(
         self,
         model_or_params,
@@ -129,38 +141,22 @@ class MuonGrokfast(torch.optim.Optimizer):
         if isinstance(model_or_params, nn.Module):
             hidden, rest = split_parameters(model_or_params)
         else:
-            named = [
-                item if isinstance(item, tuple) else (f"parameter {i}", item) for i, item in enumerate(model_or_params)
-            ]
-            hidden = [(n, p) for n, p in named if is_matrix(p)]
-            rest = [(n, p) for n, p in named if not is_matrix(p)]
+            given = [p if isinstance(p, tuple) else (f"parameter {i}", p) for i, p in enumerate(model_or_params)]
+            hidden, rest = ([(n, p) for n, p in given if is_matrix(p) == matrix] for matrix in (True, False))
         tokens = []
         if token_rows is not None:
-            ends = (model_or_params.get_input_embeddings(), model_or_params.get_output_embeddings())
-            ids = {id(end.weight) for end in ends if end is not None}
-            tokens = [(n, p) for n, p in rest if id(p) in ids or "trainable_tokens_delta" in n]
-            rest = [(n, p) for n, p in rest if all(p is not token for _, token in tokens)]
-            if not tokens:
-                raise ValueError("token_rows is given, but neither embedding nor output head is trained")
+            tokens, rest = split_tokens(model_or_params, rest)
+        muon = {"lr": muon_lr, "momentum": momentum, "adjust_lr_fn": adjust_lr_fn}
         # "fused" also tells load_state_dict to keep the step counts beside their parameters.
         adam = {"lr": adamw_lr, "betas": betas, "eps": eps, "fused": True}
+        scaled = {"token_scale": token_scale, "token_rows": [int(i) for i in token_rows or ()]}
         groups = [
-            {"name": "muon", "params": hidden, "lr": muon_lr, "momentum": momentum, "adjust_lr_fn": adjust_lr_fn},
+            {"name": "muon", "params": hidden, **muon},
             {"name": "adamw", "params": rest, **adam},
-            {
-                "name": "tokens",
-                "params": tokens,
-                **adam,
-                "token_scale": token_scale,
-                "token_rows": [] if token_rows is None else [int(i) for i in token_rows],
-            },
+            {"name": "tokens", "params": tokens, **adam, **scaled},
         ]
-        defaults = {
-            "weight_decay": weight_decay,
-            "grokfast_lambda": grokfast_lambda,
-            "grokfast_alpha": grokfast_alpha,
-            "qk_clip_threshold": qk_clip_threshold,
-        }
+        defaults = {"weight_decay": weight_decay, "qk_clip_threshold": qk_clip_threshold}
+        defaults |= {"grokfast_lambda": grokfast_lambda, "grokfast_alpha": grokfast_alpha}
         super().__init__([group for group in groups if group["params"]], defaults)
 
     def add_param_group(self, param_group):
@@ -195,12 +191,8 @@ class MuonGrokfast(torch.optim.Optimizer):
         return loss
 
     def _raise_if_not_finite(self):
-        named = [
-            (n, p.grad)
-            for group in self.param_groups
-            for n, p in zip(group["param_names"], group["params"])
-            if p.grad is not None
-        ]
+        pairs = [pair for group in self.param_groups for pair in zip(group["param_names"], group["params"])]
+        named = [(n, p.grad) for n, p in pairs if p.grad is not None]
         if not named:
             return
         norms = torch._foreach_norm([g for _, g in named])
@@ -241,40 +233,22 @@ class MuonGrokfast(torch.optim.Optimizer):
                 several = batch[start : start + size]
                 for (p, _), direction in zip(several, orthogonalize(torch.stack([w for _, w in several]))):
                     rows, cols = p.shape
-                    if group["adjust_lr_fn"] == "original":
-                        scale = math.sqrt(max(1, rows / cols))
-                    else:
-                        scale = 0.2 * math.sqrt(max(rows, cols))
+                    original = group["adjust_lr_fn"] == "original"
+                    scale = math.sqrt(max(1, rows / cols)) if original else 0.2 * math.sqrt(max(rows, cols))
                     p.add_(direction.T if rows > cols else direction, alpha=-lr * scale)
 
     def _adamw(self, params, grads, group):
         (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
         for p in params:
             if "step" not in self.state[p]:
-                self.state[p].update(
-                    step=torch.zeros((), device=p.device),
-                    exp_avg=torch.zeros_like(p),
-                    exp_avg_sq=torch.zeros_like(p),
-                )
+                moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                self.state[p].update(step=torch.zeros((), device=p.device), **moments)
         states = [self.state[p] for p in params]
         rows = group.get("token_rows") if group.get("token_scale", 1) != 1 else None
         before = [p[rows] for p in params] if rows else []
-        adamw(
-            params,
-            grads,
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=lr,
-            weight_decay=decay,
-            eps=group["eps"],
-            maximize=False,
-        )
+        means, squares, steps = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        rule = {"beta1": beta1, "beta2": beta2, "lr": lr, "weight_decay": decay, "eps": group["eps"]}
+        adamw(params, grads, means, squares, [], steps, fused=True, amsgrad=False, maximize=False, **rule)
         # Written from the moments: the difference of rounded weights would carry too few digits to be scaled.
         for p, old, state in zip(params, before, states):
             step = state["step"].item()

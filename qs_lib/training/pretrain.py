@@ -24,9 +24,7 @@ class PretrainSettings(Settings):
     muon_lr: float = Field(0.02, ge=0)  # learning rate of Muon, hidden matrices
     adamw_lr: float = Field(3e-3, ge=0)  # learning rate of AdamW, embeddings and norms
     weight_decay: float = Field(0.1, ge=0, le=1)  # decoupled; 0 is off
-    context_weight: float = Field(
-        0.1, ge=0, le=1
-    )  # weight of a context's tokens in the loss; 1 for a model of whole texts
+    context_weight: float = Field(0.1, ge=0, le=1)  # weight of a context's tokens in the loss; 1 for whole texts
     seed: int = Field(0, ge=0, lt=2**32)  # every random draw derives from it
 
 

@@ -50,9 +50,7 @@ class QuietStarSettings(Settings):
     grokfast_lambda: float = Field(0.1, ge=0)  # strength of the slow-gradient filter; 0 is off
     token_scale: float = Field(1.0, gt=0)  # scale on the updates of the thinking tokens' rows
     lora_rank: int = Field(0, ge=0)  # rank of a LoRA adapter to train in place of all weights (needs peft); 0 is none
-    qk_clip_threshold: float = Field(
-        0.0, ge=0
-    )  # largest attention logit allowed, heads above are brought back; 0 is off
+    qk_clip_threshold: float = Field(0.0, ge=0)  # largest attention logit allowed (QK-Clip); 0 is off
     gradient_checkpointing: bool = False  # run layers again in the backward pass in place of keeping what they computed
     bf16: bool = False  # train under autocast to bfloat16; the weights stay float32
     reward: Literal["likelihood", "correct"] = "likelihood"  # gain in nats, or 1 if the next token is right

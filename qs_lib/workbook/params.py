@@ -134,7 +134,7 @@ class DatasetGeneration(Source):
     train_problems: int = Field(4000, ge=1)
     cot_examples: int = Field(400, ge=1)
     strategy_examples: int = Field(200, ge=1)
-    hard_share: float = Field(1.0, ge=0, le=1)
+    hard_examples: float = Field(1.0, ge=0, le=1)
     validation_problems: int = Field(480, ge=2)
     test_problems: int = Field(720, ge=2)
 
@@ -197,7 +197,7 @@ class Scoreboard(NotebookParams):
     """08: all criteria in one table."""
 
 
-class Scale(NotebookParams):
+class Scaling(NotebookParams):
     """09: sweeps, several processes, several machines."""
 
     workers: int = Field(2, ge=1)
@@ -215,7 +215,7 @@ NOTEBOOKS = {
     "06_anti_theater": AntiTheater,
     "07_latency": Latency,
     "08_scoreboard": Scoreboard,
-    "09_scale": Scale,
+    "09_scale": Scaling,
 }
 
 
