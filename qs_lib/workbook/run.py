@@ -35,7 +35,7 @@ OPTIONS = {  # of the command line
     "--seed": {"type": int, "help": "seed of every stage"},
     "--only": {"nargs": "+", "metavar": "STAGE", "default": (), "help": "only these stages, as 05_rl or 05"},
     "--fresh": {"action": "store_true", "help": "repeat finished stages too"},
-    "--keep": {"action": "store_true", "help": f"keep finished stages although {CODE_CHANGED}"},
+    "--keep": {"action": "store_true", "help": "keep finished stages although the code behind their numbers changed"},
     "--debug": {"action": "store_true", "help": "show tracebacks and what notebooks print"},
     "--notebooks": {"type": Path, "default": REPOSITORY / "notebooks", "metavar": "DIR", "help": "other notebooks"},
 }

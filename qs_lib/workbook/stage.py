@@ -24,7 +24,7 @@ from .params import NotebookParams
 
 FORMAT_VERSION = 1
 CHECKPOINTS = ".checkpoint"
-CODE_CHANGED = "code that its numbers depend on changed"
+CODE_CHANGED = "the code behind its numbers changed"
 # wings and files of the library that numbers depend on; see code_hash
 SCIENCE = {"errors", "stats", "files", "settings", "thoughts", "data", "model", "champion", "evaluation", "training"}
 PACKAGES = {"qs_lib": "quiet-star-workbook", "torch": "torch", "transformers": "transformers", "datasets": "datasets"}

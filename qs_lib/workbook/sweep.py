@@ -29,7 +29,6 @@ from ..stats import as_text
 from . import figures
 from .params import check_parameters, check_variant, notebook_parameters, read_variant, read_yaml
 from .run import NOT_SETTABLE, exit_code, parsed, run_stage
-from .stage import CODE_CHANGED
 
 COSTS = ("seconds", "peak_memory_mb")  # every row has them, and they differ from run to run
 FILE_KEYS = {"notebooks", "variant", "grid", "x", "y"}
@@ -339,7 +338,7 @@ OPTIONS = {  # of the command line
     "--threads": {"type": int, "default": 1, "help": "of each point; another number changes the last digits"},
     "--x": {"default": "", "help": "parameter on the figure's x axis; default: the first"},
     "--y": {"nargs": "+", "default": (), "help": "numbers of the summaries to plot; default: the first"},
-    "--keep": {"action": "store_true", "help": f"keep finished stages although {CODE_CHANGED}"},
+    "--keep": {"action": "store_true", "help": "keep finished stages although the code behind their numbers changed"},
 }
 
 
