@@ -134,7 +134,7 @@ def run_harness(
     return simple_evaluate(model=lm, tasks=chosen, **settings)
 
 
-OPTIONS = {  # of the command line
+HARNESS_OPTIONS = {  # of the command line
     "model": {"help": "a run's name (its quietstar model is taken), a model folder or a Hugging Face name"},
     "data": {"help": "folder with train.jsonl and test.jsonl in GSM8K's form"},
     "--tasks": {"nargs": "+", "default": TASKS, "help": "names in tasks/, or .yaml files"},
@@ -149,7 +149,7 @@ OPTIONS = {  # of the command line
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     about = "lm-evaluation-harness on local problems."
-    given = parsed("python -m qs_lib.workbook.harness", about, OPTIONS, arguments)
+    given = parsed("python -m qs_lib.workbook.harness", about, HARNESS_OPTIONS, arguments)
 
     def work():
         source = given.model

@@ -25,7 +25,7 @@ from .stage import CODE_CHANGED, notebook_hash, read_stage, stage_finished
 
 NOT_SETTABLE = {"run_name", "upstream"}  # parameters that the driver sets itself
 PROGRAM = "python -m qs_lib.workbook.run"
-OPTIONS = {  # of the command line
+RUN_OPTIONS = {  # of the command line
     "--variant": {"default": "pocket", "help": "params/<stage>/VARIANT.yaml; 'defaults' is the small CI run"},
     "--run": {"dest": "run_name", "metavar": "NAME", "help": "outputs/NAME; default: VARIANT-run"},
     "--data": {"metavar": "DIR", "help": "folder or file of problems, for notebooks that take data"},
@@ -202,7 +202,7 @@ def parsed(program: str, about: str, options: dict[str, dict], arguments: list[s
 
 def run_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options of a run, by default those of the command line."""
-    given = parsed(PROGRAM, "Run notebooks 01 to 08 as one chain.", OPTIONS, arguments)
+    given = parsed(PROGRAM, "Run notebooks 01 to 08 as one chain.", RUN_OPTIONS, arguments)
     given.run_name = given.run_name or f"{given.variant}-run"
     given.notebooks = given.notebooks.resolve()
     return given

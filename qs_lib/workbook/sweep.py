@@ -326,7 +326,7 @@ def link_upstream(run: Path, upstream: Path, stages: list[str]) -> None:
             link.symlink_to(earlier.resolve())
 
 
-OPTIONS = {  # of the command line
+SWEEP_OPTIONS = {  # of the command line
     "what": {"help": "a notebook (05_rl, or a path) or a sweep file (a name in params/sweeps, or a path)"},
     "grid": {"nargs": "*", "metavar": "name=v1,v2", "help": "values of parameters; they replace a file's"},
     "--name": {"help": "results go to outputs/sweeps/NAME; default: WHAT"},
@@ -344,7 +344,7 @@ OPTIONS = {  # of the command line
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    given = parsed("python -m qs_lib.workbook.sweep", "Notebooks x a grid of parameters.", OPTIONS, arguments)
+    given = parsed("python -m qs_lib.workbook.sweep", "Notebooks x a grid of parameters.", SWEEP_OPTIONS, arguments)
     folder = REPOSITORY / "notebooks"
 
     def work():
