@@ -14,7 +14,7 @@ class WorkbookError(ValueError):
 
 
 class TrainingError(WorkbookError, FloatingPointError):
-    """A loss or gradient is not finite; nothing was updated with it."""
+    """A loss or gradient is not finite. Nothing was updated with it."""
 
 
 class UnwatchedError(WorkbookError, RuntimeError):

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, where runs lie, and the lock on a run folder."""
 
+import contextlib
 import csv
 import errno
 import hashlib
@@ -21,33 +22,46 @@ REPOSITORY = PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else Path
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all. Raises StageError."""
+@contextlib.contextmanager
+def atomic_write(path: Path):
+    """Yield a path to write a file or folder at, which then takes the place of ``path``, whole or not at all.
+
+    What was written survives a power cut. Raises ``StageError`` if it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
+    discard(temporary)
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        for written in [temporary, *temporary.rglob("*")]:
+            _sync(written)
+        if path.is_dir() or temporary.is_dir():  # a file is replaced in one step, a folder cannot be
+            discard(path)
         os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
+        _sync(path.parent)
+    except Exception as error:
         discard(temporary)
-        raise write_error(error, path) from None
+        if isinstance(error, OSError) or "os error" in str(error):  # safetensors raises its own kind
+            raise write_error(error, path) from None
+        raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all. Raises ``StageError`` if it cannot be written."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def discard(path: Path) -> None:
@@ -59,7 +73,7 @@ def discard(path: Path) -> None:
 
 
 def write_error(error: Exception, path: Path) -> StageError:
-    """The sentence for a failed write."""
+    """Return the sentence for a failed write."""
     number, text = getattr(error, "errno", None), str(error)  # safetensors gives the number in its text only
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(r"os error (28|122|27)\b", text):
         return StageError(f"no space left to write {path}; free some space and run the same command again")
@@ -69,19 +83,19 @@ def write_error(error: Exception, path: Path) -> StageError:
 
 
 def to_json(value, indent: int | None = None) -> str:
-    """JSON text; one-element tensors and numpy scalars become numbers.
+    """Return JSON text. Tensors of one element and numpy scalars become numbers.
 
-    Raises StageError for NaN, infinity and other objects.
+    Raises ``StageError`` if there is NaN, infinity or another object in it.
     """
     try:
-        return json.dumps(value, allow_nan=False, indent=indent, default=_number)
+        return json.dumps(value, allow_nan=False, indent=indent, default=_as_number)
     except ValueError:
         raise StageError(f"NaN or infinity cannot be recorded: {repr(value)[:200]}") from None
     except TypeError:
         raise StageError(f"only plain values can be recorded, not {repr(value)[:200]}") from None
 
 
-def _number(value):
+def _as_number(value):
     try:
         return value.item()
     except (AttributeError, ValueError, RuntimeError) as error:
@@ -89,9 +103,9 @@ def _number(value):
 
 
 def lock_run(folder: Path, user: str, name: str = ".lock") -> FileLock:
-    """The operating system's lock on a run folder; it ends with the process, however that ends.
+    """Take the operating system's lock on a run folder. It ends with the process, however that ends.
 
-    Raises StageError, which names the holder.
+    Raises ``StageError``, which names the holder, if it is taken.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,23 +123,24 @@ def lock_run(folder: Path, user: str, name: str = ".lock") -> FileLock:
     return lock
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of an experiment's CSV, numbers and lists as such; none where there is no file."""
-    if not path.is_file():
-        return []
-    with open(path, encoding="utf-8", newline="") as file:
-        return [{k: _cell(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-
-
-def _cell(text: str):
+def json_or_text(text: str):
+    """Return the JSON value that ``text`` spells, or the text itself."""
     try:
         return json.loads(text)
     except ValueError:
         return text
 
 
+def read_rows(path: Path) -> list[dict]:
+    """Return the rows of an experiment's CSV, numbers and lists as such, none where there is no file."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return [{k: json_or_text(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
 def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write the rows aside and rename. A cell is text or JSON; columns are those of all rows, in order of appearance."""
+    """Write the rows as CSV, a cell as text or JSON. Columns are those of all rows, in order of appearance."""
     text = io.StringIO()
     table = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
     table.writeheader()
@@ -135,12 +150,12 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def outputs_root() -> Path:
-    """Where runs go: ``QS_OUTPUTS``, or ``outputs/`` of the repository; never a notebook's working directory."""
+    """Return where runs go: ``QS_OUTPUTS``, or ``outputs/`` of the repository, never a notebook's working directory."""
     return Path(os.environ.get("QS_OUTPUTS") or REPOSITORY / "outputs").expanduser().resolve()
 
 
 def run_folder(run_name: str) -> Path:
-    """``outputs/<run_name>``, refused when it would lie elsewhere. Raises StageError."""
+    """Return ``outputs/<run_name>``. Raises ``StageError`` if it would lie elsewhere."""
     if not re.fullmatch(RUN_NAME, run_name):
         raise StageError(f"{run_name!r} cannot name a run: use letters, digits, '.', '_' or '-', at most 64")
     folder = outputs_root() / run_name
@@ -150,9 +165,9 @@ def run_folder(run_name: str) -> Path:
 
 
 def find_run(upstream: str) -> Path:
-    """The run folder that ``upstream`` means: "" the committed pocket run, a run name, or a path.
+    """Return the run folder that ``upstream`` means: "" the committed pocket run, a run name, or a path.
 
-    Raises UpstreamError.
+    Raises ``UpstreamError`` if there is none.
     """
     if not upstream:
         return REPOSITORY / "outputs" / "pocket"

@@ -8,46 +8,51 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+Interval = tuple[float, float, float]  # value, low, high
+
 
 @dataclass
 class Reliability:
-    """``bins``: per bin of the score its mean ``score``, the share ``right`` with ``low`` and ``high``, and the
-    ``count`` of thoughts; ``error``: expected calibration error; ``preference``: see :func:`reliability`, both as
-    (value, low, high); ``disputed``: number of problems with right and wrong thoughts, which alone make it."""
+    """What :func:`reliability` found.
+
+    ``bins``: per bin of the score its mean ``score``, the share ``right`` with ``low`` and ``high``, and the ``count``
+    of thoughts. ``disputed``: number of problems with right and wrong thoughts, which alone make the ``preference``.
+    """
 
     bins: list[dict]
-    error: tuple[float, float, float]
-    preference: tuple[float, float, float]
+    error: Interval
+    preference: Interval
     disputed: int
 
 
-def correlation(x, y, seed: int = 0, resamples: int = 1000, within: bool = False) -> tuple[float, float, float]:
-    """Pearson r over single thoughts as (value, low, high); 0 if either is constant.
+def pearson(x, y) -> float:
+    """Return Pearson's r of two arrays of one shape, 0 where one of the two is constant."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    return float(np.corrcoef(x.ravel(), y.ravel())[0, 1]) if np.ptp(x) > 1e-12 and np.ptp(y) > 1e-12 else 0.0
+
+
+def correlation(x, y, seed: int = 0, resamples: int = 1000, within: bool = False) -> Interval:
+    """Return :func:`pearson` over single thoughts, with its interval. ``x`` and ``y`` are (problems, K).
 
     ``within``: both are taken relative to their problem's mean, so that easy and hard problems cannot help.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     if within:
         x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
-
-    def r(a, b):
-        return float(np.corrcoef(a.ravel(), b.ravel())[0, 1]) if np.ptp(a) > 1e-12 and np.ptp(b) > 1e-12 else 0.0
-
-    low, high = np.quantile([r(x[i], y[i]) for i in _resampled(len(x), seed, resamples)], [0.025, 0.975])
-    return r(x, y), float(low), float(high)
+    return pearson(x, y), *_middle([pearson(x[i], y[i]) for i in _resampled(len(x), seed, resamples)])
 
 
 def reliability(score, right, bins: int = 10, seed: int = 0, resamples: int = 1000) -> Reliability:
-    """Is a thought of score s right in a share s of cases, and does the score prefer right thoughts to wrong ones?
+    """Compare a score of thoughts with whether they are right: calibration, and preference within a problem.
 
-    ``score`` in [0, 1] and ``right`` (0 or 1), both (problems, K). Expected calibration error: the mean over thoughts
-    of |mean score - share right| of their bin (equal widths); a score that means something else than a probability
-    has a large one. With few thoughts it is too large by chance. ``preference``: of all pairs of a right and a wrong
-    thought of one problem, the share in which the right one scores higher (ties count half): 0.5 is chance. Without
-    any pair nothing is known: (0.5, 0, 1).
+    ``score`` in [0, 1] and ``right`` (0 or 1) are (problems, K). Expected calibration error: the mean over thoughts of
+    |mean score - share right| of their bin (equal widths). A score that is no probability has a large one, and few
+    thoughts make it too large by chance. ``preference``: of all pairs of a right and a wrong thought of one problem,
+    the share in which the right one scores higher (ties count half), 0.5 by chance. Without any pair nothing is
+    known: (0.5, 0, 1).
     """
     score, right = np.asarray(score, float), np.asarray(right, float)
-    inside = np.minimum((score * bins).astype(int), bins - 1)[..., None] == np.arange(bins)
+    inside = np.minimum((score * bins).astype(int), bins - 1)[..., None] == np.arange(bins)  # (problems, K, bins)
     sums = np.stack([inside.sum(1), (score[..., None] * inside).sum(1), (right[..., None] * inside).sum(1)])
     wins, pairs = _pairs(score, right)
     times = np.stack([np.bincount(i, minlength=len(score)) for i in _resampled(len(score), seed, resamples)])
@@ -56,92 +61,81 @@ def reliability(score, right, bins: int = 10, seed: int = 0, resamples: int = 10
     with np.errstate(invalid="ignore"):
         shares = hits / count
     n, s, h = sums.sum(1)
-    rows = [
-        {"score": s[b] / n[b], "right": h[b] / n[b], "low": float(low), "high": float(high), "count": int(n[b])}
-        for b in np.flatnonzero(n)
-        for low, high in [np.nanquantile(shares[:, b], [0.025, 0.975])]
-    ]
+    rows = []
+    for b in np.flatnonzero(n):
+        low, high = _middle(shares[:, b])
+        rows.append({"score": s[b] / n[b], "right": h[b] / n[b], "low": low, "high": high, "count": int(n[b])})
     preference = (0.5, 0.0, 1.0)
     if pairs.sum():
         again = times @ pairs
-        ratios = (times @ wins)[again > 0] / again[again > 0]
-        preference = (float(wins.sum() / pairs.sum()), *map(float, np.quantile(ratios, [0.025, 0.975])))
-    low, high = np.quantile(errors, [0.025, 0.975])
-    return Reliability(
-        rows, (float(np.abs(s - h).sum() / score.size), float(low), float(high)), preference, int((pairs > 0).sum())
-    )
+        preference = (float(wins.sum() / pairs.sum()), *_middle((times @ wins)[again > 0] / again[again > 0]))
+    error = (float(np.abs(s - h).sum() / score.size), *_middle(errors))
+    return Reliability(rows, error, preference, int((pairs > 0).sum()))
 
 
 def votes(weights, answers: list[list[str]]) -> np.ndarray:
-    """The weight the mixture gives to each thought's answer: its own and that of all branches that agree with it.
+    """Return the weight (problems, K) the mixture gives to each thought's answer, all branches that agree together.
 
-    ``weights`` (problems, 1 + K) and ``answers`` (problems, 1 + K), "no thought" first -> (problems, K). Unlike a single
-    weight this is a probability: what the mixture says about an answer.
+    ``weights`` and ``answers`` are (problems, 1 + K), "no thought" first. Unlike a single weight this is a
+    probability: what the mixture says about an answer.
     """
     agree = np.array([[[a == b for b in row] for a in row[1:]] for row in answers])
     return np.minimum((agree * np.asarray(weights, float)[:, None]).sum(-1), 1.0)
 
 
 def _pairs(score, right):
-    """Per problem, won and all pairs of a right and a wrong thought."""
+    """Return won and all pairs of a right and a wrong thought, both (problems,)."""
     both = (right[:, :, None] > right[:, None, :]).astype(float)
-    difference = score[:, :, None] - score[:, None, :]
-    return (both * ((difference > 0) + 0.5 * (difference == 0))).sum((1, 2)), both.sum((1, 2))
+    gap = score[:, :, None] - score[:, None, :]
+    return (both * ((gap > 0) + 0.5 * (gap == 0))).sum((1, 2)), both.sum((1, 2))
 
 
 def _resampled(problems: int, seed: int, resamples: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, problems, (resamples, problems))
 
 
-def interval(values, confidence: float = 0.95, seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
-    """(mean, low, high): percentile bootstrap over problems. ``values``: (problems,) or (problems, repeats), where
-    repeats (thoughts of one problem) are averaged first so that the problem stays the unit of resampling."""
+def _middle(values, ends: tuple[float, float] = (0.025, 0.975)) -> tuple[float, float]:
+    """Return the quantiles that enclose the middle 95 % of resampled values, NaN left out."""
+    low, high = np.nanquantile(values, ends)
+    return float(low), float(high)
+
+
+def interval(values, seed: int = 0, resamples: int = 2000) -> Interval:
+    """Return the mean with a percentile bootstrap over problems.
+
+    ``values``: (problems,) or (problems, repeats). Repeats (thoughts of one problem) are averaged first, so that the
+    problem stays the unit of resampling.
+    """
     values = np.asarray(values, dtype=float)
     values = values.reshape(len(values), -1).mean(1)
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(values.mean()), float(low), float(high)
+    means = values[_resampled(len(values), seed, resamples)].mean(1)
+    return float(values.mean()), *_middle(
+        means, ((1 - 0.95) / 2, 0.975)
+    )  # not quite 0.025: committed numbers are to the bit
 
 
-def named(prefix: str, value: tuple[float, float, float]) -> dict[str, float]:
-    """An interval as summary entries: ``prefix``, ``prefix_low``, ``prefix_high``."""
-    return {prefix: value[0], f"{prefix}_low": value[1], f"{prefix}_high": value[2]}
+def seed_interval(values) -> Interval:
+    """Return the mean with Student's t interval over seeds, for what another seed would give on average.
 
-
-def shown(value: tuple[float, float, float], signed: bool = False, digits: int = 3) -> str:
-    """An interval for reading: ``0.812 [0.750, 0.875]``."""
-    mean, low, high = (fixed(x, digits, signed) for x in value)
-    return f"{mean} [{low}, {high}]"
-
-
-def fixed(value: float, digits: int = 3, signed: bool = False) -> str:
-    """A number with fixed decimals and no negative zero, so that rounding noise does not show."""
-    return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}"
-
-
-def seed_interval(values, confidence: float = 0.95) -> tuple[float, float, float]:
-    """(mean, low, high): Student's t interval over seeds, for what another seed would give on average.
-
-    Not over problems: the test problems are the same for all. Raises ``ValueError`` below two seeds.
+    Not over problems: the test problems are the same for all. Raises ``ValueError`` if there are fewer than two seeds.
     """
     values = np.asarray(values, float)
     if len(values) < 2:
         raise ValueError("an interval over seeds needs at least two of them")
-    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
 def column(rows: list[dict], arm: str, key: str) -> list[float]:
-    """One number of an arm's rows, ordered by seed, so that arms can be subtracted seed by seed."""
+    """Return one number of an arm's rows, ordered by seed, so that arms can be subtracted seed by seed."""
     return [row[key] for row in sorted(rows, key=lambda row: row["seed"]) if row["arm"] == arm]
 
 
-def difference(rows: list[dict], arm: str, control: str, key: str) -> tuple[float, float, float]:
-    """``arm`` minus ``control``, paired by seed, with :func:`seed_interval`.
+def difference(rows: list[dict], arm: str, control: str, key: str) -> Interval:
+    """Return ``arm`` minus ``control``, paired by seed, with :func:`seed_interval`.
 
-    Raises ``ValueError`` unless both were run on the same seeds and on the same ``data``, where rows name them: the
-    run they read from may have been made anew between two rows.
+    Raises ``ValueError`` unless both were run on the same seeds and, where rows name it, the same ``data``: the run
+    they read from may have been made anew between two rows.
     """
     ran = [sorted((r["seed"], r.get("data", "")) for r in rows if r["arm"] == name) for name in (arm, control)]
     if ran[0] != ran[1]:
@@ -149,7 +143,24 @@ def difference(rows: list[dict], arm: str, control: str, key: str) -> tuple[floa
     return seed_interval(np.subtract(column(rows, arm, key), column(rows, control, key)))
 
 
-def pearson(x, y) -> float:
-    """Correlation, 0 where one of the two is constant."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) > 0 and np.ptp(y) > 0 else 0.0
+def named(prefix: str, value: Interval) -> dict[str, float]:
+    """Return an interval as summary entries: ``prefix``, ``prefix_low``, ``prefix_high``."""
+    return {prefix: value[0], f"{prefix}_low": value[1], f"{prefix}_high": value[2]}
+
+
+def fixed(value: float, digits: int = 3, signed: bool = False) -> str:
+    """Return a number with fixed decimals and no negative zero, so that rounding noise does not show."""
+    return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}"
+
+
+def shown(value: Interval, signed: bool = False, digits: int = 3) -> str:
+    """Return an interval for reading: ``0.812 [0.750, 0.875]``."""
+    mean, low, high = (fixed(x, digits, signed) for x in value)
+    return f"{mean} [{low}, {high}]"
+
+
+def as_text(value, digits: int | None = None) -> str:
+    """Return a float with ``digits`` decimals, or three significant digits, and a count or a word in full."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if digits is None else fixed(value, digits)

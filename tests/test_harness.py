@@ -81,7 +81,7 @@ def test_thoughts_change_the_likelihood_and_only_scored_tokens_are_thought_befor
 @pytest.mark.parametrize("think", [False, True])
 def test_the_tasks_run_offline_and_say_what_plain_code_says(data, think):
     model, tokenizer = wrapped("llama, tied")
-    found = harness.evaluate(model, tokenizer, data, think=think, batch_size=2, limit=3)["results"]
+    found = harness.run_harness(model, tokenizer, data, think=think, batch_size=2, limit=3)["results"]
     lm = harness.ThinkingLM(model, tokenizer, think)
     pairs = [(p["question"], f" {p['answer']}") for p in problems("test", 6)[:3]]
     mean = sum(by_hand(lm, pair, think)[0] for pair in pairs) / 3
@@ -92,7 +92,7 @@ def test_the_tasks_run_offline_and_say_what_plain_code_says(data, think):
 
 def test_the_committed_model_solves_in_the_harness_what_it_solves_elsewhere(data):
     model, tokenizer = qs.load_champion(str(find_run("") / "quietstar"))
-    found = harness.evaluate(model, tokenizer, data, batch_size=6)["results"]
+    found = harness.run_harness(model, tokenizer, data, batch_size=6)["results"]
     assert found["gsm8k_generate"]["exact_match,last-number"] >= 5 / 6
     assert found["gsm8k_likelihood"]["perplexity,none"] < 3
 

@@ -13,7 +13,7 @@ from qs_lib.training import baking
 from qs_lib.training.baking import BakingSettings
 from qs_lib.training.reinforce import QuietStarSettings
 from qs_lib.workbook.params import recipe
-from qs_lib.workbook.run import given_parameters
+from qs_lib.workbook.run import given_parameters, run_options
 
 VARIANTS = ["gsm8k-qwen2.5-0.5b", "gsm8k-qwen2.5-7b"]
 
@@ -63,9 +63,10 @@ def test_the_trainings_run_with_these_settings_at_small_width(variant, monkeypat
 
 def test_another_model_takes_the_place_of_the_variants_one(tmp_path):
     first, last = (REPOSITORY / "notebooks" / f"{name}.ipynb" for name in ("01_token_setup", "05_rl"))
+    words = ["--variant", VARIANTS[0]]
     given = [
-        given_parameters(first, VARIANTS[0], "k", None, None, champion)["champion"]
-        for champion in (None, "some/model", str(tmp_path))
+        given_parameters(first, run_options([*words, *champion]))["champion"]
+        for champion in ([], ["--champion", "some/model"], ["--champion", str(tmp_path)])
     ]
     assert given == ["Qwen/Qwen2.5-0.5B", "some/model", str(tmp_path.resolve())]
-    assert "champion" not in given_parameters(last, VARIANTS[0], "k", None, None, "some/model")
+    assert "champion" not in given_parameters(last, run_options([*words, "--champion", "some/model"]))

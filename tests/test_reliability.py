@@ -1,9 +1,9 @@
-"""Correlation, calibration and preference against cases with a known answer."""
+"""Correlation, calibration and preference against cases with a known answer, and numbers as text."""
 
 import numpy as np
 import pytest
 
-from qs_lib.stats import correlation, reliability, votes
+from qs_lib.stats import as_text, correlation, fixed, pearson, reliability, shown, votes
 
 
 def test_correlation_recovers_a_known_one():
@@ -59,3 +59,23 @@ def test_without_right_and_wrong_thoughts_of_one_problem_nothing_is_known():
 def test_votes_are_those_of_all_branches_that_agree():
     got = votes([[0.4, 0.3, 0.2, 0.1]], [["7", "8", "7", "8"]])
     assert got.tolist() == [pytest.approx([0.4, 0.6, 0.4])]
+
+
+def test_pearson_of_a_constant_is_zero():
+    assert pearson([1.0, 2.0, 4.0], [2.0, 4.0, 8.0]) == pytest.approx(1) and pearson([1.0, 1.0], [0.0, 5.0]) == 0.0
+    assert pearson(np.full(3, 0.1) - np.array([0.0, 1e-17, 0.0]), [1.0, 2.0, 3.0]) == 0.0, "rounding noise is constant"
+
+
+def test_numbers_as_text():
+    assert (fixed(-0.0004), fixed(0.5, 2, True), fixed(1234.5, 0)) == ("0.000", "+0.50", "1234")
+    assert shown((0.8125, 0.75, 0.875)) == "0.812 [0.750, 0.875]" and shown((0.1, -0.0001, 0.2), True, 1) == (
+        "+0.1 [+0.0, +0.2]"
+    )
+    assert [as_text(x) for x in (0.12345, 1234, "word", True, np.float64(1e-9))] == [
+        "0.123",
+        "1234",
+        "word",
+        "True",
+        "1e-09",
+    ]
+    assert [as_text(x, 2) for x in (0.12345, 1234, -0.001)] == ["0.12", "1234", "0.00"]

@@ -4,9 +4,11 @@ import itertools
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -65,8 +67,8 @@ def test_grids_and_names():
     assert sweep.parse_grid(
         ["steps=1,2", "mixing=hidden,log_probs", "lr=1e-3", "flag=true", 'models=["10M","30M"]']
     ) == {"steps": [1, 2], "mixing": ["hidden", "log_probs"], "lr": [0.001], "flag": [True], "models": [["10M", "30M"]]}
-    assert sweep.run_name({"steps": 3, "lr": 0.1}) == "steps-3.lr-0.1"
-    odd = [sweep.run_name({"text": text}) for text in ("a b", "a/b", "x" * 80, "x" * 81)]
+    assert sweep.point_name({"steps": 3, "lr": 0.1}) == "steps-3.lr-0.1"
+    odd = [sweep.point_name({"text": text}) for text in ("a b", "a/b", "x" * 80, "x" * 81)]
     assert len(set(odd)) == 4 and all(len(name) <= 64 and "/" not in name for name in odd)
 
 
@@ -90,9 +92,18 @@ def test_bad_sweeps_are_one_sentence_before_anything_runs(notebooks, outputs, tm
 
 
 def test_a_missing_engine_is_one_sentence(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "submitit", None)
+    monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(WorkbookError, match=r"install it with `pip install -e \.\[sweep\]`"):
         list(sweep.run_points([], "slurm"))
+
+
+def test_the_module_runs_as_a_command_whose_engines_are_there(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sweep", "05_rl", "--engine", "slurm"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.delitem(sys.modules, "qs_lib.workbook.sweep")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("qs_lib.workbook.sweep", run_name="__main__")
+    assert ended.value.code == 1 and "at least one parameter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "params" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
@@ -204,7 +215,7 @@ def test_a_finished_stage_is_kept_and_a_chain_reads_its_own_run(notebooks, outpu
 
 def test_submitit_runs_the_same_points(notebooks, outputs):
     pytest.importorskip("submitit")
-    rows = sweep.sweep("toy", toy_points(notebooks, [2, 5]), engine="slurm", workers=1, address="local")
+    rows = sweep.run_sweep("toy", toy_points(notebooks, [2, 5]), engine="slurm", workers=1, address="local")
     assert [(r["run"], r.get("squared", r)) for r in rows] == [("steps-2", 4), ("steps-5", 25)]
 
 
@@ -230,7 +241,7 @@ def test_a_dask_sweep_of_six_runs_survives_a_killed_worker(notebooks, outputs, t
     with cluster, distributed.Client(cluster, set_as_default=False) as client:
         thread = threading.Thread(target=kill_one, args=(client,), daemon=True)
         thread.start()
-        rows = sweep.sweep("toy", toy_points(notebooks, range(6)), engine="dask", address=cluster.scheduler_address)
+        rows = sweep.run_sweep("toy", toy_points(notebooks, range(6)), engine="dask", address=cluster.scheduler_address)
     assert killed and [r.get("error") for r in rows] == [None] * 6
     assert (
         [r["squared"] for r in rows]

@@ -1,6 +1,7 @@
 """One notebook through papermill: its own kernel, progress bars in the terminal, a clean end however it ends."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -10,7 +11,8 @@ import time
 import uuid
 from pathlib import Path
 
-from ..errors import StageError, WorkbookError
+from .. import errors
+from ..errors import StageError
 from ..viewing.escape import safe_line
 
 # tqdm.auto draws a widget in a kernel, which a terminal cannot show: text bars there, passed on by Terminal
@@ -18,8 +20,10 @@ TEXT_BARS = "import tqdm.auto as _a, tqdm.std as _s; _a.tqdm, _a.trange = _s.tqd
 
 
 class Terminal:
-    """Where notebooks write: bars redrawn in place on a terminal, their last state only in a log file; text a model wrote
-    cannot steer the terminal."""
+    """Where notebooks write. Text that a model wrote cannot steer the terminal.
+
+    Progress bars are redrawn in place on a terminal. In a log file only their last state is kept.
+    """
 
     def __init__(self, stream):
         self.stream = stream
@@ -42,45 +46,17 @@ class Terminal:
 def execute(notebook: Path, folder: Path, parameters: dict, debug: bool = False) -> None:
     """Execute one notebook into ``folder`` with this Python as its kernel, in the notebook's own folder.
 
-    Off the main thread (a worker of a cluster) no signal is caught; the kernel ends with this process all the same.
-    Raises StageError with the message of the failed cell; KeyboardInterrupt or SystemExit(143) when stopped.
+    Papermill works in a thread, so that signals reach us: its own handlers end the kernel and hide the reason. Off the
+    main thread (a worker of a cluster) no signal is caught, and the kernel ends with this process all the same.
+    Raises ``StageError`` with the message of the failed cell, ``KeyboardInterrupt`` or ``SystemExit(143)`` if stopped.
     """
     import papermill
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-    from jupyter_core.paths import jupyter_runtime_dir
-    from nbclient.exceptions import DeadKernelError
-
-    class Kernel(AsyncKernelManager):
-        started = None
-        # sockets in the user's own folder instead of open ports; their path may have 107 letters
-        transport = "ipc" if os.name == "posix" and len(jupyter_runtime_dir()) < 55 else "tcp"
-        kernel_spec = KernelSpec(
-            argv=[
-                *(sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"),
-                f"--IPKernelApp.exec_lines={TEXT_BARS}",
-            ],
-            language="python",
-        )
-
-        def __init__(self, **options):
-            super().__init__(**options)
-            # else the sockets are "kernel-ipc-1" in the working directory, where two runs would read each other's messages
-            Path(jupyter_runtime_dir()).mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.connection_file = str(Path(jupyter_runtime_dir()) / f"kernel-{uuid.uuid4()}.json")
-            Kernel.started = self
-
-        def signal(self, number):
-            process = self.provisioner and self.provisioner.process
-            if process and process.poll() is None:
-                process.send_signal(number)
 
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f".{notebook.name}"  # papermill writes in place
     final = folder / notebook.name
-    terminal = Terminal(sys.stderr)
+    terminal, kernel, failures = Terminal(sys.stderr), _kernel_class(), []
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what went wrong is said below, once
-    failures = []
 
     def work():
         try:
@@ -93,68 +69,103 @@ def execute(notebook: Path, folder: Path, parameters: dict, debug: bool = False)
                 progress_bar={"desc": notebook.stem, "file": terminal, "leave": False, "ncols": 80},
                 stdout_file=Terminal(sys.stdout) if debug else None,
                 stderr_file=terminal,
-                kernel_manager_class=Kernel,
+                kernel_manager_class=kernel,
                 start_timeout=300,  # a busy machine may take minutes to start a kernel
             )
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 (told by the main thread)
             failures.append(error)
 
-    # papermill works in a thread, so that signals reach us; its own handlers end the kernel and hide the reason
-    stopped = []
-
-    def stop(number, frame):
-        if not stopped or time.monotonic() - stopped[0][1] > 0.5:  # `timeout` sends every signal twice
-            stopped.append((number, time.monotonic()))
-
     thread = threading.Thread(target=work, daemon=True)
-    on_main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if on_main}
     try:
-        thread.start()
-        while thread.is_alive() and not stopped:
-            thread.join(0.2)
-        if stopped:
-            _stop(thread, Kernel, stopped)
+        with _signals_caught() as caught:
+            thread.start()
+            while thread.is_alive() and not caught:
+                thread.join(0.2)
+            if caught:
+                _stop(thread, kernel, caught)
+    finally:
+        if aside.is_file():
+            os.replace(aside, final)
+    if caught:
+        raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(143)
+    if failures:
+        raise _failure(failures[0], final) from failures[0]
+
+
+def _kernel_class() -> type:
+    """Return a kernel manager of this Python, which keeps the one that papermill makes as ``started``."""
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_core.paths import jupyter_runtime_dir
+
+    launch = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"]
+
+    class Kernel(AsyncKernelManager):
+        started = None
+        # sockets in the user's own folder instead of open ports; their path may have 107 letters
+        transport = "ipc" if os.name == "posix" and len(jupyter_runtime_dir()) < 55 else "tcp"
+        kernel_spec = KernelSpec(argv=[*launch, f"--IPKernelApp.exec_lines={TEXT_BARS}"], language="python")
+
+        def __init__(self, **options):
+            super().__init__(**options)
+            # else the sockets are "kernel-ipc-1" in the working directory, and two runs read each other's messages
+            Path(jupyter_runtime_dir()).mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.connection_file = str(Path(jupyter_runtime_dir()) / f"kernel-{uuid.uuid4()}.json")
+            Kernel.started = self
+
+        def signal(self, number):
+            process = self.provisioner and self.provisioner.process
+            if process and process.poll() is None:
+                process.send_signal(number)
+
+    return Kernel
+
+
+@contextlib.contextmanager
+def _signals_caught():
+    """Yield the list of SIGINT and SIGTERM that arrive. Off the main thread it stays empty."""
+    caught, last = [], float("-inf")
+
+    def note(number, frame):
+        nonlocal last
+        if time.monotonic() - last > 0.5:  # `timeout` sends every signal twice
+            caught.append(number)
+            last = time.monotonic()
+
+    on_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if on_main}
+    try:
+        yield caught
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if aside.is_file():
-            os.replace(aside, final)
-    if stopped:
-        raise KeyboardInterrupt if stopped[0][0] == signal.SIGINT else SystemExit(143)
-    if failures:
-        raise _failure(failures[0], final, DeadKernelError) from failures[0]
 
 
-def _stop(thread: threading.Thread, kernel, stopped: list) -> None:
-    """Let the running cell save and leave within five seconds; a second signal ends it at once."""
+def _stop(thread: threading.Thread, kernel: type, caught: list) -> None:
+    """Let the running cell save and leave within five seconds. A second signal ends it at once."""
     if kernel.started:
         kernel.started.signal(signal.SIGINT)
     end = time.monotonic() + 5
-    while thread.is_alive() and time.monotonic() < end and len(stopped) == 1:
+    while thread.is_alive() and time.monotonic() < end and len(caught) == 1:
         thread.join(0.1)
     if kernel.started:
         kernel.started.signal(signal.SIGKILL)
     thread.join(1)
 
 
-def _failure(error: BaseException, notebook: Path, dead_kernel: type) -> StageError:
-    """What to tell about a notebook that did not run to its end."""
-    if isinstance(error, dead_kernel):
-        return StageError("the kernel died, most often for lack of memory; run the same command again to continue")
+def _failure(error: BaseException, notebook: Path) -> StageError:
+    """Return what to tell about a notebook that did not run to its end."""
     message = str(error)
+    if type(error).__name__ == "DeadKernelError":
+        return StageError("the kernel died, most often for lack of memory; run the same command again to continue")
     if hasattr(error, "evalue"):
-        own = [kind.__name__ for kind in _subclasses(WorkbookError)]
-        message = error.evalue if error.ename in own else f"{error.ename}: {error.evalue}"
+        message = error.evalue if hasattr(errors, error.ename) else f"{error.ename}: {error.evalue}"
         if error.ename in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in message:
-            message = "there is not enough memory; lower batch_size or num_thoughts and run the same command again to continue"
+            message = "there is not enough memory; lower batch_size or num_thoughts and run the same command again"
+            message += " to continue"
     return StageError(f"{safe_line(message.strip())}\n  the executed notebook is {shown_path(notebook)}")
 
 
-def _subclasses(kind: type) -> list[type]:
-    return [kind, *(further for child in kind.__subclasses__() for further in _subclasses(child))]
-
-
 def shown_path(path: Path) -> str:
-    """A path as the user would type it here."""
+    """Return a path as the user would type it here."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,11 +1,10 @@
-"""``python -m qs_lib.workbook.harness MODEL DATA``: a run's model in lm-evaluation-harness, on local problems and offline.
+"""``python -m qs_lib.workbook.harness MODEL DATA``: a run's model in lm-evaluation-harness, offline.
 
-The tasks are lm-eval's own kind of file, in ``tasks/``; the model is lm-eval's ``HFLM`` with two differences: text becomes
-ids as in training, and a log-likelihood thinks before the tokens that are scored only, where ``HFLM`` would think before
-every token of the prompt and of the padding.
+The tasks are lm-eval's own kind of file, in ``tasks/``, on local problems. The model is lm-eval's ``HFLM`` with two
+differences. Text becomes ids as in training. A log-likelihood thinks before the tokens that are scored only, where
+``HFLM`` would think before every token of the prompt and of the padding.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..data.tokens import encode_context, pad
 from ..errors import SourceError, WorkbookError
 from ..files import REPOSITORY, find_run, to_json, write_bytes
 from ..model import QuietStarForCausalLM
+from .run import exit_code, parsed
 
 try:
     from lm_eval import simple_evaluate
@@ -34,36 +34,36 @@ TASKS = ("gsm8k_generate", "gsm8k_likelihood")
 
 
 class ThinkingLM(HFLM):
-    """A loaded model in lm-evaluation-harness; it thinks if it is a :class:`QuietStarForCausalLM` and ``think`` is set.
+    """A loaded model in lm-evaluation-harness. A :class:`QuietStarForCausalLM` thinks if ``think`` is set.
 
-    In written replies a thought is drawn every ``n_true`` tokens; in a log-likelihood, before each scored token. The
-    model's longest text is shortened by a thought.
+    In written replies a thought is drawn every ``n_true`` tokens, in a log-likelihood before each scored token. The
+    longest text is the model's own, less the length of a thought.
     """
 
     def __init__(self, model, tokenizer, think: bool = True, batch_size: int = 8, **options):
-        self.thinks = think and isinstance(model, QuietStarForCausalLM)
-        if isinstance(model, QuietStarForCausalLM):
+        wrapped = isinstance(model, QuietStarForCausalLM)
+        self.thinks = think and wrapped
+        if wrapped:
             model.config.think = self.thinks
-        room = model.config.get_text_config().max_position_embeddings - (
-            model.config.thought_length if self.thinks else 0
-        )
-        super().__init__(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=room, backend="causal", **options
-        )
+        room = model.config.get_text_config().max_position_embeddings
+        room -= model.config.thought_length if self.thinks else 0
+        options |= {"batch_size": batch_size, "max_length": room, "backend": "causal"}
+        super().__init__(pretrained=model, tokenizer=tokenizer, **options)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         return encode_context(self.tokenizer, context), self.tokenizer.encode(continuation, add_special_tokens=False)
 
     def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
         rows = [encode_context(self.tokenizer, text)[-(left_truncate_len or 0) :] for text in strings]
-        return (
-            pad(rows, self.tokenizer.pad_token_id, padding_side),
-            pad([[1] * len(row) for row in rows], 0, padding_side),
-        )
+        return self._padded(rows, padding_side)
+
+    def _padded(self, rows: list[list[int]], side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and mask, both (batch, length)."""
+        return pad(rows, self.tokenizer.pad_token_id, side), pad([[1] * len(row) for row in rows], 0, side)
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-        """[(log-likelihood, is greedy)] for requests (key, context ids, continuation ids), batches padded on the left."""
+        """Return [(log-likelihood in nats, is greedy)] for requests (key, context ids, continuation ids)."""
         if not self.thinks:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         answers, size = [None] * len(requests), override_bs or self.batch_size
@@ -78,18 +78,16 @@ class ThinkingLM(HFLM):
         return answers
 
     def _scores(self, texts: list[list[int]], scored: list[int]) -> list[tuple[float, bool]]:
-        """Log-likelihood of the last ``scored[i]`` ids of each text, and whether each of them is the likeliest."""
-        ids = pad([t[:-1] for t in texts], self.tokenizer.pad_token_id, "left").to(self.device)
-        mask = pad([[1] * (len(t) - 1) for t in texts], 0, "left").to(self.device)
+        """Return the log-likelihood of the last ``scored[i]`` ids of each text, and whether each is the likeliest."""
+        ids, mask = (part.to(self.device) for part in self._padded([t[:-1] for t in texts]))
         back = torch.arange(max(scored), 0, -1)  # the last tokens of all rows stand below each other
         there = back <= torch.tensor(scored)[:, None]
         at = (ids.shape[1] - back).expand(len(texts), -1)
         thoughts = self.model.think(ids, mask, at.masked_fill(~there, -1).to(self.device)).hidden
         base = self.model.read(ids, mask)
         total, greedy = torch.zeros(len(texts)), torch.ones(len(texts), dtype=torch.bool)
-        for k, n in enumerate(
-            back.tolist()
-        ):  # one place at a time: a vocabulary for each of its thoughts is large enough
+        # one place at a time: a vocabulary for each of its thoughts is large enough
+        for k, n in enumerate(back.tolist()):
             log_probs = self.model.mix(base[:, at[0, k]], thoughts[:, k])
             true = torch.tensor([t[-n] if len(t) >= n else 0 for t in texts], device=self.device)
             total += log_probs.gather(1, true[:, None]).squeeze(1).cpu().masked_fill(~there[:, k], 0)
@@ -98,7 +96,10 @@ class ThinkingLM(HFLM):
 
 
 def task_of(name: str, data: str | Path) -> dict:
-    """The task ``tasks/NAME.yaml``, or of a file elsewhere, on the problems in the folder ``data``. Raises SourceError."""
+    """Return the task ``tasks/NAME.yaml``, or of a file elsewhere, on the problems in the folder ``data``.
+
+    Raises ``SourceError`` if there is no such task file or no problems.
+    """
     path = Path(name) if name.endswith(".yaml") else REPOSITORY / "tasks" / f"{name}.yaml"
     if not path.is_file():
         raise SourceError(f"there is no task file {path}; known are {', '.join(TASKS)}")
@@ -109,7 +110,7 @@ def task_of(name: str, data: str | Path) -> dict:
     return yaml.safe_load(path.read_text(encoding="utf-8")) | {"dataset_kwargs": {"data_files": files}}
 
 
-def evaluate(
+def run_harness(
     model,
     tokenizer,
     data,
@@ -118,65 +119,51 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
-    resamples: int = 100,
 ) -> dict:
-    """lm-eval's result dict for a loaded model on the problems in ``data``; ``limit``: the first so many of each task.
+    """Return lm-eval's result dict for a loaded model on the problems in ``data``, the first ``limit`` of each task.
 
-    Replies take at most half of the model's longest text.
+    Replies take at most half of the model's longest text. Raises ``SourceError``, see :func:`task_of`.
     """
     lm, chosen = ThinkingLM(model, tokenizer, think, batch_size), [task_of(name, data) for name in tasks]
-    for task in chosen:
-        if "max_gen_toks" in task.get("generation_kwargs", {}):
-            task["generation_kwargs"]["max_gen_toks"] = min(
-                task["generation_kwargs"]["max_gen_toks"], lm.max_length // 2
-            )
+    for generation in (task.get("generation_kwargs", {}) for task in chosen):
+        if "max_gen_toks" in generation:
+            generation["max_gen_toks"] = min(generation["max_gen_toks"], lm.max_length // 2)
     torch.manual_seed(seed)
-    return simple_evaluate(
-        model=lm,
-        tasks=chosen,
-        task_manager=TaskManager(include_defaults=False),
-        limit=limit,
-        bootstrap_iters=resamples,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    settings = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
+    settings |= {"task_manager": TaskManager(include_defaults=False), "limit": limit, "bootstrap_iters": 100}
+    return simple_evaluate(model=lm, tasks=chosen, **settings)
+
+
+HARNESS_OPTIONS = {  # of the command line
+    "model": {"help": "a run's name (its quietstar model is taken), a model folder or a Hugging Face name"},
+    "data": {"help": "folder with train.jsonl and test.jsonl in GSM8K's form"},
+    "--tasks": {"nargs": "+", "default": TASKS, "help": "names in tasks/, or .yaml files"},
+    "--no-thoughts": {"action": "store_true", "help": "the same model without thinking"},
+    "--limit": {"type": int, "help": "only the first so many problems"},
+    "--batch-size": {"type": int, "default": 8},
+    "--seed": {"type": int, "default": 0},
+    "--output": {"type": Path, "help": "also write the results to this JSON file"},
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m qs_lib.workbook.harness", description="lm-evaluation-harness on local problems."
-    )
-    parser.add_argument(
-        "model", help="a run's name (its quietstar model is taken), a model folder or a Hugging Face name"
-    )
-    parser.add_argument("data", help="folder with train.jsonl and test.jsonl in GSM8K's form")
-    parser.add_argument("--tasks", nargs="+", default=TASKS, help="names in tasks/, or .yaml files")
-    parser.add_argument("--no-thoughts", action="store_true", help="the same model without thinking")
-    parser.add_argument("--limit", type=int, help="only the first so many problems")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
-    given = parser.parse_args(arguments)
-    try:
+    """Run the command line and return its exit code."""
+    about = "lm-evaluation-harness on local problems."
+    given = parsed("python -m qs_lib.workbook.harness", about, HARNESS_OPTIONS, arguments)
+
+    def work():
         source = given.model
         if "/" not in source and not Path(source).is_dir():
             source = str(find_run("" if source == "pocket" else source) / "quietstar")
-        model, tokenizer = load_champion(source)
-        found = evaluate(
-            model, tokenizer, given.data, given.tasks, not given.no_thoughts, given.limit, given.batch_size, given.seed
-        )
+        settings = given.tasks, not given.no_thoughts, given.limit, given.batch_size, given.seed
+        found = run_harness(*load_champion(source), given.data, *settings)
         print(make_table(found))
         if given.output:
-            write_bytes(
-                given.output, to_json({name: found[name] for name in ("results", "n-samples")}, 1).encode() + b"\n"
-            )
-    except WorkbookError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+            results = {name: found[name] for name in ("results", "n-samples")}
+            write_bytes(given.output, to_json(results, 1).encode() + b"\n")
+        return 0
+
+    return exit_code(work, "the same command starts again")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from ..evaluation.coherence import WEIGHTS, Scale
 from ..evaluation.latency import LatencyReport
 from ..evaluation.theater import TheaterReport
 from ..files import find_run
-from ..stats import named
+from ..stats import as_text, named
 from .stage import Stage, read_stage
 
 TOKENS, DATASET, BAKING, RL = "01_token_setup", "02_dataset_generation", "03_baking", "05_rl"
@@ -160,12 +160,8 @@ def value_text(row: dict) -> str:
     """Return a row's value, interval and unit for reading, to three significant digits."""
     if row["value"] is None:
         return "-"
-    interval = "" if row["low"] is None else f" [{_short(row['low'])}, {_short(row['high'])}]"
-    return f"{_short(row['value'])}{interval} {row['unit']}".strip()
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    interval = "" if row["low"] is None else f" [{as_text(row['low'])}, {as_text(row['high'])}]"
+    return f"{as_text(row['value'])}{interval} {row['unit']}".strip()
 
 
 def coherence_summary(scale: Scale, report: TheaterReport) -> dict:

@@ -1,9 +1,8 @@
 """One stage of a run: its folder, what it read from earlier stages and what it wrote.
 
-``outputs/<run_name>/<stage>/`` belongs to the notebook of that name. Every file is written aside and renamed,
-and ``run.json`` is written last, with the SHA-256 of every output and of what was read: only a stage whose
-``run.json`` still holds counts as finished. Names that start with a dot (locks, checkpoints, half-written files)
-are not outputs.
+``outputs/<run_name>/<stage>/`` belongs to the notebook of that name. ``run.json`` is written last, with the SHA-256 of
+every output and of what was read: only a stage whose ``run.json`` still holds counts as finished. Names that start
+with a dot (locks, checkpoints, half-written files) are not outputs.
 """
 
 import hashlib
@@ -18,28 +17,21 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from .. import files
 from ..errors import StageError, UpstreamError
-from ..files import (
-    PACKAGE,
-    REPOSITORY,
-    discard,
-    find_run,
-    lock_run,
-    run_folder,
-    sha256,
-    sync_folder,
-    to_json,
-    write_bytes,
-    write_error,
-)
+from ..files import PACKAGE, REPOSITORY, atomic_write, discard, find_run, run_folder, sha256, to_json, write_error
 from .params import NotebookParams
 
 FORMAT_VERSION = 1
 CHECKPOINTS = ".checkpoint"
+CODE_CHANGED = "the code behind its numbers changed"
+# wings and files of the library that numbers depend on; see code_hash
+SCIENCE = {"errors", "stats", "files", "settings", "thoughts", "data", "model", "champion", "evaluation", "training"}
+PACKAGES = {"qs_lib": "quiet-star-workbook", "torch": "torch", "transformers": "transformers", "datasets": "datasets"}
 
 
 def read_stage(folder: Path) -> tuple[dict | None, str]:
-    """The record of a finished stage and "", or None and the reason why it does not count as finished."""
+    """Return the record of a finished stage and "", or None and the reason why it does not count as finished."""
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         version, outputs = record["format_version"], record["outputs"]
@@ -59,16 +51,16 @@ def read_stage(folder: Path) -> tuple[dict | None, str]:
 
 
 def stage_digest(record: dict) -> str:
-    """One hash over all that a later stage can read from this one."""
+    """Return one hash over all that a later stage can read from this one."""
     return hashlib.sha256(json.dumps([record["outputs"], record["summary"]], sort_keys=True).encode()).hexdigest()
 
 
 def stage_finished(
     folder: Path, parameters: dict, notebook: str, upstream: Path | None = None, check_code: bool = True
 ) -> tuple[bool, str]:
-    """Whether a stage need not run again, and the reason if it must.
+    """Return whether a stage need not run again, and the reason if it must.
 
-    ``parameters``: all of them, defaults included; ``notebook``: its :func:`notebook_hash`; ``upstream``: the run
+    ``parameters``: all of them, defaults included. ``notebook``: its :func:`notebook_hash`. ``upstream``: the run
     folder it reads from.
     """
     record, reason = read_stage(folder)
@@ -81,7 +73,7 @@ def stage_finished(
     if record["notebook_sha256"] != notebook:
         return False, "the notebook changed"
     if check_code and record["code_sha256"] != code_hash():
-        return False, "qs_lib changed"
+        return False, CODE_CHANGED
     for name, digest in record["upstream"]["stages"].items():
         earlier, reason = read_stage(upstream / name) if upstream else (None, "not found")
         if earlier is None:
@@ -92,7 +84,7 @@ def stage_finished(
 
 
 class Stage:
-    """A started stage; see :func:`start_stage`."""
+    """A stage that :func:`start_stage` began."""
 
     def __init__(self, params: NotebookParams, name: str):
         self.params = params
@@ -107,26 +99,23 @@ class Stage:
         return f"Stage({self.name} of run {self.params.run_name})"
 
     def need(self, stage: str) -> Path:
-        """The folder of an earlier stage of the upstream run, hashes checked and recorded.
+        """Return the folder of an earlier stage of the upstream run, hashes checked and recorded.
 
-        Raises UpstreamError, which names the command that makes it.
+        Raises ``UpstreamError``, which names the command that makes it, if it is not finished.
         """
         run = find_run(self.params.upstream)
         record, reason = read_stage(run / stage)
         if record is None:
-            if not self.params.upstream:
-                make = "`git checkout outputs/pocket` or `make refresh`"
-            else:
-                make = (
-                    f"`papermill notebooks/{stage}.ipynb outputs/{run.name}-{stage}.ipynb -p run_name {run.name}` "
-                    f"or all stages with `make run RUN={run.name}`"
-                )
+            make = "`git checkout outputs/pocket` or `make refresh`"
+            if self.params.upstream:
+                alone = f"notebooks/{stage}.ipynb outputs/{run.name}-{stage}.ipynb -p run_name {run.name}"
+                make = f"`papermill {alone}` or all stages with `make run RUN={run.name}`"
             raise UpstreamError(f"{self.name} needs {stage} of the run {run.name} ({reason}); make it with {make}")
         self.upstream_stages[stage] = stage_digest(record)
         return run / stage
 
     def path(self, name: str) -> Path:
-        """Where the stage's file or folder ``name`` is; its parent folder is made. Raises StageError."""
+        """Return where the stage's file or folder ``name`` is, its parent folder made. Raises ``StageError``."""
         path = self.folder / name
         if ".." in path.parts or self.folder not in path.parents:
             raise StageError(f"{name!r} is not inside the stage's folder")
@@ -134,7 +123,7 @@ class Stage:
         return path
 
     def log(self, **metrics) -> None:
-        """Append one line to ``metrics.jsonl``. Raises StageError, also for NaN and infinity."""
+        """Append one line to ``metrics.jsonl``. Raises ``StageError``, also for NaN and infinity."""
         line = to_json(metrics) + "\n"
         path = self.path("metrics.jsonl")
         try:
@@ -144,72 +133,51 @@ class Stage:
             raise write_error(error, path) from None
 
     def write_json(self, name: str, value) -> Path:
-        """Write ``value`` as JSON. Raises StageError."""
-        path = self.path(name)
-        write_bytes(path, (to_json(value, indent=1) + "\n").encode())
-        return path
+        """Write ``value`` as JSON. Raises ``StageError``."""
+        return self._write(name, to_json(value, indent=1) + "\n")
 
     def write_jsonl(self, name: str, rows) -> Path:
-        """Write one JSON line a row. Raises StageError."""
+        """Write one JSON line a row. Raises ``StageError``."""
+        return self._write(name, "".join(to_json(row) + "\n" for row in rows))
+
+    def _write(self, name: str, text: str) -> Path:
         path = self.path(name)
-        write_bytes(path, "".join(to_json(row) + "\n" for row in rows).encode())
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(text.encode())
         return path
 
     def save_model(self, name: str, model, tokenizer=None) -> Path:
-        """``save_pretrained`` of the model and its tokenizer into the folder ``name``. Raises StageError."""
+        """Save the model and its tokenizer into the folder ``name``. Raises ``StageError``."""
         path = self.path(name)
-        temporary = path.with_name(f".{path.name}.tmp")
-        discard(temporary)
-        try:
+        with atomic_write(path) as temporary:
             for part in (model, tokenizer):
                 if part is not None:
                     part.save_pretrained(temporary)
-            for file in temporary.iterdir():
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
-            discard(path)
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-        except Exception as error:
-            discard(temporary)
-            if isinstance(error, OSError) or "os error" in str(error):
-                raise write_error(error, path) from None
-            raise
         return path
 
     def copy(self, name: str, copied: str) -> Path:
-        """Copy a file or folder of this stage inside it, in place of what is there. Raises StageError."""
+        """Copy a file or folder of this stage inside it, in place of what is there. Raises ``StageError``."""
         return self._copied(self.path(name), self.path(copied))
 
     def publish(self, name: str) -> Path:
-        """Copy a finished file or folder of this stage to the run folder itself. Raises StageError."""
+        """Copy a finished file or folder of this stage to the run folder itself. Raises ``StageError``."""
         return self._copied(self.path(name), self.run / Path(name).name)
 
     @staticmethod
     def _copied(source: Path, target: Path) -> Path:
-        temporary = target.with_name(f".{target.name}.tmp")
-        discard(temporary)
-        try:
+        with atomic_write(target) as temporary:
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, temporary)
-            discard(target)
-            os.replace(temporary, target)
-        except OSError as error:
-            discard(temporary)
-            raise write_error(error, target) from None
         return target
 
     def identity(self) -> dict:
-        """What a checkpoint inside this stage must agree on to be gone on with: parameters, upstream and code."""
-        return {
-            "parameters": self.params.model_dump(mode="json"),
-            "upstream": self.upstream_stages,
-            "code": code_hash(),
-        }
+        """Return what a checkpoint inside this stage must agree on to be resumed: parameters, upstream and code."""
+        parameters = self.params.model_dump(mode="json")
+        return {"parameters": parameters, "upstream": self.upstream_stages, "code": code_hash()}
 
     def finish(self, summary: dict) -> dict:
-        """Write ``run.json``, last: from now on the stage counts as finished, and its checkpoints go. Returns ``summary``.
+        """Write ``run.json``, last, and return ``summary``: the stage counts as finished, and its checkpoints go.
 
-        Raises StageError.
+        Raises ``StageError`` if the summary holds anything but plain finite values, or the disk is full.
         """
         outputs = {}
         for path in sorted(self.folder.rglob("*")):
@@ -217,6 +185,7 @@ class Stage:
             hidden = any(part.startswith(".") for part in name.parts)
             if path.is_file() and not hidden and path.suffix != ".ipynb" and name.as_posix() != "run.json":
                 outputs[name.as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        upstream = find_run(self.params.upstream).name if self.upstream_stages else None
         record = {
             "format_version": FORMAT_VERSION,
             "stage": self.name,
@@ -225,10 +194,7 @@ class Stage:
             "seed": self.params.seed,
             "summary": summary,
             "wall_s": round(time.monotonic() - self._started, 1),
-            "upstream": {
-                "run": find_run(self.params.upstream).name if self.upstream_stages else None,
-                "stages": self.upstream_stages,
-            },
+            "upstream": {"run": upstream, "stages": self.upstream_stages},
             "outputs": outputs,
             "versions": versions(),
             "git_commit": git_commit(),
@@ -255,16 +221,14 @@ class Stage:
 def start_stage(params: NotebookParams, stage: str, needs: tuple[str, ...] = ()) -> Stage:
     """Begin the stage ``stage`` (the notebook's name) of the run ``params.run_name``.
 
-    ``needs`` names the earlier stages it reads, each checked before anything is touched. Then the run folder
-    is locked and what an earlier attempt left in the stage's folder is removed, ``run.json`` first; hidden
-    files and notebooks stay.
-
-    Raises UpstreamError or StageError.
+    ``needs`` names the earlier stages it reads, each checked before anything is touched. Then the run folder is locked
+    and what an earlier attempt left in the stage's folder is removed, ``run.json`` first. Hidden files and notebooks
+    stay. Raises ``UpstreamError`` if an earlier stage is not finished, ``StageError`` if the folder cannot be used.
     """
     started = Stage(params, stage)
     for name in needs:
         started.need(name)
-    started._lock = lock_run(started.run, f"stage {stage}")
+    started._lock = files.lock_run(started.run, f"stage {stage}")
     try:
         started.folder.mkdir(exist_ok=True)
         (started.folder / "run.json").unlink(missing_ok=True)
@@ -278,30 +242,32 @@ def start_stage(params: NotebookParams, stage: str, needs: tuple[str, ...] = ())
 
 
 def code_hash() -> str:
-    """One hash over the library's own source."""
+    """Return one hash over the source that a stage's numbers depend on: the wings and files of ``SCIENCE``.
+
+    Viewing, the workbook and the experiments are left out. Their code draws and tells what was measured, or says what
+    is to be trained: a colour in a figure must not repeat a training or throw a half-finished one away, and settings
+    are compared by themselves (:func:`stage_finished`, :meth:`Stage.identity`). What the workbook computes of its own,
+    such as the criteria of the scoreboard, is renewed by ``make run NB=08_scoreboard FRESH=1``.
+    """
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
-        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+        name = path.relative_to(PACKAGE)
+        if name.parts[0].removesuffix(".py") in SCIENCE:
+            digest.update(name.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
 def notebook_hash(notebook: Path) -> str:
-    """One hash over a notebook's code cells; text and outputs may change without a rerun."""
+    """Return one hash over a notebook's code cells. Text and outputs may change without a rerun."""
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 
 
 def versions() -> dict:
-    """Versions of Python and of the packages that numbers depend on; None for one that is missing."""
-    names = {
-        "qs_lib": "quiet-star-workbook",
-        "torch": "torch",
-        "transformers": "transformers",
-        "datasets": "datasets",
-    }
+    """Return the versions of Python and of the packages that numbers depend on, None for one that is missing."""
     found = {"python": platform.python_version()}
-    for key, package in names.items():
+    for key, package in PACKAGES.items():
         try:
             found[key] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -310,7 +276,7 @@ def versions() -> dict:
 
 
 def git_commit() -> str | None:
-    """HEAD, with "-dirty" where code, notebooks or parameters differ from it; None outside a git checkout."""
+    """Return HEAD, with "-dirty" where code, notebooks or parameters differ from it, None outside git."""
 
     def git(*words):
         return subprocess.run(["git", "-C", PACKAGE.parent, *words], capture_output=True, text=True, check=True).stdout
@@ -323,7 +289,7 @@ def git_commit() -> str | None:
 
 
 def machine() -> dict:
-    """Kind of device, its threads and platform, and the memory that was needed; no machine's name."""
+    """Return the kind of device, its threads and platform, and the memory needed, without the machine's name."""
     torch = sys.modules.get("torch")  # a stage that did not import it did not use it
     cuda = torch is not None and torch.cuda.is_available()
     return {
@@ -336,7 +302,7 @@ def machine() -> dict:
 
 
 def _peak_memory(torch) -> int | None:
-    """MB that this process held at most: a GPU's own count where there is one, else resident memory; None on Windows."""
+    """Return the MB this process held at most, on the GPU where there is one, else resident, None on Windows."""
     if torch is not None:
         return round(torch.cuda.max_memory_allocated() / 1e6)
     try:

@@ -15,7 +15,7 @@ from ..evaluation.accuracy import answer_of, replies
 from ..evaluation.episodes import by_problem
 from ..evaluation.theater import CHECKS, TheaterReport
 from ..files import find_run
-from ..stats import correlation, fixed, named, shown
+from ..stats import as_text, correlation, fixed, named, shown
 from ..training.baking import BakingItem
 from ..viewing.escape import safe_text, safe_token
 from ..viewing.html import shade
@@ -61,16 +61,11 @@ def write_parquet(stage, name: str, rows: list[dict]) -> None:
     os.replace(aside, stage.path(name))
 
 
-def number(value, digits: int = 3) -> str:
-    """Return a number as notebooks print it: counts in full, the rest with fixed decimals."""
-    return fixed(value, digits) if isinstance(value, float) else str(value)
-
-
 def side_by_side(columns: dict[str, dict], digits: int = 3) -> pd.DataFrame:
     """Return dictionaries of numbers as columns of one table, empty ones left out. Rows are the first one's keys."""
     columns = {name: values for name, values in columns.items() if values}
     keys = list(next(iter(columns.values())))
-    return pd.DataFrame({n: [number(v.get(k, "-"), digits) for k in keys] for n, v in columns.items()}, index=keys)
+    return pd.DataFrame({n: [as_text(v.get(k, "-"), digits) for k in keys] for n, v in columns.items()}, index=keys)
 
 
 def embedding_norms(model, tokenizer) -> dict:

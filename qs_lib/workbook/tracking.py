@@ -6,9 +6,9 @@ from ..errors import WorkbookError
 
 
 def tensorboard(log, folder: str | Path):
-    """A function that passes metrics on to ``log`` and writes their numbers as scalars at ``metrics["step"]``.
+    """Return a function that passes metrics on to ``log`` and writes their numbers as scalars at ``metrics["step"]``.
 
-    Raises ``WorkbookError`` without the tensorboard package.
+    Raises ``WorkbookError`` if the tensorboard package is missing.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
