@@ -5,15 +5,7 @@ import torch
 from test_thoughts import batch, build, close
 
 from qs_lib.thoughts import attention
-from qs_lib.thoughts.attention import (
-    Rule,
-    add_sinks,
-    attend,
-    attend_backward,
-    causal_attend,
-    causal_attend_backward,
-    merge,
-)
+from qs_lib.thoughts.attention import Rule, add_sinks, attend, attend_grads, causal_attend, causal_attend_grads, merge
 
 
 def reference(query, key, value, scale, mask, softcap=None, sinks=None):
@@ -51,7 +43,7 @@ def test_parts_merge_to_the_whole(softcap, fused, monkeypatch):
     close(lse, expected_lse, 1e-12)
     grad = torch.randn_like(output)
     wanted = torch.autograd.grad(expected, (query, key, value), grad)
-    found = [attend_backward(grad, query, key[:, :, k], value[:, :, k], output, lse, rule, m) for k, m in parts]
+    found = [attend_grads(grad, query, key[:, :, k], value[:, :, k], output, lse, rule, m) for k, m in parts]
     close(found[0][0] + found[1][0], wanted[0], 1e-12)
     for i in (1, 2):
         close(torch.cat([found[0][i], found[1][i]], 2), wanted[i], 1e-12)
@@ -71,7 +63,7 @@ def test_causal_attention(window, softcap, length):
     close(lse, expected_lse, 1e-12)
     grad = torch.randn_like(output)
     wanted = torch.autograd.grad(expected, (query, key, value), grad)
-    for a, b in zip(causal_attend_backward(grad, query, key, value, output, lse, rule), wanted):
+    for a, b in zip(causal_attend_grads(grad, query, key, value, output, lse, rule), wanted):
         close(a, b, 1e-12)
 
 

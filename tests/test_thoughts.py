@@ -338,7 +338,7 @@ def test_training_goes_on_after_sampling():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_oss", "mistral_sliding"])
 def test_cuda_equals_cpu(family):
-    """The path without the fused CPU operation, on the device: log-probs of the CPU's thoughts, and its own thoughts."""
+    """Without the fused CPU operation, on the device: log-probs of the CPU's thoughts, and of its own."""
     model, (ids, mask) = build(family), batch()
     there = copy.deepcopy(model).cuda()
     thoughts = think(model, ids, mask)

@@ -87,7 +87,7 @@ def attend(query, key, value, rule, mask=None, causal=False):
     return _unfold(output, query.shape[1] // key.shape[1]), lse
 
 
-def attend_backward(grad, query, key, value, output, lse, rule, mask=None, causal=False):
+def attend_grads(grad, query, key, value, output, lse, rule, mask=None, causal=False):
     """Return the gradients of ``attend`` for query, key and value, given a *merged* output and LSE.
 
     With the output and LSE of the whole attention (all key sets together) this is the exact share of this key
@@ -111,7 +111,7 @@ def attend_backward(grad, query, key, value, output, lse, rule, mask=None, causa
     return grad_query, grad_key, torch.matmul(weights.transpose(-1, -2), _fold(g, heads)).to(value.dtype)
 
 
-def visibility(limits, places, window, start, stop, dtype):
+def key_mask(limits, places, window, start, stop, dtype):
     """Return an additive mask (R, 1, Q, stop - start) and, with a window, which queries see no key (R, 1, Q).
 
     A query sees key j when j < limit and j > place - window. ``limits``, ``places`` (R, Q): key counts and positions.
@@ -137,7 +137,7 @@ def _causal_blocks(length, rule, query):
         stop = min(start + _CAUSAL_BLOCK, length)
         first = 0 if whole else max(0, start - rule.window + 1)
         here = places[:, start:stop]
-        mask, _ = visibility(here + 1, here, None if whole else rule.window, first, stop, query.dtype)
+        mask, _ = key_mask(here + 1, here, None if whole else rule.window, first, stop, query.dtype)
         blocks.append((slice(start, stop), slice(first, stop), mask, False))
     return blocks
 
@@ -151,15 +151,15 @@ def causal_attend(query, key, value, rule):
     return parts[0] if len(parts) == 1 else tuple(torch.cat(part, 2) for part in zip(*parts))
 
 
-def causal_attend_backward(grad, query, key, value, output, lse, rule):
+def causal_attend_grads(grad, query, key, value, output, lse, rule):
     """Return the gradients of ``causal_attend`` for query, key and value under a merged output and LSE."""
     blocks = _causal_blocks(query.shape[2], rule, query)
     if len(blocks) == 1:
-        return attend_backward(grad, query, key, value, output, lse, rule, *blocks[0][2:])
+        return attend_grads(grad, query, key, value, output, lse, rule, *blocks[0][2:])
     grads = [torch.zeros_like(x) for x in (query, key, value)]
     for own, seen, mask, causal in blocks:
         g, q, o, l = (x[:, :, own] for x in (grad, query, output, lse))
-        part = attend_backward(g, q, key[:, :, seen], value[:, :, seen], o, l, rule, mask, causal)
+        part = attend_grads(g, q, key[:, :, seen], value[:, :, seen], o, l, rule, mask, causal)
         grads[0][:, :, own] = part[0]
         grads[1][:, :, seen] += part[1]
         grads[2][:, :, seen] += part[2]
@@ -252,7 +252,6 @@ def forward(base, input_ids, position_ids, work):
     ``base`` is the backbone of a model, inside ``thinking``. Layers with gradient checkpointing
     (``recompute_layers``) keep only what goes into them, and are run again in the backward pass.
     """
-    work.start()
     _local.work = work
     try:
         with _recomputed(base, work, _local.model) if torch.is_grad_enabled() else nullcontext():
@@ -309,7 +308,8 @@ class LanguageHead:
         self.multiply = getattr(config, "logit_scale", None)
         self.cap = getattr(config, "final_logit_softcapping", None)
 
-    def __call__(self, hidden):
+    def __call__(self, hidden, forbid=None):
+        """Return logits (..., V), -inf for the ids in the tensor ``forbid``."""
         logits = self.head(hidden.to(self.head.weight.dtype))
         if self.divide is not None:
             logits = logits / self.divide
@@ -317,4 +317,5 @@ class LanguageHead:
             logits = logits * self.multiply
         if self.cap is not None:
             logits = torch.tanh(logits / self.cap) * self.cap
-        return logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits if forbid is None else logits.index_fill(-1, forbid, -math.inf)

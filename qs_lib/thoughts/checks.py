@@ -53,9 +53,8 @@ def visible_keys(model, input_ids: torch.Tensor, thoughts):
     count, number, length = thoughts.tokens.shape[1:]
     sampled = torch.ones_like(thoughts.sampled)
     sampled[..., 0] = False
-    words, vocabulary = thoughts.tokens.clone(), min(thoughts.think_id, thoughts.end_id)
-    shape, generator = words[..., 1:].shape, torch.Generator().manual_seed(0)
-    words[..., 1:] = torch.randint(2, vocabulary, shape, generator=generator)
+    words, most, generator = thoughts.tokens.clone(), min(thoughts.think_id, thoughts.end_id), torch.Generator()
+    words[..., 1:] = torch.randint(2, most, words[..., 1:].shape, generator=generator.manual_seed(0))
     thoughts = replace(thoughts, sampled=sampled, lengths=torch.full_like(thoughts.lengths, length))
 
     def predictions(ids, tokens):

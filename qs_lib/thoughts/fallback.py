@@ -1,11 +1,9 @@
 """Thoughts without sharing, for families whose attention cannot be taken over, and the probe that finds them.
 
-Every thought is its own row of text here. That is slower, since each step reads the whole text again, but it is exact
-for any causal LM: padding behind a row cannot change what comes before it. ``PlainSteps`` stands in for ``StepPass``,
-``plain_states`` for ``packed_states``.
-
-The probe compares numbers. Some families never call the attention function. Others keep a recurrent state, or a window
-that the function is not told about. The probe costs a few short forwards, and its outcome is kept per model.
+Every thought is its own row of text here. That is slower, since each step reads the whole text again, but exact for any
+causal LM: padding behind a row cannot change what comes before it. The probe compares numbers, since some families
+never call the attention function, and others keep a recurrent state or a window that the function is not told about.
+It costs a few short forwards, and its outcome is kept per model.
 """
 
 import warnings
@@ -36,7 +34,7 @@ def spliced(ids, row, limit, own):
 
 
 class PlainSteps:
-    """Next tokens of streams. ``ids`` (B, L): aligned texts. ``row``, ``limit`` (S,): which text, and how much of it."""
+    """Stands in for ``StepPass``. ``ids`` (B, L): aligned texts. ``row``, ``limit`` (S,): which, and how much of it."""
 
     def __init__(self, base, ids, row, limit, length):
         self.base, self.ids, self.row, self.limit = base, ids, row, limit
@@ -57,9 +55,8 @@ class PlainSteps:
         self.own, self.row, self.limit = self.own[streams], self.row[streams], self.limit[streams]
 
 
-def plain_states(model, packed):
+def plain_states(base, packed):
     """Return flat states of all real text tokens, then of all real own tokens, as ``packed_states`` does."""
-    base = backbone(model)
     states = _row_states(base, spliced(packed.text, packed.row, packed.limit, packed.own))
     own_states = states.gather(1, packed.own_places().unsqueeze(-1).expand(-1, -1, states.shape[-1]))
     return torch.cat([_row_states(base, packed.text)[packed.text_real], own_states[packed.own_real]])
@@ -75,11 +72,9 @@ def shares_prefix(model):
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             reason = _reason(model)
         if reason:
-            warnings.warn(
-                f"{type(model).__name__} cannot share text between thoughts ({reason}); every thought is computed "
-                "as its own row, which is exact but slower.",
-                stacklevel=3,
-            )
+            slower = "every thought is computed as its own row, which is exact but slower."
+            name = type(model).__name__
+            warnings.warn(f"{name} cannot share text between thoughts ({reason}); {slower}", stacklevel=3)
         _known[model] = not reason
     return _known[model]
 
@@ -92,23 +87,27 @@ def _reason(model):
     limit = torch.tensor([_TEXT // 2, _TEXT], device=device)
     alone = _states_alone(model, base, ids, limit)
     config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    kind = "full_attention" if window is None else "sliding_attention"
+    kinds = getattr(config, "layer_types", None) or [kind] * config.num_hidden_layers
     if getattr(model, "_is_stateful", False) or not set(kinds) <= {"full_attention", "sliding_attention"}:
         return "it has layers other than full and sliding attention"
     if not (model._can_set_attn_implementation() and base._can_set_attn_implementation()):
         return "it does not use the attention interface of transformers"
+    windows = [None if kind == "full_attention" else window for kind in kinds]
     own, text = ids[1:, :_THOUGHT], torch.arange(_TEXT, device=device)
     row, real = torch.zeros_like(limit), torch.ones_like(ids, dtype=torch.bool)
     try:
         with thinking(model):
             prefix = PrefixPass()
             forward(base, ids[:1], text.unsqueeze(0), prefix)
-            problem = _windows(config, kinds, prefix.rules)
-            if problem:
-                return problem
+            if len(prefix.rules) != config.num_hidden_layers:
+                return "its layers do not all call the attention function"
+            if [rule.window for rule in prefix.rules] != windows:
+                return "its layers do not pass their sliding window to the attention function"
             step = StepPass(base, prefix.keys, row, limit, _THOUGHT)
             stepped = torch.cat([step.forward(own[:, t : t + 1]) for t in range(_THOUGHT)], 1)
-            packed = packed_states(model, Packed(ids[:1], real[:1], row, limit, own, real[1:, :_THOUGHT]))[_TEXT:]
+            packed = packed_states(base, Packed(ids[:1], real[:1], row, limit, own, real[1:, :_THOUGHT]))[_TEXT:]
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
         return f"{type(error).__name__}: {error}"
     if _differ(alone, stepped) or _differ(alone, packed.view_as(stepped)):
@@ -126,26 +125,13 @@ def _states_alone(model, base, ids, limit):
     if _differ(alone, beside):
         raise NotImplementedError(f"{type(model).__name__} is not causal: later tokens change earlier states.")
     if _differ(LanguageHead(model)(alone[0]), logits.to(alone.dtype)):
-        raise NotImplementedError(
-            f"{type(model).__name__} computes its logits from the final hidden states in a way parallel thoughts "
-            "do not know."
-        )
+        reason = "computes its logits from the final hidden states in a way parallel thoughts do not know."
+        raise NotImplementedError(f"{type(model).__name__} {reason}")
     return alone
 
 
 def _differ(expected, found):
-    # Rounding is ~1e-6 of the spread in float32 and ~1e-2 in bfloat16; a wrong mask is far above.
+    # Rounding is ~1e-6 of the spread in float32 and ~1e-2 in bfloat16. A wrong mask is far above.
     tolerance = 1e-4 if torch.finfo(expected.dtype).eps < 1e-6 else 0.1
     spread = (expected - expected.mean()).norm()
     return not (expected - found).norm() <= tolerance * spread
-
-
-def _windows(config, kinds, rules):
-    if len(rules) != config.num_hidden_layers:
-        return "its layers do not all call the attention function"
-    window = getattr(config, "sliding_window", None)
-    sliding = [kind == "sliding_attention" for kind in kinds]
-    if not getattr(config, "layer_types", None):
-        sliding = [window is not None] * len(rules)
-    if [rule.window for rule in rules] != [window if slides else None for slides in sliding]:
-        return "its layers do not pass their sliding window to the attention function"

@@ -28,8 +28,7 @@ class Thoughts:
     ``sampled`` (batch, P, N, T): which tokens were sampled. The tags that were forced were not.
     ``lengths`` (batch, P, N): tokens with both tags, 0 where there is no thought.
     ``hidden`` (batch, P, N, hidden): the state after </think>, which the mixing head reads, or None.
-    ``positions`` (batch, P): the token that each thought follows, -1 for none.
-    ``temperature``, ``forbid``, ``think_id``, ``end_id``: as used.
+    ``positions`` (batch, P): the token that each thought follows, -1 for none. The other fields are as used.
     """
 
     tokens: torch.Tensor
@@ -103,7 +102,10 @@ def generate_thoughts(
     Raises ``ValueError`` if shapes, positions or ids are wrong, ``NotImplementedError`` if the model is not served.
     """
     think_id, end_id = _tag_ids(model, think_id, end_id)
-    _check(num_thoughts, thought_length, temperature, top_p)
+    if num_thoughts < 1 or thought_length < 2:
+        raise ValueError("num_thoughts must be at least 1 and thought_length at least 2 (both tags).")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError("temperature must be >= 0 and top_p in (0, 1].")
     forbid = tuple(sorted({int(i) for i in forbid} | {think_id}))
     if end_id in forbid:
         raise ValueError("</think> must stay possible inside a thought; it is among the forbidden ids.")
@@ -133,13 +135,6 @@ def _tag_ids(model, think_id, end_id):
     return found
 
 
-def _check(num_thoughts, thought_length, temperature, top_p):
-    if num_thoughts < 1 or thought_length < 2:
-        raise ValueError("num_thoughts must be at least 1 and thought_length at least 2 (both tags).")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError("temperature must be >= 0 and top_p in (0, 1].")
-
-
 def _blank(model, positions, number, length, with_hidden, used):
     """Return ``Thoughts`` without a token yet. ``used``: the fields that are no tensors."""
     shape, zeros = (*positions.shape, number), partial(torch.zeros, device=positions.device)
@@ -166,8 +161,7 @@ def _streams(rows, number, length, seed, numbers):
 
 def _groups(row, size):
     """Cut units (sorted by row) into slices of at most ``size``, at row borders where whole rows fit."""
-    count = torch.bincount(row)
-    count = count[count > 0]
+    count = row.unique(return_counts=True)[1]
     if len(count) and (count == count[0]).all() and count[0] <= size:
         size -= size % int(count[0])
     return [slice(start, start + size) for start in range(0, len(row), size)]

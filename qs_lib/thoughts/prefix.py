@@ -1,24 +1,14 @@
 """Attention of many thoughts to one shared copy of the text before them.
 
-Three passes use it: `PrefixPass` reads the texts and keeps their keys, `StepPass` adds the next token to every running
-thought, `PackedPass` reads texts, thoughts and look-ahead tokens at once, differentiably and without padding.
+Three passes use it. ``PrefixPass`` reads the texts and keeps their keys. ``StepPass`` adds the next token to every
+running thought. ``PackedPass`` reads texts, thoughts and true tokens at once, differentiably and without padding.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from .attention import (
-    add_sinks,
-    attend,
-    attend_backward,
-    backbone,
-    causal_attend,
-    causal_attend_backward,
-    forward,
-    merge,
-    visibility,
-)
+from .attention import add_sinks, attend, attend_grads, causal_attend, causal_attend_grads, forward, key_mask, merge
 
 _KEPT_NUMBERS = 4_000_000
 _STEP_TILE = 256
@@ -66,7 +56,6 @@ def align_rows(device, input_ids, attention_mask, positions):
             raise ValueError(f"positions must be -1 (none) or token indices below {length}.")
         if ((positions >= 0) & ~real.gather(1, positions.clamp(min=0))).any():
             raise ValueError("positions must not point at padding; use -1 for no thought.")
-    lengths = real.sum(1)
     ids = input_ids
     if (real[:, 1:] & ~real[:, :-1]).any():
         ids = input_ids.gather(1, (~real).to(torch.uint8).argsort(dim=1, stable=True))
@@ -75,7 +64,7 @@ def align_rows(device, input_ids, attention_mask, positions):
     index = index.gather(1, order)
     row, place = (index < length).nonzero(as_tuple=True)
     slot = row * positions.shape[1] + order[row, place]
-    return Rows(ids, lengths, row, index[row, place], slot, positions)
+    return Rows(ids, real.sum(1), row, index[row, place], slot, positions)
 
 
 class Pad:
@@ -106,8 +95,7 @@ class Grid:
     """Queries of many streams as one rectangle (R, Q), a line per prefix row, cut into tiles along Q.
 
     ``row``, ``limit``, ``place`` (size,): prefix row, number of prefix keys seen and position of each query, sorted by
-    row. Every tile reads the prefix keys up to its own largest limit, so that its mask is small. Keys are never
-    copied per thought.
+    row. A tile reads the prefix keys, never copied per thought, up to its own largest limit: its mask is small.
     """
 
     def __init__(self, row, limit, place, tile):
@@ -146,7 +134,7 @@ class Grid:
             made = 0, last, None, None
         else:
             lines = slice(0, 1 if self.alike else None)
-            made = first, last, *visibility(self.limit[lines, columns], place[lines], window, first, last, dtype)
+            made = first, last, *key_mask(self.limit[lines, columns], place[lines], window, first, last, dtype)
         size = made[2].numel() if made[2] is not None else 0
         if key in self.masks or self.kept + size <= _KEPT_NUMBERS:
             self.kept += 0 if key in self.masks else size
@@ -169,14 +157,14 @@ class Grid:
         output, lse = parts[0] if len(parts) == 1 else (torch.cat(part, 2) for part in zip(*parts))
         return self.pad.flat(output), self.pad.flat(lse)
 
-    def attend_backward(self, grad, query, key, value, output, lse, rule, grad_key, grad_value):
+    def attend_grads(self, grad, query, key, value, output, lse, rule, grad_key, grad_value):
         """Return the flat query gradient. Prefix gradients are added to ``grad_key``, ``grad_value`` (B, Hkv, L, D)."""
         lines, parts = [self.pad.gather(x) for x in (grad, query, output, lse)], []
         for number, (columns, _, _) in enumerate(self.tiles):
             first, last, mask, _ = self._tile(number, rule.window, 0, query.dtype)
             seen = (self.rows, slice(None), slice(first, last))
             g, q, o, l = (x[:, :, columns] for x in lines)
-            part = attend_backward(g, q, key[seen], value[seen], o, l, rule, mask)
+            part = attend_grads(g, q, key[seen], value[seen], o, l, rule, mask)
             parts.append(part[0])
             grad_key[seen] += part[1]
             grad_value[seen] += part[2]
@@ -186,14 +174,13 @@ class Grid:
 class PrefixPass:
     """Plain causal attention over aligned rows, which keeps each layer's keys. Padding is last and needs no mask."""
 
-    def start(self):
+    def __init__(self):
         self.keys, self.rules = [], []
 
     def layer(self, query, key, value, rule):
         self.keys.append((key.contiguous(), value.contiguous()))  # every step of every thought reads them
         self.rules.append(rule)
-        output, lse = causal_attend(query, key, value, rule)
-        output, lse = output.transpose(1, 2), lse.transpose(1, 2)
+        output, lse = (x.transpose(1, 2) for x in causal_attend(query, key, value, rule))
         return output if rule.sinks is None else add_sinks(output, lse, rule.sinks)[0]
 
 
@@ -220,9 +207,8 @@ class StepPass:
 
     def forward(self, tokens):
         """Return hidden states (S, W, hidden) of the next tokens (S, W) of each stream."""
-        self.width = tokens.shape[1]
-        step = torch.arange(self.done, self.done + self.width, device=tokens.device)
-        places = self.limit.unsqueeze(1) + step
+        self.width, self.number = tokens.shape[1], 0  # number: the next layer
+        places = self.limit.unsqueeze(1) + torch.arange(self.done, self.done + self.width, device=tokens.device)
         hidden = forward(self.base, tokens.view(1, -1), places.view(1, -1), self)[0]
         self.done += self.width
         return hidden.unflatten(0, tokens.shape)
@@ -235,9 +221,6 @@ class StepPass:
             kept = own.new_empty(2, self.length, len(streams), *own.shape[3:])
             kept[:, : self.done] = own[:, : self.done].index_select(2, streams)
             self.own[number] = kept
-
-    def start(self):
-        self.number = 0
 
     def layer(self, query, key, value, rule):
         # The streams lie flat as one sequence (1, H, S * W, D).
@@ -280,21 +263,19 @@ class StepPass:
         return result.flatten(1, 2).to(query.dtype)
 
 
-class PackedPass:
+class PackedPass(NamedTuple):
     """Attention over one packed sequence: all prefix rows, then all thoughts with their true tokens.
 
     ``text``: ``Pad`` of the prefix rows. ``own``: ``Pad`` of the thoughts. ``grid``: the thought tokens as queries of
     the prefix rows.
     """
 
-    def __init__(self, text, own, grid):
-        self.text, self.own, self.grid = text, own, grid
-
-    def start(self):
-        pass
+    text: Pad
+    own: Pad
+    grid: Grid
 
     def layer(self, query, key, value, rule):
-        flat = (x[0].transpose(0, 1) for x in (query, key, value))
+        flat = (x[0].transpose(0, 1) for x in (query, key, value))  # (Q, H, D) and (Q, Hkv, D)
         return _PackedAttention.apply(*flat, rule.sinks, rule, self).unsqueeze(0)
 
 
@@ -326,9 +307,9 @@ class _PackedAttention(torch.autograd.Function):
         flat = (grad.contiguous(), query, key, value, output, lse)
         text = [work.text.gather(x[:cut]) for x in flat]
         own = [work.own.gather(x[cut:]) for x in flat]
-        text_grads = causal_attend_backward(*text, rule)
-        own_grads = [work.own.flat(x) for x in causal_attend_backward(*own, rule)]
-        own_grads[0] = own_grads[0] + work.grid.attend_backward(
+        text_grads = causal_attend_grads(*text, rule)
+        own_grads = [work.own.flat(x) for x in causal_attend_grads(*own, rule)]
+        own_grads[0] = own_grads[0] + work.grid.attend_grads(
             grad[cut:], query[cut:], text[2], text[3], output[cut:], lse[cut:], rule, *text_grads[1:]
         )
         grads = [torch.cat([work.text.flat(a), b]) for a, b in zip(text_grads, own_grads)]
@@ -358,7 +339,7 @@ class Packed(NamedTuple):
         return self.limit.unsqueeze(1) + torch.arange(self.own.shape[1], device=self.own.device)
 
 
-def packed_states(model, packed):
+def packed_states(base, packed):
     """Return the final states (flat, hidden) of all real text tokens, then all real own tokens, in one pass."""
     text_real, own_real = packed.text_real, packed.own_real
     lengths, own_places = own_real.sum(1), packed.own_places()[own_real]
@@ -366,4 +347,4 @@ def packed_states(model, packed):
     work = PackedPass(Pad(text_real.sum(1)), Pad(lengths), Grid(row, limit, own_places, _PACKED_TILE))
     ids = torch.cat([packed.text[text_real], packed.own[own_real]])
     places = torch.cat([text_real.nonzero()[:, 1], own_places])
-    return forward(backbone(model), ids.unsqueeze(0), places.unsqueeze(0), work)[0]
+    return forward(base, ids.unsqueeze(0), places.unsqueeze(0), work)[0]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .attention import LanguageHead, thinking
+from .attention import LanguageHead, backbone, thinking
 from .fallback import plain_states, shares_prefix
 from .prefix import Packed, align_rows, packed_states
 from .sampler import forbidden
@@ -44,36 +44,28 @@ class Rescored:
     base_full: torch.Tensor | None = None
 
 
-def _score_targets(hidden, target, head, temperature, forbid, entropy):
-    logits = head(hidden)
-    if temperature not in (0, 1):
-        logits = logits / temperature
-    if forbid is not None:
-        logits = logits.index_fill(-1, forbid, -torch.inf)
-    total = logits.logsumexp(-1)
-    logprob = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1) - total
-    if not entropy:
-        return logprob, None
-    finite = logits if forbid is None else logits.index_fill(-1, forbid, 0)
-    return logprob, total - ((logits - total.unsqueeze(-1)).exp() * finite).sum(-1)
-
-
 def _target_scores(head, hidden, target, temperature=1.0, forbid=None, entropy=False):
     """Return the log-prob (R,) of each target and the entropy (R,) or None, from hidden (R, hidden).
 
     With many rows the logits are made again in the backward pass, some rows at a time.
     """
-    score = partial(_score_targets, head=head, temperature=temperature, forbid=forbid, entropy=entropy)
+
+    def score(hidden, target):
+        logits = head(hidden, forbid)
+        if temperature not in (0, 1):
+            logits = logits / temperature
+        total = logits.logsumexp(-1)
+        logprob = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1) - total
+        if not entropy:
+            return logprob, None
+        finite = logits if forbid is None else logits.index_fill(-1, forbid, 0)
+        return logprob, total - ((logits - total.unsqueeze(-1)).exp() * finite).sum(-1)
+
     if len(hidden) <= head.rows:
         return score(hidden, target)
     pairs = zip(hidden.split(head.rows), target.split(head.rows))
     parts = [checkpoint(score, *pair, use_reentrant=False) for pair in pairs]
     return [torch.cat(part) if part[0] is not None else None for part in zip(*parts)]
-
-
-def _full(head, hidden, forbid):
-    logits = head(hidden)
-    return (logits if forbid is None else logits.index_fill(-1, forbid, -torch.inf)).log_softmax(-1)
 
 
 def _scattered(shape, index, values):
@@ -97,7 +89,7 @@ def _look_ahead(head, forbid, full, states, start, exists, targets, place, shape
     target = torch.zeros_like(source).scatter_(0, inverse, targets[line, step])
     hidden, everything = states[source], None
     if full:
-        everything = _full(head, hidden, forbid)
+        everything = head(hidden, forbid).log_softmax(-1)
         logprob = everything.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     else:
         logprob, _ = _target_scores(head, hidden, target, forbid=forbid)
@@ -149,12 +141,11 @@ def _layout(rows, thoughts, n_true):
 
 def _flat_states(model, packed):
     """Return the final states of all real text tokens (flat, hidden), and of all real own tokens (flat, hidden)."""
-    shared = shares_prefix(model)
+    base, shared = backbone(model), shares_prefix(model)
     if not len(packed.own):
-        size = model.config.get_text_config().hidden_size
-        return (model.get_input_embeddings().weight.new_zeros(0, size),) * 2
+        return (base.get_input_embeddings().weight.new_zeros(0, model.config.get_text_config().hidden_size),) * 2
     with thinking(model, own_attention=not shared):
-        states = (packed_states if shared else plain_states)(model, packed)
+        states = (packed_states if shared else plain_states)(base, packed)
     return states.tensor_split([int(packed.text_real.sum())])
 
 
@@ -178,9 +169,8 @@ def rescore_thoughts(model, input_ids, thoughts, attention_mask=None, n_true=4, 
     head, layout = LanguageHead(model), _layout(rows, thoughts, n_true)
     forbid, forbid_true = (forbidden(ids, head.size, model.device) for ids in (thoughts.forbid, forbid_true))
     text_states, own_states = _flat_states(model, layout.packed)
-    text_start, own_start = (
-        real.sum(1).cumsum(0) - real.sum(1) for real in (layout.packed.text_real, layout.packed.own_real)
-    )
+    counts = (real.sum(1) for real in (layout.packed.text_real, layout.packed.own_real))
+    text_start, own_start = (count.cumsum(0) - count for count in counts)
     slots, shape, unit = thoughts.positions.shape, thoughts.tokens.shape, layout.unit
     # The state before each sampled token.
     stream, step = thoughts.sampled.flatten(0, 2)[layout.place].nonzero(as_tuple=True)
@@ -192,15 +182,6 @@ def rescore_thoughts(model, input_ids, thoughts, attention_mask=None, n_true=4, 
     thought_hidden, true_logprobs, true_full = look_ahead(own_states, start, exists, true, layout.place, shape[:3])
     start, exists, true = text_start[layout.line] + layout.limit - 1, layout.exists, layout.true
     base_hidden, base_logprobs, base_full = look_ahead(text_states, start, exists, true, rows.slot, slots)
-    return Rescored(
-        thought_logprobs=sampled(logprob),
-        thought_entropy=sampled(entropy),
-        true_logprobs=true_logprobs,
-        base_logprobs=base_logprobs,
-        valid=_scattered(slots, rows.slot, exists),
-        true=_scattered(slots, rows.slot, true),
-        thought_hidden=thought_hidden,
-        base_hidden=base_hidden,
-        true_full=true_full,
-        base_full=base_full,
-    )
+    logprobs = sampled(logprob), sampled(entropy), true_logprobs, base_logprobs
+    valid, true = (_scattered(slots, rows.slot, x) for x in (exists, true))
+    return Rescored(*logprobs, valid, true, thought_hidden, base_hidden, true_full, base_full)

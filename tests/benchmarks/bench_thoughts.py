@@ -104,15 +104,7 @@ LINES = (
     ("seen", "copied prefix / ours", "generation", "10M_L256", "copied_prefix_over_ours", "", None),
     ("seen", "copied prefix / ours", "generation", "1M_L512", "copied_prefix_over_ours", "", None),
     ("seen", "generate / ours, 8 positions", "generation", "1M_L256_M8", "generate_over_ours", "", None),
-    (
-        "seen",
-        "peak memory, dense mask / ours (1024 streams)",
-        "memory",
-        "10M_L256",
-        "dense_mask_over_ours_1024",
-        "",
-        None,
-    ),
+    ("seen", "peak memory, dense mask / ours (1024)", "memory", "10M_L256", "dense_mask_over_ours_1024", "", None),
     ("seen", "four thoughts, generate / ours", "latency", "10M_L64_N4", "generate_over_ours", "", None),
 )
 
@@ -585,8 +577,7 @@ def show(table):
 
 def conditions():
     root = Path(__file__).parents[2]
-    names = "attention packed prefix rescoring sampler stepping thoughts".split()
-    sources = [Path(__file__), *(root / "qs_lib" / f"{name}.py" for name in names)]
+    sources = [Path(__file__), *sorted((root / "qs_lib" / "thoughts").glob("*.py"))]
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     return {
         "command": "make bench",
