@@ -119,7 +119,7 @@ def generate_thoughts(
     with thinking(model, own_attention=not shared), torch.inference_mode(shared):
         texts, head = _Texts(backbone(model), rows, think_id, thought_length, shared), LanguageHead(model)
         draw = partial(_draw, head, temperature, top_p, forbidden(forbid, head.size, model.device))
-        for part in _groups(rows.row, max(1, max_streams // num_thoughts)):
+        for part in _unit_slices(rows.row, max(1, max_streams // num_thoughts)):
             _Group(*texts.steps(part), draw, result, place[part], uniform[part]).write()
     return result
 
@@ -159,7 +159,7 @@ def _streams(rows, number, length, seed, numbers):
     return rows.slot.unsqueeze(1) * number + thought, uniform.unflatten(0, (len(row), number))
 
 
-def _groups(row, size):
+def _unit_slices(row, size):
     """Cut units (sorted by row) into slices of at most ``size``, at row borders where whole rows fit."""
     count = row.unique(return_counts=True)[1]
     if len(count) and (count == count[0]).all() and count[0] <= size:
