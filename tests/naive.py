@@ -7,7 +7,7 @@ import torch
 
 
 def row_text(input_ids, attention_mask, row, position):
-    """(tokens up to and with `position`, tokens after it), padding dropped."""
+    """Return the tokens up to and with ``position`` and those after it, padding dropped."""
     real = torch.ones_like(input_ids[row]) if attention_mask is None else attention_mask[row]
     real = real.bool()
     place = int(real[: position + 1].sum())
@@ -16,7 +16,7 @@ def row_text(input_ids, attention_mask, row, position):
 
 
 def plain(model, tokens):
-    """Logits (L, V) and final hidden states (L, hidden) of one plain forward with the model's own attention."""
+    """Return logits (L, V) and final hidden states (L, hidden) of one plain forward with the model's own attention."""
     result = model(tokens.unsqueeze(0), output_hidden_states=True, use_cache=False)
     return result.logits[0], result.hidden_states[-1][0]
 
@@ -29,7 +29,7 @@ def log_softmax(logits, forbid=(), temperature=1.0):
 
 
 def rescore(model, input_ids, thoughts, attention_mask=None, n_true=4, forbid_true=()):
-    """The fields of Rescored, by one forward per text and one per text + thought + true tokens; differentiable."""
+    """Return the fields of ``Rescored`` by one forward per text and one per text + thought + true tokens."""
     batch, count, number, length = thoughts.tokens.shape
     temperature = thoughts.temperature or 1.0
     size = model.config.get_text_config().vocab_size

@@ -5,15 +5,7 @@ import torch
 from test_thoughts import batch, build, close
 
 from qs_lib.thoughts import attention
-from qs_lib.thoughts.attention import (
-    Rule,
-    add_sinks,
-    attend,
-    attend_backward,
-    causal_attend,
-    causal_attend_backward,
-    merge,
-)
+from qs_lib.thoughts.attention import Rule, add_sinks, attend, attend_grads, causal_attend, causal_attend_grads, merge
 
 
 def reference(query, key, value, scale, mask, softcap=None, sinks=None):
@@ -44,17 +36,14 @@ def test_parts_merge_to_the_whole(softcap, fused, monkeypatch):
     mask = torch.zeros(3, 1, 5, 7, dtype=torch.float64)
     mask[1, :, 2:, 1:3] = -torch.inf
     expected, expected_lse = reference(query, key, value, 0.3, mask, softcap)
-    parts = [(slice(0, 3), mask[..., :3]), (slice(3, 7), None)]
-    done = [attend(query, key[:, :, k], value[:, :, k], 0.3, m, softcap=softcap) for k, m in parts]
+    rule, parts = Rule(0.3, softcap=softcap), [(slice(0, 3), mask[..., :3]), (slice(3, 7), None)]
+    done = [attend(query, key[:, :, k], value[:, :, k], rule, m) for k, m in parts]
     output, lse = merge(*done[0], *done[1])
     close(output, expected, 1e-12)
     close(lse, expected_lse, 1e-12)
     grad = torch.randn_like(output)
     wanted = torch.autograd.grad(expected, (query, key, value), grad)
-    found = [
-        attend_backward(grad, query, key[:, :, k], value[:, :, k], output, lse, 0.3, m, softcap=softcap)
-        for k, m in parts
-    ]
+    found = [attend_grads(grad, query, key[:, :, k], value[:, :, k], output, lse, rule, m) for k, m in parts]
     close(found[0][0] + found[1][0], wanted[0], 1e-12)
     for i in (1, 2):
         close(torch.cat([found[0][i], found[1][i]], 2), wanted[i], 1e-12)
@@ -74,7 +63,7 @@ def test_causal_attention(window, softcap, length):
     close(lse, expected_lse, 1e-12)
     grad = torch.randn_like(output)
     wanted = torch.autograd.grad(expected, (query, key, value), grad)
-    for a, b in zip(causal_attend_backward(grad, query, key, value, output, lse, rule), wanted):
+    for a, b in zip(causal_attend_grads(grad, query, key, value, output, lse, rule), wanted):
         close(a, b, 1e-12)
 
 
@@ -82,7 +71,7 @@ def test_sinks():
     query, key, value = tensors()
     sinks = torch.randn(4, dtype=torch.float64)
     expected, expected_lse = reference(query, key, value, 0.3, 0.0, sinks=sinks)
-    output, lse = attend(query, key, value, 0.3)
+    output, lse = attend(query, key, value, Rule(0.3))
     output, lse = add_sinks(output.transpose(1, 2), lse.transpose(1, 2), sinks)
     close(output.transpose(1, 2), expected, 1e-12)
     close(lse.transpose(1, 2), expected_lse, 1e-12)
@@ -95,7 +84,7 @@ def test_without_thoughts_the_model_keeps_its_own_attention(family):
     with torch.no_grad():
         model.set_attn_implementation("eager")
         expected = model(ids, attention_mask=mask).logits
-        model.set_attn_implementation(attention.NAME)
+        model.set_attn_implementation(attention.ATTENTION_NAME)
         found = model(ids, attention_mask=mask).logits
     close(found[mask.bool()], expected[mask.bool()], 1e-6)
 

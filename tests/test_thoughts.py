@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as tf
 
-from qs_lib.thoughts import attention, fallback, prefix, rescore, sampler
+from qs_lib.thoughts import attention, fallback, prefix, sampler
 from qs_lib.thoughts.generate import generate_thoughts
 from qs_lib.thoughts.rescore import rescore_thoughts
 
@@ -167,7 +167,7 @@ def test_in_small_pieces(family, monkeypatch):
         (prefix, "_STEP_TILE", 8),
         (prefix, "_PACKED_TILE", 16),
         (prefix, "_FEW_NUMBERS", 0),
-        (rescore, "_LOGIT_NUMBERS", 600),
+        (attention, "_LOGIT_NUMBERS", 600),
         (attention, "_CAUSAL_BLOCK", 4),
     ):
         monkeypatch.setattr(module, name, value)
@@ -277,12 +277,12 @@ def wrong_limit(shift):
 
 
 def wrong_place(shift):
-    before = prefix.StepPass.forward
-    return (
-        prefix.StepPass,
-        "forward",
-        lambda self, base, tokens, places, width: before(self, base, tokens, places + shift, width),
-    )
+    before = prefix.forward
+
+    def wrong(base, tokens, places, work):
+        return before(base, tokens, places + shift * isinstance(work, prefix.StepPass), work)
+
+    return prefix, "forward", wrong
 
 
 def without_own_past(shift):
@@ -338,14 +338,11 @@ def test_training_goes_on_after_sampling():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_oss", "mistral_sliding"])
 def test_cuda_equals_cpu(family):
-    """The path without the fused CPU operation, on the device: log-probs of the CPU's thoughts, and its own thoughts."""
+    """Without the fused CPU operation, on the device: log-probs of the CPU's thoughts, and of its own."""
     model, (ids, mask) = build(family), batch()
     there = copy.deepcopy(model).cuda()
     thoughts = think(model, ids, mask)
-    moved = copy.copy(thoughts)
-    for name, value in vars(thoughts).items():
-        if isinstance(value, torch.Tensor):
-            setattr(moved, name, value.cuda())
+    moved = thoughts.map(torch.Tensor.cuda)
     with torch.no_grad():
         expected = rescore_thoughts(model, ids, thoughts, mask)
         found = rescore_thoughts(there, ids.cuda(), moved, mask.cuda())
@@ -536,7 +533,7 @@ def test_probe_notices_a_window_it_is_not_told_and_errors(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no such operation")
 
-    monkeypatch.setattr(fallback, "packed_pass", broken)
+    monkeypatch.setattr(fallback, "packed_states", broken)
     assert "no such operation" in fallback._reason(model)
 
 

@@ -1,9 +1,9 @@
 """Attention that reports its log-sum-exp, and the hook that puts it into any Hugging Face causal LM.
 
 A thought token attends to two sets of keys: the text before the thought, which all thoughts share, and the
-thought's own tokens. Each set is attended to on its own and the two results are merged exactly by their
+thought's own tokens. Each set is attended to on its own, and the two results are merged exactly by their
 log-sum-exp (LSE). Quiet-STaR (arXiv 2403.09629, section 4.2 and figure 3) writes the same rule as one dense
-"diagonal" mask over the text and all thoughts; nothing here has that size.
+"diagonal" mask over the text and all thoughts. Nothing here has that size.
 
 Shapes: R rows, H query heads, Hkv key heads (H a multiple of Hkv), Q queries, K keys, D head size.
 """
@@ -22,11 +22,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-NAME = "parallel_thoughts"
-_WITHOUT_MASK = NAME + "_without_mask"  # transformers makes no mask for a name that has no mask function
+ATTENTION_NAME = "parallel_thoughts"
+_WITHOUT_MASK = ATTENTION_NAME + "_without_mask"  # transformers makes no mask for a name that has no mask function
 _CPU_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _CPU_FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 _CAUSAL_BLOCK = 128
+_LOGIT_NUMBERS = 8_000_000  # how many logits are made at once
 _FEW_QUERIES = 8  # below this many per row the fused kernel is slower than two matrix products
 _local = threading.local()
 
@@ -40,8 +41,8 @@ class Rule(NamedTuple):
     sinks: torch.Tensor | None = None
 
 
-def _fused(query, softcap):
-    return query.device.type == "cpu" and softcap is None and _CPU_FLASH is not None
+def _fused(query, rule):
+    return query.device.type == "cpu" and rule.softcap is None and _CPU_FLASH is not None
 
 
 def _fold(x, heads):
@@ -50,17 +51,18 @@ def _fold(x, heads):
 
 
 def _unfold(x, groups):
-    """The inverse of `_fold`, for groups = H / Hkv."""
+    """The inverse of ``_fold``, for groups = H / Hkv."""
     return x.unflatten(2, (groups, -1)).flatten(1, 2)
 
 
-def _scores(query, key, scale, mask, causal, softcap):
+def _scores(query, key, rule, mask, causal):
+    """Scores (R, H, Q, K), and the slope of their soft cap or None."""
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
-    scores = _unfold(torch.matmul(_fold(query, heads), key.transpose(-1, -2)), groups) * scale
+    scores = _unfold(torch.matmul(_fold(query, heads), key.transpose(-1, -2)), groups) * rule.scale
     slope = None
-    if softcap is not None:
-        tanh = torch.tanh(scores / softcap)
-        scores, slope = softcap * tanh, 1 - tanh * tanh
+    if rule.softcap is not None:
+        tanh = torch.tanh(scores / rule.softcap)
+        scores, slope = rule.softcap * tanh, 1 - tanh * tanh
     if mask is not None:
         scores = scores + mask
     if causal:
@@ -69,38 +71,38 @@ def _scores(query, key, scale, mask, causal, softcap):
     return scores, slope
 
 
-def attend(query, key, value, scale, mask=None, causal=False, softcap=None):
-    """Softmax attention of query (R, H, Q, D) over key, value (R, Hkv, K, D); additive mask or none.
+def attend(query, key, value, rule, mask=None, causal=False):
+    """Return softmax attention of query (R, H, Q, D) over key, value (R, Hkv, K, D): output like query, LSE (R, H, Q).
 
-    Returns the output (R, H, Q, D) and the LSE (R, H, Q). For a query that sees no key both are undefined and must
-    be overwritten by the caller, who knows which queries those are.
+    ``mask`` is additive. ``rule`` gives scale and soft cap: its window belongs in the mask, its sinks are left out.
+    For a query that sees no key both results are undefined, and the caller overwrites them.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
-    if _fused(query, softcap) and (query.shape[2] > _FEW_QUERIES or query.dtype != wide):
-        return _CPU_FLASH(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
-    scores, _ = _scores(query.to(wide), key.to(wide), scale, mask, causal, softcap)
+    if _fused(query, rule) and (query.shape[2] > _FEW_QUERIES or query.dtype != wide):
+        return _CPU_FLASH(query, key, value, 0.0, causal, attn_mask=mask, scale=rule.scale)
+    scores, _ = _scores(query.to(wide), key.to(wide), rule, mask, causal)
     weights = scores.softmax(-1)
     lse = scores.amax(-1) - weights.amax(-1).log()
     output = torch.matmul(_fold(weights, key.shape[1]).to(value.dtype), value)
     return _unfold(output, query.shape[1] // key.shape[1]), lse
 
 
-def attend_backward(grad, query, key, value, output, lse, scale, mask=None, causal=False, softcap=None):
-    """Gradients of `attend` for query, key and value, given a *merged* output and LSE.
+def attend_grads(grad, query, key, value, output, lse, rule, mask=None, causal=False):
+    """Return the gradients of ``attend`` for query, key and value, given a *merged* output and LSE.
 
     With the output and LSE of the whole attention (all key sets together) this is the exact share of this key
-    set: weights are exp(score - LSE) and the softmax term sum(grad * output) is global.
+    set. The weights are exp(score - LSE), and the softmax term sum(grad * output) is global.
     """
-    if _fused(query, softcap):
-        return _CPU_FLASH_BACKWARD(grad, query, key, value, output, lse, 0.0, causal, attn_mask=mask, scale=scale)
+    if _fused(query, rule):
+        return _CPU_FLASH_BACKWARD(grad, query, key, value, output, lse, 0.0, causal, attn_mask=mask, scale=rule.scale)
     wide = torch.promote_types(query.dtype, torch.float32)
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     q, k, v, g = (x.to(wide) for x in (query, key, value, grad))
-    scores, slope = _scores(q, k, scale, mask, causal, softcap)
+    scores, slope = _scores(q, k, rule, mask, causal)
     weights = (scores - lse.unsqueeze(-1)).exp()
     delta = (g * output.to(wide)).sum(-1, keepdim=True)
     grad_weights = _unfold(torch.matmul(_fold(g, heads), v.transpose(-1, -2)), groups)
-    grad_scores = weights * (grad_weights - delta) * scale
+    grad_scores = weights * (grad_weights - delta) * rule.scale
     if slope is not None:
         grad_scores = grad_scores * slope
     grad_scores, weights = _fold(grad_scores, heads), _fold(weights, heads)
@@ -109,10 +111,10 @@ def attend_backward(grad, query, key, value, output, lse, scale, mask=None, caus
     return grad_query, grad_key, torch.matmul(weights.transpose(-1, -2), _fold(g, heads)).to(value.dtype)
 
 
-def visibility(limits, places, window, start, stop, dtype):
-    """Additive mask (R, 1, Q, stop - start) and, with a window, which queries see no key (R, 1, Q).
+def key_mask(limits, places, window, start, stop, dtype):
+    """Return an additive mask (R, 1, Q, stop - start) and, with a window, which queries see no key (R, 1, Q).
 
-    A query sees key j when j < limit and j > place - window. limits, places: (R, Q), key counts and positions.
+    A query sees key j when j < limit and j > place - window. ``limits``, ``places`` (R, Q): key counts and positions.
     """
     index = torch.arange(start, stop, device=limits.device)
     seen = index < limits[:, None, :, None]
@@ -124,96 +126,72 @@ def visibility(limits, places, window, start, stop, dtype):
     return torch.where(seen, zero, zero - math.inf), blind
 
 
-def causal_blocks(length, rule, query):
-    """Query and key ranges of plain causal attention: (start, stop, first key, mask, causal flag)."""
+def _causal_blocks(length, rule, query):
+    """Cut plain causal attention: slices of queries and of keys, a mask, and whether the kernel makes the mask."""
     whole = rule.window is None or rule.window >= length
-    if whole and _fused(query, rule.softcap):
-        return [(0, length, 0, None, True)]
+    if whole and _fused(query, rule):
+        return [(slice(0, length), slice(0, length), None, True)]
     places = torch.arange(length, device=query.device).unsqueeze(0)
     blocks = []
     for start in range(0, length, _CAUSAL_BLOCK):
         stop = min(start + _CAUSAL_BLOCK, length)
         first = 0 if whole else max(0, start - rule.window + 1)
         here = places[:, start:stop]
-        mask, _ = visibility(here + 1, here, None if whole else rule.window, first, stop, query.dtype)
-        blocks.append((start, stop, first, mask, False))
+        mask, _ = key_mask(here + 1, here, None if whole else rule.window, first, stop, query.dtype)
+        blocks.append((slice(start, stop), slice(first, stop), mask, False))
     return blocks
 
 
 def causal_attend(query, key, value, rule):
-    """Plain causal attention of rows with themselves, sinks left out: output (R, H, L, D), LSE (R, H, L)."""
+    """Return plain causal attention of rows with themselves, sinks left out: output (R, H, L, D), LSE (R, H, L)."""
     parts = [
-        attend(query[:, :, a:b], key[:, :, c:b], value[:, :, c:b], rule.scale, mask, causal, rule.softcap)
-        for a, b, c, mask, causal in causal_blocks(query.shape[2], rule, query)
+        attend(query[:, :, own], key[:, :, seen], value[:, :, seen], rule, mask, causal)
+        for own, seen, mask, causal in _causal_blocks(query.shape[2], rule, query)
     ]
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([p[0] for p in parts], 2), torch.cat([p[1] for p in parts], 2)
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(part, 2) for part in zip(*parts))
 
 
-def causal_attend_backward(grad, query, key, value, output, lse, rule):
-    """Gradients of `causal_attend` for query, key, value under a merged output and LSE."""
-    blocks = causal_blocks(query.shape[2], rule, query)
+def causal_attend_grads(grad, query, key, value, output, lse, rule):
+    """Return the gradients of ``causal_attend`` for query, key and value under a merged output and LSE."""
+    blocks = _causal_blocks(query.shape[2], rule, query)
     if len(blocks) == 1:
-        mask, causal = blocks[0][3:]
-        return attend_backward(grad, query, key, value, output, lse, rule.scale, mask, causal, rule.softcap)
-    grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
-    for a, b, c, mask, causal in blocks:
-        part = attend_backward(
-            grad[:, :, a:b],
-            query[:, :, a:b],
-            key[:, :, c:b],
-            value[:, :, c:b],
-            output[:, :, a:b],
-            lse[:, :, a:b],
-            rule.scale,
-            mask,
-            causal,
-            rule.softcap,
-        )
-        grad_query[:, :, a:b] = part[0]
-        grad_key[:, :, c:b] += part[1]
-        grad_value[:, :, c:b] += part[2]
-    return grad_query, grad_key, grad_value
+        return attend_grads(grad, query, key, value, output, lse, rule, *blocks[0][2:])
+    grads = [torch.zeros_like(x) for x in (query, key, value)]
+    for own, seen, mask, causal in blocks:
+        g, q, o, l = (x[:, :, own] for x in (grad, query, output, lse))
+        part = attend_grads(g, q, key[:, :, seen], value[:, :, seen], o, l, rule, mask, causal)
+        grads[0][:, :, own] = part[0]
+        grads[1][:, :, seen] += part[1]
+        grads[2][:, :, seen] += part[2]
+    return grads
 
 
 def merge(output, lse, other_output, other_lse):
-    """Attention over the union of two disjoint key sets from their outputs (..., D) and LSEs (...)."""
+    """Return attention over the union of two disjoint key sets from their outputs (..., D) and LSEs (...)."""
     share = torch.sigmoid(other_lse - lse).unsqueeze(-1).to(output.dtype)
     return torch.lerp(output, other_output.to(output.dtype), share), torch.logaddexp(lse, other_lse)
 
 
 def add_sinks(output, lse, sinks):
-    """Lets sinks (H,) take their share of the weights; output (..., H, D), lse (..., H)."""
+    """Let sinks (H,) take their share of the weights: output (..., H, D) and LSE (..., H) after it."""
     total = torch.logaddexp(lse, sinks.to(lse.dtype))
     return output * (lse - total).exp().unsqueeze(-1).to(output.dtype), total
 
 
-def thoughts_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    dropout=0.0,
-    sliding_window=None,
-    softcap=None,
-    s_aux=None,
-    **kwargs,
-):
-    """The function transformers calls in each layer: query (B, H, Q, D) in, (B, Q, H, D) out.
+def thoughts_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
+    """Return the attention of one layer as transformers asks for it: query (B, H, Q, D) in, (B, Q, H, D) out.
 
-    While thoughts are generated or re-scored it hands the layer to the work in progress; otherwise the layer
-    gets the attention that its own model file defines.
+    While thoughts are generated or re-scored the layer is handed to the work in progress. Otherwise it gets the
+    attention that its own model file defines. Raises ``NotImplementedError`` for a position bias.
     """
     work = getattr(_local, "work", None)
     if work is None:
         own = sys.modules[type(module).__module__].eager_attention_forward
-        optional = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
-        optional = {name: given for name, given in optional.items() if given is not None}
-        return own(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **optional, **kwargs)
-    if kwargs.get("position_bias") is not None:
+        for name in ("sliding_window", "softcap", "s_aux"):  # some families do not know these
+            if options.get(name) is None:
+                options.pop(name, None)
+        return own(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
+    if options.get("position_bias") is not None:
         raise NotImplementedError(
             f"{type(module).__name__} adds a position bias to its attention scores, which parallel thoughts "
             "do not support."
@@ -224,18 +202,19 @@ def thoughts_attention(
     if value_size != size:
         wide = max(size, value_size)
         query, key, value = (pad(x, (0, wide - x.shape[-1])) for x in (query, key, value))
-    rule = Rule(size**-0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    window, softcap, sinks = (options.get(name) for name in ("sliding_window", "softcap", "s_aux"))
+    rule = Rule(size**-0.5 if scaling is None else scaling, window, softcap, sinks)
     with torch.autocast(device, enabled=False):
         return work.layer(query, key, value, rule)[..., :value_size], None
 
 
-AttentionInterface.register(NAME, thoughts_attention)
-AttentionMaskInterface.register(NAME, eager_mask)
+AttentionInterface.register(ATTENTION_NAME, thoughts_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, eager_mask)
 AttentionInterface.register(_WITHOUT_MASK, thoughts_attention)
 
 
 def backbone(model):
-    """The part of a causal LM below its head; ValueError when the model has no such part."""
+    """Return the part of a causal LM below its head. Raises ``ValueError`` if the model has no such part."""
     base = getattr(model, "base_model", model)
     base = model.get_decoder() if base is model else base
     if base is None or base is model or model.get_output_embeddings() is None:
@@ -248,7 +227,7 @@ def backbone(model):
 
 @contextmanager
 def thinking(model, own_attention=False):
-    """Within it dropout is off and, unless own_attention, `forward` below works; all is put back at the end."""
+    """Turn dropout off and, unless ``own_attention``, make ``forward`` below work. All is put back at the end."""
     configs = {id(c): c for c in (model.config, backbone(model).config, model.config.get_text_config())}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     training = [module for module in model.modules() if module.training]
@@ -268,12 +247,11 @@ def thinking(model, own_attention=False):
 
 
 def forward(base, input_ids, position_ids, work):
-    """Final hidden states (B, Q, hidden) of a pass in which `work.layer` does the attention of each layer.
+    """Return final hidden states (B, Q, hidden) of a pass in which ``work.layer`` does the attention of each layer.
 
-    base: the backbone of a model, inside `thinking`. Layers with gradient checkpointing
-    (`recompute_layers`) keep only what goes into them, and are run again in the backward pass.
+    ``base`` is the backbone of a model, inside ``thinking``. Layers with gradient checkpointing
+    (``recompute_layers``) keep only what goes into them, and are run again in the backward pass.
     """
-    work.start()
     _local.work = work
     try:
         with _recomputed(base, work, _local.model) if torch.is_grad_enabled() else nullcontext():
@@ -284,16 +262,14 @@ def forward(base, input_ids, position_ids, work):
 
 
 def layers(model):
-    """The transformer layers of a Hugging Face model or its backbone, whatever its family calls them."""
+    """Return the transformer layers of a Hugging Face model or its backbone, whatever its family calls them."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def recompute_layers(model):
-    """Gradient checkpointing of a Hugging Face model, for its own passes in training mode and for those of thoughts."""
-    enable = (
-        getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    )  # renamed in 5.23
-    enable({"use_reentrant": False})
+    """Turn gradient checkpointing on, in the model's own passes in training mode and in those of thoughts."""
+    renamed = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.23 on
+    (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 @contextmanager
@@ -308,11 +284,10 @@ def _recomputed(base, work, model):
             _local.work = work
             yield
 
+    settings = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())}
     try:
         for layer in again_later:
-            layer.forward = partial(
-                checkpoint, layer.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), again())
-            )
+            layer.forward = partial(checkpoint, layer.forward, **settings)
         yield
     finally:
         for layer, own in zip(again_later, before):
@@ -322,17 +297,19 @@ def _recomputed(base, work, model):
 
 
 class LanguageHead:
-    """From final hidden states to the float32 (or float64) logits that the model's own head computes."""
+    """From final hidden states (..., hidden) to the float32 (or float64) logits that the model's own head computes."""
 
     def __init__(self, model):
         config = model.config.get_text_config()
         self.head = model.get_output_embeddings()
         self.size = len(self.head.weight)
+        self.rows = max(1, _LOGIT_NUMBERS // self.size)  # how many rows of logits are made at once
         self.divide = getattr(config, "logits_scaling", None)
         self.multiply = getattr(config, "logit_scale", None)
         self.cap = getattr(config, "final_logit_softcapping", None)
 
-    def __call__(self, hidden):
+    def __call__(self, hidden, forbid=None):
+        """Return logits (..., V), -inf for the ids in the tensor ``forbid``."""
         logits = self.head(hidden.to(self.head.weight.dtype))
         if self.divide is not None:
             logits = logits / self.divide
@@ -340,4 +317,5 @@ class LanguageHead:
             logits = logits * self.multiply
         if self.cap is not None:
             logits = torch.tanh(logits / self.cap) * self.cap
-        return logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits if forbid is None else logits.index_fill(-1, forbid, -math.inf)

@@ -10,25 +10,20 @@ from .rescore import rescore_thoughts
 
 @torch.no_grad()
 def one_by_one(model, text: list[int], thought_length: int, think_id: int, end_id: int) -> list[int]:
-    """One greedy thought after ``text`` by plain ``generate``: what the parallel engine has to reproduce."""
+    """Return one greedy thought after ``text`` by plain ``generate``: what the parallel engine has to reproduce."""
     ids = torch.tensor([[*text, think_id]], device=model.device)
-    written = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=thought_length - 2,
-        do_sample=False,
-        eos_token_id=end_id,
-        pad_token_id=end_id,
-        logits_processor=LogitsProcessorList([SuppressTokensLogitsProcessor([think_id])]),
-    )[0, len(text) :].tolist()
+    settings = {"max_new_tokens": thought_length - 2, "do_sample": False}
+    processors = LogitsProcessorList([SuppressTokensLogitsProcessor([think_id])])
+    settings |= {"eos_token_id": end_id, "pad_token_id": end_id, "logits_processor": processors}
+    written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0, len(text) :].tolist()
     return written if written[-1] == end_id else [*written, end_id]
 
 
 @torch.no_grad()
 def largest_difference(model, input_ids: torch.Tensor, thoughts) -> float:
-    """Largest absolute difference of the engine's log-probs from a plain forward on text + thought, each by itself.
+    """Return the largest absolute difference of the engine's log-probs from plain forwards on text + thought.
 
-    ``input_ids`` (batch, length) without padding, ``thoughts`` as :func:`qs_lib.generate_thoughts` gave them.
+    ``input_ids`` (batch, length) without padding. ``thoughts`` as ``qs_lib.generate_thoughts`` gave them.
     """
     worst, input_ids = 0.0, input_ids.to(model.device)
     for b, p, k in torch.cartesian_prod(*map(torch.arange, thoughts.lengths.shape)).tolist():
@@ -44,25 +39,22 @@ def largest_difference(model, input_ids: torch.Tensor, thoughts) -> float:
 
 @torch.no_grad()
 def visible_keys(model, input_ids: torch.Tensor, thoughts):
-    """Which tokens the prediction after each thought token depends on, found by changing one token at a time.
+    """Find which tokens the prediction after each thought token depends on, by changing one token at a time.
 
-    ``input_ids`` (1, length). Returns (seen, rule, queries, keys): ``seen`` bool (queries, keys) as measured, ``rule`` the
-    same by definition (the text up to the position, and the thought's own tokens so far), and names of both axes. Measured
-    with random words on the same architecture with fresh weights, in double precision: trained attention is so sharp that
-    much of what may be read leaves no trace. All of it on the CPU.
+    ``input_ids`` (1, length). Returns (seen, rule, queries, keys). ``seen`` bool (queries, keys) is measured. ``rule``
+    says the same by definition: the text up to the position, and the thought's own tokens so far. ``queries``, ``keys``
+    name both axes. Measured on the CPU with random words, in double precision, on the same architecture with fresh
+    weights: trained attention is so sharp that much of what may be read leaves no trace.
     """
-    input_ids = input_ids.cpu()
-    thoughts = replace(thoughts, **{k: v.cpu() for k, v in vars(thoughts).items() if isinstance(v, torch.Tensor)})
+    input_ids, thoughts = input_ids.cpu(), thoughts.map(torch.Tensor.cpu)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(model.config).double().eval()
     count, number, length = thoughts.tokens.shape[1:]
     sampled = torch.ones_like(thoughts.sampled)
     sampled[..., 0] = False
-    words = thoughts.tokens.clone()
-    words[..., 1:] = torch.randint(
-        2, min(thoughts.think_id, thoughts.end_id), words[..., 1:].shape, generator=torch.Generator().manual_seed(0)
-    )
+    words, most, generator = thoughts.tokens.clone(), min(thoughts.think_id, thoughts.end_id), torch.Generator()
+    words[..., 1:] = torch.randint(2, most, words[..., 1:].shape, generator=generator.manual_seed(0))
     thoughts = replace(thoughts, sampled=sampled, lengths=torch.full_like(thoughts.lengths, length))
 
     def predictions(ids, tokens):
@@ -84,13 +76,8 @@ def visible_keys(model, input_ids: torch.Tensor, thoughts):
                 target[at - 1] = False  # the changed token is what is predicted here, not what is read
             columns.append(shape | target)
     place = [(p, k, t) for p in range(count) for k in range(number) for t in range(length)]
-    positions = thoughts.positions[0].tolist()
-    rule = torch.tensor(
-        [
-            [j <= positions[p] for j in range(input_ids.shape[1])] + [(q, l) == (p, k) and s <= t for q, l, s in place]
-            for p, k, t in place
-        ]
-    )
+    positions, text = thoughts.positions[0].tolist(), range(input_ids.shape[1])
+    rule = [[j <= positions[p] for j in text] + [u[:2] == (p, k) and u[2] <= t for u in place] for p, k, t in place]
     queries = [f"after {positions[p]}, thought {k + 1}, token {t + 1}" for p, k, t in place]
-    keys = [f"text {j}" for j in range(input_ids.shape[1])] + [f"{positions[p]}.{k + 1}.{t + 1}" for p, k, t in place]
-    return torch.stack(columns, 1), rule, queries, keys
+    keys = [f"text {j}" for j in text] + [f"{positions[p]}.{k + 1}.{t + 1}" for p, k, t in place]
+    return torch.stack(columns, 1), torch.tensor(rule), queries, keys

@@ -1,11 +1,12 @@
-"""Thoughts at many positions at once: sampling them. Re-scoring them is in `rescore.py`.
+"""Sample thoughts at many positions of a text at once. ``rescore.py`` gives their log-probs with gradients.
 
 Quiet-STaR (arXiv 2403.09629, section 4.2) generates one thought after every token in parallel. Here the text is
-read once; its keys and values are shared by all thoughts and never copied. Each step then adds one token to every
-thought that is still running.
+read once. All thoughts share its keys and values, which are never copied. Each step then adds one token to every
+thought that has not ended.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -15,19 +16,19 @@ from .prefix import PrefixPass, StepPass, align_rows
 from .sampler import draw_seed, forbidden, sample, uniforms
 
 _COMPACT_BELOW = 0.85
-_LOGIT_NUMBERS = 8_000_000
-_PER_STREAM = ("tokens", "logprobs", "sampled", "lengths", "hidden")
 
 
 @dataclass
 class Thoughts:
-    """Sampled thoughts; P positions per row, N = num_thoughts, T = thought_length.
+    """Sampled thoughts: P positions per row, N = ``num_thoughts``, T = ``thought_length``.
 
-    tokens (batch, P, N, T): <think> first, padded with the id of </think> after the end. logprobs, same shape:
-    natural log-probability of each sampled token at the sampling temperature (at 1 when greedy), before top_p;
-    0 where `sampled` (bool, same shape) is False. lengths (batch, P, N): tokens including both tags, 0 where
-    positions is -1. hidden (batch, P, N, hidden): what the head reads after </think>, or None.
-    positions (batch, P). temperature, forbid, think_id, end_id: as used.
+    ``tokens`` (batch, P, N, T): <think> first, padded with the id of </think> after the end.
+    ``logprobs`` (batch, P, N, T): natural log-prob of each sampled token at the sampling temperature (at 1 when
+    greedy), before ``top_p``. It is 0 where nothing was sampled.
+    ``sampled`` (batch, P, N, T): which tokens were sampled. The tags that were forced were not.
+    ``lengths`` (batch, P, N): tokens with both tags, 0 where there is no thought.
+    ``hidden`` (batch, P, N, hidden): the state after </think>, which the mixing head reads, or None.
+    ``positions`` (batch, P): the token that each thought follows, -1 for none. The other fields are as used.
     """
 
     tokens: torch.Tensor
@@ -42,24 +43,23 @@ class Thoughts:
     end_id: int
 
     def part(self, rows=slice(None), slots=slice(None)):
-        """The thoughts of some rows and some places of `positions` (slices or indices), to re-score a share at a time."""
+        """Return the thoughts of some rows and some places of ``positions`` (slices or indices)."""
         return self.map(lambda tensor: tensor[rows, slots])
 
     def map(self, change):
-        """Thoughts with ``change`` applied to every tensor, each (batch, P, ...)."""
+        """Return the thoughts with ``change`` applied to every tensor (batch, P, ...)."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **{name: change(value) for name, value in tensors.items()})
 
     @staticmethod
     def cat(several):
-        """The thoughts of several batches as one; their hidden states are left out."""
-        tensors = [
-            name for name, value in vars(several[0]).items() if isinstance(value, torch.Tensor) and name != "hidden"
-        ]
-        return replace(several[0], hidden=None, **{n: torch.cat([getattr(one, n) for one in several]) for n in tensors})
+        """Return the thoughts of several batches as one, without their hidden states."""
+        first = replace(several[0], hidden=None)
+        names = [name for name, value in vars(first).items() if isinstance(value, torch.Tensor)]
+        return replace(first, **{name: torch.cat([getattr(one, name) for one in several]) for name in names})
 
     def to_text(self, tokenizer):
-        """Nested lists [batch][P][N] of decoded thoughts, tags included; '' where there is no thought."""
+        """Return nested lists [batch][P][N] of decoded thoughts with their tags, '' where there is no thought."""
         lengths = self.lengths.tolist()
         return [
             [[tokenizer.decode(t[:n]) if n else "" for t, n in zip(*unit)] for unit in zip(*row)]
@@ -67,22 +67,7 @@ class Thoughts:
         ]
 
 
-def _cut(thoughts, index, fields):
-    given = {name: getattr(thoughts, name) for name in fields}
-    return replace(thoughts, **{name: value[index] for name, value in given.items() if value is not None})
-
-
-def end_ids(model, think_id, end_id):
-    """The ids of <think> and </think>: as given, else from the model's config. Raises ValueError."""
-    found = []
-    for given, name in ((think_id, "think_token_id"), (end_id, "end_think_token_id")):
-        given = getattr(model.config, name, None) if given is None else given
-        if given is None:
-            raise ValueError(f"model.config.{name} is not set: run add_thinking_tokens first or pass the id.")
-        found.append(int(given))
-    return found
-
-
+# Fifteen parameters: this is the public way to sample, and most callers set two or three of them by name.
 @torch.no_grad()
 def generate_thoughts(
     model,
@@ -101,27 +86,22 @@ def generate_thoughts(
     with_hidden=True,
     numbers=None,
 ):
-    """Samples `num_thoughts` thoughts after each of the given positions, all at once.
+    """Sample ``num_thoughts`` thoughts after each position, all at once, and return ``Thoughts``.
 
-    input_ids, attention_mask: (batch, length), padded on either side. positions: None for every position, or
-    LongTensor (batch, P) of token indices, -1 for none; a thought follows the token at its position and helps to
-    predict the tokens after it. thought_length: largest number of tokens, both tags included. A thought ends when
-    </think> is sampled; otherwise </think> is forced as token number thought_length. temperature 0 is greedy.
-    generator: where the one seed comes from; tokens then depend only on (seed, row, position, thought, step) and
-    the text before them, not on padding, on max_streams (streams computed together, which bounds memory) or on
-    other rows. numbers (batch,): the rows' numbers in that sense, 0, 1, ... by default; a part of a batch with its own numbers
-    draws what the whole batch would. with_hidden False: Thoughts.hidden is None and the pass that reads </think> is saved (re-scoring
-    gives those states too). forbid: token ids never sampled inside a thought; <think> never is. Dropout is off. Log-probs are
-    those of the distribution without the forbidden tokens, at the temperature and before top_p.
+    ``input_ids``, ``attention_mask`` (batch, length): padded on either side. ``positions`` (batch, P): a thought
+    follows this token and helps to predict the tokens after it. -1 is none, and None is every position.
+    ``thought_length``: most tokens of a thought with both tags. A thought ends when </think> is sampled, else
+    </think> is forced as the last token. ``temperature`` 0 is greedy. ``forbid``: ids that are never sampled, and
+    <think> never is. ``with_hidden=False`` saves the pass that reads </think>. ``max_streams``: thoughts computed
+    together, which bounds memory. ``generator`` gives one seed. A token depends on it, on the number of its row
+    (``numbers`` (batch,), else 0, 1, ...), on position, thought and step, and on the text before it. Padding,
+    ``max_streams`` and the other rows change nothing. Dropout is off.
 
-    For sampling in bfloat16 pass a bfloat16 copy of the model; take log-probs from `rescore_thoughts` with the
-    float32 model. Deviation from Quiet-STaR: tokens are sampled, not Gumbel-softmax one-hots, and thoughts end
-    when the model says so, not at a fixed length.
-
-    Returns Thoughts. Raises ValueError for bad shapes, positions or ids, NotImplementedError for a model whose
-    attention cannot be shared this way.
+    To sample in bfloat16, pass a bfloat16 copy of the model and take log-probs from ``rescore_thoughts`` in float32.
+    Unlike Quiet-STaR, tokens are sampled (no Gumbel-softmax), and the model decides when a thought ends.
+    Raises ``ValueError`` if shapes, positions or ids are wrong, ``NotImplementedError`` if the model is not served.
     """
-    think_id, end_id = end_ids(model, think_id, end_id)
+    think_id, end_id = _tag_ids(model, think_id, end_id)
     if num_thoughts < 1 or thought_length < 2:
         raise ValueError("num_thoughts must be at least 1 and thought_length at least 2 (both tags).")
     if temperature < 0 or not 0 < top_p <= 1:
@@ -129,164 +109,192 @@ def generate_thoughts(
     forbid = tuple(sorted({int(i) for i in forbid} | {think_id}))
     if end_id in forbid:
         raise ValueError("</think> must stay possible inside a thought; it is among the forbidden ids.")
-    input_ids = input_ids.to(model.device)
-    attention_mask = None if attention_mask is None else attention_mask.to(model.device)
-    rows = align_rows(input_ids, attention_mask, positions)
-    seed = draw_seed(generator)
-    units, device = len(rows.row), input_ids.device
-    wide = torch.promote_types(model.dtype, torch.float32)
-    streams = units * num_thoughts
-    result = Thoughts(
-        tokens=torch.full((streams, thought_length), end_id, device=device),
-        logprobs=torch.zeros(streams, thought_length, dtype=wide, device=device),
-        sampled=torch.zeros(streams, thought_length, dtype=torch.bool, device=device),
-        lengths=torch.zeros(streams, dtype=torch.long, device=device),
-        hidden=None,
-        positions=rows.positions,
-        temperature=float(temperature),
-        forbid=forbid,
-        think_id=think_id,
-        end_id=end_id,
-    )
-    if with_hidden:
-        size = model.config.get_text_config().hidden_size
-        result.hidden = torch.zeros(streams, size, dtype=model.dtype, device=device)
-    shared, base = shares_prefix(model), backbone(model)
-    number = rows.row if numbers is None else numbers.to(device)[rows.row]
-    used, line = rows.row.unique(return_inverse=True)
-    ids, limit, first = rows.ids[used], rows.position + 1, None
-    # Inference mode makes each small operation cheaper. The result was made outside it, so that autograd can use it;
-    # models whose own code keeps things between calls (the unshared ones) must not keep inference tensors.
+    rows = align_rows(model.device, input_ids, attention_mask, positions)
+    used = {"temperature": float(temperature), "forbid": forbid, "think_id": think_id, "end_id": end_id}
+    result = _blank(model, rows.positions, num_thoughts, thought_length, with_hidden, used)
+    place, uniform = _streams(rows, num_thoughts, thought_length, draw_seed(generator), numbers)
+    shared = shares_prefix(model)
+    # Inference mode makes each small operation cheaper. The result was made outside it, so that autograd can use it.
+    # Models that compute their own attention may keep tensors between calls, which must not be inference tensors.
     with thinking(model, own_attention=not shared), torch.inference_mode(shared):
-        if units and shared:
-            ids = ids[:, : int(limit.max())]
-            prefix = PrefixPass()
-            # With one position a row, <think> simply follows the text and is read along with it.
-            fused = len(used) == units and thought_length > 2
-            if fused:
-                ids = spliced(ids, line, limit, torch.full_like(limit, think_id).unsqueeze(1))
-            states = forward(base, ids, torch.arange(ids.shape[1], device=device).expand_as(ids), prefix)
-            first = states[line, limit] if fused else None
-        for start, stop in groups(rows.row, max(1, max_streams // num_thoughts)):
-            part = slice(start, stop)
-            if shared:
-                step = StepPass(prefix.keys, line[part], limit[part], thought_length)
-            else:
-                step = PlainSteps(ids, line[part], limit[part], thought_length)
-            if first is not None:
-                step.take_first()
-            _generate_group(
-                base,
-                LanguageHead(model),
-                step,
-                line[part],
-                limit[part],
-                number[part],
-                None if first is None else first[part],
-                num_thoughts,
-                seed,
-                top_p,
-                _cut(result, slice(start * num_thoughts, stop * num_thoughts), _PER_STREAM),
-            )
-    return _unpacked(result, rows, num_thoughts)
+        texts, head = _Texts(backbone(model), rows, think_id, thought_length, shared), LanguageHead(model)
+        draw = partial(_draw, head, temperature, top_p, forbidden(forbid, head.size, model.device))
+        for part in _unit_slices(rows.row, max(1, max_streams // num_thoughts)):
+            _Group(*texts.steps(part), draw, result, place[part], uniform[part]).write()
+    return result
 
 
-def groups(row, size):
-    """Cuts units (sorted by row) into runs of at most `size`, at row borders where whole rows fit."""
-    count = torch.bincount(row)
-    count = count[count > 0]
+def _tag_ids(model, think_id, end_id):
+    """Return the ids of <think> and </think>: as given, else from the model's config."""
+    found = []
+    for given, name in ((think_id, "think_token_id"), (end_id, "end_think_token_id")):
+        given = getattr(model.config, name, None) if given is None else given
+        if given is None:
+            raise ValueError(f"model.config.{name} is not set: run add_thinking_tokens first or pass the id.")
+        found.append(int(given))
+    return found
+
+
+def _blank(model, positions, number, length, with_hidden, used):
+    """Return ``Thoughts`` without a token yet. ``used``: the fields that are no tensors."""
+    shape, zeros = (*positions.shape, number), partial(torch.zeros, device=positions.device)
+    size = model.config.get_text_config().hidden_size
+    return Thoughts(
+        tokens=torch.full((*shape, length), used["end_id"], device=positions.device),
+        logprobs=zeros(*shape, length, dtype=torch.promote_types(model.dtype, torch.float32)),
+        sampled=zeros(*shape, length, dtype=torch.bool),
+        lengths=zeros(shape, dtype=torch.long),
+        hidden=zeros(*shape, size, dtype=model.dtype) if with_hidden else None,
+        positions=positions,
+        **used,
+    )
+
+
+def _streams(rows, number, length, seed, numbers):
+    """Return the place (U, N) of each stream in the flattened (batch, P, N), and its uniform numbers (U, N, T)."""
+    thought = torch.arange(number, device=rows.row.device)
+    row = rows.row if numbers is None else numbers.to(rows.row.device)[rows.row]
+    names = (x.repeat_interleave(number) for x in (row, rows.position + 1))
+    uniform = uniforms(seed, *names, thought.repeat(len(row)), length)
+    return rows.slot.unsqueeze(1) * number + thought, uniform.unflatten(0, (len(row), number))
+
+
+def _unit_slices(row, size):
+    """Cut units (sorted by row) into slices of at most ``size``, at row borders where whole rows fit."""
+    count = row.unique(return_counts=True)[1]
     if len(count) and (count == count[0]).all() and count[0] <= size:
         size -= size % int(count[0])
-    return [(start, min(start + size, len(row))) for start in range(0, len(row), size)]
+    return [slice(start, start + size) for start in range(0, len(row), size)]
 
 
-def _generate_group(base, head, step, line, limit, row, first, num_thoughts, seed, top_p, result):
-    """Fills `result`, the flat streams of some units. Running streams are rows `at` of it, all of them at first."""
-    states = result.hidden is not None
-    length, end_id, device = result.tokens.shape[1], result.end_id, line.device
-    forbid = forbidden(result.forbid, head.size, device)
-    token, place = torch.full_like(line, result.think_id), limit
-    # <think> is computed once per position; from then on there is one stream per thought.
-    stream = torch.arange(len(line) * num_thoughts, device=device)
-    unit, at = stream // num_thoughts, slice(None)
-    line, limit = line[unit], limit[unit]
-    uniform = uniforms(seed, row[unit], limit, stream % num_thoughts, length)
-    running = torch.ones_like(stream, dtype=torch.bool)
-    result.tokens[:, 0] = result.think_id
-    left = len(stream)
+class _Texts:
+    """The texts that have thoughts. They are read once if their thoughts can share them."""
 
-    def finish(finished, lengths):
-        result.lengths[stream[finished]] = lengths
-        running[finished] = False
-        return left - len(finished)
-
-    for t in range(length - 1):
-        last = t == length - 2
-        if t > 0 and left <= _COMPACT_BELOW * len(stream):
-            keep = running.nonzero().squeeze(1)
-            token, stream, running, place, uniform = (x[keep] for x in (token, stream, running, place, uniform))
-            at = stream
-            step.select(keep, line[stream], place)
-        if last and not states:
-            result.lengths[stream[running]] = length
+    def __init__(self, base, rows, think_id, length, shared):
+        used, self.line = rows.row.unique(return_inverse=True)  # the text of each unit (U,)
+        self.limit = rows.position + 1  # how many of its tokens the unit sees (U,)
+        self.base, self.ids, self.length = base, rows.ids[used], length
+        self.keys = self.first = None
+        if not shared or not len(used):
             return
-        ended = token == end_id
-        if last:
-            # Nothing is sampled after this token, so it and the forced </think> go in one step.
-            pairs = torch.stack([token, torch.full_like(token, end_id)], 1).flatten()
-            hidden = step.forward(base, pairs, torch.stack([place + t, place + t + 1], 1).flatten(), 2)
-            hidden = torch.where(ended.unsqueeze(1), hidden[::2], hidden[1::2])
-        elif t == 0 and first is not None:
-            hidden = first
-        else:
-            hidden = step.forward(base, token, place + t, 1)
-        if t == 0 and last:
-            hidden, ended = hidden[unit], ended[unit]
-        elif t == 0:
-            step.select(unit, line, limit)
-            place = limit
-        if states and (t > 0 or last):
-            finished = (running if last else running & ended).nonzero().squeeze(1)
-            if len(finished):
-                result.hidden[stream[finished]] = hidden[finished]
-                left = finish(finished, torch.where(ended[finished], t + 1, t + 2))
-            if not left:
-                return
-        token, logprob = _draw(head, hidden, uniform[:, t + 1], result, top_p, forbid)
-        if left < len(stream):
-            token, logprob = torch.where(running, token, end_id), logprob.masked_fill(~running, 0)
-        result.tokens[at, t + 1], result.sampled[at, t + 1] = token, running
-        result.logprobs[at, t + 1] = logprob.to(result.logprobs.dtype)
-        if not states:
-            finished = (running & (token == end_id)).nonzero().squeeze(1)
-            if len(finished):
-                left = finish(finished, t + 2)
-            if not left:
-                return
+        ids = self.ids[:, : int(self.limit.max())]
+        # With one position a row, <think> simply follows the text and is read along with it.
+        with_think = len(used) == len(self.line) and length > 2
+        if with_think:
+            ids = spliced(ids, self.line, self.limit, torch.full_like(self.limit, think_id).unsqueeze(1))
+        prefix = PrefixPass()
+        states = forward(base, ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids), prefix)
+        self.keys = prefix.keys
+        self.first = states[self.line, self.limit] if with_think else None
+
+    def steps(self, part):
+        """Return what reads the next tokens of some units, and their states after <think> where it was read."""
+        line, limit = self.line[part], self.limit[part]
+        if self.keys is None:
+            return PlainSteps(self.base, self.ids, line, limit, self.length), None
+        step = StepPass(self.base, self.keys, line, limit, self.length)
+        if self.first is None:
+            return step, None
+        step.take_first()
+        return step, self.first[part]
 
 
-def _draw(head, hidden, uniform, result, top_p, forbid):
-    # At the first step one row of hidden states serves all thoughts of a position.
+class _Group:
+    """The thoughts of some units, written together from <think> to </think>. A stream is one thought.
+
+    ``place`` (S,): where the streams that are still computed stand in the flattened result. ``token`` (S,): the last
+    token of each. ``running`` (S,): it has not ended, and ``left`` counts these. ``uniform`` (S, T): draws its tokens.
+    """
+
+    def __init__(self, step, first, draw, result, place, uniform):
+        self.step, self.first, self.draw_tokens, self.end_id = step, first, draw, result.end_id
+        fields = (result.tokens, result.logprobs, result.sampled, result.lengths)
+        self.tokens, self.logprobs, self.sampled, self.lengths = (x.flatten(0, 2) for x in fields)
+        self.hidden = None if result.hidden is None else result.hidden.flatten(0, 2)
+        self.token = torch.full_like(place[:, 0], result.think_id)  # (U,) until the thoughts of a position part
+        self.place, self.uniform = place.flatten(), uniform.flatten(0, 1)
+        self.running, self.left = torch.ones_like(self.place, dtype=torch.bool), len(self.place)
+
+    def write(self):
+        """Write every thought: read the last token, draw the next one, until all have ended."""
+        length = self.tokens.shape[1]
+        self.tokens[self.place, 0] = self.token.repeat_interleave(len(self.place) // len(self.token))
+        for t in range(1, length - 1):
+            hidden = self.read_think() if t == 1 else self.read(t)
+            if self.left:
+                self.draw(t, hidden)
+            if not self.left:
+                return
+        self.close(length)
+
+    def read_think(self):
+        """Return the states after <think> (U, hidden), read once a unit. From then on each thought is a stream."""
+        hidden = self.step.forward(self.token.unsqueeze(1)).squeeze(1) if self.first is None else self.first
+        unit = torch.arange(len(hidden), device=hidden.device)
+        self.step.select(unit.repeat_interleave(len(self.place) // len(unit)))
+        return hidden
+
+    def read(self, t):
+        """Return the states after the tokens drawn last (S, hidden). Thoughts of ``t`` tokens may end with them."""
+        self.drop_ended()
+        hidden = self.step.forward(self.token.unsqueeze(1)).squeeze(1)
+        if self.hidden is not None:
+            self.end(self.token == self.end_id, t, hidden)
+        return hidden
+
+    def draw(self, t, hidden):
+        """Draw token number ``t`` of every thought and record it."""
+        token, logprob = self.draw_tokens(hidden, self.uniform[:, t])
+        self.token = torch.where(self.running, token, self.end_id)
+        self.tokens[self.place, t], self.sampled[self.place, t] = self.token, self.running
+        self.logprobs[self.place, t] = logprob.masked_fill(~self.running, 0).to(self.logprobs.dtype)
+        if self.hidden is None:  # nobody needs the state after </think>
+            self.end(self.token == self.end_id, t + 1)
+
+    def end(self, which, length, hidden=None):
+        """End the running thoughts among ``which`` (S,) with ``length`` tokens, and keep their states."""
+        ended = (which & self.running).nonzero().squeeze(1)
+        if len(ended):
+            self.lengths[self.place[ended]] = length
+            if hidden is not None:
+                self.hidden[self.place[ended]] = hidden[ended]
+            self.running[ended] = False
+            self.left -= len(ended)
+
+    def drop_ended(self):
+        """Compute the running thoughts alone once enough of the others have ended."""
+        if self.left <= _COMPACT_BELOW * len(self.place):
+            keep = self.running.nonzero().squeeze(1)
+            self.token, self.place, self.uniform, self.running = (
+                x[keep] for x in (self.token, self.place, self.uniform, self.running)
+            )
+            self.step.select(keep)
+
+    def close(self, length):
+        """End what still runs with a forced </think>, read in one step with the token before it."""
+        if self.hidden is None:
+            self.end(self.running, length)
+            return
+        self.drop_ended()
+        pairs = torch.stack([self.token, torch.full_like(self.token, self.end_id)], 1)
+        ended, states = self.token == self.end_id, self.step.forward(pairs)
+        repeat = len(self.place) // len(ended)  # above 1 when nothing was drawn: one state serves all thoughts
+        if repeat > 1:
+            ended, states = ended.repeat_interleave(repeat), states.repeat_interleave(repeat, 0)
+        self.end(ended, length - 1, states[:, 0])
+        self.end(self.running, length, states[:, 1])
+
+
+def _draw(head, temperature, top_p, forbid, hidden, uniform):
+    """Draw tokens (S,) and their log-probs (S,) from uniform numbers (S,), some rows of logits at a time.
+
+    At the first step a row of ``hidden`` (U, hidden) serves all thoughts of a position.
+    """
     repeat = len(uniform) // len(hidden)
-    size = max(128, _LOGIT_NUMBERS // head.size) // repeat or 1
+    size = max(128, head.rows) // repeat or 1
     parts = []
     for start in range(0, len(hidden), size):
         logits = head(hidden[start : start + size])
         logits = logits.repeat_interleave(repeat, 0) if repeat > 1 else logits
-        chosen = uniform[start * repeat : (start + size) * repeat]
-        parts.append(sample(logits, chosen, result.temperature, top_p, forbid))
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-
-
-def _unpacked(result, rows, num_thoughts):
-    batch, count = rows.positions.shape
-    for name, empty in (("tokens", result.end_id), ("logprobs", 0), ("sampled", False), ("lengths", 0), ("hidden", 0)):
-        flat = getattr(result, name)
-        if flat is None:
-            continue
-        full = flat.new_full((batch * count, num_thoughts, *flat.shape[1:]), empty)
-        full[rows.slot] = flat.unflatten(0, (len(rows.slot), num_thoughts))
-        setattr(result, name, full.unflatten(0, (batch, count)))
-    return result
+        parts.append(sample(logits, uniform[start * repeat : (start + size) * repeat], temperature, top_p, forbid))
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(part) for part in zip(*parts))

@@ -1,24 +1,14 @@
 """Attention of many thoughts to one shared copy of the text before them.
 
-Three passes use it: `PrefixPass` reads the texts and keeps their keys, `StepPass` adds the next token to every running
-thought, `PackedPass` reads texts, thoughts and look-ahead tokens at once, differentiably and without padding.
+Three passes use it. ``PrefixPass`` reads the texts and keeps their keys. ``StepPass`` adds the next token to every
+running thought. ``PackedPass`` reads texts, thoughts and true tokens at once, differentiably and without padding.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from .attention import (
-    add_sinks,
-    attend,
-    attend_backward,
-    backbone,
-    causal_attend,
-    causal_attend_backward,
-    forward,
-    merge,
-    visibility,
-)
+from .attention import add_sinks, attend, attend_grads, causal_attend, causal_attend_grads, forward, key_mask, merge
 
 _KEPT_NUMBERS = 4_000_000
 _STEP_TILE = 256
@@ -29,9 +19,10 @@ _PACKED_TILE = 1024
 class Rows(NamedTuple):
     """A batch whose padding was moved behind the text, and where thoughts go in it.
 
-    ids (B, L): tokens, text first. lengths (B,): text tokens per row. position (U,): index in `ids` rows of the
-    token that each thought unit follows; row (U,): its row; slot (U,): its place in the flattened (B, P)
-    positions. Units are sorted by row, then position. positions (B, P): as returned to the caller.
+    A unit is a position with thoughts. Units are sorted by row, then position.
+    ``ids`` (B, L): tokens, text first. ``lengths`` (B,): text tokens per row. ``row``, ``position`` (U,): row of each
+    unit, and index in it of the token that the unit follows. ``slot`` (U,): place of the unit in the flattened
+    ``positions`` (B, P), which are as the caller gave them.
     """
 
     ids: torch.Tensor
@@ -42,31 +33,29 @@ class Rows(NamedTuple):
     positions: torch.Tensor
 
 
-def align_rows(input_ids, attention_mask, positions):
-    """Moves padding behind the text and sorts the thought positions; see Rows. Raises ValueError."""
+def align_rows(device, input_ids, attention_mask, positions):
+    """Move padding behind the text, sort the positions, and return ``Rows``.
+
+    Raises ``ValueError`` if shapes do not fit, or a position lies outside the text.
+    """
+    input_ids = input_ids.to(device)
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must have shape (batch, length), not {tuple(input_ids.shape)}.")
     batch, length = input_ids.shape
-    if attention_mask is None:
-        real = torch.ones_like(input_ids, dtype=torch.bool)
-    elif attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)} but input_ids {tuple(input_ids.shape)}."
-        )
-    else:
-        real = attention_mask.to(torch.bool)
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device)
+    if real.shape != input_ids.shape:
+        raise ValueError(f"attention_mask has shape {tuple(real.shape)} but input_ids {tuple(input_ids.shape)}.")
+    real = real.to(torch.bool)
     if positions is None:
-        positions = torch.arange(length, device=input_ids.device).expand(batch, length)
-        positions = positions.masked_fill(~real, -1)
+        positions = torch.arange(length, device=device).expand(batch, length).masked_fill(~real, -1)
     else:
-        positions = positions.to(input_ids.device)
+        positions = positions.to(device)
         if positions.dim() != 2 or len(positions) != batch or positions.is_floating_point():
             raise ValueError(f"positions must be a LongTensor ({batch}, P), not {tuple(positions.shape)}.")
         if positions.numel() and (positions.min() < -1 or positions.max() >= length):
             raise ValueError(f"positions must be -1 (none) or token indices below {length}.")
         if ((positions >= 0) & ~real.gather(1, positions.clamp(min=0))).any():
             raise ValueError("positions must not point at padding; use -1 for no thought.")
-    lengths = real.sum(1)
     ids = input_ids
     if (real[:, 1:] & ~real[:, :-1]).any():
         ids = input_ids.gather(1, (~real).to(torch.uint8).argsort(dim=1, stable=True))
@@ -75,66 +64,69 @@ def align_rows(input_ids, attention_mask, positions):
     index = index.gather(1, order)
     row, place = (index < length).nonzero(as_tuple=True)
     slot = row * positions.shape[1] + order[row, place]
-    return Rows(ids, lengths, row, index[row, place], slot, positions)
+    return Rows(ids, real.sum(1), row, index[row, place], slot, positions)
 
 
-class Grid:
-    """Queries of many streams laid out as one rectangle (R, Q), one line per prefix row, cut into tiles.
+class Pad:
+    """Ragged sequences of ``lengths`` (R,) that lie flat one after the other, as one rectangle (R, L) and back."""
 
-    row, limit, place: (Q_all,) prefix row, number of prefix keys seen and position of each query; sorted by row.
-    Every tile of queries reads the prefix keys up to its own largest limit, so its mask is small, and keys are
-    never copied per thought. first: the prefix row of the first line.
-    """
-
-    def __init__(self, row, limit, place, tile):
-        count = torch.bincount(row)
-        self.first = int(row[0])
-        count = count[self.first :]
-        self.shape = (len(count), int(count.max()))
-        within = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row - self.first]
-        cell = (row - self.first) * self.shape[1] + within
-        size = self.shape[0] * self.shape[1]
-        self.cell = None if size == len(row) else cell
-        self.limit, self.place = (self._line(x, size, cell) for x in (limit, place))
-        if self.cell is not None:
-            self.source = torch.full((size,), len(row), device=row.device).scatter_(
-                0, cell, torch.arange(len(row), device=row.device)
-            )
-        self.alike = bool((self.limit == self.limit[:1]).all())
-        self.tiles = []
-        for start in range(0, self.shape[1], tile):
-            stop = min(start + tile, self.shape[1])
-            limits = self.limit[:, start:stop]
-            self.tiles.append((start, stop, int(limits.max()), bool((limits == limits.max()).all())))
-        self.masks, self.kept = {}, 0
-
-    def _line(self, x, size, cell):
-        # An empty cell repeats the last query before it (an empty line the largest), so that masks stay small.
-        if self.cell is None:
-            return x.view(self.shape)
-        line = x.new_full((size,), -1).scatter_(0, cell, x).view(self.shape)
-        last = line.cummax(1).values
-        return torch.where(line < 0, torch.where(last < 0, x.max(), last), line)
+    def __init__(self, lengths):
+        self.shape = (len(lengths), int(lengths.max()))
+        self.size = int(lengths.sum())
+        column = torch.arange(self.shape[1], device=lengths.device)
+        real = column < lengths.unsqueeze(1)
+        self.real = None if bool(real.all()) else real.flatten().nonzero().squeeze(1)
+        start = lengths.cumsum(0) - lengths
+        self.source = torch.where(real, start.unsqueeze(1) + column, self.size).flatten()
 
     def gather(self, x):
-        """Flat queries (Q_all, H, ...) as (R, H, Q, ...); cells without a query hold zeros."""
-        if self.cell is not None:
+        """Return flat x (size, H, ...) as (R, H, L, ...), zeros behind each sequence."""
+        if self.real is not None:
             x = torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, self.source)
         return x.unflatten(0, self.shape).transpose(1, 2)
 
     def flat(self, x):
-        """(R, Q, H, ...) back to flat queries."""
-        x = x.flatten(0, 1)
-        return x if self.cell is None else x.index_select(0, self.cell)
+        """Return x (R, H, L, ...) as flat (size, H, ...)."""
+        x = x.transpose(1, 2).flatten(0, 1)
+        return x if self.real is None else x.index_select(0, self.real)
+
+
+class Grid:
+    """Queries of many streams as one rectangle (R, Q), a line per prefix row, cut into tiles along Q.
+
+    ``row``, ``limit``, ``place`` (size,): prefix row, number of prefix keys seen and position of each query, sorted by
+    row. A tile reads the prefix keys, never copied per thought, up to its own largest limit: its mask is small.
+    """
+
+    def __init__(self, row, limit, place, tile):
+        first = int(row[0])
+        self.pad = Pad(torch.bincount(row)[first:])
+        self.rows = slice(first, first + self.pad.shape[0])
+        self.limit, self.place = self._line(limit), self._line(place)
+        self.alike = bool((self.limit == self.limit[:1]).all())
+        self.tiles = []
+        for start in range(0, self.pad.shape[1], tile):
+            limits = self.limit[:, start : start + tile]
+            self.tiles.append((slice(start, start + tile), int(limits.max()), bool((limits == limits.max()).all())))
+        self.masks, self.kept = {}, 0
+
+    def _line(self, x):
+        # An empty cell repeats the last query before it (an empty line the largest), so that masks stay small.
+        if self.pad.real is None:
+            return x.view(self.pad.shape)
+        line = torch.cat([x, x.new_full((1,), -1)])[self.pad.source].view(self.pad.shape)
+        last = line.cummax(1).values
+        return torch.where(line < 0, torch.where(last < 0, x.max(), last), line)
 
     def _tile(self, number, window, shift, dtype):
+        """Return first and last key of a tile, its mask, and its queries that see no key (None where not needed)."""
         # Masks serve all layers of a pass, and all steps unless a window moves with the step. When they are many
         # they are made anew each time: kept memory must not grow with the square of the text.
         key = (number, window)
         if key in self.masks and (window is None or self.masks[key][0] == shift):
             return self.masks[key][1]
-        start, stop, last, same = self.tiles[number]
-        place, first = self.place[:, start:stop] + shift, 0
+        columns, last, same = self.tiles[number]
+        place, first = self.place[:, columns] + shift, 0
         if window is not None:
             first = min(max(0, int(place.min()) - window + 1), last - 1)
             window = None if int(place.max()) < window else window
@@ -142,7 +134,7 @@ class Grid:
             made = 0, last, None, None
         else:
             lines = slice(0, 1 if self.alike else None)
-            made = first, last, *visibility(self.limit[lines, start:stop], place[lines], window, first, last, dtype)
+            made = first, last, *key_mask(self.limit[lines, columns], place[lines], window, first, last, dtype)
         size = made[2].numel() if made[2] is not None else 0
         if key in self.masks or self.kept + size <= _KEPT_NUMBERS:
             self.kept += 0 if key in self.masks else size
@@ -150,116 +142,98 @@ class Grid:
         return made
 
     def attend(self, query, key, value, rule, shift=0):
-        """Attention of flat queries (Q_all, H, D) to prefix key, value (B, Hkv, L, D): flat output and LSE.
+        """Return attention of flat queries (size, H, D) to prefix key, value (B, Hkv, L, D): flat output and LSE.
 
-        shift is added to every query's position, for streams that have moved on since the grid was made.
+        ``shift`` is added to every query's position when streams have moved on since the grid was made.
         """
-        query = self.gather(query)
-        rows = slice(self.first, self.first + self.shape[0])
-        output = lse = None
-        for number, (start, stop, _, _) in enumerate(self.tiles):
+        query, parts = self.pad.gather(query), []
+        for number, (columns, _, _) in enumerate(self.tiles):
             first, last, mask, blind = self._tile(number, rule.window, shift, query.dtype)
-            part, part_lse = attend(
-                query[:, :, start:stop],
-                key[rows, :, first:last],
-                value[rows, :, first:last],
-                rule.scale,
-                mask,
-                softcap=rule.softcap,
-            )
+            seen = (self.rows, slice(None), slice(first, last))
+            output, lse = attend(query[:, :, columns], key[seen], value[seen], rule, mask)
             if blind is not None:
-                part_lse = part_lse.masked_fill(blind, -torch.inf)
-                part = part.masked_fill(blind.unsqueeze(-1), 0)
-            if len(self.tiles) == 1:
-                output, lse = part.transpose(1, 2), part_lse.transpose(1, 2)
-                break
-            if output is None:
-                output = part.new_empty(*self.shape, *part.shape[1::2])
-                lse = part_lse.new_empty(*self.shape, query.shape[1])
-            output[:, start:stop] = part.transpose(1, 2)
-            lse[:, start:stop] = part_lse.transpose(1, 2)
-        return self.flat(output), self.flat(lse)
+                output, lse = output.masked_fill(blind.unsqueeze(-1), 0), lse.masked_fill(blind, -torch.inf)
+            parts.append((output, lse))
+        output, lse = parts[0] if len(parts) == 1 else (torch.cat(part, 2) for part in zip(*parts))
+        return self.pad.flat(output), self.pad.flat(lse)
 
-    def attend_backward(self, grad, query, key, value, output, lse, rule, grad_key, grad_value):
-        """Flat query gradient; adds the prefix gradients to grad_key, grad_value (B, Hkv, L, D)."""
-        grad, query, output, lse = (self.gather(x) for x in (grad, query, output, lse))
-        rows = slice(self.first, self.first + self.shape[0])
-        grad_query = query.new_empty(*self.shape, *query.shape[1::2])
-        for number, (start, stop, _, _) in enumerate(self.tiles):
+    def attend_grads(self, grad, query, key, value, output, lse, rule, grad_key, grad_value):
+        """Return the flat query gradient. Prefix gradients are added to ``grad_key``, ``grad_value`` (B, Hkv, L, D)."""
+        lines, parts = [self.pad.gather(x) for x in (grad, query, output, lse)], []
+        for number, (columns, _, _) in enumerate(self.tiles):
             first, last, mask, _ = self._tile(number, rule.window, 0, query.dtype)
-            part = attend_backward(
-                grad[:, :, start:stop],
-                query[:, :, start:stop],
-                key[rows, :, first:last],
-                value[rows, :, first:last],
-                output[:, :, start:stop],
-                lse[:, :, start:stop],
-                rule.scale,
-                mask,
-                softcap=rule.softcap,
-            )
-            grad_query[:, start:stop] = part[0].transpose(1, 2)
-            grad_key[rows, :, first:last] += part[1]
-            grad_value[rows, :, first:last] += part[2]
-        return self.flat(grad_query)
+            seen = (self.rows, slice(None), slice(first, last))
+            g, q, o, l = (x[:, :, columns] for x in lines)
+            part = attend_grads(g, q, key[seen], value[seen], o, l, rule, mask)
+            parts.append(part[0])
+            grad_key[seen] += part[1]
+            grad_value[seen] += part[2]
+        return self.pad.flat(parts[0] if len(parts) == 1 else torch.cat(parts, 2))
 
 
 class PrefixPass:
-    """Plain causal attention over aligned rows (padding last, so no mask is needed); keeps each layer's keys."""
+    """Plain causal attention over aligned rows, which keeps each layer's keys. Padding is last and needs no mask."""
 
-    def start(self):
+    def __init__(self):
         self.keys, self.rules = [], []
 
     def layer(self, query, key, value, rule):
         self.keys.append((key.contiguous(), value.contiguous()))  # every step of every thought reads them
         self.rules.append(rule)
-        output, lse = causal_attend(query, key, value, rule)
-        output, lse = output.transpose(1, 2), lse.transpose(1, 2)
+        output, lse = (x.transpose(1, 2) for x in causal_attend(query, key, value, rule))
         return output if rule.sinks is None else add_sinks(output, lse, rule.sinks)[0]
 
 
 class StepPass:
-    """One more token (or the last two) for every stream: attends to its prefix and to its own earlier tokens.
+    """The next token (or the last two) of every stream, which attends to its prefix and to its own earlier tokens.
 
-    Streams lie flat as one sequence of S * W tokens. keys: prefix (key, value) per layer; row, limit (S,): prefix
-    row of each stream and how many of its tokens it sees, sorted by row; length: T.
+    ``base``: the backbone. ``keys``: prefix (key, value) per layer. ``row``, ``limit`` (S,): prefix row of each stream
+    and how many of its tokens it sees, sorted by row. ``length``: most tokens of a stream.
     """
 
-    def __init__(self, keys, row, limit, length):
-        self.keys, self.grid, self.length = keys, Grid(row, limit, limit, _STEP_TILE), length
-        self.row, self.limit = row, limit
-        self.own = [None] * len(keys)
+    def __init__(self, base, keys, row, limit, length):
+        self.base, self.keys, self.length = base, keys, length
+        self.row, self.limit, self.grid = row, limit, Grid(row, limit, limit, _STEP_TILE)
+        self.own = [None] * len(keys)  # keys and values of earlier tokens (2, length, S, Hkv, D) per layer
         self.done = 0
 
     def take_first(self):
-        """Takes the first own token from the prefix keys, where it was read right behind each stream's text."""
+        """Take the first own token from the prefix keys, where it was read right behind each stream's text."""
         for number, pair in enumerate(self.keys):
             first = torch.stack([x[self.row, :, self.limit] for x in pair])
             self.own[number] = first.new_empty(2, self.length, *first.shape[1:])
             self.own[number][:, 0] = first
         self.done = 1
 
-    def start(self):
-        self.number = 0
+    def forward(self, tokens):
+        """Return hidden states (S, W, hidden) of the next tokens (S, W) of each stream."""
+        self.width, self.number = tokens.shape[1], 0  # number: the next layer
+        places = self.limit.unsqueeze(1) + torch.arange(self.done, self.done + self.width, device=tokens.device)
+        hidden = forward(self.base, tokens.view(1, -1), places.view(1, -1), self)[0]
+        self.done += self.width
+        return hidden.unflatten(0, tokens.shape)
+
+    def select(self, streams):
+        """Keep (or repeat) the streams in the index tensor."""
+        self.row, self.limit = self.row[streams], self.limit[streams]
+        self.grid = Grid(self.row, self.limit, self.limit, _STEP_TILE)
+        for number, own in enumerate(self.own):
+            kept = own.new_empty(2, self.length, len(streams), *own.shape[3:])
+            kept[:, : self.done] = own[:, : self.done].index_select(2, streams)
+            self.own[number] = kept
 
     def layer(self, query, key, value, rule):
-        prefix_key, prefix_value = self.keys[self.number]
-        query = query[0].transpose(0, 1)
-        key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
-        width, streams = self.width, len(query) // self.width
+        # The streams lie flat as one sequence (1, H, S * W, D).
+        query, key, value = (x[0].transpose(0, 1).unflatten(0, (-1, self.width)) for x in (query, key, value))
         if self.own[self.number] is None:
-            self.own[self.number] = key.new_empty(2, self.length, streams, *key.shape[1:])
-        own = self.own[self.number]
+            self.own[self.number] = key.new_empty(2, self.length, len(key), *key.shape[2:])
+        own, prefix = self.own[self.number], self.keys[self.number]
         self.number += 1
-        if width == 1:
-            own[0, self.done], own[1, self.done] = key, value
-            output, lse = self.grid.attend(query, prefix_key, prefix_value, rule, self.done)
-            return self._own(query, own[:, : self.done + 1], output, lse, rule).unsqueeze(0)
-        own[0, self.done : self.done + width] = key.unflatten(0, (streams, width)).transpose(0, 1)
-        own[1, self.done : self.done + width] = value.unflatten(0, (streams, width)).transpose(0, 1)
+        stop = self.done + self.width
+        own[0, self.done : stop], own[1, self.done : stop] = key.transpose(0, 1), value.transpose(0, 1)
         outputs = []
-        for shift, part in enumerate(query.unflatten(0, (streams, width)).unbind(1), self.done):
-            output, lse = self.grid.attend(part, prefix_key, prefix_value, rule, shift)
+        for shift, part in enumerate(query.unbind(1), self.done):
+            output, lse = self.grid.attend(part, *prefix, rule, shift)
             outputs.append(self._own(part, own[:, : shift + 1], output, lse, rule))
         return torch.stack(outputs, 1).flatten(0, 1).unsqueeze(0)
 
@@ -288,65 +262,25 @@ class StepPass:
                 result.addcmul_(weight, part.to(wide))
         return result.flatten(1, 2).to(query.dtype)
 
-    def forward(self, base, tokens, places, width):
-        """Hidden states (S * width, hidden) of the next `width` tokens of each stream."""
-        self.width = width
-        hidden = forward(base, tokens.unsqueeze(0), places.unsqueeze(0), self)[0]
-        self.done += width
-        return hidden
 
-    def select(self, streams, row, limit):
-        """Keeps (or repeats) the streams in the index tensor; row and limit are theirs."""
-        self.grid = Grid(row, limit, limit, _STEP_TILE)
-        for number, own in enumerate(self.own):
-            kept = own.new_empty(2, self.length, len(streams), *own.shape[3:])
-            kept[:, : self.done] = own[:, : self.done].index_select(2, streams)
-            self.own[number] = kept
-
-
-class Pad:
-    """Ragged sequences that lie flat one after the other, as one rectangle (R, L) and back."""
-
-    def __init__(self, lengths):
-        self.shape = (len(lengths), int(lengths.max()))
-        self.size = int(lengths.sum())
-        column = torch.arange(self.shape[1], device=lengths.device)
-        real = column < lengths.unsqueeze(1)
-        self.real = None if bool(real.all()) else real.flatten().nonzero().squeeze(1)
-        start = lengths.cumsum(0) - lengths
-        self.source = torch.where(real, start.unsqueeze(1) + column, self.size).flatten()
-
-    def gather(self, x):
-        """(flat, H, ...) as (R, H, L, ...), zeros behind each sequence."""
-        if self.real is not None:
-            x = torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, self.source)
-        return x.unflatten(0, self.shape).transpose(1, 2)
-
-    def flat(self, x):
-        """(R, H, L, ...) back to (flat, H, ...)."""
-        x = x.transpose(1, 2).flatten(0, 1)
-        return x if self.real is None else x.index_select(0, self.real)
-
-
-class PackedPass:
+class PackedPass(NamedTuple):
     """Attention over one packed sequence: all prefix rows, then all thoughts with their true tokens.
 
-    text: Pad of the prefix rows; own: Pad of the thoughts; grid: the thought tokens as queries of the prefix rows.
+    ``text``: ``Pad`` of the prefix rows. ``own``: ``Pad`` of the thoughts. ``grid``: the thought tokens as queries of
+    the prefix rows.
     """
 
-    def __init__(self, text, own, grid):
-        self.text, self.own, self.grid = text, own, grid
-
-    def start(self):
-        pass
+    text: Pad
+    own: Pad
+    grid: Grid
 
     def layer(self, query, key, value, rule):
-        flat = (x[0].transpose(0, 1) for x in (query, key, value))
+        flat = (x[0].transpose(0, 1) for x in (query, key, value))  # (Q, H, D) and (Q, Hkv, D)
         return _PackedAttention.apply(*flat, rule.sinks, rule, self).unsqueeze(0)
 
 
 class _PackedAttention(torch.autograd.Function):
-    """Flat query (Q, H, D), key, value (Q, Hkv, D) to flat output; each part's backward uses the merged LSE."""
+    """Flat query (Q, H, D), key, value (Q, Hkv, D) to flat output. Each part's backward uses the merged LSE."""
 
     @staticmethod
     def forward(ctx, query, key, value, sinks, rule, work):
@@ -373,9 +307,9 @@ class _PackedAttention(torch.autograd.Function):
         flat = (grad.contiguous(), query, key, value, output, lse)
         text = [work.text.gather(x[:cut]) for x in flat]
         own = [work.own.gather(x[cut:]) for x in flat]
-        text_grads = causal_attend_backward(*text, rule)
-        own_grads = [work.own.flat(x) for x in causal_attend_backward(*own, rule)]
-        own_grads[0] = own_grads[0] + work.grid.attend_backward(
+        text_grads = causal_attend_grads(*text, rule)
+        own_grads = [work.own.flat(x) for x in causal_attend_grads(*own, rule)]
+        own_grads[0] = own_grads[0] + work.grid.attend_grads(
             grad[cut:], query[cut:], text[2], text[3], output[cut:], lse[cut:], rule, *text_grads[1:]
         )
         grads = [torch.cat([work.text.flat(a), b]) for a, b in zip(text_grads, own_grads)]
@@ -386,18 +320,31 @@ class _PackedAttention(torch.autograd.Function):
         return *grads, grad_sinks, None, None
 
 
-def packed_pass(model, text, text_real, row, limit, own, own_real):
-    """Final states (flat, hidden) of all texts (R, L), then all own tokens (S, W), where real, in one pass.
+class Packed(NamedTuple):
+    """Texts, and the own sequences (thought and true tokens) that follow them.
 
-    row, limit (S,): which text each own sequence follows, sorted, and after how many of its tokens.
+    ``text``, ``text_real`` (R, L): tokens, and which are read. ``own``, ``own_real`` (S, W): the same of own sequences.
+    ``row``, ``limit`` (S,): the text that each of them follows, sorted, and after how many of its tokens.
     """
-    base = backbone(model)
-    if not len(own):
-        return base.get_input_embeddings().weight.new_zeros(0, model.config.get_text_config().hidden_size)
-    lengths = own_real.sum(1)
-    text_place = torch.arange(text.shape[1], device=text.device).expand_as(text)[text_real]
-    own_place = (limit.unsqueeze(1) + torch.arange(own.shape[1], device=own.device))[own_real]
-    grid = Grid(row.repeat_interleave(lengths), limit.repeat_interleave(lengths), own_place, _PACKED_TILE)
-    work = PackedPass(Pad(text_real.sum(1)), Pad(lengths), grid)
-    ids, places = torch.cat([text[text_real], own[own_real]]), torch.cat([text_place, own_place])
+
+    text: torch.Tensor
+    text_real: torch.Tensor
+    row: torch.Tensor
+    limit: torch.Tensor
+    own: torch.Tensor
+    own_real: torch.Tensor
+
+    def own_places(self):
+        """Return the position (S, W) of each own token in its text."""
+        return self.limit.unsqueeze(1) + torch.arange(self.own.shape[1], device=self.own.device)
+
+
+def packed_states(base, packed):
+    """Return the final states (flat, hidden) of all real text tokens, then all real own tokens, in one pass."""
+    text_real, own_real = packed.text_real, packed.own_real
+    lengths, own_places = own_real.sum(1), packed.own_places()[own_real]
+    row, limit = packed.row.repeat_interleave(lengths), packed.limit.repeat_interleave(lengths)
+    work = PackedPass(Pad(text_real.sum(1)), Pad(lengths), Grid(row, limit, own_places, _PACKED_TILE))
+    ids = torch.cat([packed.text[text_real], packed.own[own_real]])
+    places = torch.cat([text_real.nonzero()[:, 1], own_places])
     return forward(base, ids.unsqueeze(0), places.unsqueeze(0), work)[0]

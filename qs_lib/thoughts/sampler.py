@@ -1,8 +1,8 @@
 """Sampling whose draws are numbered, so that a token does not depend on what is computed beside it.
 
-The uniform number of a draw is a hash of (seed, row, position, thought, step). Batches can be cut, sorted and
-compacted at will and the same thought comes out. Tokens are drawn by inverting the cumulative distribution,
-about 20 times cheaper on CPU than `torch.multinomial` or Gumbel noise over the vocabulary.
+The uniform number of a draw is a hash of (seed, row, position, thought, step). Batches can be cut, sorted and compacted
+at will, and the same thought comes out. Tokens are drawn by inverting the cumulative distribution, which on a CPU is
+about 20 times cheaper than ``torch.multinomial`` or Gumbel noise over the vocabulary.
 """
 
 import math
@@ -20,20 +20,20 @@ def _shift(x, bits):
 
 
 def _mix(x):
-    # The 64-bit finaliser of SplitMix64 (Steele, Lea and Flood 2014); int64 products wrap around.
+    # The 64-bit finaliser of SplitMix64 (Steele, Lea and Flood 2014). Int64 products wrap around.
     x = (x ^ _shift(x, 30)) * _FIRST
     x = (x ^ _shift(x, 27)) * _SECOND
     return x ^ _shift(x, 31)
 
 
 def draw_seed(generator=None):
-    """One seed in [0, 2**62) from a torch.Generator, or from the global one."""
+    """Return one seed in [0, 2**62) from a ``torch.Generator``, or from the global one."""
     device = generator.device if generator is not None else "cpu"
     return int(torch.randint(2**62, (), generator=generator, device=device))
 
 
 def uniforms(seed, rows, positions, thoughts, steps):
-    """Uniform numbers in [0, 1), float32, (S, steps), for S streams named by three LongTensors (S,)."""
+    """Return uniform numbers in [0, 1) (S, steps), float32, for S streams named by three LongTensors (S,)."""
     key = torch.full_like(rows, seed)
     for part in (rows, positions, thoughts):
         key = _mix(key + (part + 1) * _STEP)
@@ -42,13 +42,11 @@ def uniforms(seed, rows, positions, thoughts, steps):
 
 
 def forbidden(ids, size, device):
-    """The distinct ids as a LongTensor, or None when there are none; ValueError unless all are in [0, size)."""
+    """Return the distinct ids as a LongTensor, or None if there are none. Raises ``ValueError`` outside [0, size)."""
     ids = sorted({int(i) for i in ids})
-    if not ids:
-        return None
-    if ids[0] < 0 or ids[-1] >= size:
+    if ids and not 0 <= ids[0] <= ids[-1] < size:
         raise ValueError(f"Forbidden token ids must lie in [0, {size}), not {ids[0]}..{ids[-1]}.")
-    return torch.tensor(ids, device=device)
+    return torch.tensor(ids, device=device) if ids else None
 
 
 def _invert(weights, mass):
@@ -72,19 +70,19 @@ def _invert_blocks(weights, uniform):
     return block * _BLOCK + _invert(near, (mass - before).clamp(min=0).squeeze(1))[0]
 
 
-def nucleus(weights, top_p):
-    """Zeroes all but the smallest set of most likely tokens whose share reaches top_p; weights (S, V)."""
+def _nucleus(weights, top_p):
+    """Zero weights (S, V) outside the smallest set of most likely tokens whose share reaches ``top_p``."""
     ordered, order = weights.sort(-1, descending=True)
     share = (ordered.cumsum(-1) - ordered) / ordered.sum(-1, keepdim=True)
     return torch.zeros_like(weights).scatter_(1, order, ordered.masked_fill_(share >= top_p, 0))
 
 
 def sample(logits, uniform, temperature=1.0, top_p=1.0, forbid=None):
-    """One token per row of logits (S, V, overwritten) from uniform numbers (S,): tokens (S,), log-probs (S,).
+    """Draw one token per row of logits (S, V), which are overwritten, from uniform numbers (S,).
 
-    temperature 0 takes the most likely token. forbid is None or a LongTensor of tokens that get no
-    probability. The log-probs are those of the distribution at this temperature (at 1 when temperature is 0)
-    with forbidden tokens removed and **before** top_p cuts it, so that re-scoring gives the same numbers.
+    Returns tokens (S,) and log-probs (S,). ``temperature`` 0 takes the most likely token. ``forbid``: LongTensor of
+    tokens that get no probability, or None. The log-probs are those at this temperature (at 1 if it is 0) without the
+    forbidden tokens, and **before** ``top_p`` cuts the distribution, so that re-scoring gives the same numbers.
     """
     if forbid is not None:
         logits.index_fill_(1, forbid, -math.inf)
@@ -95,10 +93,9 @@ def sample(logits, uniform, temperature=1.0, top_p=1.0, forbid=None):
     weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
     total = weights.sum(-1)
     if temperature != 0:
-        drawn = nucleus(weights, top_p) if top_p < 1 else weights
+        drawn = _nucleus(weights, top_p) if top_p < 1 else weights
         uniform = uniform.to(weights.dtype)
-        if weights.shape[1] > 8 * _BLOCK:
-            tokens = _invert_blocks(drawn, uniform).squeeze(1)
-        else:
-            tokens = _invert(drawn, uniform * drawn.sum(-1))[0].squeeze(1)
+        many = weights.shape[1] > 8 * _BLOCK
+        tokens = _invert_blocks(drawn, uniform) if many else _invert(drawn, uniform * drawn.sum(-1))[0]
+        tokens = tokens.squeeze(1)
     return tokens, (weights.gather(1, tokens.unsqueeze(1)).squeeze(1) / total).log()

@@ -5,15 +5,15 @@
 One thread, CPU seconds of the process (not wall time), random weights, medians of repetitions. In each repetition every
 model and shape is measured once and the methods take turns, after a short warm-up. Beside ours:
 
-generate_32, generate_128: `generate` of transformers, so many rows at a time, rows of similar length, left-padded; the
-    better of the two counts. It returns tokens alone, so it is held against `ours_tokens` (tokens and log-probs, without the
-    state after </think>); "with states" is what the others are held against.
+generate_32, generate_128: `generate` of transformers, so many rows at a time, rows of similar length, left-padded. The
+    better of the two counts. It returns tokens alone, so it is held against `ours_tokens` (tokens and log-probs, not
+    the state after </think>). "With states" is what the others are held against.
 copied_prefix: what an expert builds by hand: the text read once (not counted), its cache copied to every thought's row.
 dense_mask: all positions in one pass per step under the paper's diagonal mask, text and <think> read once, our sampler.
 official: the same as the paper's code goes about it: a mask for every thought's row, the output head on every token,
     Gumbel-softmax, one-hot vectors times the embedding (memory only).
 one_by_one: one thought at a time with a cache.
-rows_8, rows_32 (re-scoring): text + thought + true tokens as plain rows; the better one counts.
+rows_8, rows_32 (re-scoring): text + thought + true tokens as plain rows. The better one counts.
 
 Slow methods run on an even selection and are scaled by the share of their tokens that ran ("share_run"). After each
 repetition the file is written with what there is; "repeats" says how many it holds, and an interrupted run continues.
@@ -162,12 +162,12 @@ def ours(model, ids, positions, number, length, **options):
 
 
 def units(ids, positions):
-    """All (row, position) pairs, longest text last."""
+    """Return all (row, position) pairs, longest text last."""
     return sorted(((r, int(p)) for r in range(len(ids)) for p in positions[r]), key=lambda pair: pair[1])
 
 
 def spread(items, kept):
-    """The middles of `kept` equal parts of a list."""
+    """Return the middles of `kept` equal parts of a list."""
     return [items[i] for i in sorted({(2 * k + 1) * len(items) // (2 * kept) for k in range(kept)})]
 
 
@@ -286,7 +286,7 @@ def dense(model, ids, number, length):
 
 @torch.no_grad()
 def official(model, ids, number, length):
-    """`dense` with a mask per row of thoughts, all logits, Gumbel-softmax and one-hot inputs, as in the paper's code."""
+    """`dense` with a mask per row of thoughts, all logits, Gumbel-softmax, one-hot inputs, as in the paper's code."""
     (batch, size), table = ids.shape, model.get_input_embeddings().weight
     eye = torch.full((batch * number, 1, size, size), -torch.inf)
     eye.diagonal(dim1=2, dim2=3).fill_(0)
@@ -585,8 +585,7 @@ def show(table):
 
 def conditions():
     root = Path(__file__).parents[2]
-    names = "attention packed prefix rescoring sampler stepping thoughts".split()
-    sources = [Path(__file__), *(root / "qs_lib" / f"{name}.py" for name in names)]
+    sources = [Path(__file__), *sorted((root / "qs_lib" / "thoughts").glob("*.py"))]
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     return {
         "command": "make bench",
