@@ -12,7 +12,7 @@ from .data.tokens import thinking_ids
 from .errors import WorkbookError
 from .thoughts.attention import LanguageHead, backbone
 from .thoughts.generate import generate_thoughts
-from .thoughts.rescore import scored as log_probs_of
+from .thoughts.rescore import target_scores
 
 
 class QuietStarConfig(PreTrainedConfig):
@@ -218,7 +218,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         if self.config.mixing == "hidden":
             states = mix_hidden(weights, scored.base_hidden, scored.thought_hidden.transpose(2, 3)).flatten(0, 2)
             forbid = torch.tensor(self.config.hidden_ids, device=states.device)
-            mixed, _ = log_probs_of(LanguageHead(self.lm), states, scored.true.flatten(), forbid=forbid)
+            mixed, _ = target_scores(LanguageHead(self.lm), states, scored.true.flatten(), forbid=forbid)
             mixed = mixed.view(scored.true.shape)
         else:
             mixed = mix_log_probs(weights, scored.base_logprobs, scored.true_logprobs.transpose(2, 3))

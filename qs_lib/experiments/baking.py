@@ -21,8 +21,8 @@ from .grokking import matched_momentum
 
 # What the baked model must reach on test problems, as a mean over seeds.
 TARGETS = {"accuracy": 0.85, "thinking_use": 0.95, "strategy_fit": 0.9, "gap_closed": 0.8, "direct_change": -0.05}
-TRAINED_WITH = BakingSettings().model_dump(exclude={"seed"})
-RATES = ("muon_lr", "adamw_lr", "grokfast_lambda")  # what an optimizer of one's own replaces
+BAKED_WITH = BakingSettings().model_dump(exclude={"seed"})
+OPTIMIZER_RATES = ("muon_lr", "adamw_lr", "grokfast_lambda")  # what an optimizer of one's own replaces
 LAMBDA, ALPHA, MOMENTUM, BETAS = 0.2, 0.98, 0.95, (0.9, 0.95)
 SUBJECT = "Muon x Grokfast"
 # The lowest rate of each scan, which goes on in steps of 2 around the recipe's; AdamW's share of Muon's rate is fixed.
@@ -50,7 +50,7 @@ def make_optimizer(name: str, rate: float):
 def baking_recipe() -> dict:
     """Return what notebook 03 bakes the pocket model with: its data, and its :class:`BakingSettings` but for the seed."""
     values = recipe("03_baking")
-    return {name: values[name] for name in ("examples", "hard_shown", *TRAINED_WITH)}
+    return {name: values[name] for name in ("examples", "hard_shown", *BAKED_WITH)}
 
 
 def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | None = None, tested: bool = True) -> dict:
@@ -76,7 +76,7 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
     unseen = limit_hard([p for p in problems if p["question"] not in used], settings["hard_shown"], seed=seed)
     model, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))
     before = direct_accuracy(model, tokenizer, held["test"]) if tested else None
-    given = {name: settings[name] for name in TRAINED_WITH if name in settings}
+    given = {name: settings[name] for name in BAKED_WITH if name in settings}
     if "optimizer" in settings:
         given["optimizer"] = make_optimizer(settings["optimizer"], settings["rate"])
     given |= {"seed": seed, "checkpoint": checkpoint}
@@ -94,19 +94,19 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
 def baking(run: Path, folder: Path, seeds) -> None:
     """The recipe of notebook 03, which shows few hard problems, and the same with all of them shown."""
     arms = {"recipe": baking_recipe(), "all hard problems shown": baking_recipe() | ALL_SHOWN}
-    repeat(folder / "baking.csv", arms, seeds, functools.partial(bake_once, run), TRAINED_WITH)
+    repeat(folder / "baking.csv", arms, seeds, functools.partial(bake_once, run), BAKED_WITH)
 
 
 def optimizers(run: Path, folder: Path, seeds) -> None:
     """A learning-rate scan per optimizer (seed 0, validation problems), then every optimizer at its best rate on the
     test problems, on seeds 1, 2, ... so that no run is measured that was chosen."""
-    alike = {name: value for name, value in (baking_recipe() | SMALLER).items() if name not in RATES}
+    alike = {name: value for name, value in (baking_recipe() | SMALLER).items() if name not in OPTIMIZER_RATES}
     rates = {name: [lowest * 2**k for k in range(4)] for name, lowest in LOWEST.items()}
     while True:
         tried = [(name, rate) for name in rates for rate in rates[name]]
         arms = {f"{name}, rate {rate:g}": alike | {"optimizer": name, "rate": rate} for name, rate in tried}
         measure = functools.partial(bake_once, run, tested=False)
-        scan = repeat(folder / "optimizers_scan.csv", arms, [0], measure, TRAINED_WITH)
+        scan = repeat(folder / "optimizers_scan.csv", arms, [0], measure, BAKED_WITH)
         best = best_rates(scan)
         beyond = {name: edge(rates[name], best[name]) for name in rates}
         if not any(beyond.values()):
@@ -114,7 +114,7 @@ def optimizers(run: Path, folder: Path, seeds) -> None:
         rates = {name: rates[name] + ([beyond[name]] if beyond[name] else []) for name in rates}
     arms = {name: alike | {"optimizer": name, "rate": rate} for name, rate in best.items()}
     others = [seed + 1 for seed in seeds]
-    repeat(folder / "optimizers.csv", arms, others, functools.partial(bake_once, run), TRAINED_WITH)
+    repeat(folder / "optimizers.csv", arms, others, functools.partial(bake_once, run), BAKED_WITH)
 
 
 def best_rates(scan: list[dict]) -> dict[str, float]:

@@ -10,7 +10,8 @@ import pandas as pd
 
 from ..files import read_rows, write_bytes
 from ..stats import column, fixed, seed_interval, shown
-from ..workbook.figures import BLUE, GREY, new_figure
+from ..viewing.html import BLUE, GREY
+from ..workbook.figures import new_figure
 
 SMALLEST = 0.01  # accuracy that a part of the objective must add to count as useful
 DEPTHS = (("from un-baked", "none"), ("from eighth-baked", "an eighth"), ("from half-baked", "half"), ("full", "all"))

@@ -44,7 +44,7 @@ class Rescored:
     base_full: torch.Tensor | None = None
 
 
-def _target_scores(head, hidden, target, temperature=1.0, forbid=None, entropy=False):
+def target_scores(head, hidden, target, temperature=1.0, forbid=None, entropy=False):
     """Return the log-prob (R,) of each target and the entropy (R,) or None, from hidden (R, hidden).
 
     With many rows the logits are made again in the backward pass, some rows at a time.
@@ -92,7 +92,7 @@ def _look_ahead(head, forbid, full, states, start, exists, targets, place, shape
         everything = head(hidden, forbid).log_softmax(-1)
         logprob = everything.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     else:
-        logprob, _ = _target_scores(head, hidden, target, forbid=forbid)
+        logprob, _ = target_scores(head, hidden, target, forbid=forbid)
     logprob = logprob[inverse].masked_fill(~exists[line, step], 0)
     scattered = partial(_scattered, torch.Size((*shape, count)), place[line] * count + step)
     return scattered(hidden[inverse]), scattered(logprob), scattered(everything[inverse]) if full else None
@@ -175,7 +175,7 @@ def rescore_thoughts(model, input_ids, thoughts, attention_mask=None, n_true=4, 
     # The state before each sampled token.
     stream, step = thoughts.sampled.flatten(0, 2)[layout.place].nonzero(as_tuple=True)
     before, target = own_states[own_start[stream] + step - 1], layout.packed.own[stream, step]
-    logprob, entropy = _target_scores(head, before, target, thoughts.temperature, forbid, entropy=True)
+    logprob, entropy = target_scores(head, before, target, thoughts.temperature, forbid, entropy=True)
     sampled = partial(_scattered, shape, layout.place[stream] * shape[3] + step)
     look_ahead = partial(_look_ahead, head, forbid_true, true_logits)
     start, exists, true = own_start + layout.length - 1, layout.exists[unit], layout.true[unit]

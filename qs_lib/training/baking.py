@@ -198,6 +198,7 @@ def _rehearsed(s: BakingSettings) -> int:
     return max(1, round(s.batch_size * s.rehearsal)) if s.rehearsal else 0
 
 
+# Its documentation makes it longer than sixty lines: the loop stays in one piece, and ``changed`` is no parameter more.
 def bake(
     model,
     tokenizer,
@@ -227,14 +228,10 @@ def bake(
     Raises ``WorkbookError`` if no teacher reply holds a thought or the family's attention cannot be clipped,
     ``ParameterError`` on a bad setting, ``TrainingError`` on a non-finite loss.
     """
-    s, started = (settings or BakingSettings()).but(**changed), time.monotonic()
-    rng, validation = random.Random(s.seed), list(validation)
-    if s.qk_clip_threshold:
-        with watch_max_logits(model):  # a family that cannot be watched is refused before anything is sampled
-            pass
-    teacher = model.eval() if s.lora_rank else copy.deepcopy(model).eval().requires_grad_(False)
+    s, started, validation = (settings or BakingSettings()).but(**changed), time.monotonic(), list(validation)
+    teacher = unprompted_teacher(model, s)
     data = lessons(teacher, tokenizer, examples, problems, validation, s, prompts)
-    before = unprompted_kl(teacher, tokenizer, data.held_out)
+    before, rng = unprompted_kl(teacher, tokenizer, data.held_out), random.Random(s.seed)
     trained = add_adapter(model, tokenizer, s.lora_rank) if s.lora_rank else model
     teacher = trained if s.lora_rank else teacher  # without its adapter, see `frozen`: no second copy of the weights
     if s.gradient_checkpointing:
@@ -272,6 +269,14 @@ def bake(
     result.kl_after = result.epochs[-1]["kl"]
     result.gap_closed, result.seconds = 1 - result.kl_after / before, time.monotonic() - started
     return result
+
+
+def unprompted_teacher(model, s: BakingSettings):
+    """Return the champion as it is. Raises ``UnwatchedError`` if its attention cannot be clipped as ``s`` asks."""
+    if s.qk_clip_threshold:
+        with watch_max_logits(model):  # refused before anything is sampled
+            pass
+    return model.eval() if s.lora_rank else copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def _muon_grokfast(model, s: BakingSettings) -> MuonGrokfast:

@@ -100,6 +100,7 @@ class Rollouts(NamedTuple):
         )
 
 
+# Its documentation makes it longer than sixty lines: the loop stays in one piece, to be read as the algorithm.
 def train_quiet_star(
     model, tokenizer, problems, validation, settings: QuietStarSettings | None = None, checkpoint=None, **changed
 ) -> TrainingResult:
