@@ -1,6 +1,8 @@
 """The champion: the language model that is to learn to think. Loaded from anywhere, or trained here from a config."""
 
+import json
 import os
+import shlex
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import find_adapter_config_file
 
 from .data import pocket
 from .data.problems import hub_answers
@@ -32,6 +35,8 @@ def load_champion(source: str = "pocket", dtype=torch.float32, device: str | Non
         raise SourceError(f"no pocket champion at {path}: train one with `make run`")
     local = path.is_dir()
     place, given = path if local else source, {"local_files_only": local or not hub_answers()}
+    if adapter := find_adapter_config_file(place, **given):
+        raise _unmerged(source, local, json.loads(Path(adapter).read_text()))
     loading = given | {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
         tokenizer = load_tokenizer(place, **given, trust_remote_code=False)
@@ -64,6 +69,21 @@ def load_tokenizer(source: str | Path, **given):
     config = get_tokenizer_config(source, local_files_only=given.get("local_files_only", False))
     plain = config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
     return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(source, **given)
+
+
+def _unmerged(source: str, local: bool, config: dict) -> WorkbookError:
+    """The error for an adapter, with the command that makes a model of it."""
+    base = config.get("base_model_name_or_path")
+    if "TUNING" in config.get("peft_type", ""):
+        return SourceError(f"{source} is a learned prompt, which cannot be part of a model: take {base} itself")
+    source = str(Path(source).expanduser()) if local else source
+    merged = f"{source if local else Path(source).name}-merged"
+    words = source if get_tokenizer_config(source, local_files_only=local) else base
+    imports = "from peft import AutoPeftModelForCausalLM as Model; from qs_lib.champion import load_tokenizer"
+    model = f"Model.from_pretrained({json.dumps(source)}).merge_and_unload().save_pretrained({json.dumps(merged)})"
+    tokenizer = f"load_tokenizer({json.dumps(words)}).save_pretrained({json.dumps(merged)})"
+    command = f"python -c {shlex.quote('; '.join((imports, model, tokenizer)))}"
+    return SourceError(f"{source} is an adapter of {base}: merge them, then load {merged}:\n{command}")
 
 
 def _unloadable(source: str, local: bool, offline: bool, error: Exception) -> WorkbookError:

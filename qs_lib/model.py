@@ -1,4 +1,4 @@
-"""Quiet-STaR around any Hugging Face causal LM: a configuration, the mixing head, and a forward pass that thinks."""
+"""Quiet-STaR around any Hugging Face causal LM: a configuration, and a forward pass that thinks."""
 
 import torch
 from torch import nn
@@ -7,12 +7,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import can_return_tuple
 
 from .data.tokens import thinking_ids
 from .errors import WorkbookError
+from .mixing import MixingHead, ZeroLinear, mix_hidden, mix_log_probs
 from .thoughts.attention import LanguageHead, backbone
 from .thoughts.generate import generate_thoughts
 from .thoughts.rescore import target_scores
+
+_NEVER = -30.0  # the log-prob of a thinking token as text, where a finite number is needed
 
 
 class QuietStarConfig(PreTrainedConfig):
@@ -26,6 +31,7 @@ class QuietStarConfig(PreTrainedConfig):
     """
 
     model_type = "quietstar"
+    keys_to_ignore_at_inference = ["past_key_values"]
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
     text_config: dict | PreTrainedConfig | None = None
     think: bool = True
@@ -72,6 +78,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = QuietStarConfig
     base_model_prefix = "lm"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _tied_weights_keys = {}
     _keep_in_fp32_modules_strict = ["mixing_head"]
@@ -86,8 +93,11 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     def from_base(cls, lm, tokenizer=None, **settings) -> "QuietStarForCausalLM":
         """Wrap a loaded model that has its thinking tokens. Its weights are shared, not copied.
 
-        Raises ``WorkbookError`` if it has no thinking tokens.
+        Raises ``WorkbookError`` if it has no thinking tokens, or an adapter, which could not be saved inside.
         """
+        if hasattr(lm, "get_base_model") or any(hasattr(module, "base_layer") for module in lm.modules()):
+            advice = "merge it first (merge_and_unload), or wrap the model without it and put the adapter around both"
+            raise WorkbookError(f"a model with an adapter cannot be wrapped: {advice}")
         tags = [getattr(lm.config, name, None) for name in ("think_token_id", "end_think_token_id")]
         if tags[0] is None:
             raise WorkbookError("the model has no thinking tokens: call add_thinking_tokens(model, tokenizer) first")
@@ -104,8 +114,17 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         )
         model = cls(config, lm=lm)
         model.mixing_head.to(lm.device)
-        model.generation_config = lm.generation_config
         return model.eval()
+
+    @property
+    def generation_config(self):
+        """The wrapped model's own: it generates by it without thoughts, and it is saved with the wrapper."""
+        return self.lm.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value):
+        if "lm" in self._modules:  # not yet while it is being built
+            self.lm.generation_config = value
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -121,6 +140,22 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.lm.set_output_embeddings(value)
 
+    def generate(self, inputs=None, generation_config=None, *more, think=None, **kwargs):
+        """Write text as ``GenerationMixin.generate`` does, with ``think=False`` by the wrapped model alone.
+
+        Raises ``WorkbookError`` while thinking for ways that call a model beside the text.
+        """
+        if not (self.config.think if think is None else think):
+            _refuse_thoughts(kwargs.get("past_key_values"))
+            return self.lm.generate(inputs, generation_config, *more, **kwargs)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not mask.any(1).all():
+            raise WorkbookError("a prompt is padding only, which leaves nothing to think about: leave its row out")
+        beside = ("guidance_scale", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+        _refuse(beside, kwargs, generation_config or self.generation_config)
+        return super().generate(inputs, generation_config, *more, think=True, **kwargs)
+
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -130,30 +165,57 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         think=None,
         labels=None,
+        use_cache=None,
         **kwargs,
     ):
-        """Return next-token logits (batch, kept, vocab). Raises ``WorkbookError`` for a draft to check."""
+        """Return next-token logits (batch, kept, vocab), and with ``labels`` (batch, length) the loss of those kept.
+
+        ``kwargs`` go to the wrapped model, or to the loss (``num_items_in_batch``, ``shift_labels``). Raises
+        ``WorkbookError`` for what thinking does not know.
+        """
         think = self.config.think if think is None else think
+        whole = isinstance(logits_to_keep, int)
+        kept = slice(-logits_to_keep, None) if whole else logits_to_keep
+        if labels is not None and (think or not whole or logits_to_keep):
+            following = kwargs.pop("shift_labels", None)
+            following = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:] if following is None else following
+            kwargs["shift_labels"] = following[:, kept].contiguous()
         if not think:
+            _refuse_thoughts(past_key_values)
             text = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-            wanted = {"logits_to_keep": logits_to_keep, "labels": labels}
+            wanted = {"logits_to_keep": logits_to_keep, "labels": labels, "use_cache": use_cache}
             return self.lm(**text, past_key_values=past_key_values, **wanted, **kwargs)
+        _refuse(("inputs_embeds", "output_hidden_states", "output_attentions"), kwargs, self.config)
+        padding = past_key_values is not None and attention_mask is not None and not attention_mask.any()
+        if input_ids is None or not input_ids.numel() or padding:
+            raise WorkbookError("there is no text to think about: input_ids are missing, empty or all padding")
         if past_key_values is not None:
-            if logits_to_keep > 1:  # assisted generation asks for several tokens' predictions at once
-                advice = "generate without it, or with think=False"
-                raise WorkbookError(f"a draft cannot be checked while thinking: {advice}")
+            if not whole or logits_to_keep > 1:  # assisted generation asks for several tokens' predictions at once
+                raise _unknown("a draft")
             return self._write(input_ids, attention_mask, past_key_values)
-        first = input_ids.shape[1] - logits_to_keep if logits_to_keep else 0
-        positions = torch.arange(first, input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
+        _check_places(input_ids, attention_mask, position_ids)
+        cache = self._write(input_ids, attention_mask, DynamicCache()).past_key_values if use_cache else None
+        logits = self._predict(input_ids, attention_mask, kept)
+        return CausalLMOutputWithPast(*self._loss(logits, labels, **kwargs), past_key_values=cache)
+
+    def _predict(self, input_ids, attention_mask, kept):
+        """Return the mixture's log-probs (batch, kept, vocab) from thoughts drawn at the positions ``kept``."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         if attention_mask is not None:  # padding does not think
-            positions = positions.masked_fill(attention_mask[:, first:] == 0, -1)
-        thoughts = self.think(input_ids, attention_mask, positions)
-        base = self.read(input_ids, attention_mask, position_ids)[:, first:]
-        logits = self.mix(base, thoughts.hidden)
-        loss = None
-        if labels is not None:
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits)
+            positions = positions.masked_fill(attention_mask == 0, -1)
+        thoughts = self.think(input_ids, attention_mask, positions[:, kept])
+        return self.mix(self.read(input_ids, attention_mask)[:, kept], thoughts.hidden)
+
+    def _loss(self, logits, labels, shift_labels=None, num_items_in_batch=None, **kwargs):
+        """Return the loss, or None without labels, and the logits."""
+        hidden = torch.tensor(self.config.hidden_ids, device=logits.device)
+        if labels is None:
+            # to smooth labels a Trainer, which keeps them, sums the log-probs of all tokens: none may be -inf
+            return None, logits if num_items_in_batch is None else logits.index_fill(-1, hidden, _NEVER)
+        if torch.isin(shift_labels, hidden).any():
+            raise WorkbookError("labels hold thinking tokens, which thinking never predicts: set them to -100")
+        counted = {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+        return self.loss_function(logits, labels, logits.shape[-1], **counted, **kwargs), logits
 
     def think(self, input_ids, attention_mask=None, positions=None, generator=None, **settings):
         """Draw thoughts at ``positions`` (batch, P), with this configuration's settings unless given.
@@ -319,72 +381,34 @@ def thought_rows(input_ids, attention_mask, tokens, lengths, pad_id: int):
     return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
 
 
+def _unknown(what: str) -> WorkbookError:
+    """The error for what only the wrapped model knows."""
+    return WorkbookError(f"thinking does not know {what}: leave it out, or set think=False")
+
+
+def _refuse(names, given: dict, defaults):
+    """Raise ``WorkbookError`` if one of ``names`` is asked for, by what is ``given`` or else by ``defaults``."""
+    for name in names:
+        value = given.get(name, getattr(defaults, name, None))
+        if value is not None and value is not False and (name, value) != ("guidance_scale", 1):
+            raise _unknown(name)
+
+
+def _refuse_thoughts(cache):
+    """Raise ``WorkbookError`` if a cache holds thoughts, which the wrapped model alone cannot read."""
+    if isinstance(cache, ThinkingCache) and cache.started:
+        raise WorkbookError("this cache was filled while thinking: leave it out, or set think=True")
+
+
+def _check_places(input_ids, attention_mask, position_ids):
+    """Raise ``WorkbookError`` unless mask and positions are those of padded texts, which is what thoughts see."""
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if real.dim() != 2:
+        raise _unknown("an attention_mask that is not (batch, length)")
+    if position_ids is not None and ((position_ids != real.cumsum(1) - 1) & (real != 0)).any():
+        raise _unknown("position_ids that do not count the tokens of each text")
+
+
 AutoConfig.register("quietstar", QuietStarConfig, exist_ok=True)
 AutoModelForCausalLM.register(QuietStarConfig, QuietStarForCausalLM, exist_ok=True)
-
-
-class MixingHead(nn.Module):
-    """Weigh {no thought, thought 1..K}, starting at exactly the base model.
-
-    From the hidden state without a thought, h_0, and after each thought, h_k, an MLP scores the thoughts and a
-    zero-initialised gate says how much they count together:
-
-        a_k = softmax_k s(h_0, h_k);  g = clip(mean_k v(h_0, h_k), 0, 1);  weights = (1 - g, g a_1, ..., g a_K)
-
-    The clip passes gradients straight through, so a gate at 0 can open. The head of Quiet-STaR (arXiv 2403.09629 §4.3)
-    interpolates one thought with one unbounded weight. Ours stays a distribution, so that several thoughts can vote.
-    ``forward``: base (..., hidden), thought (..., K, hidden) -> weights (..., 1 + K), which sum to 1.
-    """
-
-    def __init__(self, hidden_size: int, width: int = 64):
-        super().__init__()
-        self.features = nn.Linear(2 * hidden_size, width)
-        self.score = ZeroLinear(width, 1)
-        self.gate = ZeroLinear(width, 1)
-
-    def forward(self, base: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
-        dtype = self.features.weight.dtype
-        both = torch.cat([base.unsqueeze(-2).expand_as(thought), thought], -1).to(dtype)
-        with torch.autocast(both.device.type, enabled=False):  # in bfloat16 a gate just opening leaves 1 - g at 1
-            features = torch.nn.functional.gelu(self.features(both))
-            attention = self.score(features).squeeze(-1).softmax(-1)
-            gate = self.gate(features).squeeze(-1).mean(-1, keepdim=True)
-        gate = gate.clamp(0, 1).detach() + (gate - gate.detach())  # exact forward: the second term is 0
-        return torch.cat([1 - gate, gate * attention], -1)
-
-
-class ZeroLinear(nn.Linear):
-    """Start at zero. A type of its own, so that loading code can tell it from other linear layers."""
-
-    def reset_parameters(self):
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-
-def mix_log_probs(weights: torch.Tensor, base: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
-    """Return log sum_k w_k p_k, the log of the weighted mean of probabilities, computed in log space.
-
-    ``weights`` (..., 1 + K), log-probs ``base`` (..., *rest) and ``thought`` (..., K, *rest) -> (..., *rest). Weights
-    may be 0 and log-probs -inf. The gradient of a log-prob is the posterior of its branch, w_k p_k / p. That of a
-    weight is p_k / p, at weight 0 too, so that a shut gate can open. It is bounded by e^40: finite where p is 0.
-
-    The paper interpolates log-probs (a product of experts), where one confident wrong thought vetoes the others. With
-    several thoughts we take the mean of probabilities, a vote.
-    """
-    branch = weights.dim() - 1
-    logs = torch.cat([base.unsqueeze(branch), thought], branch)  # (..., 1 + K, *rest)
-    weights = weights.reshape(weights.shape + (1,) * (logs.dim() - weights.dim()))
-    joint = weights.detach().log() + logs
-    mixed = joint.logsumexp(branch, keepdim=True)
-    if joint.requires_grad:  # logsumexp's gradient is nan where no branch is possible
-        never = mixed.detach() == -torch.inf
-        mixed = joint.masked_fill(never, 0).logsumexp(branch, keepdim=True).masked_fill(never, -torch.inf)
-    if weights.requires_grad:
-        ratio = (logs - mixed).detach().nan_to_num(nan=-torch.inf, posinf=40.0, neginf=-torch.inf)
-        mixed = mixed + ((weights - weights.detach()) * ratio.clamp_max(40).exp()).sum(branch, keepdim=True)
-    return mixed.squeeze(branch)
-
-
-def mix_hidden(weights: torch.Tensor, base: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
-    """Return the weighted mean (..., hidden) of hidden states base (..., hidden) and thought (..., K, hidden)."""
-    return (weights.unsqueeze(-1) * torch.cat([base.unsqueeze(-2), thought], -2)).sum(-2)
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["quietstar"] = "QuietStarForCausalLM"  # by this a Trainer shifts smoothed labels

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 # Floors from the ground up. A wing (folder or file) imports only from the floors below its own.
 ORDER = (
-    "errors < stats, files, settings < thoughts < data < model, champion < evaluation < training, viewing "
+    "errors < stats, files, settings < thoughts < data, mixing < model, champion < evaluation < training, viewing "
     "< workbook < experiments"
 )
 FLOORS = [floor.split(", ") for floor in ORDER.split(" < ")]

@@ -13,7 +13,7 @@ import qs_lib as qs
 from qs_lib.data.batches import answer_batch
 from qs_lib.data.tokens import encode, encode_context
 from qs_lib.evaluation import accuracy, episodes, likelihood
-from qs_lib.model import MixingHead, mix_hidden, mix_log_probs
+from qs_lib.mixing import MixingHead, mix_hidden, mix_log_probs
 
 FORMS = ("log_probs", "hidden")
 PRECISIONS = (torch.float32, torch.float64)
@@ -352,7 +352,7 @@ def test_there_is_one_mixture():
     files = [f for f in LIBRARY.rglob("*.py") if f.parent.name != "thoughts"]  # they know of no mixing head
     assert len(files) > 30
     found = {f.name: second_mixtures(f.read_text()) for f in files}
-    model = found.pop("model.py")
+    model = found.pop("model.py") + found.pop("mixing.py")
     assert {name: lines for name, lines in found.items() if lines} == {}
     assert sum("mix_log_probs(" in line for line in model) == 2 == sum("mix_hidden(" in line for line in model)
 

@@ -4,7 +4,8 @@ from tiny import tiny_lm, tiny_quiet_star
 from transformers import AutoModelForCausalLM
 
 import qs_lib as qs
-from qs_lib.model import MixingHead, QuietStarConfig, QuietStarForCausalLM, mix_hidden, mix_log_probs
+from qs_lib.mixing import MixingHead, mix_hidden, mix_log_probs
+from qs_lib.model import QuietStarConfig, QuietStarForCausalLM
 
 
 def open_gate(model, value=1.0):

@@ -215,6 +215,7 @@ AttentionInterface.register(_WITHOUT_MASK, thoughts_attention)
 
 def backbone(model):
     """Return the part of a causal LM below its head. Raises ``ValueError`` if the model has no such part."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's base_model is another thing
     base = getattr(model, "base_model", model)
     base = model.get_decoder() if base is model else base
     if base is None or base is model or model.get_output_embeddings() is None:
