@@ -149,7 +149,10 @@ class MuonGrokfast(torch.optim.Optimizer):
         muon = {"lr": muon_lr, "momentum": momentum, "adjust_lr_fn": adjust_lr_fn}
         # "fused" also tells load_state_dict to keep the step counts beside their parameters.
         adam = {"lr": adamw_lr, "betas": betas, "eps": eps, "fused": True}
-        scaled = {"token_scale": token_scale, "token_rows": [int(i) for i in token_rows or ()]}
+        scaled = {
+            "token_scale": token_scale,
+            "token_rows": [int(i) for i in (() if token_rows is None else token_rows)],
+        }
         groups = [
             {"name": "muon", "params": hidden, **muon},
             {"name": "adamw", "params": rest, **adam},
