@@ -17,6 +17,7 @@ from .thoughts.attention import LanguageHead, backbone
 from .thoughts.generate import generate_thoughts
 from .thoughts.rescore import target_scores
 
+_STATES = ("output_hidden_states", "output_attentions")
 _NEVER = -30.0  # the log-prob of a thinking token as text, where a finite number is needed
 
 
@@ -95,6 +96,8 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises ``WorkbookError`` if it has no thinking tokens, or an adapter, which could not be saved inside.
         """
+        if isinstance(lm, cls):
+            raise WorkbookError("this model thinks already: wrap the language model inside it, model.lm")
         if hasattr(lm, "get_base_model") or any(hasattr(module, "base_layer") for module in lm.modules()):
             advice = "merge it first (merge_and_unload), or wrap the model without it and put the adapter around both"
             raise WorkbookError(f"a model with an adapter cannot be wrapped: {advice}")
@@ -184,8 +187,9 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             _refuse_thoughts(past_key_values)
             text = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
             wanted = {"logits_to_keep": logits_to_keep, "labels": labels, "use_cache": use_cache}
-            return self.lm(**text, past_key_values=past_key_values, **wanted, **kwargs)
-        _refuse(("inputs_embeds", "output_hidden_states", "output_attentions"), kwargs, self.config)
+            wanted |= {name: True for name in _STATES if getattr(self.config, name, False)} | kwargs
+            return self.lm(**text, past_key_values=past_key_values, **wanted)
+        _refuse(("inputs_embeds", *_STATES), kwargs, self.config)
         padding = past_key_values is not None and attention_mask is not None and not attention_mask.any()
         if input_ids is None or not input_ids.numel() or padding:
             raise WorkbookError("there is no text to think about: input_ids are missing, empty or all padding")

@@ -182,6 +182,20 @@ def test_without_thoughts_it_writes_what_the_wrapped_model_writes(given):
             model.generate(ids, tmeperature=1.0, think=think)
 
 
+def test_states_that_a_configuration_asks_for(given):
+    model, ids = model_of()[0], given[1]
+    model.config.output_hidden_states = True
+    assert len(model(ids, think=False).hidden_states) == 3 and model(ids, output_hidden_states=False).logits is not None
+    with pytest.raises(ValueError, match="thinking does not know output_hidden_states"):
+        model(ids)
+
+
+def test_a_model_that_thinks_is_not_wrapped_again(given):
+    with pytest.raises(ValueError, match="model.lm"):
+        qs.QuietStarForCausalLM.from_base(given[0])
+    assert qs.QuietStarForCausalLM.from_base(given[0].lm).lm is given[0].lm
+
+
 def test_no_text_is_one_sentence(given):
     model, ids, _ = given
     for empty in (ids[:0], ids[:, :0], None):
