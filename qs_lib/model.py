@@ -14,6 +14,7 @@ from .data.tokens import thinking_ids
 from .errors import WorkbookError
 from .mixing import MixingHead, ZeroLinear, mix_hidden, mix_log_probs
 from .thoughts.attention import LanguageHead, backbone
+from .thoughts.fallback import check_room, masked_states, new_cache, padded_states
 from .thoughts.generate import generate_thoughts
 from .thoughts.rescore import target_scores
 
@@ -221,31 +222,39 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         counted = {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
         return self.loss_function(logits, labels, logits.shape[-1], **counted, **kwargs), logits
 
+    def generate(self, *inputs, think=None, **kwargs):
+        """Return what ``generate`` of transformers does. Without thoughts the wrapped model writes, with its own cache."""
+        if self.config.think if think is None else think:
+            return super().generate(*inputs, think=True, **kwargs)
+        return self.lm.generate(*inputs, **{"generation_config": self.generation_config} | kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *sizes):
+        given = model_kwargs.get("past_key_values")
+        if generation_config.use_cache is not False and (given is None or not given.get_seq_length()):
+            model_kwargs["past_key_values"] = DynamicCache()  # whatever kind was asked for: thinking fills its own
+
     def think(self, input_ids, attention_mask=None, positions=None, generator=None, **settings):
         """Draw thoughts at ``positions`` (batch, P), with this configuration's settings unless given.
 
-        ``settings`` go to ``qs_lib.generate_thoughts``. Raises ``WorkbookError`` where learned positions leave no room
-        for a thought behind the text.
+        ``settings`` go to ``qs_lib.generate_thoughts``, which also raises what does not fit.
         """
-        c, length = self.config, input_ids.shape[1]
+        c = self.config
         budget = {"num_thoughts": c.num_thoughts, "thought_length": c.thought_length}
         settings = budget | {"temperature": c.thought_temperature, "generator": generator} | settings
         tags = {"think_id": c.think_token_id, "end_id": c.end_think_token_id}
-        try:
-            return generate_thoughts(self.lm, input_ids, attention_mask, positions, **tags, **settings)
-        except IndexError:
-            most = getattr(c.get_text_config(), "max_position_embeddings", None)
-            if most is None or length + settings["thought_length"] <= most:
-                raise
-            sentence = f"a text of {length} tokens leaves no room for thoughts among the model's {most} positions"
-            raise WorkbookError(f"{sentence}: shorten the text or thought_length") from None
+        return generate_thoughts(self.lm, input_ids, attention_mask, positions, **tags, **settings)
 
     def read(self, input_ids, attention_mask=None, position_ids=None, cache=None) -> torch.Tensor:
-        """Return the wrapped model's last hidden states (batch, new tokens, hidden). Fills ``cache``."""
-        if position_ids is None and attention_mask is not None:
-            position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
-        text = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        return backbone(self.lm)(**text, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        """Return the wrapped model's last hidden states (batch, new tokens, hidden). Fills ``cache``.
+
+        Raises ``WorkbookError`` if the model has too few positions.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        check_room(self.lm, int(mask.sum(1).max()))
+        base = backbone(self.lm)
+        if cache is None and new_cache(self.lm) is None:
+            return padded_states(base, input_ids, mask)
+        return masked_states(base, input_ids, attention_mask, position_ids, cache)
 
     def branch_weights(self, base, thought, weights: str = "head") -> torch.Tensor:
         """Return weights (..., 1 + K) from hidden states base (..., hidden) and thought (..., K, hidden).
@@ -310,7 +319,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     def _write(self, input_ids, attention_mask, cache):
         """Take one step of cached generation: read the new tokens in all streams, think where it is time, mix."""
         state = cache if isinstance(cache, ThinkingCache) else ThinkingCache(input_ids, attention_mask)
-        if state is not cache and cache.get_seq_length():  # an empty one of any kind is replaced
+        if state is not cache and cache.get_seq_length():
             advice = "leave the cache out, or generate with think=False"
             raise WorkbookError(f"thinking cannot go on from a {type(cache).__name__} that it did not fill: {advice}")
         if state.started:
@@ -327,8 +336,9 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 class ThinkingCache(DynamicCache):
-    """Hold what generation knows: the visible text, and a cached stream per row for "no thought" and each thought.
+    """Hold what generation knows: the visible text, and a stream per row for "no thought" and each thought.
 
+    ``streams`` is their cache, or None if the family has no exact one: then they are read anew for every token.
     ``thoughts`` keeps every ``qs_lib.Thoughts`` drawn, in order, to be read beside the text. Their rows are the rows of
     ``ids``, in beam search too.
     """
@@ -337,11 +347,11 @@ class ThinkingCache(DynamicCache):
         super().__init__()
         self.ids = input_ids
         self.mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        self.streams, self.age, self.thoughts = None, 0, []
+        self.stream_ids, self.streams, self.age, self.thoughts = None, None, 0, []
 
     @property
     def started(self) -> bool:
-        return self.streams is not None
+        return self.stream_ids is not None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.ids.shape[1] if self.started else 0
@@ -351,16 +361,19 @@ class ThinkingCache(DynamicCache):
         self.ids = torch.cat([self.ids, ids], 1)
         whole = mask is not None and mask.shape == self.ids.shape
         self.mask = mask if whole else torch.cat([self.mask, torch.ones_like(ids)], 1)
-        self.stream_ids = ids.repeat_interleave(len(self.stream_mask) // len(ids), 0)
-        self.stream_mask = torch.cat([self.stream_mask, torch.ones_like(self.stream_ids)], 1)
+        new = ids.repeat_interleave(len(self.stream_mask) // len(ids), 0)
+        self.stream_ids = torch.cat([self.stream_ids, new], 1) if self.streams is None else new
+        self.stream_mask = torch.cat([self.stream_mask, torch.ones_like(new)], 1)
 
     def restart(self, tokens, lengths, pad_id):
         """Begin new streams, right-aligned: the text alone and the text with each thought (rows, K, T)."""
         self.stream_ids, self.stream_mask = thought_rows(self.ids, self.mask, tokens, lengths, pad_id or 0)
-        self.streams, self.age = DynamicCache(), 0
+        self.streams, self.age = None, 0
 
     def read(self, model):
         """Read the new tokens of all streams. Return last hidden states (rows, hidden) and (rows, K, hidden)."""
+        if self.age == 0:
+            self.streams = new_cache(model.lm)
         self.age += 1
         hidden = model.read(self.stream_ids, self.stream_mask, cache=self.streams)[:, -1]
         hidden = hidden.unflatten(0, (len(self.ids), -1))  # (rows, 1 + K, hidden)
@@ -372,8 +385,9 @@ class ThinkingCache(DynamicCache):
         self.thoughts = [drawn.part(beam_idx) for drawn in self.thoughts]
         each = len(self.stream_mask) // len(beam_idx)
         rows = (beam_idx[:, None] * each + torch.arange(each, device=beam_idx.device)).flatten()
-        self.stream_mask = self.stream_mask[rows]
-        self.streams.reorder_cache(rows)
+        self.stream_ids, self.stream_mask = self.stream_ids[rows], self.stream_mask[rows]
+        if self.streams is not None:
+            self.streams.reorder_cache(rows)
 
 
 def thought_rows(input_ids, attention_mask, tokens, lengths, pad_id: int):

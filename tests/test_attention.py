@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_thoughts import batch, build, close
+from test_thoughts import build, close
 
 from qs_lib.thoughts import attention
 from qs_lib.thoughts.attention import Rule, add_sinks, attend, attend_grads, causal_attend, causal_attend_grads, merge
@@ -77,23 +77,20 @@ def test_sinks():
     close(lse.transpose(1, 2), expected_lse, 1e-12)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "mistral_sliding", "deepseek_v3"])
-def test_without_thoughts_the_model_keeps_its_own_attention(family):
-    model = build(family)
-    ids, mask = batch()
-    with torch.no_grad():
-        model.set_attn_implementation("eager")
-        expected = model(ids, attention_mask=mask).logits
-        model.set_attn_implementation(attention.ATTENTION_NAME)
-        found = model(ids, attention_mask=mask).logits
-    close(found[mask.bool()], expected[mask.bool()], 1e-6)
+def test_a_position_bias_and_a_mask_of_the_family_are_refused():
+    layer, mask = torch.nn.Module(), torch.zeros(1)
+    with pytest.raises(NotImplementedError, match="position bias"):
+        attention.thoughts_attention(layer, *tensors(), None, position_bias=mask)
+    with pytest.raises(NotImplementedError, match="a mask of its own"):
+        attention.thoughts_attention(layer, *tensors(), mask)
 
 
-def test_position_bias_is_refused():
-    layer = torch.nn.Module()
-    attention._local.work = object()
-    try:
-        with pytest.raises(NotImplementedError, match="position bias"):
-            attention.thoughts_attention(layer, *tensors(), None, position_bias=torch.zeros(1))
-    finally:
-        attention._local.work = None
+def test_a_view_shares_weights_and_leaves_no_trace():
+    model = build("opt").train()
+    before = {id(module): dict(vars(module)) for module in model.modules()}
+    config = model.config.to_dict()
+    seen = attention.view(model)
+    assert all(a is b for a, b in zip(seen.parameters(), model.parameters(), strict=True))
+    assert not any(module.training for module in seen.modules()) and all(m.training for m in model.modules())
+    assert all(vars(module) == before[id(module)] for module in model.modules()) and model.config.to_dict() == config
+    assert not {id(module) for module in seen.modules()} & set(before)

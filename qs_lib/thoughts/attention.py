@@ -9,21 +9,20 @@ Shapes: R rows, H query heads, Hkv key heads (H a multiple of Hkv), Q queries, K
 """
 
 import math
-import sys
 import threading
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import partial
+from types import MethodType
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-ATTENTION_NAME = "parallel_thoughts"
-_WITHOUT_MASK = ATTENTION_NAME + "_without_mask"  # transformers makes no mask for a name that has no mask function
+_NAME = "parallel_thoughts_without_mask"  # transformers makes no mask for a name that has no mask function
 _CPU_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _CPU_FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 _CAUSAL_BLOCK = 128
@@ -181,16 +180,10 @@ def add_sinks(output, lse, sinks):
 def thoughts_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
     """Return the attention of one layer as transformers asks for it: query (B, H, Q, D) in, (B, Q, H, D) out.
 
-    While thoughts are generated or re-scored the layer is handed to the work in progress. Otherwise it gets the
-    attention that its own model file defines. Raises ``NotImplementedError`` for a position bias.
+    The work in progress in this thread does it. Raises ``NotImplementedError`` for a position bias and for a mask.
     """
-    work = getattr(_local, "work", None)
-    if work is None:
-        own = sys.modules[type(module).__module__].eager_attention_forward
-        for name in ("sliding_window", "softcap", "s_aux"):  # some families do not know these
-            if options.get(name) is None:
-                options.pop(name, None)
-        return own(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
+    if attention_mask is not None:
+        raise NotImplementedError(f"{type(module).__name__} makes a mask of its own.")
     if options.get("position_bias") is not None:
         raise NotImplementedError(
             f"{type(module).__name__} adds a position bias to its attention scores, which parallel thoughts "
@@ -205,12 +198,10 @@ def thoughts_attention(module, query, key, value, attention_mask, scaling=None, 
     window, softcap, sinks = (options.get(name) for name in ("sliding_window", "softcap", "s_aux"))
     rule = Rule(size**-0.5 if scaling is None else scaling, window, softcap, sinks)
     with torch.autocast(device, enabled=False):
-        return work.layer(query, key, value, rule)[..., :value_size], None
+        return _local.work.layer(query, key, value, rule)[..., :value_size], None
 
 
-AttentionInterface.register(ATTENTION_NAME, thoughts_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, eager_mask)
-AttentionInterface.register(_WITHOUT_MASK, thoughts_attention)
+AttentionInterface.register(_NAME, thoughts_attention)
 
 
 def backbone(model):
@@ -226,40 +217,64 @@ def backbone(model):
     return base
 
 
+def view(model, own_attention=False):
+    """Return a copy of the model without dropout that shares its parameters. ``forward`` needs one.
+
+    It has modules and configurations of its own, so that passes leave no trace in the model, and other threads may use
+    the model meanwhile. With ``own_attention`` it computes as the model does.
+    """
+    copies = {}
+
+    def viewed(old):
+        if old is None or id(old) in copies:
+            return copies.get(id(old))
+        new = copies[id(old)] = object.__new__(type(old))
+        fields = vars(new)
+        for name, value in vars(old).items():
+            if isinstance(value, PreTrainedConfig):
+                if id(value) not in copies:
+                    copies[id(value)] = copy(value)
+                    if not own_attention:
+                        vars(copies[id(value)])["_attn_implementation_internal"] = _NAME
+                value = copies[id(value)]
+            elif isinstance(value, partial) and old in value.args:  # so do tools that put a forward of their own
+                value = partial(value.func, *(new if x is old else x for x in value.args), **value.keywords)
+            elif isinstance(value, MethodType) and value.__self__ is old:
+                value = MethodType(value.__func__, new)
+            fields[name] = value
+        fields["training"] = False
+        # Rotary embeddings overwrite their frequencies in place.
+        small = {name: x.clone() for name, x in old._buffers.items() if x is not None and x.dim() < 2}
+        fields["_buffers"] = old._buffers | small
+        fields["_modules"] = {name: viewed(module) for name, module in old._modules.items()}
+        return new
+
+    return viewed(model)
+
+
 @contextmanager
-def thinking(model, own_attention=False):
-    """Turn dropout off and, unless ``own_attention``, make ``forward`` below work. All is put back at the end."""
-    configs = {id(c): c for c in (model.config, backbone(model).config, model.config.get_text_config())}
-    before = [(config, config._attn_implementation_internal) for config in configs.values()]
-    training = [module for module in model.modules() if module.training]
+def _at_work(work):
+    _local.work = work
     try:
-        for module in training:
-            module.training = False
-        for config, name in before:
-            config._attn_implementation_internal = name if own_attention else _WITHOUT_MASK
-        _local.model = model
         yield
     finally:
-        _local.work = _local.model = None
-        for config, name in before:
-            config._attn_implementation_internal = name
-        for module in training:
-            module.training = True
+        _local.work = None
 
 
 def forward(base, input_ids, position_ids, work):
     """Return final hidden states (B, Q, hidden) of a pass in which ``work.layer`` does the attention of each layer.
 
-    ``base`` is the backbone of a model, inside ``thinking``. Layers with gradient checkpointing
-    (``recompute_layers``) keep only what goes into them, and are run again in the backward pass.
+    ``base`` is the backbone of a ``view``. Layers with gradient checkpointing (``recompute_layers``) keep only what
+    goes into them, and are run again in the backward pass. A differentiable pass needs a view for itself.
     """
-    _local.work = work
-    try:
-        with _recomputed(base, work, _local.model) if torch.is_grad_enabled() else nullcontext():
-            result = base(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    finally:
-        _local.work = None
-    return result.last_hidden_state
+    if torch.is_grad_enabled():
+        # transformers checkpoints in training mode only, and its backward pass would not find `work`.
+        settings = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _at_work(work))}
+        for layer in layers(base):
+            if layer.gradient_checkpointing:
+                layer.forward = partial(checkpoint, layer.forward, **settings)
+    with _at_work(work):
+        return base(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
 
 
 def layers(model):
@@ -271,30 +286,6 @@ def recompute_layers(model):
     """Turn gradient checkpointing on, in the model's own passes in training mode and in those of thoughts."""
     renamed = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.23 on
     (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-@contextmanager
-def _recomputed(base, work, model):
-    # transformers checkpoints in training mode only, where dropout is on, and its backward pass would not find `work`.
-    again_later = [layer for layer in layers(base) if layer.gradient_checkpointing]
-    before = [vars(layer).get("forward") for layer in again_later]
-
-    @contextmanager
-    def again():
-        with thinking(model):
-            _local.work = work
-            yield
-
-    settings = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())}
-    try:
-        for layer in again_later:
-            layer.forward = partial(checkpoint, layer.forward, **settings)
-        yield
-    finally:
-        for layer, own in zip(again_later, before):
-            del layer.forward
-            if own is not None:
-                layer.forward = own
 
 
 class LanguageHead:

@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 
-from .attention import LanguageHead, backbone, forward, thinking
-from .fallback import PlainSteps, shares_prefix, spliced
+from .attention import LanguageHead, backbone, forward, view
+from .fallback import PlainSteps, check_room, shares_prefix, spliced
 from .prefix import PrefixPass, StepPass, align_rows
 from .sampler import draw_seed, forbidden, sample, uniforms
 
@@ -99,7 +99,8 @@ def generate_thoughts(
 
     To sample in bfloat16, pass a bfloat16 copy of the model and take log-probs from ``rescore_thoughts`` in float32.
     Unlike Quiet-STaR, tokens are sampled (no Gumbel-softmax), and the model decides when a thought ends.
-    Raises ``ValueError`` if shapes, positions or ids are wrong, ``NotImplementedError`` if the model is not served.
+    Raises ``ValueError`` if shapes, positions or ids are wrong, ``WorkbookError`` if the model has too few positions,
+    ``NotImplementedError`` if it is not served.
     """
     think_id, end_id = _tag_ids(model, think_id, end_id)
     if num_thoughts < 1 or thought_length < 2:
@@ -113,10 +114,13 @@ def generate_thoughts(
     used = {"temperature": float(temperature), "forbid": forbid, "think_id": think_id, "end_id": end_id}
     result = _blank(model, rows.positions, num_thoughts, thought_length, with_hidden, used)
     place, uniform = _streams(rows, num_thoughts, thought_length, draw_seed(generator), numbers)
+    if len(rows.position):
+        check_room(model, int(rows.position.max()) + 1, thought_length)
     shared = shares_prefix(model)
     # Inference mode makes each small operation cheaper. The result was made outside it, so that autograd can use it.
     # Models that compute their own attention may keep tensors between calls, which must not be inference tensors.
-    with thinking(model, own_attention=not shared), torch.inference_mode(shared):
+    with torch.inference_mode(shared):
+        model = view(model, own_attention=not shared)
         texts, head = _Texts(backbone(model), rows, think_id, thought_length, shared), LanguageHead(model)
         draw = partial(_draw, head, temperature, top_p, forbidden(forbid, head.size, model.device))
         for part in _unit_slices(rows.row, max(1, max_streams // num_thoughts)):

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .attention import LanguageHead, backbone, thinking
-from .fallback import plain_states, shares_prefix
+from .attention import LanguageHead, backbone, view
+from .fallback import check_room, plain_states, shares_prefix
 from .prefix import Packed, align_rows, packed_states
 from .sampler import forbidden
 
@@ -141,11 +141,14 @@ def _layout(rows, thoughts, n_true):
 
 def _flat_states(model, packed):
     """Return the final states of all real text tokens (flat, hidden), and of all real own tokens (flat, hidden)."""
-    base, shared = backbone(model), shares_prefix(model)
     if not len(packed.own):
-        return (base.get_input_embeddings().weight.new_zeros(0, model.config.get_text_config().hidden_size),) * 2
-    with thinking(model, own_attention=not shared):
-        states = (packed_states if shared else plain_states)(base, packed)
+        return (model.get_input_embeddings().weight.new_zeros(0, model.config.get_text_config().hidden_size),) * 2
+    own = packed.own_real.sum(1)
+    longest = (packed.limit + own).argmax()
+    check_room(model, int(packed.limit[longest]), int(own[longest]))
+    shared = shares_prefix(model)
+    base = backbone(view(model, own_attention=not shared))
+    states = (packed_states if shared else plain_states)(base, packed)
     return states.tensor_split([int(packed.text_real.sum())])
 
 
