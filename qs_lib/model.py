@@ -222,12 +222,6 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         counted = {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
         return self.loss_function(logits, labels, logits.shape[-1], **counted, **kwargs), logits
 
-    def generate(self, *inputs, think=None, **kwargs):
-        """Return what ``generate`` of transformers does. Without thoughts the wrapped model writes, with its own cache."""
-        if self.config.think if think is None else think:
-            return super().generate(*inputs, think=True, **kwargs)
-        return self.lm.generate(*inputs, **{"generation_config": self.generation_config} | kwargs)
-
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *sizes):
         given = model_kwargs.get("past_key_values")
         if generation_config.use_cache is not False and (given is None or not given.get_seq_length()):
