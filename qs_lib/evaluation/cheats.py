@@ -1,6 +1,7 @@
 """Cheats to plant in the anti-theater checks. Each must turn the verdict red, or the checks are theater themselves."""
 
 import copy
+from functools import partial
 
 import torch
 
@@ -22,10 +23,7 @@ CHEATS = {
 
 
 def plant(cheat: str, honest: dict, training_problems: list[Problem], seed: int = 0) -> dict:
-    """Return the arguments ``honest`` of ``anti_theater`` with ``cheat`` planted, none for ``"honest"``.
-
-    The model given is left as it is. Raises ``WorkbookError`` on an unknown cheat.
-    """
+    """Return a copy of ``anti_theater``'s arguments ``honest`` with a cheat planted. Raises ``WorkbookError``."""
     model, tokenizer, problems = honest["model"], honest["tokenizer"], honest["problems"]
     if cheat == "honest":
         return dict(honest)
@@ -33,7 +31,8 @@ def plant(cheat: str, honest: dict, training_problems: list[Problem], seed: int 
         shut = QuietStarForCausalLM.from_base(model.lm, tokenizer, mixing=model.config.mixing)
         return honest | {"model": shut, "weights": "head"}
     if cheat == "random":
-        return honest | {"score": random_score(seed)}
+        generator = torch.Generator().manual_seed(seed)
+        return honest | {"score": partial(random_score, generator)}
     if cheat == "frozen":
         return honest | {"model": honest["before"], "weights": "thoughts"}
     if cheat == "copied":  # the end of the question, as much of it as fits
@@ -47,23 +46,15 @@ def plant(cheat: str, honest: dict, training_problems: list[Problem], seed: int 
     raise WorkbookError(f"unknown cheat {cheat!r}; known: {', '.join(CHEATS)}")
 
 
-def random_score(seed: int = 0):
-    """Return a coherence score that looks at nothing."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def score(tokenizer, input_ids, thoughts, *rest):
-        parts = torch.rand(4, *thoughts.lengths.shape, generator=generator)
-        return Coherence(*parts, raw={})
-
-    return score
+def random_score(generator, tokenizer, input_ids, thoughts, *rest) -> Coherence:
+    """Score the coherence of thoughts without a look at them."""
+    return Coherence(*torch.rand(4, *thoughts.lengths.shape, generator=generator), raw={})
 
 
 def leaked(model, tokenizer, problems: list[Problem]):
     """Return a sampler that draws the model's own thoughts and writes the true answer over the end of each."""
-    answers = {
-        tuple(encode_context(tokenizer, p["question"])): tokenizer.encode(" " + p["answer"], add_special_tokens=False)
-        for p in problems
-    }
+    truth = {p["question"]: tokenizer.encode(" " + p["answer"], add_special_tokens=False) for p in problems}
+    answers = {tuple(encode_context(tokenizer, question)): ids for question, ids in truth.items()}
 
     def think(ids, mask, positions, generator=None, **settings):
         thoughts = model.think(ids, mask, positions, generator, **settings)

@@ -65,16 +65,10 @@ def measure_latency(
     for setting in grid:
         row = dict(zip(("positions", "num_thoughts", "thought_length"), setting, strict=True))
         rows.append(row | {"median_ms": median[setting], "p95_ms": p95[setting], "meets": p95[setting] < target_ms})
-    return LatencyReport(
-        rows,
-        median[default],
-        p95[default],
-        median["plain"],
-        median["one by one"] / median["together"],
-        median["every one by one"] * length / len(some) / median["every together"],
-        memory_overhead(model, input_ids),
-        target_ms,
-    )
+    faster = median["one by one"] / median["together"]
+    faster_all = median["every one by one"] * length / len(some) / median["every together"]
+    times = median[default], p95[default], median["plain"]
+    return LatencyReport(rows, *times, faster, faster_all, memory_overhead(model, input_ids), target_ms)
 
 
 def _alternatives(model, input_ids, some: range) -> dict:
@@ -105,10 +99,7 @@ def forward_with_thoughts(model, input_ids, positions: int, num_thoughts: int, t
 
 
 def generate_alone(model, input_ids):
-    """Sample one thought by the library's own ``generate`` with a cache: what parallel thoughts are compared with.
-
-    It samples as many tokens as ours at most. Neither reads ``</think>`` after them.
-    """
+    """Sample one thought, as long as ours at most, by the library's ``generate`` with a cache, for comparison."""
     c = model.config
     start = torch.cat([input_ids, torch.tensor([[c.think_token_id]], device=input_ids.device)], 1)
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -118,11 +109,10 @@ def generate_alone(model, input_ids):
 
 
 def memory_overhead(model, input_ids, resolution: int = 2**20) -> float | None:
-    """Return the extra peak memory of the default thoughts over a plain forward pass.
+    """Return the extra peak memory of the default thoughts over a plain forward pass, as a share of that one's own.
 
-    It is a share of what the plain pass adds to the resting process. It is None where that is less than ``resolution``
-    bytes (a tiny model on a short text is not seen by the system's accounting) or the kernel does not report a
-    resettable peak.
+    It is None where the plain pass adds less than ``resolution`` bytes to the resting process (the system does not see
+    a tiny model on a short text), or where the kernel does not report a resettable peak.
     """
     default = (1, model.config.num_thoughts, model.config.thought_length)
     plain = _extra_bytes(partial(model.lm, input_ids=input_ids), model.device)
@@ -131,10 +121,7 @@ def memory_overhead(model, input_ids, resolution: int = 2**20) -> float | None:
 
 
 def _extra_bytes(work, device) -> int | None:
-    """Return the peak memory while ``work`` runs, above what is held at rest, or None where the system does not tell.
-
-    On a GPU it is its own count, else the process's resident memory (Linux: VmHWM, reset by clear_refs).
-    """
+    """Return the peak memory above rest while ``work`` runs, of the GPU or resident, None where nobody tells."""
     work()
     gc.collect()
     if device.type == "cuda":

@@ -53,9 +53,9 @@ def learn_addition(settings: dict, seed: int) -> dict:
     slow, curves = None, {"steps": [], "train": [], "validation": []}
     for step in range(settings["steps"] + 1):
         if step % settings["every"] == 0:
-            curves["steps"].append(step)
-            curves["train"].append(_accuracy(model, *train))
-            curves["validation"].append(_accuracy(model, *validation))
+            now = {"steps": step, "train": _accuracy(model, *train), "validation": _accuracy(model, *validation)}
+            for name, value in now.items():
+                curves[name].append(value)
         optimizer.zero_grad()
         F.cross_entropy(model(train[0]), train[1]).backward()
         if settings["lambda"]:
@@ -115,12 +115,9 @@ def acceleration(rows: list[dict]) -> str:
     """Say whether the filter is faster than its controls, each at its own best rate (:func:`best_rows`)."""
     against = {name: difference(rows, name, FILTERED, "needed") for name in methods() if name != FILTERED}
     parts = [f"{name} {mean:+.0f} [{low:+.0f}, {high:+.0f}]" for name, (mean, low, high) in against.items()]
-    verdicts = (
-        "the filter accelerates, and not only as a slower momentum",
-        "the filter accelerates, but no more than a slower momentum is shown to",
-        "the filter delays",
-        "no acceleration by the filter is shown",
-    )
+    both, plain = "and not only as a slower momentum", "but no more than a slower momentum is shown to"
+    verdicts = [f"the filter {words}" for words in (f"accelerates, {both}", f"accelerates, {plain}", "delays")]
+    verdicts.append("no acceleration by the filter is shown")
     seeds, found = len({row["seed"] for row in rows}), verdict(*against.values(), verdicts)
     return f"Steps to understand minus the filter's, over {seeds} seeds: {'; '.join(parts)}: {found}."
 
