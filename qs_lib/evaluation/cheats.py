@@ -25,25 +25,23 @@ CHEATS = {
 def plant(cheat: str, honest: dict, training_problems: list[Problem], seed: int = 0) -> dict:
     """Return a copy of ``anti_theater``'s arguments ``honest`` with a cheat planted. Raises ``WorkbookError``."""
     model, tokenizer, problems = honest["model"], honest["tokenizer"], honest["problems"]
-    if cheat == "honest":
-        return dict(honest)
+    if cheat not in ("honest", *CHEATS):
+        raise WorkbookError(f"unknown cheat {cheat!r}; known: {', '.join(CHEATS)}")
     if cheat == "unused":
         shut = QuietStarForCausalLM.from_base(model.lm, tokenizer, mixing=model.config.mixing)
         return honest | {"model": shut, "weights": "head"}
-    if cheat == "random":
-        generator = torch.Generator().manual_seed(seed)
-        return honest | {"score": partial(random_score, generator)}
     if cheat == "frozen":
         return honest | {"model": honest["before"], "weights": "thoughts"}
-    if cheat == "copied":  # the end of the question, as much of it as fits
-        return honest | {"think": forged(model, lambda texts, room: [text[-room:] for text in texts])}
-    if cheat == "repeated":
-        return honest | {"think": forged(model, lambda texts, room: direct_words(model, tokenizer, texts, room))}
-    if cheat == "leaked":
-        return honest | {"think": leaked(model, tokenizer, problems)}
-    if cheat == "seen":
-        return honest | {"problems": training_problems[: len(problems)]}
-    raise WorkbookError(f"unknown cheat {cheat!r}; known: {', '.join(CHEATS)}")
+    planted = {
+        "random": {"score": partial(random_score, torch.Generator().manual_seed(seed))},
+        "copied": {
+            "think": forged(model, lambda texts, room: [text[-room:] for text in texts])
+        },  # what fits of its end
+        "repeated": {"think": forged(model, partial(direct_words, model, tokenizer))},
+        "leaked": {"think": leaked(model, tokenizer, problems)},
+        "seen": {"problems": training_problems[: len(problems)]},
+    }
+    return honest | planted.get(cheat, {})
 
 
 def random_score(generator, tokenizer, input_ids, thoughts, *rest) -> Coherence:

@@ -54,7 +54,18 @@ def measure_latency(
     grid += [] if default in grid else [default]
     some = range(length // 10, length, max(1, length // 5))  # an even selection of positions stands for all
     work = {setting: partial(forward_with_thoughts, model, input_ids, *setting) for setting in grid}
-    work |= _alternatives(model, input_ids, some)
+    settings = {"num_thoughts": default[1], "thought_length": default[2], "temperature": 1.0, "with_hidden": False}
+    last = torch.tensor([[length - 1]], device=input_ids.device)
+
+    def one_by_one(ends):
+        for end in (end for end in ends for _ in range(default[1])):
+            generate_alone(model, input_ids[:, :end])
+
+    work |= {"plain": partial(model.lm, input_ids=input_ids, logits_to_keep=1)}
+    work |= {"together": partial(model.think, input_ids, None, last, **settings)}
+    work |= {"one by one": partial(one_by_one, [length])}
+    work |= {"every together": partial(model.think, input_ids, **settings)}
+    work |= {"every one by one": partial(one_by_one, [p + 1 for p in some])}
     times = {name: [] for name in work}
     for _ in tqdm(range(repeats + 1), desc="latency"):
         for name, one in work.items():
@@ -69,25 +80,6 @@ def measure_latency(
     faster_all = median["every one by one"] * length / len(some) / median["every together"]
     times = median[default], p95[default], median["plain"]
     return LatencyReport(rows, *times, faster, faster_all, memory_overhead(model, input_ids), target_ms)
-
-
-def _alternatives(model, input_ids, some: range) -> dict:
-    """What is timed beside the settings: reading alone, and the default thoughts drawn at once or one by one."""
-    c, last = model.config, torch.tensor([[input_ids.shape[1] - 1]], device=input_ids.device)
-    settings = {"num_thoughts": c.num_thoughts, "thought_length": c.thought_length, "temperature": 1.0}
-
-    def one_by_one(ends):
-        for end in ends:
-            for _ in range(c.num_thoughts):
-                generate_alone(model, input_ids[:, :end])
-
-    return {
-        "plain": partial(model.lm, input_ids=input_ids, logits_to_keep=1),
-        "together": partial(model.think, input_ids, None, last, **settings, with_hidden=False),
-        "one by one": partial(one_by_one, [input_ids.shape[1]]),
-        "every together": partial(model.think, input_ids, **settings, with_hidden=False),
-        "every one by one": partial(one_by_one, [p + 1 for p in some]),
-    }
 
 
 def forward_with_thoughts(model, input_ids, positions: int, num_thoughts: int, thought_length: int):

@@ -108,8 +108,7 @@ def optimizers(run: Path, folder: Path, seeds) -> None:
         beyond = {name: edge(rates[name], best[name]) for name in rates}
         rates = {name: rates[name] + ([beyond[name]] if beyond[name] else []) for name in rates}
     arms = {name: alike | {"optimizer": name, "rate": rate} for name, rate in best.items()}
-    others = [seed + 1 for seed in seeds]
-    repeat(folder / "optimizers.csv", arms, others, functools.partial(bake_once, run), BAKED_WITH)
+    repeat(folder / "optimizers.csv", arms, [s + 1 for s in seeds], functools.partial(bake_once, run), BAKED_WITH)
 
 
 def best_rates(scan: list[dict]) -> dict[str, float]:
@@ -126,11 +125,11 @@ def edge(rates: list[float], best: float) -> float | None:
 
 def optimizer_conclusion(rows: list[dict], key: str = "accuracy") -> str:
     """What the optimizers' rows say about Grokfast, control by control, in one sentence that may say no."""
-    against = {name: difference(rows, SUBJECT, name, key) for name in LOWEST if name != SUBJECT}
+    against = {name: [100 * x for x in difference(rows, SUBJECT, name, key)] for name in LOWEST if name != SUBJECT}
     slower = "the filter helps, but no more than a slower momentum is shown to"
     verdicts = ("Grokfast helps", slower, "Grokfast hurts", "no gain from Grokfast is shown")
     found = verdict(against["Muon"], against["Muon, matched momentum"], verdicts)
-    parts = [f"{name} {shown([100 * x for x in gain], signed=True, digits=1)}" for name, gain in against.items()]
+    parts = [f"{name} {mean:+.1f} [{low:+.1f}, {high:+.1f}]" for name, (mean, low, high) in against.items()]
     seeds = len(column(rows, SUBJECT, "seed"))
     return f"{SUBJECT} minus its controls, points of {key} over {seeds} seeds: {'; '.join(parts)}: {found}."
 

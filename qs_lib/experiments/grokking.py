@@ -53,9 +53,9 @@ def learn_addition(settings: dict, seed: int) -> dict:
     slow, curves = None, {"steps": [], "train": [], "validation": []}
     for step in range(settings["steps"] + 1):
         if step % settings["every"] == 0:
-            now = {"steps": step, "train": _accuracy(model, *train), "validation": _accuracy(model, *validation)}
-            for name, value in now.items():
-                curves[name].append(value)
+            curves["steps"].append(step)
+            curves["train"].append(_accuracy(model, *train))
+            curves["validation"].append(_accuracy(model, *validation))
         optimizer.zero_grad()
         F.cross_entropy(model(train[0]), train[1]).backward()
         if settings["lambda"]:

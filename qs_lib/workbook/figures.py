@@ -261,18 +261,13 @@ def look_ahead_gains(gains: list[list[float]], words: list[str]):
     figure, axis = new_figure(5.6, 3.2)
     axis.bar(range(gains.shape[1]), gains.mean(0), color=GREY, alpha=0.5, hatch="//", edgecolor="white", label="mean")
     for k, row in enumerate(gains):
-        x, label = np.arange(len(row)) + 0.05 * (k - len(gains) / 2), "one thought" if k == 0 else None
-        axis.plot(x, row, "o", ms=5, color=BLUE, label=label)
+        x = np.arange(len(row)) + 0.05 * (k - len(gains) / 2)
+        axis.plot(x, row, "o", ms=5, color=BLUE, label=None if k else "one thought")
     axis.axhline(0, color="black", lw=0.8, ls=":")
     axis.set_xticks(range(len(words)), [safe_label(x) for x in words], family="monospace")
     axis.margins(y=0.1)
     _finish(axis, xlabel="true tokens after the thought, in order", ylabel="gain in log-likelihood (nats)")
     return figure
-
-
-def smooth(values, window: int) -> np.ndarray:
-    """Return the mean of each value and up to ``window`` - 1 before it."""
-    return np.array([np.mean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))])
 
 
 def first_and_last(rows: list[dict], key: str) -> tuple[float, float]:
@@ -290,8 +285,9 @@ def training_curves(live: list[dict], pocket: list[dict] = ()):
         for name, rows, look in (("pocket run", pocket, LOOKS[1]), ("this run", live, LOOKS[0])):
             points = [(r["step"], r[key]) for r in rows if key in r]
             if len(points) > 40:
-                steps, values = zip(*points, strict=True)
-                name, points = f"{name} (mean of 10)", list(zip(steps, smooth(values, 10), strict=True))
+                last = ([value for _, value in points[max(0, i - 9) : i + 1]] for i in range(len(points)))
+                means = [(x, np.mean(values)) for (x, _), values in zip(points, last, strict=True)]
+                name, points = f"{name} (mean of 10)", means
             _draw_line(axis, points, look, name)
         axis.set(xlabel="RL step", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -365,9 +361,9 @@ def latency_by_setting(rows: list[dict], target_ms: float):
     figure, axis = new_figure(7.5, 3.8, dpi=100)
     groups = {}
     for row in sorted(rows, key=lambda r: (r["positions"], r["thought_length"], r["num_thoughts"])):
-        groups.setdefault((row["positions"], row["thought_length"]), []).append(row)
-    for ((positions, length), own), look in zip(groups.items(), LOOKS * 2, strict=False):
-        label = f"{positions} position{'s' * (positions > 1)}, up to {length} tokens"
+        label = f"{row['positions']} position{'s' * (row['positions'] > 1)}, up to {row['thought_length']} tokens"
+        groups.setdefault(label, []).append(row)
+    for (label, own), look in zip(groups.items(), LOOKS * 2, strict=False):
         _median_to_p95(axis, [r["num_thoughts"] for r in own], own, look, label, "-")
     axis.axhline(target_ms, color="black", ls="--", lw=1, label=f"target {target_ms:g} ms")
     _finish(axis, xlabel="thoughts per position", ylabel="forward pass (ms), median to 95th percentile", ylim=(0, None))

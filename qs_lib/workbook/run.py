@@ -145,8 +145,8 @@ def run_stage(
     record, reason = read_stage(run / path.stem)
     if record is None:
         raise StageError(f"{path.stem}: the notebook ended but its stage did not ({reason})")
-    told = [(name, value) for name, value in record["summary"].items() if isinstance(value, (int, float, str))]
-    words = ", ".join(f"{name} {as_text(value)}" for name, value in told[:4])
+    told = [f"{name} {as_text(x)}" for name, x in record["summary"].items() if isinstance(x, (int, float, str))]
+    words = ", ".join(told[:4])
     print(f"{path.stem}: done in {record['wall_s']:.0f} s{words and ': '}{words}", flush=True)
     return record
 

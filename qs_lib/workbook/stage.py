@@ -168,11 +168,10 @@ class Stage:
         Raises ``StageError`` if the summary holds anything but plain finite values, or the disk is full.
         """
         outputs = {}
-        for path in sorted(self.folder.rglob("*")):
-            name = path.relative_to(self.folder)
-            hidden = any(part.startswith(".") for part in name.parts)
-            if path.is_file() and not hidden and path.suffix != ".ipynb" and name.as_posix() != "run.json":
-                outputs[name.as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file() and path.suffix != ".ipynb"):
+            name = path.relative_to(self.folder).as_posix()
+            if name != "run.json" and not name.startswith(".") and "/." not in name:
+                outputs[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         upstream = find_run(self.params.upstream).name if self.upstream_stages else None
         notebook, parameters = REPOSITORY / "notebooks" / f"{self.name}.ipynb", self.params.model_dump(mode="json")
         by_hand = f"papermill notebooks/{notebook.name} outputs/{self.params.run_name}-{notebook.name} -y "

@@ -79,7 +79,7 @@ def points_of(
     check_variant(variant, notebooks[0].parent.parent)
     shared = {"notebooks": [str(path) for path in notebooks], "outputs": str(outputs_root() / "sweeps" / name)}
     shared |= {"upstream": str(find_run(upstream).resolve()), "keep": keep, "threads": threads}
-    shared |= {"command": f"python -m qs_lib.workbook.sweep {name}"}
+    shared["command"] = f"python -m qs_lib.workbook.sweep {name}"
     points, fixed = [], {path: read_variant(path.stem, variant, path.parent.parent) for path in notebooks}
     for chosen in itertools.product(*grid.values()):
         values = dict(zip(grid, chosen, strict=True))

@@ -218,7 +218,7 @@ def reliabilities(reports: dict[str, TheaterReport]) -> pd.DataFrame:
     rows = {(model, score): r for model, one in reports.items() for score, r in one.reliability.items()}
     columns = ("calibration error", "right before wrong", "problems with both")
     values = [(shown(r.error), shown(r.preference), r.disputed) for r in rows.values()]
-    return pd.DataFrame(values, pd.MultiIndex.from_tuples(rows), columns)
+    return pd.DataFrame(values, pd.MultiIndex.from_tuples(rows), columns, dtype=object)
 
 
 def stages(reports: dict[str, TheaterReport]) -> pd.DataFrame:
