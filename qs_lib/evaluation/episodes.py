@@ -91,20 +91,11 @@ def draw_thoughts(think, tokenizer, questions: list[str], seed: int = 0, batch_s
 
 @torch.no_grad()
 def score_thoughts(
-    model,
-    tokenizer,
-    problems,
-    scale=None,
-    n_true=4,
-    think=None,
-    score=coherence,
-    weights="head",
-    batch_size=120,
-    **budget,
+    model, tokenizer, problems, scale, n_true=4, think=None, score=coherence, weights="head", batch_size=120, **budget
 ):
     """Draw and score thoughts after each question: (thoughts per problem, one dict per thought in problem order).
 
-    ``think`` and ``score`` replace the model's sampler and the coherence score. ``weights``: see
+    ``scale``: of coherence, or None. ``think`` and ``score`` replace sampler and coherence score. ``weights``: see
     ``QuietStarForCausalLM.branch_weights``. ``budget``: see :class:`Budget`.
     """
     questions = [p["question"] for p in problems]

@@ -297,5 +297,5 @@ def fit_scale(model, tokenizer, problems: list[Problem], **settings) -> Scale:
             raw.setdefault(name, []).append(value.flatten())
         return parts
 
-    score_thoughts(model, tokenizer, list(problems), score=keep, **settings)
+    score_thoughts(model, tokenizer, list(problems), None, score=keep, **settings)
     return Scale.fit({k: torch.cat(v) for k, v in raw.items()})

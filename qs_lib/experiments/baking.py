@@ -34,7 +34,7 @@ SMALLER = {"examples": 900, "trajectories": 900}
 
 
 def make_optimizer(name: str, rate: float):
-    """A function model -> optimizer. Muon's rate is ``rate`` and AdamW's beside it a sixth. Weight decay is 0.
+    """Return a function model -> optimizer, without weight decay. AdamW's rate beside Muon is a sixth of ``rate``.
 
     Matched momentum lags behind the gradient as far as the filter does, in Muon and in AdamW.
     """
@@ -90,14 +90,14 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
 
 
 def baking(run: Path, folder: Path, seeds) -> None:
-    """The recipe of notebook 03, which shows few hard problems, and the same with all of them shown."""
+    """Bake with the recipe of notebook 03, which shows few hard problems, and the same with all of them shown."""
     arms = {"recipe": baking_recipe(), "all hard problems shown": baking_recipe() | ALL_SHOWN}
     repeat(folder / "baking.csv", arms, seeds, functools.partial(bake_once, run), BAKED_WITH)
 
 
 def optimizers(run: Path, folder: Path, seeds) -> None:
-    """A learning-rate scan per optimizer (seed 0, validation problems), then every optimizer at its best rate on the
-    test problems, on seeds 1, 2, ... so that no run is measured that was chosen."""
+    """Scan the learning rate of each optimizer (seed 0, validation problems), then test each at its best rate on other
+    seeds, so that no run is measured that was chosen."""
     alike = {name: value for name, value in (baking_recipe() | SMALLER).items() if name not in OPTIMIZER_RATES}
     rates = {name: [lowest * 2**k for k in range(4)] for name, lowest in LOWEST.items()}
     beyond, measure = rates, functools.partial(bake_once, run, tested=False)
@@ -112,19 +112,19 @@ def optimizers(run: Path, folder: Path, seeds) -> None:
 
 
 def best_rates(scan: list[dict]) -> dict[str, float]:
-    """The rate with the best validation accuracy of each optimizer in the scan's rows; the smaller one of equals."""
+    """Return the rate of each optimizer with the best validation accuracy in the scan, the smaller one of equals."""
     points = scan_lines(scan)
     return {name: max(points[name], key=lambda point: point[1])[0] for name in points if points[name]}
 
 
 def edge(rates: list[float], best: float) -> float | None:
-    """The next rate to try when the best one lies at an end of the scan, which is widened at most twice."""
+    """Return the next rate to try when the best one lies at an end of the scan, which is widened at most twice."""
     beyond = {min(rates): best / 2} | {max(rates): best * 2} if len(rates) < 6 else {}
     return beyond.get(best)
 
 
 def optimizer_conclusion(rows: list[dict], key: str = "accuracy") -> str:
-    """What the optimizers' rows say about Grokfast, control by control, in one sentence that may say no."""
+    """Say what the optimizers' rows show about Grokfast, control by control, in one sentence that may say no."""
     against = {name: [100 * x for x in difference(rows, SUBJECT, name, key)] for name in LOWEST if name != SUBJECT}
     slower = "the filter helps, but no more than a slower momentum is shown to"
     verdicts = ("Grokfast helps", slower, "Grokfast hurts", "no gain from Grokfast is shown")
@@ -135,7 +135,7 @@ def optimizer_conclusion(rows: list[dict], key: str = "accuracy") -> str:
 
 
 def seeds_table(rows: list[dict]) -> pd.DataFrame:
-    """Mean and interval over seeds of every number with a target, arm by arm, and whether the mean reaches it."""
+    """Return mean and interval over seeds of each number with a target, by arm, and whether the mean reaches it."""
     table = {"target": {key: f">= {target}" for key, target in TARGETS.items()}}
     for arm in dict.fromkeys(row["arm"] for row in rows):
         values = {key: seed_interval(column(rows, arm, key)) for key in TARGETS}
@@ -145,7 +145,7 @@ def seeds_table(rows: list[dict]) -> pd.DataFrame:
 
 
 def optimizer_table(rows: list[dict]) -> pd.DataFrame:
-    """Each optimizer at its own best rate: mean and interval over seeds on test problems."""
+    """Return each optimizer at its own best rate: mean and interval over seeds on test problems."""
     table, keys = {}, ("accuracy", "gap_closed", "direct_change")
     for name in LOWEST:
         table[name] = {key: shown(seed_interval(column(rows, name, key)), key == "direct_change") for key in keys}
@@ -155,7 +155,7 @@ def optimizer_table(rows: list[dict]) -> pd.DataFrame:
 
 
 def scan_lines(scan: list[dict]) -> dict[str, list[tuple[float, float]]]:
-    """Optimizer -> (rate, validation accuracy) points of its scan, by rate."""
+    """Return optimizer -> (rate, validation accuracy) points of its scan, by rate."""
     points = {name: [] for name in LOWEST}
     for row in sorted(scan, key=lambda row: row["settings"]["rate"]):
         points[row["settings"]["optimizer"]].append((row["settings"]["rate"], row["validation_accuracy"]))

@@ -95,10 +95,9 @@ def seed_run(run: Path, seed: int, stages=("01", "02", "03", "05", "06"), varian
 
 
 def chain_table(rows: list[dict], arm: str = "pocket") -> pd.DataFrame:
-    """Return a table of the numbers with a target and whether each is reached.
+    """Return a table of the numbers with a target and whether each is reached. Raises ``ValueError`` below two seeds.
 
-    It shows the mean over seeds with Student's t interval, the least of the seeds, the least lower end over problems
-    and the target. Raises ``ValueError`` below two seeds.
+    It shows the mean over seeds with Student's t interval, the least seed's and the least lower end over problems.
     """
     table = {}
     for name, target in CHAIN_TARGETS.items():

@@ -92,10 +92,9 @@ def grokking(run: Path, folder: Path, seeds) -> None:
 
 
 def best_rows(rows: list[dict]) -> list[dict]:
-    """Return the rows of each method at its best rate, ``arm`` shortened to the method's name.
+    """Return each method's rows at its best rate, that of the fewest steps, ``arm`` shortened to the method's name.
 
-    Best is the rate at which its runs need the fewest steps. It is chosen on the seeds that are shown, for all methods
-    alike.
+    The rate is chosen on the seeds that are shown, for all methods alike.
     """
     best = []
     for name in methods():

@@ -66,12 +66,12 @@ def rl_recipe(variant: str = "pocket") -> dict:
 
 @lru_cache(maxsize=4)
 def baseline(run: Path, start: str, length: int, seed: int):
-    """What a start model does before any training, with all its thoughts weighted alike: :func:`measured`."""
+    """Return what a start model does before any training, with all its thoughts weighted alike: :func:`measured`."""
     return measured(*_load(run, start), "thoughts", length, seed)
 
 
 def measured(model, tokenizer, data, weights: str, length: int, seed: int):
-    """Performance on test problems, and the probability of their true answers: (:class:`Performance`, name -> array).
+    """Return (:class:`Performance`, name -> array): results on test problems, and probabilities of their true answers.
 
     Of the probabilities ``with`` and ``without`` thoughts, ``with fitted`` and ``without fitted`` are at the sharpening
     of the predictions that is best on validation problems.

@@ -47,10 +47,7 @@ def stage_notebooks(folder: Path) -> list[Path]:
 
 
 def given_parameters(notebook: Path, options: argparse.Namespace) -> dict:
-    """Return what this run sets in a notebook: the variant's file and the command line, not checked yet.
-
-    Raises ``ParameterError`` if the file is not a flat YAML mapping or there is nothing at ``data``.
-    """
+    """Return what file and command line set in a notebook. Raises ``ParameterError`` for a bad file or ``data``."""
     given = read_variant(notebook.stem, options.variant, notebook.parent.parent)
     given |= {"run_name": options.run_name, "upstream": options.run_name}
     if options.seed is not None:

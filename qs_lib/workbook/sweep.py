@@ -36,10 +36,9 @@ LOCK_WAIT = 30.0  # seconds that a killed worker's kernel may take to end and fr
 
 
 def read_sweep(name: str) -> dict:
-    """Return a sweep file, ``params/sweeps/<name>.yaml`` or a path.
+    """Return a sweep file, ``params/sweeps/<name>.yaml`` or a path. Raises ``ParameterError``.
 
     It holds ``notebooks``, ``variant``, ``grid`` (parameter -> values), and what to plot, ``x`` and ``y``.
-    Raises ``ParameterError`` if there is no such file or it is of another form.
     """
     path = Path(name) if name.endswith(".yaml") else REPOSITORY / "params" / "sweeps" / f"{name}.yaml"
     try:
