@@ -83,10 +83,7 @@ def write_error(error: Exception, path: Path) -> StageError:
 
 
 def to_json(value, indent: int | None = None) -> str:
-    """Return JSON text. Tensors of one element and numpy scalars become numbers.
-
-    Raises ``StageError`` if there is NaN, infinity or another object in it.
-    """
+    """Return JSON text, numbers for scalar tensors. Raises ``StageError`` for NaN, infinity and other objects."""
     try:
         return json.dumps(value, allow_nan=False, indent=indent, default=_as_number)
     except ValueError:
@@ -103,10 +100,7 @@ def _as_number(value):
 
 
 def lock_run(folder: Path, user: str, name: str = ".lock") -> FileLock:
-    """Take the operating system's lock on a run folder. It ends with the process, however that ends.
-
-    Raises ``StageError``, which names the holder, if it is taken.
-    """
+    """Take the system's lock on a run folder, which ends with the process. Raises ``StageError`` with its holder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / name, is_singleton=True)  # the same process may start its stage again
@@ -165,10 +159,7 @@ def run_folder(run_name: str) -> Path:
 
 
 def find_run(upstream: str) -> Path:
-    """Return the run folder that ``upstream`` means: "" the committed pocket run, a run name, or a path.
-
-    Raises ``UpstreamError`` if there is none.
-    """
+    """Return the run folder of a name, a path or "" (the committed pocket run). Raises ``UpstreamError``."""
     if not upstream:
         return REPOSITORY / "outputs" / "pocket"
     named = outputs_root() / upstream

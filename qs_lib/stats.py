@@ -54,7 +54,9 @@ def reliability(score, right, bins: int = 10, seed: int = 0, resamples: int = 10
     score, right = np.asarray(score, float), np.asarray(right, float)
     inside = np.minimum((score * bins).astype(int), bins - 1)[..., None] == np.arange(bins)  # (problems, K, bins)
     sums = np.stack([inside.sum(1), (score[..., None] * inside).sum(1), (right[..., None] * inside).sum(1)])
-    wins, pairs = _pairs(score, right)
+    both = (right[:, :, None] > right[:, None, :]).astype(float)  # pairs of a right and a wrong thought
+    gap = score[:, :, None] - score[:, None, :]
+    wins, pairs = (both * ((gap > 0) + 0.5 * (gap == 0))).sum((1, 2)), both.sum((1, 2))  # (problems,)
     times = np.stack([np.bincount(i, minlength=len(score)) for i in _resampled(len(score), seed, resamples)])
     count, total, hits = times @ sums  # each (resamples, bins)
     errors = np.abs(total - hits).sum(1) / score.size
@@ -83,13 +85,6 @@ def votes(weights, answers: list[list[str]]) -> np.ndarray:
     return np.minimum((agree * np.asarray(weights, float)[:, None]).sum(-1), 1.0)
 
 
-def _pairs(score, right):
-    """Return won and all pairs of a right and a wrong thought, both (problems,)."""
-    both = (right[:, :, None] > right[:, None, :]).astype(float)
-    gap = score[:, :, None] - score[:, None, :]
-    return (both * ((gap > 0) + 0.5 * (gap == 0))).sum((1, 2)), both.sum((1, 2))
-
-
 def _resampled(problems: int, seed: int, resamples: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, problems, (resamples, problems))
 
@@ -101,17 +96,15 @@ def _middle(values, ends: tuple[float, float] = (0.025, 0.975)) -> tuple[float, 
 
 
 def interval(values, seed: int = 0, resamples: int = 2000) -> Interval:
-    """Return the mean with a percentile bootstrap over problems.
+    """Return the mean with a percentile bootstrap over problems. ``values``: (problems,) or (problems, repeats).
 
-    ``values``: (problems,) or (problems, repeats). Repeats (thoughts of one problem) are averaged first, so that the
-    problem stays the unit of resampling.
+    Repeats (thoughts of one problem) are averaged first, so that the problem stays the unit of resampling.
     """
     values = np.asarray(values, dtype=float)
     values = values.reshape(len(values), -1).mean(1)
     means = values[_resampled(len(values), seed, resamples)].mean(1)
-    return float(values.mean()), *_middle(
-        means, ((1 - 0.95) / 2, 0.975)
-    )  # not quite 0.025: committed numbers are to the bit
+    ends = ((1 - 0.95) / 2, 0.975)  # not quite 0.025: committed numbers are to the bit
+    return float(values.mean()), *_middle(means, ends)
 
 
 def seed_interval(values) -> Interval:

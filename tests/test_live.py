@@ -28,7 +28,7 @@ SETTINGS = {"num_thoughts": 3, "thought_length": 8}
 
 def saved(problem, seed=0):
     """The episode of a problem as anti-theater makes it."""
-    drawn, rows = score_thoughts(MODEL, TOKENIZER, [problem], seed=seed, **SETTINGS)
+    drawn, rows = score_thoughts(MODEL, TOKENIZER, [problem], None, seed=seed, **SETTINGS)
     contexts = [encode_context(TOKENIZER, problem["question"])]
     given = (drawn[0].tokens[:, 0], drawn[0].lengths[:, 0])
     answers = {

@@ -1,6 +1,7 @@
 """Cheats to plant in the anti-theater checks. Each must turn the verdict red, or the checks are theater themselves."""
 
 import copy
+from functools import partial
 
 import torch
 
@@ -22,48 +23,36 @@ CHEATS = {
 
 
 def plant(cheat: str, honest: dict, training_problems: list[Problem], seed: int = 0) -> dict:
-    """Return the arguments ``honest`` of ``anti_theater`` with ``cheat`` planted, none for ``"honest"``.
-
-    The model given is left as it is. Raises ``WorkbookError`` on an unknown cheat.
-    """
+    """Return a copy of ``anti_theater``'s arguments ``honest`` with a cheat planted. Raises ``WorkbookError``."""
     model, tokenizer, problems = honest["model"], honest["tokenizer"], honest["problems"]
-    if cheat == "honest":
-        return dict(honest)
+    if cheat not in ("honest", *CHEATS):
+        raise WorkbookError(f"unknown cheat {cheat!r}; known: {', '.join(CHEATS)}")
     if cheat == "unused":
         shut = QuietStarForCausalLM.from_base(model.lm, tokenizer, mixing=model.config.mixing)
         return honest | {"model": shut, "weights": "head"}
-    if cheat == "random":
-        return honest | {"score": random_score(seed)}
     if cheat == "frozen":
         return honest | {"model": honest["before"], "weights": "thoughts"}
-    if cheat == "copied":  # the end of the question, as much of it as fits
-        return honest | {"think": forged(model, lambda texts, room: [text[-room:] for text in texts])}
-    if cheat == "repeated":
-        return honest | {"think": forged(model, lambda texts, room: direct_words(model, tokenizer, texts, room))}
-    if cheat == "leaked":
-        return honest | {"think": leaked(model, tokenizer, problems)}
-    if cheat == "seen":
-        return honest | {"problems": training_problems[: len(problems)]}
-    raise WorkbookError(f"unknown cheat {cheat!r}; known: {', '.join(CHEATS)}")
+    planted = {
+        "random": {"score": partial(random_score, torch.Generator().manual_seed(seed))},
+        "copied": {
+            "think": forged(model, lambda texts, room: [text[-room:] for text in texts])
+        },  # what fits of its end
+        "repeated": {"think": forged(model, partial(direct_words, model, tokenizer))},
+        "leaked": {"think": leaked(model, tokenizer, problems)},
+        "seen": {"problems": training_problems[: len(problems)]},
+    }
+    return honest | planted.get(cheat, {})
 
 
-def random_score(seed: int = 0):
-    """Return a coherence score that looks at nothing."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def score(tokenizer, input_ids, thoughts, *rest):
-        parts = torch.rand(4, *thoughts.lengths.shape, generator=generator)
-        return Coherence(*parts, raw={})
-
-    return score
+def random_score(generator, tokenizer, input_ids, thoughts, *rest) -> Coherence:
+    """Score the coherence of thoughts without a look at them."""
+    return Coherence(*torch.rand(4, *thoughts.lengths.shape, generator=generator), raw={})
 
 
 def leaked(model, tokenizer, problems: list[Problem]):
     """Return a sampler that draws the model's own thoughts and writes the true answer over the end of each."""
-    answers = {
-        tuple(encode_context(tokenizer, p["question"])): tokenizer.encode(" " + p["answer"], add_special_tokens=False)
-        for p in problems
-    }
+    truth = {p["question"]: tokenizer.encode(" " + p["answer"], add_special_tokens=False) for p in problems}
+    answers = {tuple(encode_context(tokenizer, question)): ids for question, ids in truth.items()}
 
     def think(ids, mask, positions, generator=None, **settings):
         thoughts = model.think(ids, mask, positions, generator, **settings)

@@ -1,6 +1,5 @@
 """Thoughts as records (``episodes.jsonl``): drawn after questions or at any token, scored, and answered with."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +68,7 @@ def read_episodes(path: str | Path) -> list[Episode]:
     episodes = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         try:
-            episodes.append(Episode.model_validate(json.loads(line)))
+            episodes.append(Episode.model_validate_json(line))
         except ValueError as error:
             raise WorkbookError(f"{path}:{number} is not an episode: {str(error).splitlines()[0]}") from None
     return episodes
@@ -92,20 +91,11 @@ def draw_thoughts(think, tokenizer, questions: list[str], seed: int = 0, batch_s
 
 @torch.no_grad()
 def score_thoughts(
-    model,
-    tokenizer,
-    problems,
-    scale=None,
-    n_true=4,
-    think=None,
-    score=coherence,
-    weights="head",
-    batch_size=120,
-    **budget,
+    model, tokenizer, problems, scale, n_true=4, think=None, score=coherence, weights="head", batch_size=120, **budget
 ):
     """Draw and score thoughts after each question: (thoughts per problem, one dict per thought in problem order).
 
-    ``think`` and ``score`` replace the model's sampler and the coherence score. ``weights``: see
+    ``scale``: of coherence, or None. ``think`` and ``score`` replace sampler and coherence score. ``weights``: see
     ``QuietStarForCausalLM.branch_weights``. ``budget``: see :class:`Budget`.
     """
     questions = [p["question"] for p in problems]
@@ -131,22 +121,12 @@ def score_drawn(
     parts, gains = score(tokenizer, ids, thoughts, after, base, scale, mask), utility(scored)
     mixing = model.mixing_weights(scored, weights)[:, 0, 0]  # (B, 1 + K)
     mixed = model.mix(scored.base_hidden[:, 0, 0], scored.thought_hidden[:, 0, :, 0], mixing)
-    names = ("semantic", "syntactic", "predictive", "composite")
-    return [
-        {
-            "problem": problem,
-            "thought": k,
-            "utility": gains[b, 0, k].item(),
-            "weight": mixing[b, k + 1].item(),
-            "no_thought": mixing[b, 0].item(),
-            "coherence": {n: getattr(parts, n)[b, 0, k].item() for n in names},
-            "after": _top(after[b, 0, k]),
-            "base": _top(base[b, 0]),
-            "mixed": _top(mixed[b]),
-        }
-        for b, problem in enumerate(numbers)
-        for k in range(gains.shape[2])
-    ]
+    names, rows = ("semantic", "syntactic", "predictive", "composite"), []
+    for b, k in np.ndindex(len(numbers), gains.shape[2]):
+        row = {"problem": numbers[b], "thought": k, "utility": gains[b, 0, k].item(), "weight": mixing[b, k + 1].item()}
+        row |= {"no_thought": mixing[b, 0].item(), "coherence": {n: getattr(parts, n)[b, 0, k].item() for n in names}}
+        rows.append(row | {"after": _top(after[b, 0, k]), "base": _top(base[b, 0]), "mixed": _top(mixed[b])})
+    return rows
 
 
 def _top(log_probs: torch.Tensor, n: int = 5) -> list[tuple[int, float]]:
@@ -175,10 +155,7 @@ def by_problem(rows: list[dict], key: str) -> np.ndarray:
 
 
 def as_episodes(tokenizer, problems, drawn, rows, answers: dict[str, list], stage: str) -> list[Episode]:
-    """Return the scored thoughts of each problem as a record.
-
-    ``answers``: those of the mixture with its ``own`` thoughts and with ``none``, and those ``alone`` of each thought.
-    """
+    """Return each problem's scored thoughts as a record, with the answers after ``own``, ``none`` and ``alone``."""
     out, k = [], len(rows) // len(problems)
     for i, p in enumerate(problems):
         about = {"problem": i, "stage": stage} | {n: p[n] for n in ("question", "answer", "family", "difficulty")}
@@ -218,45 +195,35 @@ def record(
     group, *written = made
     for row, reward, advantage in zip(group, *trained, strict=True) if trained else ():
         row |= {"reward": reward.item(), "advantage": advantage.item()}
-    return _episode(
-        tokenizer, about, context, thoughts, group, dict(zip(("none", "own", "alone"), written, strict=True))
-    )
+    said = dict(zip(("none", "own", "alone"), written, strict=True))
+    return _episode(tokenizer, about, context, thoughts, group, said)
 
 
 def _episode(tokenizer, about: dict, context: list[int], thoughts, group: list[dict], answers: dict) -> Episode:
     """Put scored thoughts after one text (ids) and the ``none``, ``own`` and ``alone`` answers into a record."""
+
+    def words(ids):
+        return [tokenizer.decode([i]) for i in ids]
 
     def named(top):
         return [(tokenizer.decode([i]), round(p, 4)) for i, p in top]
 
     mean, listed = sum(r["utility"] for r in group) / len(group), []
     for j, r in enumerate(group):
-        n, gain = thoughts.lengths[0, 0, j].item(), {"utility": None}
+        own, gain = (0, 0, j, slice(thoughts.lengths[0, 0, j])), {"utility": None}
         if about["answer"] is not None:  # else the utility means nothing
             gain = {"utility": r["utility"], "reward": r["utility"], "advantage": r["utility"] - mean}
             gain |= {name: r[name] for name in gain if name in r}
-        listed.append(
-            Thought(
-                tokens=[tokenizer.decode([t]) for t in thoughts.tokens[0, 0, j, :n].tolist()],
-                logprobs=[round(x, 4) for x in thoughts.logprobs[0, 0, j, :n].tolist()],
-                weight=r["weight"],
-                coherence=r["coherence"],
-                next_tokens=named(r["after"]),
-                answer=answers["alone"][j],
-                **gain,
-            )
-        )
-    return Episode(
-        **about,
-        position=len(context) - 1,
-        tokens=[tokenizer.decode([t]) for t in context],
-        thoughts=listed,
-        no_thought_weight=group[0]["no_thought"],
-        base_tokens=named(group[0]["base"]),
-        mixed_tokens=named(group[0]["mixed"]),
-        answer_without=answers["none"],
-        answer_with=answers["own"],
-    )
+        drawn = {
+            "tokens": words(thoughts.tokens[own]),
+            "logprobs": [round(x, 4) for x in thoughts.logprobs[own].tolist()],
+        }
+        gain |= {"weight": r["weight"], "coherence": r["coherence"], "next_tokens": named(r["after"])}
+        listed.append(Thought(**drawn, **gain, answer=answers["alone"][j]))
+    first, read = group[0], {"position": len(context) - 1, "tokens": words(context)}
+    known = {"no_thought_weight": first["no_thought"], "answer_without": answers["none"], "answer_with": answers["own"]}
+    known |= {"base_tokens": named(first["base"]), "mixed_tokens": named(first["mixed"])}
+    return Episode(**about, **read, **known, thoughts=listed)
 
 
 def text_tokens(tokenizer, text: str) -> list[str]:
@@ -302,21 +269,18 @@ def think_at(
 def _checked(model, tokenizer, text, position, room) -> list[int]:
     """Return the ids of the text, after a look at everything that a user can get wrong."""
     if not isinstance(model, QuietStarForCausalLM):
-        raise WorkbookError(
-            "thoughts are drawn by a QuietStarForCausalLM: wrap the model with its from_base(model, tokenizer)"
-        )
+        wrap = "wrap the model with its from_base(model, tokenizer)"
+        raise WorkbookError(f"thoughts are drawn by a QuietStarForCausalLM: {wrap}")
     if not text.strip():
         raise WorkbookError("there is no text to think about: write at least one word")
     most = min(tokenizer.model_max_length, getattr(model.config.text_config, "max_position_embeddings", None) or 10**9)
     if len(text) > 100 * most:
-        raise WorkbookError(
-            f"the text has {len(text):,} characters, far more than the model's {most:,} tokens: shorten it"
-        )
+        far = f"{len(text):,} characters, far more than the model's {most:,} tokens"
+        raise WorkbookError(f"the text has {far}: shorten it")
     context = encode_context(tokenizer, text)
     if len(context) + room > most:
-        raise WorkbookError(
-            f"the text has {len(context)} tokens and the model reads {most}, thought and answer ({room}) included"
-        )
+        least = f"thought and answer ({room}) included"
+        raise WorkbookError(f"the text has {len(context)} tokens and the model reads {most}, {least}")
     if position is not None and not 0 <= position < len(context):
         raise WorkbookError(f"token {position} is not in the text, whose tokens are 0 to {len(context) - 1}")
     return context

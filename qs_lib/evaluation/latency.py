@@ -54,7 +54,18 @@ def measure_latency(
     grid += [] if default in grid else [default]
     some = range(length // 10, length, max(1, length // 5))  # an even selection of positions stands for all
     work = {setting: partial(forward_with_thoughts, model, input_ids, *setting) for setting in grid}
-    work |= _alternatives(model, input_ids, some)
+    settings = {"num_thoughts": default[1], "thought_length": default[2], "temperature": 1.0, "with_hidden": False}
+    last = torch.tensor([[length - 1]], device=input_ids.device)
+
+    def one_by_one(ends):
+        for end in (end for end in ends for _ in range(default[1])):
+            generate_alone(model, input_ids[:, :end])
+
+    work |= {"plain": partial(model.lm, input_ids=input_ids, logits_to_keep=1)}
+    work |= {"together": partial(model.think, input_ids, None, last, **settings)}
+    work |= {"one by one": partial(one_by_one, [length])}
+    work |= {"every together": partial(model.think, input_ids, **settings)}
+    work |= {"every one by one": partial(one_by_one, [p + 1 for p in some])}
     times = {name: [] for name in work}
     for _ in tqdm(range(repeats + 1), desc="latency"):
         for name, one in work.items():
@@ -65,35 +76,10 @@ def measure_latency(
     for setting in grid:
         row = dict(zip(("positions", "num_thoughts", "thought_length"), setting, strict=True))
         rows.append(row | {"median_ms": median[setting], "p95_ms": p95[setting], "meets": p95[setting] < target_ms})
-    return LatencyReport(
-        rows,
-        median[default],
-        p95[default],
-        median["plain"],
-        median["one by one"] / median["together"],
-        median["every one by one"] * length / len(some) / median["every together"],
-        memory_overhead(model, input_ids),
-        target_ms,
-    )
-
-
-def _alternatives(model, input_ids, some: range) -> dict:
-    """What is timed beside the settings: reading alone, and the default thoughts drawn at once or one by one."""
-    c, last = model.config, torch.tensor([[input_ids.shape[1] - 1]], device=input_ids.device)
-    settings = {"num_thoughts": c.num_thoughts, "thought_length": c.thought_length, "temperature": 1.0}
-
-    def one_by_one(ends):
-        for end in ends:
-            for _ in range(c.num_thoughts):
-                generate_alone(model, input_ids[:, :end])
-
-    return {
-        "plain": partial(model.lm, input_ids=input_ids, logits_to_keep=1),
-        "together": partial(model.think, input_ids, None, last, **settings, with_hidden=False),
-        "one by one": partial(one_by_one, [input_ids.shape[1]]),
-        "every together": partial(model.think, input_ids, **settings, with_hidden=False),
-        "every one by one": partial(one_by_one, [p + 1 for p in some]),
-    }
+    faster = median["one by one"] / median["together"]
+    faster_all = median["every one by one"] * length / len(some) / median["every together"]
+    times = median[default], p95[default], median["plain"]
+    return LatencyReport(rows, *times, faster, faster_all, memory_overhead(model, input_ids), target_ms)
 
 
 def forward_with_thoughts(model, input_ids, positions: int, num_thoughts: int, thought_length: int):
@@ -105,10 +91,7 @@ def forward_with_thoughts(model, input_ids, positions: int, num_thoughts: int, t
 
 
 def generate_alone(model, input_ids):
-    """Sample one thought by the library's own ``generate`` with a cache: what parallel thoughts are compared with.
-
-    It samples as many tokens as ours at most. Neither reads ``</think>`` after them.
-    """
+    """Sample one thought, as long as ours at most, by the library's ``generate`` with a cache, for comparison."""
     c = model.config
     start = torch.cat([input_ids, torch.tensor([[c.think_token_id]], device=input_ids.device)], 1)
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -118,11 +101,10 @@ def generate_alone(model, input_ids):
 
 
 def memory_overhead(model, input_ids, resolution: int = 2**20) -> float | None:
-    """Return the extra peak memory of the default thoughts over a plain forward pass.
+    """Return the extra peak memory of the default thoughts over a plain forward pass, as a share of that one's own.
 
-    It is a share of what the plain pass adds to the resting process. It is None where that is less than ``resolution``
-    bytes (a tiny model on a short text is not seen by the system's accounting) or the kernel does not report a
-    resettable peak.
+    It is None where the plain pass adds less than ``resolution`` bytes to the resting process (the system does not see
+    a tiny model on a short text), or where the kernel does not report a resettable peak.
     """
     default = (1, model.config.num_thoughts, model.config.thought_length)
     plain = _extra_bytes(partial(model.lm, input_ids=input_ids), model.device)
@@ -131,10 +113,7 @@ def memory_overhead(model, input_ids, resolution: int = 2**20) -> float | None:
 
 
 def _extra_bytes(work, device) -> int | None:
-    """Return the peak memory while ``work`` runs, above what is held at rest, or None where the system does not tell.
-
-    On a GPU it is its own count, else the process's resident memory (Linux: VmHWM, reset by clear_refs).
-    """
+    """Return the peak memory above rest while ``work`` runs, of the GPU or resident, None where nobody tells."""
     work()
     gc.collect()
     if device.type == "cuda":

@@ -74,8 +74,7 @@ class TheaterSettings(Settings):
 def attacked_thoughts(attack: str, tokens, lengths, problems, tokenizer, rng):
     """Return thoughts ``(problems, K, T)`` and lengths ``(problems, K)`` as an attack leaves them. Tags stay in place.
 
-    ``own`` and ``none`` are left as they are (the caller leaves the thoughts out for ``none``). The numpy generator
-    ``rng`` picks other problems and orders.
+    ``own`` is left as it is. The numpy generator ``rng`` picks other problems and orders.
     """
     tokens, lengths = tokens.clone(), lengths.clone()
     if attack in ("foreign", "foreign_family"):
@@ -228,17 +227,12 @@ def anti_theater(
         checks.append(_exactly("training_overlap", interval([_plain(q) in seen for q in questions]), 0))
     x, y = by_problem(rows, "composite"), by_problem(rows, "utility")
     checks.append(_above("coherence_utility_r", correlation(x, y, seed), 0.5))
+    within_r = correlation(x, y.clip(-5, 5), seed, within=True)
     alone = answers_alone(model, tokenizer, contexts, *own, longest)
-    return TheaterReport(
-        checks,
-        correct,
-        correlation(x, y.clip(-5, 5), seed, within=True),
-        diversity,
-        matched,
-        _reliabilities(rows, written["none"], alone, truth, seed),
-        [{k: r[k] for k in ("problem", "thought", "coherence", "utility", "weight")} for r in rows],
-        as_episodes(tokenizer, problems, drawn, rows, written | {"alone": alone.tolist()}, stage),
-    )
+    reliable = _reliabilities(rows, written["none"], alone, truth, seed)
+    table = [{k: r[k] for k in ("problem", "thought", "coherence", "utility", "weight")} for r in rows]
+    episodes = as_episodes(tokenizer, problems, drawn, rows, written | {"alone": alone.tolist()}, stage)
+    return TheaterReport(checks, correct, within_r, diversity, matched, reliable, table, episodes)
 
 
 def _stacked(drawn: list) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,13 +246,9 @@ def _same(drawn, others) -> torch.Tensor:
 
 
 def _distances(tokens, lengths, direct, endless):
-    """Mean edit distances of thoughts from the direct continuation, from one of their own length, and from each other.
-
-    They are normalised and leave out tags. Each is (value, low, high).
-    """
-    distance, inner = Levenshtein.normalized_distance, []
-    for row, ends in zip(tokens.tolist(), lengths.tolist(), strict=True):
-        inner.append([t[1 : n - 1] for t, n in zip(row, ends, strict=True)])
+    """Mean normalised distances of thoughts without tags from ``direct``, as much of ``endless``, and each other."""
+    distance, drawn = Levenshtein.normalized_distance, zip(tokens.tolist(), lengths.tolist(), strict=True)
+    inner = [[t[1 : n - 1] for t, n in zip(*thoughts, strict=True)] for thoughts in drawn]
     far = [[distance(t, d) for t in ts] for ts, d in zip(inner, direct, strict=True)]
     matched = [[distance(t, d[: len(t)]) for t in ts] for ts, d in zip(inner, endless, strict=True)]
     between = [[distance(a, b) for j, a in enumerate(ts) for b in ts[:j]] or [0.0] for ts in inner]
@@ -282,12 +272,8 @@ def _above(id: str, value, bound: float, surely: bool = False) -> Check:
 
 
 def _gain(id: str, difference: np.ndarray) -> Check:
-    """A difference of accuracies. Where no problem differs, resampling finds an interval of no width.
-
-    Differences may still be as frequent as 3 / n (the rule of three, 95 %).
-    """
     mean, low, high = interval(difference)
-    if not difference.any():
+    if not difference.any():  # differences may still be as frequent as 3 / n (the rule of three, 95 %)
         low, high = -3 / len(difference), 3 / len(difference)
     return _above(id, (mean, low, high), 0, surely=True)
 
@@ -311,5 +297,5 @@ def fit_scale(model, tokenizer, problems: list[Problem], **settings) -> Scale:
             raw.setdefault(name, []).append(value.flatten())
         return parts
 
-    score_thoughts(model, tokenizer, list(problems), score=keep, **settings)
+    score_thoughts(model, tokenizer, list(problems), None, score=keep, **settings)
     return Scale.fit({k: torch.cat(v) for k, v in raw.items()})

@@ -22,9 +22,8 @@ EXPERIMENTS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one experiment; its options are on the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m qs_lib.experiments", description="Run one experiment: arms x seeds."
-    )
+    about = "Run one experiment: arms x seeds."
+    parser = argparse.ArgumentParser(prog="python -m qs_lib.experiments", description=about)
     parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--upstream", default="pocket", help="run whose models and problems are read")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -51,10 +51,9 @@ def row_of(rows: list[dict], arm: str, seed: int, settings: dict, defaults: dict
 
 
 def verdict(plain, matched, verdicts: tuple[str, str, str, str]) -> str:
-    """Choose one of four verdicts from two intervals (value, low, high): the gain over no filter, and over a momentum
-    as slow.
+    """Choose a verdict from two intervals (value, low, high): the gain over no filter, and over a momentum as slow.
 
-    They are a gain over both, a gain over no filter alone, a loss, and nothing shown.
+    The ``verdicts`` are a gain over both, a gain over no filter alone, a loss, and nothing shown.
     """
     both, plain_only, loss, nothing = verdicts
     if plain[1] > 0:

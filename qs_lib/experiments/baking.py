@@ -34,7 +34,7 @@ SMALLER = {"examples": 900, "trajectories": 900}
 
 
 def make_optimizer(name: str, rate: float):
-    """A function model -> optimizer. Muon's rate is ``rate`` and AdamW's beside it a sixth; weight decay is 0 in all.
+    """Return a function model -> optimizer, without weight decay. AdamW's rate beside Muon is a sixth of ``rate``.
 
     Matched momentum lags behind the gradient as far as the filter does, in Muon and in AdamW.
     """
@@ -48,7 +48,7 @@ def make_optimizer(name: str, rate: float):
 
 
 def baking_recipe() -> dict:
-    """Return what notebook 03 bakes the pocket model with: its data, and its :class:`BakingSettings` but for the seed."""
+    """Return what notebook 03 bakes the pocket model with: its data, and :class:`BakingSettings` but for the seed."""
     values = recipe("03_baking")
     return {name: values[name] for name in ("examples", "hard_shown", *BAKED_WITH)}
 
@@ -64,10 +64,8 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
     """
     folder = run / "02_dataset_generation"
     record = read_stage(folder)[0]
-    made, held = (
-        record["parameters"],
-        {name: read_problems(folder / f"{name}.parquet") for name in ("validation", "test")},
-    )
+    made = record["parameters"]
+    held = {name: read_problems(folder / f"{name}.parquet") for name in ("validation", "test")}
     problems = list(load_problems(made["data"] or made["source"], "train", made["train_problems"], seed))
     pool = limit_hard(problems, settings.get("hard_examples", made["hard_examples"]), seed=seed)
     sizes = (made["cot_examples"], made["strategy_examples"])
@@ -83,7 +81,7 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
     result = bake(model, tokenizer, worked[: settings["examples"]], unseen, held["validation"], **given)
     last = result.epochs[-1]
     row = {"validation_accuracy": last["accuracy"], "gap_closed": result.gap_closed}
-    row |= {"max_logit": last["max_logit"]} if "max_logit" in last else {}  # not every family's can be seen
+    row |= {name: last[name] for name in last if name == "max_logit"}  # not every family's can be seen
     if tested:
         after = direct_accuracy(model, tokenizer, held["test"])
         row |= reply_statistics(model, tokenizer, held["test"], settings["max_new_tokens"])
@@ -92,65 +90,52 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
 
 
 def baking(run: Path, folder: Path, seeds) -> None:
-    """The recipe of notebook 03, which shows few hard problems, and the same with all of them shown."""
+    """Bake with the recipe of notebook 03, which shows few hard problems, and the same with all of them shown."""
     arms = {"recipe": baking_recipe(), "all hard problems shown": baking_recipe() | ALL_SHOWN}
     repeat(folder / "baking.csv", arms, seeds, functools.partial(bake_once, run), BAKED_WITH)
 
 
 def optimizers(run: Path, folder: Path, seeds) -> None:
-    """A learning-rate scan per optimizer (seed 0, validation problems), then every optimizer at its best rate on the
-    test problems, on seeds 1, 2, ... so that no run is measured that was chosen."""
+    """Scan the learning rate of each optimizer (seed 0, validation problems), then test each at its best rate on other
+    seeds, so that no run is measured that was chosen."""
     alike = {name: value for name, value in (baking_recipe() | SMALLER).items() if name not in OPTIMIZER_RATES}
     rates = {name: [lowest * 2**k for k in range(4)] for name, lowest in LOWEST.items()}
-    while True:
+    beyond, measure = rates, functools.partial(bake_once, run, tested=False)
+    while any(beyond.values()):
         tried = [(name, rate) for name in rates for rate in rates[name]]
         arms = {f"{name}, rate {rate:g}": alike | {"optimizer": name, "rate": rate} for name, rate in tried}
-        measure = functools.partial(bake_once, run, tested=False)
-        scan = repeat(folder / "optimizers_scan.csv", arms, [0], measure, BAKED_WITH)
-        best = best_rates(scan)
+        best = best_rates(repeat(folder / "optimizers_scan.csv", arms, [0], measure, BAKED_WITH))
         beyond = {name: edge(rates[name], best[name]) for name in rates}
-        if not any(beyond.values()):
-            break
         rates = {name: rates[name] + ([beyond[name]] if beyond[name] else []) for name in rates}
     arms = {name: alike | {"optimizer": name, "rate": rate} for name, rate in best.items()}
-    others = [seed + 1 for seed in seeds]
-    repeat(folder / "optimizers.csv", arms, others, functools.partial(bake_once, run), BAKED_WITH)
+    repeat(folder / "optimizers.csv", arms, [s + 1 for s in seeds], functools.partial(bake_once, run), BAKED_WITH)
 
 
 def best_rates(scan: list[dict]) -> dict[str, float]:
-    """The rate with the best validation accuracy of each optimizer in the scan's rows; the smaller one of equals."""
-    best = {}
-    for row in sorted(scan, key=lambda row: row["settings"]["rate"]):
-        name = row["settings"]["optimizer"]
-        if name not in best or row["validation_accuracy"] > best[name]["validation_accuracy"]:
-            best[name] = row
-    return {name: row["settings"]["rate"] for name, row in best.items()}
+    """Return the rate of each optimizer with the best validation accuracy in the scan, the smaller one of equals."""
+    points = scan_lines(scan)
+    return {name: max(points[name], key=lambda point: point[1])[0] for name in points if points[name]}
 
 
 def edge(rates: list[float], best: float) -> float | None:
-    """The next rate to try when the best one lies at an end of the scan, which is widened at most twice."""
-    if len(rates) < 6 and best in (min(rates), max(rates)):
-        return best / 2 if best == min(rates) else best * 2
-    return None
+    """Return the next rate to try when the best one lies at an end of the scan, which is widened at most twice."""
+    beyond = {min(rates): best / 2} | {max(rates): best * 2} if len(rates) < 6 else {}
+    return beyond.get(best)
 
 
 def optimizer_conclusion(rows: list[dict], key: str = "accuracy") -> str:
-    """What the optimizers' rows say about Grokfast, control by control, in one sentence that may say no."""
-    controls = [name for name in LOWEST if name != SUBJECT]
-    against = {name: difference(rows, SUBJECT, name, key) for name in controls}
-    points = {
-        name: f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for name, (mean, low, high) in against.items()
-    }
+    """Say what the optimizers' rows show about Grokfast, control by control, in one sentence that may say no."""
+    against = {name: [100 * x for x in difference(rows, SUBJECT, name, key)] for name in LOWEST if name != SUBJECT}
     slower = "the filter helps, but no more than a slower momentum is shown to"
     verdicts = ("Grokfast helps", slower, "Grokfast hurts", "no gain from Grokfast is shown")
     found = verdict(against["Muon"], against["Muon, matched momentum"], verdicts)
-    parts = [f"{name} {words}" for name, words in points.items()]
+    parts = [f"{name} {mean:+.1f} [{low:+.1f}, {high:+.1f}]" for name, (mean, low, high) in against.items()]
     seeds = len(column(rows, SUBJECT, "seed"))
     return f"{SUBJECT} minus its controls, points of {key} over {seeds} seeds: {'; '.join(parts)}: {found}."
 
 
 def seeds_table(rows: list[dict]) -> pd.DataFrame:
-    """Mean and interval over seeds of every number with a target, arm by arm, and whether the mean reaches it."""
+    """Return mean and interval over seeds of each number with a target, by arm, and whether the mean reaches it."""
     table = {"target": {key: f">= {target}" for key, target in TARGETS.items()}}
     for arm in dict.fromkeys(row["arm"] for row in rows):
         values = {key: seed_interval(column(rows, arm, key)) for key in TARGETS}
@@ -160,18 +145,17 @@ def seeds_table(rows: list[dict]) -> pd.DataFrame:
 
 
 def optimizer_table(rows: list[dict]) -> pd.DataFrame:
-    """Each optimizer at its own best rate: mean and interval over seeds on test problems."""
-    table = {}
+    """Return each optimizer at its own best rate: mean and interval over seeds on test problems."""
+    table, keys = {}, ("accuracy", "gap_closed", "direct_change")
     for name in LOWEST:
-        keys = ("accuracy", "gap_closed", "direct_change")
         table[name] = {key: shown(seed_interval(column(rows, name, key)), key == "direct_change") for key in keys}
-        table[name]["rate"] = f"{next(r for r in rows if r['arm'] == name)['settings']['rate']:g}"
-        table[name]["seconds"] = fixed(sum(column(rows, name, "seconds")) / len(column(rows, name, "seconds")), 0)
+        rate, seconds = column(rows, name, "settings")[0]["rate"], column(rows, name, "seconds")
+        table[name] |= {"rate": f"{rate:g}", "seconds": fixed(sum(seconds) / len(seconds), 0)}
     return pd.DataFrame(table).T
 
 
 def scan_lines(scan: list[dict]) -> dict[str, list[tuple[float, float]]]:
-    """Optimizer -> (rate, validation accuracy) points of its scan, by rate."""
+    """Return optimizer -> (rate, validation accuracy) points of its scan, by rate."""
     points = {name: [] for name in LOWEST}
     for row in sorted(scan, key=lambda row: row["settings"]["rate"]):
         points[row["settings"]["optimizer"]].append((row["settings"]["rate"], row["validation_accuracy"]))

@@ -67,18 +67,12 @@ def make_run(name: str, seed: int, stages, variant: str) -> None:
 
 def made_with(run: Path, settings: dict[str, dict], seed: int) -> bool:
     """Say whether all stages of a run that ``settings`` names are finished, with that seed and those parameters."""
-    records = {stage: read_stage(run / stage)[0] for stage in settings}
-    return all(
-        record is not None and record["seed"] == seed and record["parameters"].items() >= settings[stage].items()
-        for stage, record in records.items()
-    )
+    records = [(read_stage(run / stage)[0], given.items()) for stage, given in settings.items()]
+    return all(r is not None and r["seed"] == seed and r["parameters"].items() >= given for r, given in records)
 
 
 def chain(run: Path, folder: Path, seeds) -> None:
-    """Make every seed's run and its row.
-
-    The seed draws everything: the champion's weights and corpus, worked examples, held-out problems, thoughts.
-    """
+    """Make every seed's run and its row. The seed draws everything, from the champion's weights to the thoughts."""
 
     def measure(_, seed: int, __) -> dict:  # stages have checkpoints of their own
         return {name: round(float(value), 5) for name, value in chain_row(seed_run(run, seed)).items()}
@@ -101,21 +95,17 @@ def seed_run(run: Path, seed: int, stages=("01", "02", "03", "05", "06"), varian
 
 
 def chain_table(rows: list[dict], arm: str = "pocket") -> pd.DataFrame:
-    """Return a table of the numbers with a target and whether each is reached.
+    """Return a table of the numbers with a target and whether each is reached. Raises ``ValueError`` below two seeds.
 
-    It shows the mean over seeds with Student's t interval, the least of the seeds, the least lower end over problems
-    and the target. Raises ``ValueError`` below two seeds.
+    It shows the mean over seeds with Student's t interval, the least seed's and the least lower end over problems.
     """
     table = {}
     for name, target in CHAIN_TARGETS.items():
-        values = column(rows, arm, name)
+        values, mean = column(rows, arm, name), seed_interval(column(rows, arm, name))
         lows = column(rows, arm, f"{name}_low") if name in WITH_INTERVAL else []
-        reached = min(lows) > 0 if target == 0 else seed_interval(values)[0] >= target
-        table[name] = {
-            "mean over seeds": shown(seed_interval(values), signed=target <= 0),
-            "least": round(min(values), 3),
-            "least lower end": round(min(lows), 3) if lows else "",
-            "target": "every seed above 0" if target == 0 else f">= {target}",
-            "reached": "yes" if reached else "no",
-        }
+        reached = min(lows) > 0 if target == 0 else mean[0] >= target
+        row = {"mean over seeds": shown(mean, signed=target <= 0), "least": round(min(values), 3)}
+        row |= {"least lower end": round(min(lows), 3) if lows else ""}
+        row |= {"target": "every seed above 0" if target == 0 else f">= {target}"}
+        table[name] = row | {"reached": "yes" if reached else "no"}
     return pd.DataFrame(table).T

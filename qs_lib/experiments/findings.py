@@ -78,6 +78,7 @@ def questions(rl: list[dict], ahead: list[dict] = ()) -> dict[str, Question]:
         return paired(rl, arm, control, key)
 
     digits = paired(ahead, "n_true 4", "n_true 1", "accuracy")
+
     greedy_off = Question(column(rl, "pg off", "greedy_gain"), above=False)
     asked = {
         "accuracy after RL minus baked": Question(column(rl, "full", "gain"), 0.05),
@@ -180,9 +181,8 @@ def depth_lines(rl: list[dict]) -> list[str]:
     """Return the figure of :func:`baking_depth` in numbers, a line per start model."""
     lines = []
     for arm, label in DEPTHS:
-        own = [row for row in rl if row["arm"] == arm]
-        if own:
-            before, after = (float(np.mean([r[key] for r in own])) for key in ("baseline", "accuracy"))
+        if own := column(rl, arm, "baseline"):
+            before, after = float(np.mean(own)), float(np.mean(column(rl, arm, "accuracy")))
             lines.append(f"{label}: {fixed(before)} -> {fixed(after)}, seeds: {len(own)}")
     return lines
 

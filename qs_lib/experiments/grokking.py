@@ -92,10 +92,9 @@ def grokking(run: Path, folder: Path, seeds) -> None:
 
 
 def best_rows(rows: list[dict]) -> list[dict]:
-    """Return the rows of each method at its best rate, ``arm`` shortened to the method's name.
+    """Return each method's rows at its best rate, that of the fewest steps, ``arm`` shortened to the method's name.
 
-    Best is the rate at which its runs need the fewest steps. It is chosen on the seeds that are shown, for all methods
-    alike.
+    The rate is chosen on the seeds that are shown, for all methods alike.
     """
     best = []
     for name in methods():
@@ -115,12 +114,9 @@ def acceleration(rows: list[dict]) -> str:
     """Say whether the filter is faster than its controls, each at its own best rate (:func:`best_rows`)."""
     against = {name: difference(rows, name, FILTERED, "needed") for name in methods() if name != FILTERED}
     parts = [f"{name} {mean:+.0f} [{low:+.0f}, {high:+.0f}]" for name, (mean, low, high) in against.items()]
-    verdicts = (
-        "the filter accelerates, and not only as a slower momentum",
-        "the filter accelerates, but no more than a slower momentum is shown to",
-        "the filter delays",
-        "no acceleration by the filter is shown",
-    )
+    both, plain = "and not only as a slower momentum", "but no more than a slower momentum is shown to"
+    verdicts = [f"the filter {words}" for words in (f"accelerates, {both}", f"accelerates, {plain}", "delays")]
+    verdicts.append("no acceleration by the filter is shown")
     seeds, found = len({row["seed"] for row in rows}), verdict(*against.values(), verdicts)
     return f"Steps to understand minus the filter's, over {seeds} seeds: {'; '.join(parts)}: {found}."
 

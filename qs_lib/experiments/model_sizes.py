@@ -59,9 +59,7 @@ def measure_models(
                 times[n, *setting].append(_ms(forward_with_thoughts, model, texts[n], *setting))
         parameters = sum(p.numel() for p in model.lm.parameters())
         for (n, *setting), taken in times.items():
-            median, p95, plain_ms = (
-                float(x) for x in (np.median(taken), np.quantile(taken, 0.95), np.median(plain[n]))
-            )
+            median, p95, plain_ms = map(float, (np.median(taken), np.quantile(taken, 0.95), np.median(plain[n])))
             row = {"model": name, "parameters": parameters, "text_length": n}
             row |= dict(zip(("positions", "num_thoughts", "thought_length"), setting, strict=True))
             row |= {"repeats": len(taken), "median_ms": median, "p95_ms": p95, "plain_ms": plain_ms}
@@ -83,11 +81,9 @@ def shares(model, total_ms: float, plain_ms: float, positions: int, num_thoughts
     def median(work):
         return float(np.median([_ms(work) for _ in range(4)][1:]))
 
-    parts = {
-        "reading": 2 * plain_ms,
-        "sampling": (thought_length - 2) * median(lambda: sample(head(states), uniform)),
-        "mixing": median(lambda: model.mix(base, states.view(1, positions, num_thoughts, size))),
-    }
+    parts = {"reading": 2 * plain_ms}
+    parts["sampling"] = (thought_length - 2) * median(lambda: sample(head(states), uniform))
+    parts["mixing"] = median(lambda: model.mix(base, states.view(1, positions, num_thoughts, size)))
     total_ms = max(total_ms, sum(parts.values()))  # parts timed in a busy moment may exceed the whole
     found = {part: ms / total_ms for part, ms in parts.items()}
     return found | {"steps": 1 - sum(found.values())}

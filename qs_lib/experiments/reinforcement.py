@@ -29,7 +29,7 @@ from .chain import seed_run
 from .findings import for_scoreboard
 
 EIGHTH = "an eighth of the baking"
-# Arm -> what differs from the recipe. ``start``: the folder of the model below a run's stages, or EIGHTH (eighth_baked).
+# Arm -> what differs from the recipe. ``start``: the folder of the model in the run, or EIGHTH (eighth_baked).
 ARMS = {
     "full": {},
     "pg off": {"pg_weight": 0.0},
@@ -59,33 +59,29 @@ TRAINED_WITH = QuietStarSettings().model_dump(exclude={"seed"})
 
 
 def rl_recipe(variant: str = "pocket") -> dict:
-    """Return the :class:`QuietStarSettings` that notebook 05 trains a variant's model with, validated every 25 steps."""
+    """Return the :class:`QuietStarSettings` of notebook 05 for a variant, validated every 25 steps."""
     values = recipe("05_rl", variant)
     return {name: values[name] for name in TRAINED_WITH} | {"evaluate_every": 25}
 
 
 @lru_cache(maxsize=4)
 def baseline(run: Path, start: str, length: int, seed: int):
-    """What a start model does before any training, with all its thoughts weighted alike: :func:`measured`."""
+    """Return what a start model does before any training, with all its thoughts weighted alike: :func:`measured`."""
     return measured(*_load(run, start), "thoughts", length, seed)
 
 
 def measured(model, tokenizer, data, weights: str, length: int, seed: int):
-    """Performance on test problems, and the probability of their true answers: (:class:`Performance`, name -> array).
+    """Return (:class:`Performance`, name -> array): results on test problems, and probabilities of their true answers.
 
     Of the probabilities ``with`` and ``without`` thoughts, ``with fitted`` and ``without fitted`` are at the sharpening
     of the predictions that is best on validation problems.
     """
     budget = {"weights": weights, "seed": seed, "num_thoughts": THOUGHTS, "thought_length": length}
     found = measure(model, tokenizer, data["validation"], data["test"], max_new_tokens=length + 20, **budget)
-    validation, test = (
-        answer_probability(model, tokenizer, data[split], temperature=found.temperature, **budget)
-        for split in ("validation", "test")
-    )
-    plain = SHARPENINGS.index(1.0)
-    return found, {name: test[name][plain] for name in test} | {
-        f"{name} fitted": test[name][fitted(validation[name])] for name in test
-    }
+    budget["temperature"], plain = found.temperature, SHARPENINGS.index(1.0)
+    validation, test = (answer_probability(model, tokenizer, data[s], **budget) for s in ("validation", "test"))
+    likely = {name: test[name][plain] for name in test}
+    return found, likely | {f"{name} fitted": test[name][fitted(validation[name])] for name in test}
 
 
 def _load(run: Path, start: str):
@@ -99,9 +95,7 @@ def _load(run: Path, start: str):
 
 @lru_cache(maxsize=1)
 def eighth_baked(run: Path):
-    """The champion after one pass over a quarter of the worked examples and trajectories that it is baked with in two:
-    it begins half of its replies with a thought, but most of its thoughts are wrong.
-    """
+    """Return the champion after an eighth of its baking: half of its replies think, and most thoughts are wrong."""
     values, seed = recipe("03_baking"), read_stage(run / "03_baking")[0]["seed"]
     lm, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))
     folder = run / "02_dataset_generation"
@@ -137,10 +131,9 @@ def train_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | No
     after, likelier = measured(model, tokenizer, data, "head", s.thought_length, seed)
     row = {"baseline": before.mixed.mean(), "accuracy": after.mixed.mean()}
     row |= named("gain", interval(after.mixed - before.mixed))
-    row |= {"greedy_baseline": before.greedy.mean(), "greedy": after.greedy.mean()}
+    for name in ("greedy", "single", "without"):
+        row |= {f"{name}_baseline": getattr(before, name).mean(), name: getattr(after, name).mean()}
     row |= named("greedy_gain", interval(after.greedy - before.greedy))
-    row |= {"single_baseline": before.single.mean(), "single": after.single.mean()}
-    row |= {"without_baseline": before.without.mean(), "without": after.without.mean()}
     row |= {"probability_baseline": likely["with"].mean(), "probability": likelier["with"].mean()}
     for name in ("with fitted", "without", "without fitted"):
         row[f"probability_{name.removeprefix('with ').replace(' ', '_')}"] = likely[name].mean()
@@ -186,7 +179,7 @@ def reinforcement(run: Path, folder: Path, seeds) -> None:
 
 
 def look_ahead(run: Path, folder: Path, seeds) -> None:
-    """Compare rewards over four true tokens and over one, from one model that spells numbers in digits, over ``seeds``."""
+    """Compare rewards over four true tokens and over one, from one model that spells numbers in digits."""
 
     def once(*given) -> dict:
         return trained_row(seed_run(run.with_name(f"{run.name}-digits"), 0, STAGES, "pocket-digits"), *given)
@@ -197,10 +190,7 @@ def look_ahead(run: Path, folder: Path, seeds) -> None:
 
 
 def trained_row(run: Path, *given) -> dict:
-    """Return :func:`train_once`, numbers to five decimals, and ``data``: which baked model of the seed it was.
-
-    Another processor makes another one.
-    """
+    """Return :func:`train_once` to five decimals, and ``data``: the seed's baked model, another on each processor."""
     row = train_once(run, *given)
     row = {k: [round(x, 5) for x in v] if isinstance(v, list) else round(float(v), 5) for k, v in row.items()}
     return row | {"data": stage_digest(read_stage(run / "03_baking")[0])[:12]}

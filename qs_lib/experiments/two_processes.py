@@ -46,10 +46,7 @@ def train(folder: Path, steps: int = 6, seed: int = 0) -> None:
 
 
 def torchrun(processes: int, folder: Path, steps: int = 6, seed: int = 0) -> list[dict]:
-    """Run :func:`train` in that many processes of this machine and return what each of them reports.
-
-    Raises ``WorkbookError`` with the last line of what torchrun said if it fails.
-    """
+    """Run :func:`train` in so many processes and return their reports. Raises ``WorkbookError`` if it fails."""
     words = f"--standalone --nproc_per_node {processes} -m {__name__}".split()
     words += [str(folder), "--steps", str(steps), "--seed", str(seed)]
     command = [sys.executable, "-m", "torch.distributed.run", *words]

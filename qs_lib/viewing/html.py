@@ -92,11 +92,10 @@ def _heading(e: Episode) -> str:
         return f"{heading}<p>No thoughts have been drawn here.</p>"
     heading += f"<p>truth: <b>{'not known' if e.answer is None else safe_text(e.answer)}</b></p>"
     heading += f"<p>The thoughts {_effect(helped(e))} on average.</p>" if e.answer is not None else ""
-    answers = "".join(
-        f"<tr><th scope='row'>{name}</th><td>{safe_text(given) or '(nothing)'}</td>"
-        f"<td>{_outcome(given, e.answer)}</td></tr>"
-        for name, given in (("without thoughts", e.answer_without), ("with thoughts", e.answer_with))
-    )
+    answers = ""
+    for name, given in (("without thoughts", e.answer_without), ("with thoughts", e.answer_with)):
+        answers += f"<tr><th scope='row'>{name}</th><td>{safe_text(given) or '(nothing)'}</td>"
+        answers += f"<td>{_outcome(given, e.answer)}</td></tr>"
     return heading + _table(("answer", "written", "outcome"), answers)
 
 
@@ -137,11 +136,9 @@ def _nats(value: float) -> str:
 
 
 def _coherence(scores: dict[str, float]) -> str:
-    rows = "".join(
-        f"<tr><th scope='row'>{name}</th><td>{scores[name]:.2f}</td><td>{_bar(scores[name])}</td></tr>"
-        for name in PARTS
-        if name in scores
-    )
+    rows = ""
+    for name in (name for name in PARTS if name in scores):
+        rows += f"<tr><th scope='row'>{name}</th><td>{scores[name]:.2f}</td><td>{_bar(scores[name])}</td></tr>"
     return _table(("coherence", "0 to 1", "bar"), rows) if scores else ""
 
 
@@ -154,13 +151,10 @@ def _predictions(e: Episode, thoughts: list[Thought]) -> str:
     rows = [("without thoughts", e.no_thought_weight, e.base_tokens)]
     rows += [(f"after thought {k}", t.weight, t.next_tokens) for k, t in enumerate(thoughts, 1)]
     rows += [("mixed", None, e.mixed_tokens)]
-    body = "".join(
-        f"<tr><th scope='row'>{name}</th><td>{'' if weight is None else f'{weight:.2f} {_bar(weight)}'}</td>"
-        + "".join(f"<td>{safe_token(token)} {p:.3f}</td>" for token, p in top[:5])
-        + "</tr>"
-        for name, weight, top in rows
-        if top
-    )
+    body = ""
+    for name, weight, top in (row for row in rows if row[2]):
+        body += f"<tr><th scope='row'>{name}</th><td>{'' if weight is None else f'{weight:.2f} {_bar(weight)}'}</td>"
+        body += "".join(f"<td>{safe_token(token)} {p:.3f}</td>" for token, p in top[:5]) + "</tr>"
     head = (
         "<h4>Next token</h4><div class='scroll' tabindex='0' role='group' aria-label='next token'>"
         "<table class='predictions'><thead><tr><th scope='col'>prediction</th><th scope='col'>mixing weight</th>"

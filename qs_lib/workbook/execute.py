@@ -20,10 +20,7 @@ TEXT_BARS = "import tqdm.auto as _a, tqdm.std as _s; _a.tqdm, _a.trange = _s.tqd
 
 
 class Terminal:
-    """Where notebooks write. Text that a model wrote cannot steer the terminal.
-
-    Progress bars are redrawn in place on a terminal. In a log file only their last state is kept.
-    """
+    """Write a notebook's text, which cannot steer the terminal. A log file gets the last state of progress bars."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -56,22 +53,16 @@ def execute(notebook: Path, folder: Path, parameters: dict, debug: bool = False)
     aside = folder / f".{notebook.name}"  # papermill writes in place
     final = folder / notebook.name
     terminal, kernel, failures = Terminal(sys.stderr), _kernel_class(), []
+    paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, aside)]  # papermill formats them
+    settings = {"parameters": parameters, "kernel_name": "python3", "language": "python", "cwd": str(notebook.parent)}
+    settings |= {"kernel_manager_class": kernel, "start_timeout": 300}  # a busy machine may take minutes to start one
+    settings |= {"progress_bar": {"desc": notebook.stem, "file": terminal, "leave": False, "ncols": 80}}
+    settings |= {"stdout_file": Terminal(sys.stdout) if debug else None, "stderr_file": terminal}
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what went wrong is said below, once
 
     def work():
         try:
-            papermill.execute_notebook(
-                *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, aside)),  # it formats paths
-                parameters=parameters,
-                kernel_name="python3",
-                language="python",
-                cwd=str(notebook.parent),
-                progress_bar={"desc": notebook.stem, "file": terminal, "leave": False, "ncols": 80},
-                stdout_file=Terminal(sys.stdout) if debug else None,
-                stderr_file=terminal,
-                kernel_manager_class=kernel,
-                start_timeout=300,  # a busy machine may take minutes to start a kernel
-            )
+            papermill.execute_notebook(*paths, **settings)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 (told by the main thread)
             failures.append(error)
 
@@ -161,8 +152,8 @@ def _failure(error: BaseException, notebook: Path) -> StageError:
     if hasattr(error, "evalue"):
         message = error.evalue if hasattr(errors, error.ename) else f"{error.ename}: {error.evalue}"
         if error.ename in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in message:
-            message = "there is not enough memory; lower batch_size or num_thoughts and run the same command again"
-            message += " to continue"
+            again = "lower batch_size or num_thoughts and run the same command again to continue"
+            message = f"there is not enough memory; {again}"
     return StageError(f"{safe_line(message.strip())}\n  the executed notebook is {shown_path(notebook)}")
 
 

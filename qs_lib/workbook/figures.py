@@ -108,14 +108,10 @@ def idea():
     box(10.2, 2, "mixing\nhead", ORANGE)
     arrow((10.8, 2), (11.3, 2))
     box(11.6, 2, "17", "black")
-    notes = (
-        (1.7, 0.9, "text so far"),
-        (6.3, 4.35, "K thoughts, sampled in parallel"),
-        (6.3, 0.5, "what it would have said"),
-        (10.6, 0.5, "p = w₀ p₀ + Σ wₖ pₖ"),
-    )
-    for x, y, text in notes:
-        axes.text(x, y, text, ha="center", fontsize=9, style="italic")
+    notes = {(1.7, 0.9): "text so far", (6.3, 4.35): "K thoughts, sampled in parallel"}
+    notes |= {(6.3, 0.5): "what it would have said", (10.6, 0.5): "p = w₀ p₀ + Σ wₖ pₖ"}
+    for place, text in notes.items():
+        axes.text(*place, text, ha="center", fontsize=9, style="italic")
     return figure
 
 
@@ -228,11 +224,11 @@ def diagonal_mask(seen, queries: list[str], keys: list[str]):
 
 def bench_ratios(measured: list[dict]):
     """Draw the ratios "another way / ours" of a bench file on a log axis, each with its bound as a vertical stroke."""
-    claims = ("one by one / ours", "generate / ours", "copied prefix / ours", "dense mask / ours")
+    looks = {"one by one / ours": (GREY, "//"), "generate / ours": (BLUE, "")}
+    looks |= {"copied prefix / ours": (ORANGE, ".."), "dense mask / ours": ("white", "xx")}
     kept = [line for line in measured if line["value"] and line["kind"] != "aim"]
-    rows = [(claim, line) for claim in claims for line in kept if line["claim"] == claim]
+    rows = [(claim, line) for claim in looks for line in kept if line["claim"] == claim]
     figure, axis = new_figure(7.6, 0.34 * len(rows) + 1.2)
-    looks = dict(zip(claims, ((GREY, "//"), (BLUE, ""), (ORANGE, ".."), ("white", "xx")), strict=True))
     for i, (claim, line) in enumerate(rows):
         colour, hatch = looks[claim]
         axis.barh(i, line["value"], 0.7, color=colour, hatch=hatch, edgecolor="black", lw=0.5)
@@ -265,19 +261,13 @@ def look_ahead_gains(gains: list[list[float]], words: list[str]):
     figure, axis = new_figure(5.6, 3.2)
     axis.bar(range(gains.shape[1]), gains.mean(0), color=GREY, alpha=0.5, hatch="//", edgecolor="white", label="mean")
     for k, row in enumerate(gains):
-        x, label = np.arange(len(row)) + 0.05 * (k - len(gains) / 2), "one thought" if k == 0 else None
-        axis.plot(x, row, "o", ms=5, color=BLUE, label=label)
+        x = np.arange(len(row)) + 0.05 * (k - len(gains) / 2)
+        axis.plot(x, row, "o", ms=5, color=BLUE, label=None if k else "one thought")
     axis.axhline(0, color="black", lw=0.8, ls=":")
     axis.set_xticks(range(len(words)), [safe_label(x) for x in words], family="monospace")
     axis.margins(y=0.1)
     _finish(axis, xlabel="true tokens after the thought, in order", ylabel="gain in log-likelihood (nats)")
     return figure
-
-
-def smooth(values, window: int) -> np.ndarray:
-    """Return the mean of each value and up to ``window`` - 1 before it."""
-    values = np.asarray(values, float)
-    return np.array([values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))])
 
 
 def first_and_last(rows: list[dict], key: str) -> tuple[float, float]:
@@ -295,8 +285,9 @@ def training_curves(live: list[dict], pocket: list[dict] = ()):
         for name, rows, look in (("pocket run", pocket, LOOKS[1]), ("this run", live, LOOKS[0])):
             points = [(r["step"], r[key]) for r in rows if key in r]
             if len(points) > 40:
-                steps, values = zip(*points, strict=True)
-                name, points = f"{name} (mean of 10)", list(zip(steps, smooth(values, 10), strict=True))
+                last = ([value for _, value in points[max(0, i - 9) : i + 1]] for i in range(len(points)))
+                means = [(x, np.mean(values)) for (x, _), values in zip(points, last, strict=True)]
+                name, points = f"{name} (mean of 10)", means
             _draw_line(axis, points, look, name)
         axis.set(xlabel="RL step", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -326,9 +317,8 @@ def live_curves(log, every: float = 3.0):
 
 def accuracy_by_difficulty(problems: list[dict], before, after):
     """Draw exact match per number of worked steps, 95 % intervals. ``before``, ``after`` RL: (problems, ...)."""
-    difficulty = np.array([p["difficulty"] for p in problems])
+    difficulty, runs = np.array([p["difficulty"] for p in problems]), {"baked": before, "after RL": after}
     levels = sorted(set(difficulty.tolist()))
-    runs = {"baked": before, "after RL": after}
     figure, axis = new_figure(6.5, 3.6, dpi=100)
     shares = {name: [interval(v[difficulty == n]) for n in levels] for name, v in runs.items()}
     _bars(axis, shares, [f"{n}\n({(difficulty == n).sum()})" for n in levels], LOOKS[1::-1])
@@ -371,9 +361,9 @@ def latency_by_setting(rows: list[dict], target_ms: float):
     figure, axis = new_figure(7.5, 3.8, dpi=100)
     groups = {}
     for row in sorted(rows, key=lambda r: (r["positions"], r["thought_length"], r["num_thoughts"])):
-        groups.setdefault((row["positions"], row["thought_length"]), []).append(row)
-    for ((positions, length), own), look in zip(groups.items(), LOOKS * 2, strict=False):
-        label = f"{positions} position{'s' * (positions > 1)}, up to {length} tokens"
+        label = f"{row['positions']} position{'s' * (row['positions'] > 1)}, up to {row['thought_length']} tokens"
+        groups.setdefault(label, []).append(row)
+    for (label, own), look in zip(groups.items(), LOOKS * 2, strict=False):
         _median_to_p95(axis, [r["num_thoughts"] for r in own], own, look, label, "-")
     axis.axhline(target_ms, color="black", ls="--", lw=1, label=f"target {target_ms:g} ms")
     _finish(axis, xlabel="thoughts per position", ylabel="forward pass (ms), median to 95th percentile", ylim=(0, None))
@@ -434,9 +424,9 @@ def calibration(scores: dict[str, Reliability]):
     A larger mark stands for more thoughts. On the dotted line a score would be the probability of being right.
     """
     figure, axes = new_figure(4 * len(scores), 3.8, len(scores), dpi=100, sharey=True)
+    names = ("score", "right", "low", "high", "count")
     for axis, (name, one) in zip(np.atleast_1d(axes), scores.items(), strict=True):
-        numbers = [[b[k] for k in ("score", "right", "low", "high", "count")] for b in one.bins]
-        x, y, low, high, count = np.array(numbers).T
+        x, y, low, high, count = (np.array([b[k] for b in one.bins]) for k in names)
         axis.plot([0, 1], [0, 1], ":", color="black", lw=1)
         axis.errorbar(x, y, yerr=_spread(np.stack([y, low, high], 1)), fmt="none", ecolor=GREY, capsize=3)
         axis.scatter(x, y, s=15 + 150 * count / count.sum(), marker="o", color=BLUE)

@@ -47,32 +47,28 @@ def stage_notebooks(folder: Path) -> list[Path]:
 
 
 def given_parameters(notebook: Path, options: argparse.Namespace) -> dict:
-    """Return what this run sets in a notebook: the variant's file and the command line, not checked yet.
-
-    Raises ``ParameterError`` if the file is not a flat YAML mapping or there is nothing at ``data``.
-    """
+    """Return what file and command line set in a notebook. Raises ``ParameterError`` for a bad file or ``data``."""
     given = read_variant(notebook.stem, options.variant, notebook.parent.parent)
     given |= {"run_name": options.run_name, "upstream": options.run_name}
     if options.seed is not None:
         given["seed"] = options.seed
     known = notebook_parameters(notebook)
-    if options.data and "data" in known:
-        path = Path(options.data).expanduser().resolve()
-        if not path.exists():
-            raise ParameterError(f"there is no file or folder {path} to read data from")
-        given["data"] = str(path)
-    if options.champion and "champion" in known:
-        path = Path(options.champion).expanduser()
-        given["champion"] = str(path.resolve()) if path.exists() else options.champion
+    for name in ("data", "champion"):
+        if name in known and (word := getattr(options, name)):
+            path = Path(word).expanduser().resolve()
+            if name == "data" and not path.exists():
+                raise ParameterError(f"there is no file or folder {path} to read data from")
+            given[name] = str(path) if path.exists() else word
     return given
 
 
 def named_stages(notebooks: list[Path], names) -> list[Path]:
     """Return the notebooks of these stages, each given as ``05_rl`` or ``05``. Raises ``ParameterError`` for others."""
+    called = {path: {path.stem, path.stem.split("_")[0]} for path in notebooks}
     for name in names:
-        if not any(name in (path.stem, path.stem.split("_")[0]) for path in notebooks):
+        if not any(name in words for words in called.values()):
             raise ParameterError(unknown_name(name, [path.stem for path in notebooks]).replace("parameter", "stage", 1))
-    return [path for path in notebooks if path.stem in names or path.stem.split("_")[0] in names]
+    return [path for path in notebooks if not called[path].isdisjoint(names)]
 
 
 def overrides(notebooks: list[Path], words) -> dict[Path, dict]:
@@ -101,11 +97,7 @@ def overrides(notebooks: list[Path], words) -> dict[Path, dict]:
 
 
 def run_stages(options: argparse.Namespace) -> Path:
-    """Execute every stage of a run that is not finished yet, in order, and return the run folder.
-
-    ``options``: those of :func:`run_options`.
-    Raises ``WorkbookError`` in one sentence.
-    """
+    """Execute the unfinished stages of a run in order and return its folder. Raises ``WorkbookError``."""
     chosen = stage_notebooks(options.notebooks)
     if not chosen:
         raise StageError(f"there are no notebooks in {options.notebooks}")
@@ -150,8 +142,8 @@ def run_stage(
     record, reason = read_stage(run / path.stem)
     if record is None:
         raise StageError(f"{path.stem}: the notebook ended but its stage did not ({reason})")
-    told = [(name, value) for name, value in record["summary"].items() if isinstance(value, (int, float, str))]
-    words = ", ".join(f"{name} {as_text(value)}" for name, value in told[:4])
+    told = [f"{name} {as_text(x)}" for name, x in record["summary"].items() if isinstance(x, (int, float, str))]
+    words = ", ".join(told[:4])
     print(f"{path.stem}: done in {record['wall_s']:.0f} s{words and ': '}{words}", flush=True)
     return record
 
@@ -161,9 +153,7 @@ def print_scoreboard(path: Path) -> None:
     table = [("id", "criterion", "target", "value [95 % interval]", "outcome")]
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
-        for row in rows:
-            cells = row["id"], row["criterion"], row["target"], value_text(row), outcome(row)
-            table.append([str(cell) for cell in cells])
+        table += [[str(row["id"]), row["criterion"], row["target"], value_text(row), outcome(row)] for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StageError(f"{path} is not a scoreboard ({error!r}); make it with notebook 08_scoreboard") from None
     widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
@@ -174,10 +164,7 @@ def print_scoreboard(path: Path) -> None:
 
 
 def exit_code(work, stopped: str, debug: bool = False) -> int:
-    """Return what a command ends with: ``work()``'s own code, 1 after a ``WorkbookError``, or a signal's.
-
-    The error is told in one sentence, the stop with ``stopped``.
-    """
+    """Return ``work()``'s exit code, 1 after a ``WorkbookError``, or a signal's, told with the words ``stopped``."""
     try:
         return work()
     except WorkbookError as error:

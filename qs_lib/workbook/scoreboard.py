@@ -22,7 +22,8 @@ from .stage import Stage, read_stage
 TOKENS, DATASET, BAKING, RL = "01_token_setup", "02_dataset_generation", "03_baking", "05_rl"
 THEATER, LATENCY = "06_anti_theater", "07_latency"
 CHAIN_STAGES = (TOKENS, DATASET, BAKING, "04_parallel_thoughts", RL, THEATER, LATENCY)
-GAIN = "> 0, interval above 0"
+GAIN, LARGE_GAIN = "> 0, interval above 0", ">= 0.05, interval above 0"
+AT_ONE = "claim: 0.42 at scale 1"
 REPORTED = "reported"  # the target of a criterion that is shown and not judged
 COMPARISONS = {"": operator.eq, ">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 NOT_KNOWN = (None, None, None)
@@ -47,9 +48,7 @@ CRITERIA = (
     Criterion("gap_closed", "share of the prompted-unprompted KL gap closed", ">= 0.9", "share", BAKING),
     Criterion("thinking_use", "replies that think, baked model", "> 0.8", "share", BAKING),
     Criterion("strategy_fit", "replies with a fitting strategy, baked model", "> 0.6", "share", BAKING),
-    Criterion(
-        "accuracy_gain", "accuracy after RL minus baked, same thought budget", ">= 0.05, interval above 0", "share", RL
-    ),
+    Criterion("accuracy_gain", "accuracy after RL minus baked, same thought budget", LARGE_GAIN, "share", RL),
     Criterion("accuracy_with", "accuracy after RL, with thoughts", REPORTED, "share", RL),
     Criterion("accuracy_without", "accuracy after RL, thoughts removed", REPORTED, "share", RL),
     Criterion("divergence", "edit distance from the direct continuation", "> 0.3", "", THEATER),
@@ -64,9 +63,7 @@ CRITERIA = (
     Criterion("jumpstart", "1 - RL steps from baked / from un-baked, to the same accuracy", ">= 0.3", "share"),
     Criterion("nonmyopic_steps", "RL steps with n_true 4 over n_true 1, minus 1", "<= -0.25", "share"),
     Criterion("nonmyopic_accuracy", "accuracy with n_true 4 minus n_true 1", ">= 0.044", "share"),
-    Criterion(
-        "token_scale_use", "thinking-token use at gradient scale 100 (claim: 0.42 at scale 1)", ">= 0.89", "share"
-    ),
+    Criterion("token_scale_use", f"thinking-token use at gradient scale 100 ({AT_ONE})", ">= 0.89", "share"),
     Criterion("coverage", "test coverage of qs_lib", ">= 0.90", "share"),
 )
 
@@ -93,20 +90,13 @@ def build_scoreboard(run: str | Path) -> list[dict]:
     hold. Those of experiments outside the chain come from ``experiments/<id>.json`` (value, low, high, command),
     coverage from ``coverage.json`` (``make coverage``). ``reached`` is None where a criterion is only reported.
     """
-    board = []
-    for criterion in CRITERIA:
-        value, low, high, source = _measured(Path(run), criterion)
-        row = {"id": criterion.id, "criterion": criterion.text, "target": criterion.target}
-        row |= {"value": value, "low": low, "high": high, "unit": criterion.unit}
-        board.append(row | {"reached": meets(criterion.target, value, low), "source": source})
+    board, run = [], Path(run)
+    for id, text, target, unit, stage, key in CRITERIA:
+        outside = _coverage(run) if id == "coverage" else _experiment(run, id)
+        value, low, high, source = _from_stage(run, stage, key or id) if stage else outside
+        row = {"id": id, "criterion": text, "target": target, "value": value, "low": low, "high": high, "unit": unit}
+        board.append(row | {"reached": meets(target, value, low), "source": source})
     return board
-
-
-def _measured(run: Path, criterion: Criterion) -> tuple:
-    """(value, low, high, source)."""
-    if criterion.stage:
-        return _from_stage(run, criterion.stage, criterion.key or criterion.id)
-    return _coverage(run) if criterion.id == "coverage" else _experiment(run, criterion.id)
 
 
 def _from_stage(run: Path, stage: str, key: str) -> tuple:
@@ -169,23 +159,16 @@ def coherence_summary(scale: Scale, report: TheaterReport) -> dict:
     problems (Pearson r with its 95 % interval)."""
     check = report.check("coherence_utility_r")
     scores = {name: [row["coherence"][name] for row in report.table] for name in ("composite", *WEIGHTS)}
-    return {
-        "scale": scale.to_dict(),
-        "weights": WEIGHTS,
-        "thoughts": len(report.table),
-        "mean": {name: sum(values) / len(values) for name, values in scores.items()},
-        **named("utility_r", (check.value, check.low, check.high)),
-        **named("utility_r_within", report.within_r),
-    }
+    summary = {"scale": scale.to_dict(), "weights": WEIGHTS, "thoughts": len(report.table)}
+    summary |= {"mean": {name: sum(values) / len(values) for name, values in scores.items()}}
+    summary |= named("utility_r", (check.value, check.low, check.high))
+    return summary | named("utility_r_within", report.within_r)
 
 
 def latency_summary(report: LatencyReport) -> dict:
-    """Return the summary of notebook 07, in milliseconds for the default setting.
-
-    ``settings_meeting`` of the ``settings`` that were timed meet the target.
-    """
-    summary = {"latency_ms": report.median_ms, "latency_p95_ms": report.p95_ms}
+    """Return the default setting's times (ms) for notebook 07, and how many of the ``settings`` meet the target."""
     alike = ("plain_ms", "parallel_speedup", "parallel_speedup_all", "memory_overhead", "target_ms")
+    summary = {"latency_ms": report.median_ms, "latency_p95_ms": report.p95_ms}
     summary |= {name: getattr(report, name) for name in alike}
     return summary | {"settings_meeting": sum(row["meets"] for row in report.rows), "settings": len(report.rows)}
 
@@ -218,19 +201,10 @@ def model_card(board: list[dict], run: str | Path) -> ModelCard:
     question = read_problems(problems)[0]["question"] if problems.is_file() else "how many ?"
     lines = ["| id | criterion | target | value [95 % interval] | outcome |", "|---|---|---|---|---|"]
     lines += [f"| {r['id']} | {r['criterion']} | {r['target']} | {value_text(r)} | {outcome(r)} |" for r in board]
-    data = ModelCardData(
-        language="en",
-        license="apache-2.0",
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["quiet-star", "reasoning", "reinforce"],
-    )
-    text = CARD.format(
-        run=run.name,
-        seed=record["seed"] if record else "unknown",
-        scores="\n".join(lines),
-        question=json.dumps(question).replace("`", r"\u0060"),
-    )
+    kind = {"language": "en", "license": "apache-2.0", "tags": ["quiet-star", "reasoning", "reinforce"]}
+    data = ModelCardData(**kind, library_name="transformers", pipeline_tag="text-generation")
+    seed, quoted = record["seed"] if record else "unknown", json.dumps(question).replace("`", r"\u0060")
+    text = CARD.format(run=run.name, seed=seed, scores="\n".join(lines), question=quoted)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 

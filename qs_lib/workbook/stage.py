@@ -70,10 +70,9 @@ def stage_digest(record: dict) -> str:
 def stage_finished(
     folder: Path, parameters: dict, notebook: str, upstream: Path | None = None, check_code: bool = True
 ) -> tuple[bool, str]:
-    """Return whether a stage need not run again, and the reason if it must.
+    """Return whether a stage need not run again, and the reason if it must. ``notebook``: its :func:`notebook_hash`.
 
-    ``parameters``: all of them, defaults included. ``notebook``: its :func:`notebook_hash`. ``upstream``: the run
-    folder it reads from.
+    ``parameters``: all of them, defaults included. ``upstream``: the run folder it reads from.
     """
     record, reason = read_stage(folder)
     if record is None:
@@ -111,10 +110,7 @@ class Stage:
         return f"Stage({self.name} of run {self.params.run_name})"
 
     def need(self, stage: str) -> Path:
-        """Return the folder of an earlier stage of the upstream run, hashes checked and recorded.
-
-        Raises ``UpstreamError``, which names the command that makes it, if it is not finished.
-        """
+        """Return an earlier stage's folder, checked, its hash recorded. Raises ``UpstreamError`` with the command."""
         run = find_run(self.params.upstream)
         record, reason = read_stage(run / stage)
         if record is None:
@@ -153,9 +149,7 @@ class Stage:
         return self._write(name, "".join(to_json(row) + "\n" for row in rows))
 
     def _write(self, name: str, text: str) -> Path:
-        path = self.path(name)
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(text.encode())
+        files.write_bytes(path := self.path(name), text.encode())
         return path
 
     def save_model(self, name: str, model, tokenizer=None) -> Path:
@@ -169,17 +163,11 @@ class Stage:
 
     def copy(self, name: str, copied: str) -> Path:
         """Copy a file or folder of this stage inside it, in place of what is there. Raises ``StageError``."""
-        return self._copied(self.path(name), self.path(copied))
+        return _copied(self.path(name), self.path(copied))
 
     def publish(self, name: str) -> Path:
         """Copy a finished file or folder of this stage to the run folder itself. Raises ``StageError``."""
-        return self._copied(self.path(name), self.run / Path(name).name)
-
-    @staticmethod
-    def _copied(source: Path, target: Path) -> Path:
-        with atomic_write(target) as temporary:
-            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, temporary)
-        return target
+        return _copied(self.path(name), self.run / Path(name).name)
 
     def identity(self) -> dict:
         """Return what a checkpoint inside this stage must agree on to be resumed: parameters, upstream and code."""
@@ -192,42 +180,30 @@ class Stage:
         Raises ``StageError`` if the summary holds anything but plain finite values, or the disk is full.
         """
         outputs = {}
-        for path in sorted(self.folder.rglob("*")):
-            name = path.relative_to(self.folder)
-            hidden = any(part.startswith(".") for part in name.parts)
-            if path.is_file() and not hidden and path.suffix != ".ipynb" and name.as_posix() != "run.json":
-                outputs[name.as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file() and path.suffix != ".ipynb"):
+            name = path.relative_to(self.folder).as_posix()
+            if name != "run.json" and not name.startswith(".") and "/." not in name:
+                outputs[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         upstream = find_run(self.params.upstream).name if self.upstream_stages else None
-        record = {
-            "format_version": FORMAT_VERSION,
-            "stage": self.name,
-            "command": self._command(),
-            "parameters": self.params.model_dump(mode="json"),
-            "seed": self.params.seed,
-            "summary": summary,
-            "wall_s": round(time.monotonic() - self._started, 1),
-            "upstream": {"run": upstream, "stages": self.upstream_stages},
-            "outputs": outputs,
-            "versions": versions(),
-            "git_commit": git_commit(),
-            "code_sha256": code_hash(),
-            "notebook_sha256": self._notebook_hash(),
-            **machine(),
-        }
+        notebook, parameters = REPOSITORY / "notebooks" / f"{self.name}.ipynb", self.params.model_dump(mode="json")
+        by_hand = f"papermill notebooks/{notebook.name} outputs/{self.params.run_name}-{notebook.name} -y "
+        command = os.environ.get("QS_COMMAND") or by_hand + shlex.quote(self.params.model_dump_json())
+        on_disk = notebook_hash(notebook) if notebook.is_file() else None
+        record = {"format_version": FORMAT_VERSION, "stage": self.name, "command": command, "parameters": parameters}
+        record |= {"seed": self.params.seed, "summary": summary, "wall_s": round(time.monotonic() - self._started, 1)}
+        record |= {"upstream": {"run": upstream, "stages": self.upstream_stages}, "outputs": outputs}
+        record |= {"versions": versions(), "git_commit": git_commit(), "code_sha256": code_hash()}
+        record |= {"notebook_sha256": os.environ.get("QS_NOTEBOOK_SHA256") or on_disk, **machine()}
         self.write_json("run.json", record)
         discard(self.folder / CHECKPOINTS)
         self._lock.release(force=True)
         return summary
 
-    def _command(self) -> str:
-        given = shlex.quote(self.params.model_dump_json())
-        notebooks = f"notebooks/{self.name}.ipynb outputs/{self.params.run_name}-{self.name}.ipynb"
-        return os.environ.get("QS_COMMAND") or f"papermill {notebooks} -y {given}"
 
-    def _notebook_hash(self) -> str | None:
-        notebook = REPOSITORY / "notebooks" / f"{self.name}.ipynb"
-        on_disk = notebook_hash(notebook) if notebook.is_file() else None
-        return os.environ.get("QS_NOTEBOOK_SHA256") or on_disk
+def _copied(source: Path, target: Path) -> Path:
+    with atomic_write(target) as temporary:
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, temporary)
+    return target
 
 
 def start_stage(params: NotebookParams, stage: str, needs: tuple[str, ...] = ()) -> Stage:
@@ -278,13 +254,8 @@ def notebook_hash(notebook: Path) -> str:
 
 def versions() -> dict:
     """Return the versions of Python and of the packages that numbers depend on, None for one that is missing."""
-    found = {"python": platform.python_version()}
-    for key, package in PACKAGES.items():
-        try:
-            found[key] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[key] = None
-    return found
+    installed = {key: next(iter(metadata.distributions(name=name)), None) for key, name in PACKAGES.items()}
+    return {"python": platform.python_version()} | {key: one and one.version for key, one in installed.items()}
 
 
 def git_commit() -> str | None:
@@ -304,13 +275,10 @@ def machine() -> dict:
     """Return the kind of device, its threads and platform, and the memory needed, without the machine's name."""
     torch = sys.modules.get("torch")  # a stage that did not import it did not use it
     cuda = torch is not None and torch.cuda.is_available()
-    return {
-        "device": "cuda" if cuda else "cpu",
-        "device_name": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "threads": torch.get_num_threads() if torch else None,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "peak_memory_mb": _peak_memory(torch if cuda else None),
-    }
+    name, kind = platform.machine(), f"{platform.system()} {platform.machine()}"
+    found = {"device": "cuda" if cuda else "cpu", "device_name": torch.cuda.get_device_name() if cuda else name}
+    found |= {"threads": torch.get_num_threads() if torch else None, "platform": kind}
+    return found | {"peak_memory_mb": _peak_memory(torch if cuda else None)}
 
 
 def _peak_memory(torch) -> int | None:

@@ -36,10 +36,9 @@ LOCK_WAIT = 30.0  # seconds that a killed worker's kernel may take to end and fr
 
 
 def read_sweep(name: str) -> dict:
-    """Return a sweep file, ``params/sweeps/<name>.yaml`` or a path.
+    """Return a sweep file, ``params/sweeps/<name>.yaml`` or a path. Raises ``ParameterError``.
 
     It holds ``notebooks``, ``variant``, ``grid`` (parameter -> values), and what to plot, ``x`` and ``y``.
-    Raises ``ParameterError`` if there is no such file or it is of another form.
     """
     path = Path(name) if name.endswith(".yaml") else REPOSITORY / "params" / "sweeps" / f"{name}.yaml"
     try:
@@ -55,10 +54,7 @@ def read_sweep(name: str) -> dict:
 
 
 def parse_grid(words: list[str]) -> dict[str, list]:
-    """Return ``{"n_true": [1, 2], "mixing": ["hidden"]}`` for ``["n_true=1,2", "mixing=hidden"]``.
-
-    Raises ``ParameterError`` for a word of another form.
-    """
+    """Return ``{"n_true": [1, 2]}`` for ``["n_true=1,2"]``. Raises ``ParameterError`` for another form."""
     grid = {}
     for word in words:
         name, mark, text = word.partition("=")
@@ -72,14 +68,7 @@ def parse_grid(words: list[str]) -> dict[str, list]:
 
 
 def points_of(
-    name: str,
-    notebooks: list[Path],
-    grid: dict[str, list],
-    variant: str = "defaults",
-    upstream: str = "",
-    keep: bool = False,
-    threads: int = 1,
-    command: str = "",
+    name: str, notebooks: list[Path], grid: dict[str, list], variant="defaults", upstream="", keep=False, threads=1
 ) -> list[dict]:
     """Return the points of a sweep for :func:`run_point`, all parameters checked. Raises ``ParameterError``."""
     known = {path: notebook_parameters(path).keys() - NOT_SETTABLE for path in notebooks}
@@ -87,23 +76,16 @@ def points_of(
         if not any(parameter in names for names in known.values()):
             raise ParameterError(unknown_name(parameter, set().union(*known.values())))
     check_variant(variant, notebooks[0].parent.parent)
-    shared = {
-        "notebooks": [str(path) for path in notebooks],
-        "outputs": str(outputs_root() / "sweeps" / name),
-        "upstream": str(find_run(upstream).resolve()),
-        "keep": keep,
-        "threads": threads,
-        "command": command or f"python -m qs_lib.workbook.sweep {name}",
-    }
-    points = []
+    shared = {"notebooks": [str(path) for path in notebooks], "outputs": str(outputs_root() / "sweeps" / name)}
+    shared |= {"upstream": str(find_run(upstream).resolve()), "keep": keep, "threads": threads}
+    shared["command"] = f"python -m qs_lib.workbook.sweep {name}"
+    points, fixed = [], {path: read_variant(path.stem, variant, path.parent.parent) for path in notebooks}
     for chosen in itertools.product(*grid.values()):
         values = dict(zip(grid, chosen, strict=True))
-        given = []
+        given = {path: fixed[path] | {k: v for k, v in values.items() if k in known[path]} for path in notebooks}
         for path in notebooks:
-            own = {k: v for k, v in values.items() if k in known[path]}
-            given.append(read_variant(path.stem, variant, path.parent.parent) | own)
-            check_parameters(path, given[-1])
-        points.append({"run": point_name(values), "values": values, "given": given, **shared})
+            check_parameters(path, given[path])
+        points.append({"run": point_name(values), "values": values, "given": list(given.values()), **shared})
     return points
 
 
@@ -116,24 +98,17 @@ def point_name(values: dict) -> str:
     return f"{readable[:50]}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
 
 
-def run_sweep(
-    name: str,
-    points: list[dict],
-    x: str = "",
-    y: tuple[str, ...] = (),
-    engine: str = "pool",
-    workers: int = 2,
-    address: str = "",
-) -> list[dict]:
+def run_sweep(name: str, points: list[dict], x="", y=(), **engine) -> list[dict]:
     """Run all points and return their rows in the order of ``points``. The table is written anew after each.
 
+    ``x``: the parameter and ``y``: the numbers to plot (:func:`figure`). ``engine``: what :func:`run_points` takes.
     Raises ``StageError`` if another process runs the same sweep, ``WorkbookError`` for an engine that is not there.
     """
     folder, parameters = Path(points[0]["outputs"]), list(points[0]["values"])
     lock = lock_run(folder, f"sweep {name}")
     try:
         done, order = {}, [point["run"] for point in points]
-        for row in run_points(points, engine, workers, address):
+        for row in run_points(points, **engine):
             done[row["run"]] = row
             rows = [done[run] for run in order if run in done]
             files.write_rows(folder / "sweep.csv", rows)
@@ -150,10 +125,7 @@ def run_sweep(
 
 
 def figure(rows: list[dict], x: str, y: tuple[str, ...] | list[str], parameters: list[str]):
-    """Return the figure of a sweep, by default of the first number of the summaries, or None where no row has one.
-
-    There is a line for each combination of the ``parameters`` that vary, but ``x`` and the seed.
-    """
+    """Return the figure of a sweep, a line per combination that varies, or None where no row has a number."""
     whole = [row for row in rows if "error" not in row]
     first = {k: v for k, v in (whole[0] if whole else {}).items() if k not in (*parameters, *COSTS)}
     numbers = [k for k, v in first.items() if isinstance(v, (int, float))]
@@ -163,16 +135,13 @@ def figure(rows: list[dict], x: str, y: tuple[str, ...] | list[str], parameters:
 
 
 def ready_made() -> list[dict]:
-    """Return the sweeps of ``params/sweeps``, one row each.
-
-    A row has ``name``, the ``question`` its first comment asks, ``notebooks``, number of ``runs`` and ``command``.
-    """
+    """Return a row for each of ``params/sweeps``: name, question (its first comment), notebooks, runs, command."""
     rows = []
     for path in sorted((REPOSITORY / "params" / "sweeps").glob("*.yaml")):
         plan, lines = read_sweep(path.stem), path.read_text(encoding="utf-8").splitlines()
         comment = " ".join(line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
         row = {"name": path.stem, "question": comment.partition("?")[0] + "?", "notebooks": " ".join(plan["notebooks"])}
-        runs = math.prod(len(values) for values in plan["grid"].values())
+        runs = math.prod(map(len, plan["grid"].values()))
         rows.append(row | {"runs": runs, "command": f"make sweep X={path.stem}"})
     return rows
 
@@ -267,9 +236,8 @@ def run_point(point: dict) -> dict:
     ``peak_memory_mb``, and the ``command``, ``commit`` and kind of ``machine`` that made it, or the ``error``.
     The process works on one point at a time.
     """
-    row = {"run": point["run"], **point["values"]}
-    threads, command = str(point["threads"]), point["command"]
-    os.environ |= {"QS_OUTPUTS": point["outputs"], "OMP_NUM_THREADS": threads, "QS_COMMAND": command}
+    row, set_here = {"run": point["run"], **point["values"]}, {"QS_OUTPUTS": point["outputs"]}
+    os.environ |= set_here | {"OMP_NUM_THREADS": str(point["threads"]), "QS_COMMAND": point["command"]}
     try:
         run = files.run_folder(point["run"])
         lock = wait_for_lock(run, ".driver.lock")
@@ -300,10 +268,7 @@ def _run_stages(point: dict, run: Path) -> dict:
 
 
 def wait_for_lock(run: Path, name: str):
-    """Return the lock ``name`` of a run folder. A killed worker's kernel holds it a moment longer.
-
-    Raises ``StageError`` if it is still held after ``LOCK_WAIT`` seconds.
-    """
+    """Return a run folder's lock, awaited for ``LOCK_WAIT`` seconds at most. Raises ``StageError`` after them."""
     end = time.monotonic() + LOCK_WAIT
     while True:
         try:
@@ -355,10 +320,12 @@ def main(arguments: list[str] | None = None) -> int:
         if not grid:
             raise ParameterError("a sweep needs at least one parameter, as name=value,value")
         name, variant = given.name or Path(given.what).stem, given.variant or plan.get("variant", "defaults")
-        points = points_of(name, notebooks, grid, variant, given.upstream, given.keep, given.threads, given.command)
+        points = points_of(name, notebooks, grid, variant, given.upstream, given.keep, given.threads)
+        points = [point | {"command": given.command} for point in points]
         x, y = given.x or plan.get("x", ""), tuple(given.y) or tuple(plan.get("y", ()))
         print(f"sweep {name}: {len(points)} points, {given.engine}", flush=True)
-        rows = run_sweep(name, points, x, y, given.engine, given.workers, given.address)
+        engine = {name: getattr(given, name) for name in ("engine", "workers", "address")}
+        rows = run_sweep(name, points, x, y, **engine)
         print(f"table and figure: {points[0]['outputs']}")
         return int(any("error" in row for row in rows))
 

@@ -100,17 +100,12 @@ def aligned_tokens(item: BakingItem, tokenizer) -> pd.DataFrame:
     def words(ids):
         return [tokenizer.decode([i]).strip() for i in ids]
 
-    columns = {
-        "teacher has read": words(item.teacher_ids[at] for at in item.teacher_at),
-        "student has read": words(item.student_ids[at] for at in item.student_at),
-        "both predict": words(item.targets),
-    }
-    return pd.DataFrame(columns)
+    columns = {"teacher has read": words(item.teacher_ids[at] for at in item.teacher_at)}
+    columns |= {"student has read": words(item.student_ids[at] for at in item.student_at)}
+    return pd.DataFrame(columns | {"both predict": words(item.targets)})
 
 
-def reply_rows(
-    model, tokenizer, problems, max_new_tokens: int = 48, prompts: dict[str, str] | None = None
-) -> list[dict]:
+def reply_rows(model, tokenizer, problems, max_new_tokens=48, prompts: dict[str, str] | None = None) -> list[dict]:
     """Return one row per problem from its greedy reply.
 
     A row holds the ``reply``, its ``answer``, whether it is ``correct`` and ``thinks``, which ``strategy`` it uses
@@ -131,12 +126,10 @@ def reply_rows(
 
 def strategy_use(rows: list[dict]) -> dict[str, dict[str, float]]:
     """Return family -> strategy -> share of the family's replies (:func:`reply_rows`) that use it."""
-    columns = ["cot", *(s for s in PROMPTS if s != "cot"), "none"]
-    table = {}
-    for family in dict.fromkeys(sorted(r["family"] for r in rows)):
-        own = [r["strategy"] for r in rows if r["family"] == family]
-        table[family] = {c: own.count(c) / len(own) for c in columns}
-    return table
+    columns, used = ["cot", *(s for s in PROMPTS if s != "cot"), "none"], {}
+    for row in sorted(rows, key=lambda row: row["family"]):
+        used.setdefault(row["family"], []).append(row["strategy"])
+    return {family: {c: own.count(c) / len(own) for c in columns} for family, own in used.items()}
 
 
 def thoughts_html(thoughts: list[dict]) -> str:
@@ -162,23 +155,20 @@ def thought_records(thoughts, tokenizer, row: int = 0, position: int = 0) -> lis
     for k, n in enumerate(thoughts.lengths[row, position].tolist()):
         at = (row, position, k, slice(n))
         drawn = zip(thoughts.logprobs[at].tolist(), thoughts.sampled[at].tolist(), strict=True)
-        tokens = [tokenizer.decode([t]) for t in thoughts.tokens[at].tolist()]
-        logprobs = [x if sampled else None for x, sampled in drawn]
-        records.append({"name": f"thought {k + 1}", "tokens": tokens, "logprobs": logprobs})
+        found = {"name": f"thought {k + 1}", "tokens": [tokenizer.decode([t]) for t in thoughts.tokens[at].tolist()]}
+        records.append(found | {"logprobs": [x if sampled else None for x, sampled in drawn]})
     return records
 
 
 def episode_table(episode) -> str:
     """Return an episode's thoughts as an HTML table: text, answer, mixing weight, coherence, utility (nats)."""
-    columns = {
-        "thought": [" ".join(token.strip() for token in t.tokens) for t in episode.thoughts],
-        "answer": [t.answer.strip() for t in episode.thoughts],
-        "weight": [fixed(t.weight, 2) for t in episode.thoughts],
-        "coherence": [fixed(t.coherence.get("composite", 0.0), 2) for t in episode.thoughts],
-        "utility": [fixed(t.utility, 1, True) for t in episode.thoughts],
-    }
+    table = {}
+    for k, t in enumerate(episode.thoughts, 1):
+        row = {"thought": " ".join(token.strip() for token in t.tokens), "answer": t.answer.strip()}
+        row |= {"weight": fixed(t.weight, 2), "coherence": fixed(t.coherence.get("composite", 0.0), 2)}
+        table[f"thought {k}"] = row | {"utility": fixed(t.utility, 1, True)}
     with pd.option_context("display.max_colwidth", None):
-        return pd.DataFrame(columns, index=[f"thought {k + 1}" for k in range(len(episode.thoughts))]).to_html()
+        return pd.DataFrame(table).T.to_html()
 
 
 def model_latency_table(rows: list[dict]) -> pd.DataFrame:
@@ -195,22 +185,21 @@ def model_latency_table(rows: list[dict]) -> pd.DataFrame:
 
 def bench_lines(result: dict) -> pd.DataFrame:
     """Return the promises of a bench file beside what was measured. What was missed says so."""
-    words = {True: "reached", False: "NOT reached", None: "-"}
-    rows = [{name: line[name] for name in ("claim", "shape", "kind")} for line in result.get("lines", [])]
-    for row, line in zip(rows, result.get("lines", []), strict=True):
+    rows, words = [], {True: "reached", False: "NOT reached", None: "-"}
+    for line in result.get("lines", []):
+        row = {name: line[name] for name in ("claim", "shape", "kind")}
         row["bound"] = "-" if line["bound"] is None else f"{line['direction']} {line['bound']:g}"
         row["measured"] = "not measured" if line["value"] is None else f"{line['value']:.3g}"
-        row["outcome"] = words[line["reached"]]
+        rows.append(row | {"outcome": words[line["reached"]]})
     return pd.DataFrame(rows)
 
 
 def verdicts(reports: dict[str, TheaterReport]) -> pd.DataFrame:
     """Return every check against its target for each model, its outcome in words, "not made" where a model lacks it."""
-    columns = {
-        name: {c.id: f"{_check_value(c)} {_check_outcome(c)}" for c in one.checks} for name, one in reports.items()
-    }
-    targets = {c.id: c.target for one in reports.values() for c in one.checks}
-    return pd.DataFrame({"target": targets, **columns}).reindex([i for i in CHECKS if i in targets]).fillna("not made")
+    columns = {"target": {c.id: c.target for one in reports.values() for c in one.checks}}
+    for name, one in reports.items():
+        columns[name] = {c.id: f"{_check_value(c)} {_check_outcome(c)}" for c in one.checks}
+    return pd.DataFrame(columns).reindex([i for i in CHECKS if i in columns["target"]]).fillna("not made")
 
 
 def coherence_parts(report: TheaterReport, seed: int = 0) -> pd.DataFrame:
@@ -226,34 +215,23 @@ def coherence_parts(report: TheaterReport, seed: int = 0) -> pd.DataFrame:
 
 def reliabilities(reports: dict[str, TheaterReport]) -> pd.DataFrame:
     """Return calibration error and preference for right thoughts of each score of each model."""
-    rows = {
-        (model, score): {
-            "calibration error": shown(r.error),
-            "right before wrong": shown(r.preference),
-            "problems with both": r.disputed,
-        }
-        for model, one in reports.items()
-        for score, r in one.reliability.items()
-    }
-    return pd.DataFrame(rows).T
+    rows = {(model, score): r for model, one in reports.items() for score, r in one.reliability.items()}
+    columns = ("calibration error", "right before wrong", "problems with both")
+    values = [(shown(r.error), shown(r.preference), r.disputed) for r in rows.values()]
+    return pd.DataFrame(values, pd.MultiIndex.from_tuples(rows), columns, dtype=object)
 
 
 def stages(reports: dict[str, TheaterReport]) -> pd.DataFrame:
     """Return the models side by side, in the order given: what each stage of training adds."""
     columns = {}
     for name, one in reports.items():
-        made = {c.id: _check_value(c) for c in one.checks}
-        columns[name] = {
-            "accuracy with own thoughts": shown(one.accuracy["own"]),
-            "without thoughts": shown(one.accuracy["none"]),
-            "own minus none": made["ablation_gain"],
-            "own minus foreign": made["foreign_gain"],
-            "coherence against utility, r": made["coherence_utility_r"],
-            "the same within problems": shown(one.within_r),
-            "distance between thoughts": fixed(one.diversity[0]),
-            "gain over the stage before": made.get("training_gain", "-"),
-            "checks reached": f"{len(one.checks) - len(one.missed)} of {len(one.checks)}",
-        }
+        made, accuracy = {c.id: _check_value(c) for c in one.checks}, one.accuracy
+        rows = {"accuracy with own thoughts": shown(accuracy["own"]), "without thoughts": shown(accuracy["none"])}
+        rows |= {"own minus none": made["ablation_gain"], "own minus foreign": made["foreign_gain"]}
+        rows |= {"coherence against utility, r": made["coherence_utility_r"]}
+        rows |= {"the same within problems": shown(one.within_r), "distance between thoughts": fixed(one.diversity[0])}
+        rows |= {"gain over the stage before": made.get("training_gain", "-")}
+        columns[name] = rows | {"checks reached": f"{len(one.checks) - len(one.missed)} of {len(one.checks)}"}
     return pd.DataFrame(columns)
 
 
