@@ -7,12 +7,12 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
 
 from .data import pocket
 from .data.problems import hub_answers
 from .data.strategies import LEAD_WORDS, PROMPTS
-from .data.tokens import fast_tokenizer
+from .data.tokens import check_end_of_text, fast_tokenizer
 from .errors import HubError, SourceError, WorkbookError
 from .files import find_run
 
@@ -56,14 +56,16 @@ def load_champion(source: str = "pocket", dtype=torch.float32, device: str | Non
 
 
 def load_tokenizer(source: str | Path, **given):
-    """Load the tokenizer as it was saved, also a plain one that was saved beside a family that has its own.
+    """Load the tokenizer as it was saved, whatever class its configuration names.
 
-    There ``AutoTokenizer`` silently puts the family's in its place, which cuts text differently and adds a token (seen
-    with transformers 5.23 and Qwen2).
+    Beside some families ``AutoTokenizer`` silently puts the family's in its place, which cuts text differently and adds
+    tokens (seen with transformers 5.23 and Qwen2). Raises ``WorkbookError`` if it has no end-of-text token.
     """
-    config = get_tokenizer_config(source, local_files_only=given.get("local_files_only", False))
-    plain = config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(source, **given)
+    local = given.get("local_files_only", False)
+    saved = cached_file(source, "tokenizer.json", local_files_only=local, _raise_exceptions_for_missing_entries=False)
+    tokenizer = (PreTrainedTokenizerFast if saved else AutoTokenizer).from_pretrained(source, **given)
+    check_end_of_text(tokenizer)
+    return tokenizer
 
 
 def _unloadable(source: str, local: bool, offline: bool, error: Exception) -> WorkbookError:

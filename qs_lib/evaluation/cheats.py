@@ -5,7 +5,7 @@ import copy
 import torch
 
 from ..data import Problem
-from ..data.tokens import encode_context, padded, thinking_ids
+from ..data.tokens import encode_context, encode_reply, padded, thinking_ids
 from ..errors import WorkbookError
 from ..model import QuietStarForCausalLM
 from .coherence import Coherence
@@ -61,7 +61,7 @@ def random_score(seed: int = 0):
 def leaked(model, tokenizer, problems: list[Problem]):
     """Return a sampler that draws the model's own thoughts and writes the true answer over the end of each."""
     answers = {
-        tuple(encode_context(tokenizer, p["question"])): tokenizer.encode(" " + p["answer"], add_special_tokens=False)
+        tuple(encode_context(tokenizer, p["question"])): encode_reply(tokenizer, p["answer"])
         for p in problems
     }
 
