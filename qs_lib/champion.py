@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 from .data import pocket
 from .data.problems import hub_answers
 from .data.strategies import LEAD_WORDS, PROMPTS
-from .data.tokens import check_end_of_text, fast_tokenizer
+from .data.tokens import check_end_of_text, fast_tokenizer, vocabulary_size
 from .errors import HubError, SourceError, WorkbookError
 from .files import find_run
 
@@ -40,7 +40,7 @@ def load_champion(source: str = "pocket", dtype=torch.float32, device: str | Non
         raise _unloadable(source, local, given["local_files_only"], error) from None
     if lacks := ", ".join(sorted(found["missing_keys"])[:3]):
         raise SourceError(f"{source} lacks weights that its configuration asks for: {lacks}")
-    known, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
+    known, rows = vocabulary_size(tokenizer), model.get_input_embeddings().weight.shape[0]
     if known > rows:
         both = f"the tokenizer knows {known} tokens and the model {rows}"
         raise SourceError(f"{source}: {both}: they do not belong together")

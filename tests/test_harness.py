@@ -114,6 +114,6 @@ def test_the_command_line_and_its_errors(data, tmp_path, capsys):
     assert harness.main(words) == 0 and "perplexity" in capsys.readouterr().out
     assert json.loads((tmp_path / "out.json").read_text())["n-samples"]["gsm8k_likelihood"]["effective"] == 1
     assert harness.main([words[0], str(tmp_path / "nowhere")]) == 1
-    assert "give a folder with train.jsonl and test.jsonl" in capsys.readouterr().err
+    assert "a folder with train.jsonl and test.jsonl" in capsys.readouterr().err
     with pytest.raises(SourceError, match="known are gsm8k_generate"):
         harness.task_of("gsm9k", data)

@@ -1,9 +1,9 @@
 """``python -m qs_lib.workbook.harness MODEL DATA``: a run's model in lm-evaluation-harness, offline.
 
 The tasks are lm-eval's own kind of file, in ``tasks/``, on the problems that ``qs_lib.load_problems`` reads. Their
-filters ``last_number`` and ``whole_reply`` read a reply as the rest of the library does. The model is lm-eval's ``HFLM`` with two
-differences. Text becomes ids as in training. A log-likelihood thinks before the tokens that are scored only, where
-``HFLM`` would think before every token of the prompt and of the padding.
+filters ``last_number`` and ``whole_reply`` read a reply as the rest of the library does. The model is lm-eval's
+``HFLM`` with two differences. Text becomes ids as in training. A log-likelihood thinks before the tokens that are
+scored only, where ``HFLM`` would think before every token of the prompt and of the padding.
 """
 
 import os
