@@ -113,8 +113,8 @@ NUMBERS = """\u22125 > -5|-$5 > -5|- 5 > -5|$-5 > -5|minus 5 > -5|\uff0d3.50 kg 
 1.000.000 > 1000000|1,234,567.89 > 1234567.89|1e6 > 1000000|2.5e-3 > 0.0025|123456789.123 > 123456789.123|+5 > 5|
 0.00001 > 0.00001|18.00 > 18|5. > 5|.5 > 0.5|$1,234.50 \t > 1234.5|7 clips > 7|5% > 5|x = -5 > -5|60 km/h > 60|
 a 5-foot rope > 5|12 m\u00b2 > 12"""
-IN_TWO_WAYS = """5,6|2 and 3|10:30|2^3|x-3|x - 3|1.5 million|5k|2 and a half|5-7|5\u20137|0,5|1,00,000|12,34|1/3|24/7|4/0|
-1 000/3|5\u00b2|5!|\u00b15|(5)|--5|USD5|5\u4e07|1.5.2|1..5|1e400|1e-400|3 dozen|7\n8|5 \u00d7 10\u00b3|10/10/2020"""
+IN_TWO_WAYS = """5,6|2 and 3|10:30|2^3|x-3|x - 3|1.5 million|5k|2 and a half|5-7|5\u20137|0,5|1,00,000|12,34|1/3|24/7|
+4/0|1 000/3|5\u00b2|5!|\u00b15|(5)|--5|USD5|5\u4e07|1.5.2|1..5|1e400|1e-400|3 dozen|7\n8|5 \u00d7 10\u00b3|10/10/2020"""
 
 
 @pytest.mark.parametrize("text, number", [pair.strip("\n").split(" > ") for pair in NUMBERS.split("|")])
@@ -122,7 +122,7 @@ def test_an_answer_is_the_number_that_stands_there(text, number):
     assert written_number(text) == number == parse_gsm8k("q", f"so\n#### {text}")["answer"]
 
 
-@pytest.mark.parametrize("text", IN_TWO_WAYS.split("|"))
+@pytest.mark.parametrize("text", IN_TWO_WAYS.replace("|\n", "|").split("|"))
 def test_what_could_be_read_in_two_ways_is_refused(text, tmp_path):
     (tmp_path / "x.jsonl").write_text("\n" + json.dumps({"question": "q", "answer": f"so\n#### {text}"}))
     (tmp_path / "x.jsonl").write_text(json.dumps({"question": "q ?", "answer": f"so\n#### {text}"}))

@@ -32,9 +32,10 @@ _TOKENS = (
 THINKING_TOKENS = tuple(token for token, _, _ in _TOKENS)
 PLAIN_WORDS = {token: word for token, word, _ in _TOKENS}
 _TAG = re.compile(rf"<(?={'|'.join(token[1:] for token in THINKING_TOKENS)})")  # the bracket of one in a text
-_OPENED = re.compile(  # what opens a thought at the end of a chat template, or opens and closes an empty one
-    r"([<\[◁]+\|?(?![/|])[\w:]*(?:think|thought|reason)\w*\|?[>\]▷]+)\s*([<\[◁]+\|?/[^<\[◁]*[>\]▷]+\s*)?$",
-    re.IGNORECASE,
+_NAME = r"[\w:]*(?:think|thought|reason)\w*\|?[>\]▷]"
+_CLOSED = rf"[<\[◁]\|?/{_NAME}\s*"
+_OPENED = re.compile(  # a thought at the end of a chat template: opened, opened and closed, or closed alone
+    rf"(?:[<\[◁]\|?{_NAME}(?:[^<\[◁]*{_CLOSED})?|{_CLOSED})\s*$", re.IGNORECASE
 )
 
 
