@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 from ..data.answers import whole_reply
 from ..data.batches import answer_batch
 from ..data.strategies import reply, strategy_of
-from ..data.tokens import encode, encode_context, line_ends, mark, marker_spellings, padded, thinking_ids
+from ..data.tokens import encode, encode_context, encode_reply, line_ends, mark, marker_spellings, padded, thinking_ids
 from ..model import ThinkingCache
 from ..stats import interval
 from ..thoughts.rescore import rescore_thoughts
@@ -210,6 +210,9 @@ def accuracy_with_thoughts(
 
 def _right(model, tokenizer, problems, drawn, settled, weights, max_new_tokens) -> torch.Tensor:
     """Return 1 where the reply is known to be the true one or, written out, gives its answer in other words, else 0."""
+    truths = [encode_reply(tokenizer, reply(None, p)) for p in problems]  # whose text a vocabulary may not spell
+    spelt = [answer_of(tokenizer, truth) == p["answer"] for truth, p in zip(truths, problems, strict=True)]
+    settled = settled & torch.tensor(spelt, device=settled.device)
     left, right = (~settled).nonzero().squeeze(1), settled.float().cpu()
     asked = [problems[row] for row in left.tolist()]
     contexts = [encode_context(tokenizer, p["question"]) for p in asked]
