@@ -9,13 +9,12 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from .data import pocket
 from .data.problems import hub_answers
 from .data.strategies import LEAD_WORDS, PROMPTS
-from .data.tokens import fast_tokenizer
+from .data.tokens import check_end_of_text, fast_tokenizer, vocabulary_size
 from .errors import HubError, SourceError, WorkbookError
 from .files import find_run
 
@@ -45,7 +44,7 @@ def load_champion(source: str = "pocket", dtype=torch.float32, device: str | Non
         raise _unloadable(source, local, given["local_files_only"], error) from None
     if lacks := ", ".join(sorted(found["missing_keys"])[:3]):
         raise SourceError(f"{source} lacks weights that its configuration asks for: {lacks}")
-    known, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
+    known, rows = vocabulary_size(tokenizer), model.get_input_embeddings().weight.shape[0]
     if known > rows:
         both = f"the tokenizer knows {known} tokens and the model {rows}"
         raise SourceError(f"{source}: {both}: they do not belong together")
@@ -61,14 +60,16 @@ def load_champion(source: str = "pocket", dtype=torch.float32, device: str | Non
 
 
 def load_tokenizer(source: str | Path, **given):
-    """Load the tokenizer as it was saved, also a plain one that was saved beside a family that has its own.
+    """Load the tokenizer as it was saved, whatever class its configuration names.
 
-    There ``AutoTokenizer`` silently puts the family's in its place, which cuts text differently and adds a token (seen
-    with transformers 5.23 and Qwen2).
+    Beside some families ``AutoTokenizer`` silently puts the family's in its place, which cuts text differently and adds
+    tokens (seen with transformers 5.23 and Qwen2). Raises ``WorkbookError`` if it has no end-of-text token.
     """
-    config = get_tokenizer_config(source, local_files_only=given.get("local_files_only", False))
-    plain = config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(source, **given)
+    local = given.get("local_files_only", False)
+    saved = cached_file(source, "tokenizer.json", local_files_only=local, _raise_exceptions_for_missing_entries=False)
+    tokenizer = (PreTrainedTokenizerFast if saved else AutoTokenizer).from_pretrained(source, **given)
+    check_end_of_text(tokenizer)
+    return tokenizer
 
 
 def _unmerged(source: str, local: bool, config: dict) -> WorkbookError:

@@ -142,3 +142,15 @@ def test_best_temperature_is_picked_by_validation(monkeypatch):
     )
     found = e.best_temperature(None, None, [], tuple(table))
     assert found["temperature"] == 0.5 and found["accuracy"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("answer, spelt", [("17", True), ("70000", False), ("-5", False), ("1.5", False)])
+def test_a_reply_is_right_only_if_its_text_is(answer, spelt, monkeypatch):
+    """A vocabulary that cannot spell an answer has the same token for any other."""
+    model, tokenizer = tiny_quiet_star(num_thoughts=2, thought_length=2)
+    asked = [problems(size=1)[0] | {"answer": answer}]
+    everywhere = torch.ones(1, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
+    monkeypatch.setattr(e, "writes_truth", lambda *a: everywhere)
+    monkeypatch.setattr(e, "decode_with_thoughts", lambda *a: [tokenizer.encode(f"{answer} .")] * len(a[2]))
+    found = e.accuracy_with_thoughts(model, tokenizer, asked, single=True, num_thoughts=2, thought_length=2)
+    assert found["mixed"].tolist() == [spelt] and found["each"].tolist() == [[spelt] * 2]

@@ -1,16 +1,8 @@
 """Families of transformers, tiny and from their configuration: thoughts and replies are exact, or there is a sentence."""
 
-import warnings
 
-import naive
-import pytest
-import torch
 import transformers as tf
-from test_thoughts import END, SMALL, THINK, close, think
-
-from qs_lib.model import QuietStarForCausalLM
-from qs_lib.thoughts.attention import backbone
-from qs_lib.thoughts.rescore import rescore_thoughts
+from test_thoughts import SMALL
 
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}

@@ -5,6 +5,7 @@ import pytest
 
 import qs_lib as qs
 from qs_lib.data import pocket
+from qs_lib.data.answers import last_number, written_number
 from qs_lib.data.problems import baking_data, parse_gsm8k
 
 GSM8K = "Tom had 48 eggs.\nHe sold 48/2 = <<48/2=24>>24 eggs.\nHe has 1,000+24 = <<1000+24=1024>>1,024.\n#### 1,024"
@@ -105,3 +106,111 @@ def test_baking_shows_the_teacher_no_problem_with_a_worked_example():
     assert unseen == [p for p in train[12:] if p["difficulty"] < 3]
     everything, _ = baking_data(examples, train, 99, hard_shown=1.0)
     assert sorted(e["question"] for e in everything) == sorted(e["question"] for e in examples)
+
+
+NUMBERS = """\u22125 > -5|-$5 > -5|- 5 > -5|$-5 > -5|minus 5 > -5|\uff0d3.50 kg > -3.5|-0 > 0|3/4 > 0.75|5 1/2 > 5.5|
+5\u00bd > 5.5|-3/8 > -0.375|7/2 cups > 3.5|1 000 > 1000|1\u202f000\xa0000 > 1000000|1.000,50 > 1000.5|1'250 > 1250|
+1.000.000 > 1000000|1,234,567.89 > 1234567.89|1e6 > 1000000|2.5e-3 > 0.0025|123456789.123 > 123456789.123|+5 > 5|
+0.00001 > 0.00001|18.00 > 18|5. > 5|.5 > 0.5|$1,234.50 \t > 1234.5|7 clips > 7|5% > 5|x = -5 > -5|60 km/h > 60|
+a 5-foot rope > 5|12 m\u00b2 > 12"""
+IN_TWO_WAYS = """5,6|2 and 3|10:30|2^3|x-3|x - 3|1.5 million|5k|2 and a half|5-7|5\u20137|0,5|1,00,000|12,34|1/3|24/7|
+4/0|1 000/3|5\u00b2|5!|\u00b15|(5)|--5|USD5|5\u4e07|1.5.2|1..5|1e400|1e-400|3 dozen|7\n8|5 \u00d7 10\u00b3|10/10/2020"""
+
+
+@pytest.mark.parametrize("text, number", [pair.strip("\n").split(" > ") for pair in NUMBERS.split("|")])
+def test_an_answer_is_the_number_that_stands_there(text, number):
+    assert written_number(text) == number == parse_gsm8k("q", f"so\n#### {text}")["answer"]
+
+
+@pytest.mark.parametrize("text", IN_TWO_WAYS.replace("|\n", "|").split("|"))
+def test_what_could_be_read_in_two_ways_is_refused(text, tmp_path):
+    (tmp_path / "x.jsonl").write_text("\n" + json.dumps({"question": "q", "answer": f"so\n#### {text}"}))
+    (tmp_path / "x.jsonl").write_text(json.dumps({"question": "q ?", "answer": f"so\n#### {text}"}))
+    with pytest.raises(ValueError, match=r"x.jsonl:1: .*(one number|in digits|too large|too small)"):
+        qs.load_problems(tmp_path / "x.jsonl", "test")
+
+
+def test_a_reply_is_read_by_the_same_reader():
+    given = {
+        "It is 7 , all in all ...": "7",
+        "2 + 5 = 7 .": "7",
+        "so -7": "-7",
+        "5-7": "7",
+        "$1,200 .": "1200",
+        "no": "",
+    }
+    given |= {"3/4": "0.75", "\u22125 .": "-5", "18.00": "18", "9 - 11 = -2": "-2", "3 or 4, so 4.": "4"}
+    assert {text: last_number(text) for text in given} == given
+
+
+def rows_of(name: str, count: int) -> str:
+    rows = [{"question": f"{name} has {i} cups . how many ?", "answer": f"#### {i}"} for i in range(count)]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("name", ["mine.jsonl", "train.jsonl", "problems.txt"])
+def test_one_file_gives_three_splits_apart(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / name).write_text(rows_of("ben", 90))
+    splits = ("train", "validation", "test")
+    found = [set(qs.load_problems(f"~/{name}", s)["question"]) for s in splits]
+    assert sum(map(len, found)) == len(set.union(*found)) == 90 and all(found) and len(found[0]) > 50
+    assert [set(qs.load_problems(tmp_path / name, s)["question"]) for s in splits] == found
+    assert all({pocket.split_of(q) for q in questions} == {s} for questions, s in zip(found, splits, strict=True))
+
+
+def test_a_validation_file_is_the_validation_split(tmp_path):
+    for split, count in (("train", 80), ("test", 8)):
+        (tmp_path / f"{split}.jsonl").write_text(rows_of(split, count))
+    held_out = len(qs.load_problems(tmp_path, "validation"))
+    assert held_out + len(qs.load_problems(tmp_path, "train")) == 80 and len(qs.load_problems(tmp_path, "test")) == 8
+    for name in ("dev", "valid", "val"):
+        (tmp_path / f"{name}.jsonl").write_text(rows_of(name, 8))
+        with pytest.raises(ValueError, match=f"{name}.jsonl would not be read: call it validation.jsonl"):
+            qs.load_problems(tmp_path, "validation")
+        (tmp_path / f"{name}.jsonl").unlink()
+    (tmp_path / "validation.jsonl").write_text(rows_of("validation", 9))
+    for split, count in (("train", 80), ("validation", 9), ("test", 8)):
+        found = qs.load_problems(tmp_path, split)["question"]
+        assert len(found) == count and all(q.startswith(split) for q in found)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 2.5, "3"])
+def test_a_limit_is_a_number_from_one(limit):
+    with pytest.raises(ValueError, match="it must be a whole number from 1"):
+        qs.load_problems("pocket", limit=limit)
+    assert len(qs.load_problems("pocket", limit=1)) == 1
+
+
+def test_a_repeated_problem_comes_once_and_a_contradicted_one_is_named(tmp_path):
+    (tmp_path / "test.jsonl").write_text(rows_of("ben", 5) + rows_of("ben", 6))
+    assert (
+        len(qs.load_problems(tmp_path, "test")) == 6 and len(qs.load_problems(tmp_path, "test", distinct=False)) == 11
+    )
+    other = json.dumps({"question": " ben has 3 cups . how many ? ", "answer": "#### 4"})
+    (tmp_path / "test.jsonl").write_text(rows_of("ben", 5) + other)
+    with pytest.raises(ValueError, match="test.jsonl:6: the answer is 4, and 3 to the same question in line 4"):
+        qs.load_problems(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    "line, fault",
+    [
+        ('{"question": " ", "answer": "#### 1"}', "the question is blank"),
+        ('{"question": "\\t\\n", "answer": "#### 1"}', "the question is blank"),
+        ('{"question": "a", "question": "b", "answer": "#### 1"}', "a name stands there twice"),
+        ('{"question": "a", "answer": ""}', "no '#### number'"),
+        ('{"question": "a", "answer": "####"}', "no '#### number'"),
+        ('{"question": "a", "answer": null}', "question and answer must be text"),
+        ('{"question": "a", "answer": "#### ' + "1," * 300_000 + '"}', "is not one number"),
+    ],
+)
+def test_blank_contradicting_and_huge_records_are_named(line, fault, tmp_path):
+    (tmp_path / "test.jsonl").write_text(rows_of("ben", 2) + line)
+    with pytest.raises(ValueError, match=f"test.jsonl:3.*{fault}"):
+        qs.load_problems(tmp_path, "test")
+
+
+def test_a_huge_solution_is_read_or_left_without_steps():
+    for left in ("1+" * 100_000 + "1", "(" * 100_000, "9" * 100_000):
+        assert parse_gsm8k("q", f"<<{left}=5>> #### 5")["steps"] == []

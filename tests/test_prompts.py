@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import problems, tiny_champion
+from tiny import problems, tiny_champion, tiny_quiet_star
 
 from qs_lib.champion import build_champion, build_tokenizer, load_champion
 from qs_lib.data import strategies
@@ -15,7 +15,7 @@ from qs_lib.data.tokens import (
     thinking_ids,
 )
 from qs_lib.errors import WorkbookError
-from qs_lib.evaluation.accuracy import replies
+from qs_lib.evaluation.accuracy import answer_of, decode_with_thoughts, end_ids, replies
 from qs_lib.training import baking
 
 TEMPLATE = (
@@ -69,6 +69,36 @@ def test_a_reply_is_one_line(monkeypatch):
     monkeypatch.setattr(model, "generate", generate)
     assert replies(model, tokenizer, ["a", "b"]) == [word, word]
     assert set(given["eos_token_id"]) == {tokenizer.eos_token_id, *ends}
+
+
+@pytest.mark.parametrize("named_by", ["generation_config", "a list", "config", "generation_config alone"])
+def test_a_reply_ends_where_the_models_own_configuration_says(named_by, monkeypatch):
+    model, tokenizer = tiny_quiet_star(num_thoughts=2, thought_length=2)
+    ids = {word: tokenizer.encode(word, add_special_tokens=False)[-1] for word in ("17", ".", "?", "leo")}
+    end = ids["leo"]
+    one, several = {"generation_config alone": end}.get(named_by, [tokenizer.eos_token_id, end]), named_by == "a list"
+    for lm in (model, model.lm):
+        where = lm.config if named_by == "config" else lm.generation_config
+        where.eos_token_id = (*one, ids["?"]) if several else one
+    assert end in end_ids(model.lm, tokenizer) and end_ids(model.lm, tokenizer)[0] == tokenizer.eos_token_id
+    follows, plain = {ids["?"]: ids["17"], ids["17"]: ids["."], ids["."]: end}, model.lm.forward
+
+    def forward(input_ids=None, **more):  # a model that answers "17 . leo"
+        out = plain(input_ids=input_ids, **more)
+        for row, last in enumerate(input_ids[:, -1].tolist()):
+            out.logits[row, -1] = -9.0
+            out.logits[row, -1, follows.get(last, end)] = 9.0
+        return out
+
+    monkeypatch.setattr(model.lm, "forward", forward)
+    question = "ben has 9 pens . ben finds 8 . how many pens ?"
+    (reply,) = replies(model.lm, tokenizer, [question], 9)
+    assert reply == [ids["17"], ids["."]] and answer_of(tokenizer, reply) == "17"
+    said = iter([ids["17"], ids["."], end, ids["17"]])
+    monkeypatch.setattr(model, "mix", lambda *a: torch.eye(len(tokenizer))[[next(said)]])
+    thoughts = torch.tensor([[thinking_ids(tokenizer)[:2]] * 2]), torch.tensor([[2, 2]])
+    context = encode_context(tokenizer, question)
+    assert decode_with_thoughts(model, tokenizer, [context], *thoughts, max_new_tokens=4) == [reply]
 
 
 def test_the_teacher_reads_the_examples_and_the_student_does_not(monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 
 from qs_lib.data import pocket
 from qs_lib.data import strategies as s
+from qs_lib.data.problems import parse_gsm8k
 
 
 @pytest.mark.parametrize(
@@ -69,3 +70,37 @@ def test_planted_faults_are_found(old, new, fault):
 def test_too_few_problems_names_the_strategy():
     with pytest.raises(ValueError, match="fit mece, 900 are needed"):
         s.reasoning_dataset(pocket.generate("train", 240), per_strategy=900)
+
+
+@pytest.mark.parametrize(
+    "steps, doubted",
+    [
+        (["100 / 7 = 14.29"], False),
+        (["1 / 1000 = 0"], False),
+        (["9 + 1 = 10", "10 / 300 = 0.03"], False),
+        (["22.5 / 9 = 2.5"], True),
+        (["3.333 * 3 = 10"], True),
+        (["0 / 7 = 0"], True),
+    ],
+)
+def test_a_rounded_step_is_kept_and_not_doubted(steps, doubted):
+    worked = " ".join(f"<<{step}>>" for step in steps) + f" #### {s.result(steps[-1])}"
+    problem = parse_gsm8k("how many are 100 / 7 ?", worked)
+    assert problem["steps"] == steps and ("doubt" in problem["fits"]) == doubted
+    for strategy in ("cot", *problem["fits"]):
+        example = problem | {"strategy": strategy, "reply": s.reply(strategy, problem)}
+        assert s.check(example) == []
+
+
+@pytest.mark.parametrize("strategy", ["orthogonal", "mece", "bayesian"])
+def test_a_strategy_that_no_problem_fits_is_named_and_no_example(strategy):
+    pool = [p for p in pocket.generate("train", 480) if strategy not in p["fits"]]
+    with pytest.raises(ValueError, match=f"^0 problems fit {strategy}, 4 are needed: load more problems$"):
+        s.reasoning_dataset(pool, cot=4, per_strategy=4)
+
+
+def test_plain_reasoning_suits_everything_where_no_family_claims_it():
+    pool = [p for p in pocket.generate("train", 480) if "cot" not in p["fits"]]
+    assert list(s.reasoning_dataset(pool, cot=4, per_strategy=4)["train"]["strategy"]).count("cot") == 4
+    with pytest.raises(ValueError, match="ask for at least 1"):
+        s.reasoning_dataset(pool, cot=-4, per_strategy=4)

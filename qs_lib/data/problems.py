@@ -1,10 +1,12 @@
 """Word problems from anywhere, as one kind of record: ``Problem``."""
 
+import contextlib
 import json
 import random
 import re
 import urllib.error
 import urllib.request
+from numbers import Integral
 from pathlib import Path
 
 from datasets import Dataset, DownloadConfig, load_dataset
@@ -13,38 +15,70 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import HubError, SourceError, WorkbookError
 from . import Problem, pocket
-from .strategies import exact_value, fitting, result
+from .answers import written_number
+from .strategies import fitting, holds, result
 
 HUB_NAMES = {"gsm8k": ("openai/gsm8k", "main")}
 HARD_FROM = 3  # worked steps
 LONGEST_LINE = 1_000_000  # bytes
 HUB_TIMEOUT = 3.0  # seconds
 _ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
-_NUMBER = re.compile(r"-?\d[\d,]*\.?\d*|-?\.\d+")
+OTHER_NAMES = ("valid", "val", "dev", "eval", "validate")  # of a validation split, which would not be read
 
 
 def load_problems(
-    source: str = "pocket", split: str = "train", limit: int | None = None, seed: int = 0, distinct: bool = True
+    source: str | Path = "pocket", split: str = "train", limit: int | None = None, seed: int = 0, distinct: bool = True
 ) -> Dataset:
     """Load problems of ``split`` (train, validation or test) as a ``datasets.Dataset`` of ``Problem`` records.
 
-    ``source`` is ``"pocket"`` (generated: ``limit`` of them, 2,000 by default, which may repeat unless ``distinct``),
-    ``"gsm8k"`` (from the hub), a folder with ``train.jsonl`` and ``test.jsonl``, or one ``.jsonl`` file. Each line of a
-    file holds ``question`` and ``answer`` in GSM8K's form: ``#### 42`` at the end, ``<<48/2=24>>`` around worked steps.
-    Where data has no validation split, every tenth training problem by the MD5 of its question is held out for it.
+    ``source`` is ``"pocket"`` (generated: ``limit`` of them, 2,000 by default), ``"gsm8k"`` (from the hub), a folder
+    with ``train.jsonl`` and ``test.jsonl``, or one ``.jsonl`` file. Each line of a file holds ``question`` and
+    ``answer`` in GSM8K's form: ``#### 42`` at the end, ``<<48/2=24>>`` around worked steps. A repeated problem comes
+    once if ``distinct``.
+
+    A folder's ``validation.jsonl`` is its validation split. Without one, every tenth training problem by the MD5 of its
+    question is held out for it. One file gives all three splits in the same way, every tenth problem for the test.
     Raises ``SourceError``, ``HubError`` or ``WorkbookError`` with one sentence that says what to do.
     """
     if split not in ("train", "validation", "test"):
         raise WorkbookError(f"split is {split!r}; it must be train, validation or test")
+    if limit is not None and (not isinstance(limit, Integral) or limit < 1):
+        raise WorkbookError(f"limit is {limit!r}; it must be a whole number from 1, or None for all")
+    source = str(source)
     if source == "pocket":
-        return Dataset.from_list(pocket.generate(split, limit or 2000, seed, distinct))
-    problems = _read_source(source, split)
-    if split != "test" and not source.endswith(".jsonl"):
-        wanted = split == "validation"
-        problems = [p for p in problems if (pocket.split_of(p["question"]) == "validation") == wanted]
+        return Dataset.from_list(pocket.generate(split, 2000 if limit is None else limit, seed, distinct))
+    problems = _of_split(source, split)
     if not problems:
-        raise WorkbookError(f"{source} holds no {split} problems")
-    return Dataset.from_list(problems[:limit])
+        raise WorkbookError(f"{source} holds no {split} problems: give a folder with a file for each split")
+    first = {}
+    for p in problems:
+        first.setdefault(p["question"], p)
+    return Dataset.from_list((list(first.values()) if distinct else problems)[:limit])
+
+
+def _of_split(source: str, split: str) -> list[Problem]:
+    """Read the problems of a split from the hub, a folder or a file, and hold out what has no file of its own."""
+    name = "test" if split == "test" else "train"
+    held_out = set() if split == "test" else {"validation"}
+    if source in HUB_NAMES:
+        problems = _from_hub(source, name)
+    else:
+        path = Path(source)
+        with contextlib.suppress(RuntimeError):  # an unknown user's home
+            path = path.expanduser()
+        if path.is_file():
+            held_out = {"validation", "test"}
+        elif unread := [f for other in OTHER_NAMES for f in path.glob(f"{other}.jsonl")]:
+            raise SourceError(f"{unread[0]} would not be read: call it validation.jsonl")
+        elif (path / "validation.jsonl").is_file():
+            name, held_out = split, set()
+        problems = _read_file(path / f"{name}.jsonl" if path.is_dir() else path)
+
+    def belongs(p: Problem) -> bool:
+        falls = pocket.split_of(p["question"])
+        return (falls if falls in held_out else "train") == split
+
+    return [p for p in problems if belongs(p)] if held_out else problems
 
 
 def limit_hard(problems: list[Problem], share: float, seed: int = 0) -> list[Problem]:
@@ -67,22 +101,27 @@ def baking_data(examples, train, count: int, hard_shown: float, seed: int = 0) -
     return worked, limit_hard([p for p in train if p["question"] not in with_example], hard_shown, seed=seed)
 
 
-def _read_source(source: str, split: str) -> list[Problem]:
-    path, name = Path(source), "test" if split == "test" else "train"
-    if source in HUB_NAMES:
-        return _from_hub(source, name)
-    if path.is_dir():
-        path = path / f"{name}.jsonl"
+def _read_file(path: Path) -> list[Problem]:
     if not path.is_file():
         raise SourceError(
             f"no problems at {path}: give 'pocket', 'gsm8k', a folder with train.jsonl and test.jsonl, or a .jsonl file"
         )
-    problems = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from None
+    problems, told = [], {}  # question -> the line that asks it first, and its answer
+    for number, line in enumerate(lines, 1):
         try:
-            problems.append(_parse_line(line))
+            p = _parse_line(line)
+            before, answer = told.setdefault(p["question"], (number, p["answer"]))
+            if answer != p["answer"]:
+                raise WorkbookError(
+                    f": the answer is {p['answer']}, and {answer} to the same question in line {before}"
+                )
         except WorkbookError as error:
             raise WorkbookError(f"{path}:{number}{error}") from None
+        problems.append(p)
     return problems
 
 
@@ -91,12 +130,14 @@ def _parse_line(line: bytes) -> Problem:
     if len(line) > LONGEST_LINE:
         raise WorkbookError(f" has {len(line):,} bytes; a problem may have {LONGEST_LINE:,}")
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_unique)
         question, answer = row["question"], row["answer"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise WorkbookError(f" is not a JSON object with question and answer ({str(error)[:100]})") from None
     if not isinstance(question, str) or not isinstance(answer, str):
         raise WorkbookError(": question and answer must be text")
+    if not question.strip():
+        raise WorkbookError(": the question is blank")
     try:
         f"{question}{answer}".encode()
         return parse_gsm8k(question, answer)
@@ -104,6 +145,12 @@ def _parse_line(line: bytes) -> Problem:
         raise WorkbookError(": the text is not valid Unicode") from None
     except WorkbookError as error:
         raise WorkbookError(f": {error}") from None
+
+
+def _unique(pairs: list[tuple]) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return dict(pairs)
 
 
 def _from_hub(source: str, split: str) -> list[Problem]:
@@ -122,16 +169,15 @@ def _from_hub(source: str, split: str) -> list[Problem]:
 
 
 def parse_gsm8k(question: str, worked: str) -> Problem:
-    """Parse a GSM8K question and its worked answer. Raises ``WorkbookError`` without a final ``####`` number.
+    """Parse a GSM8K question and its worked answer. Raises ``WorkbookError`` without one number after ``####``.
 
     Difficulty is the number of worked steps: annotated equations, or text lines where none is annotated. ``steps``
     keeps the equations only if all of them are true arithmetic and the last one gives the answer. Else it is empty.
     """
     text, mark, final = worked.rpartition("####")
-    number = _NUMBER.search(final)
-    if not mark or number is None:
+    if not mark or not any(c.isnumeric() for c in final):
         raise WorkbookError(f"no '#### number' at the end of the worked answer to {question[:60]!r}")
-    answer = plain_number(number.group())
+    answer = written_number(final)
     steps = [_equation(*m) for m in _ANNOTATION.findall(text)]
     difficulty = len(steps) or max(1, len([line for line in text.splitlines() if line.strip()]))
     if None in steps or not steps or result(steps[-1]) != answer:
@@ -144,20 +190,11 @@ def _equation(left: str, right: str) -> str | None:
     """Turn ``48/2`` and ``24`` into ``48 / 2 = 24``, or None unless it is true plain arithmetic (to a cent)."""
     left = re.sub(r"\s*([-+*/()])\s*", r" \1 ", left.replace(",", "").replace("$", "")).strip()
     try:
-        right = plain_number(right)
-        true = abs(exact_value(left) - exact_value(right)) <= 0.01
+        right = written_number(right)
+        true = holds(f"{left} = {right}")
     except ValueError:
         return None
     return f"{' '.join(left.split())} = {right}" if true else None
-
-
-def plain_number(text: str) -> str:
-    """Turn ``1,200.50`` into ``1200.5`` and ``18.00`` into ``18``. Raises ``WorkbookError`` beyond 10^15."""
-    text = text.replace(",", "").replace("$", "").strip()
-    value = float(text)
-    if abs(value) > 1e15:
-        raise WorkbookError(f"{text[:20]}... is too large a number")
-    return str(int(value)) if value == int(value) else f"{value:.10g}"
 
 
 def hub_answers() -> bool:

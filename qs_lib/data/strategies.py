@@ -68,6 +68,12 @@ def result(equation: str) -> str:
     return equation.split("=")[1].strip()
 
 
+def holds(equation: str) -> bool:
+    """Return whether an equation is true to a cent. Raises ``ValueError`` if it is not plain arithmetic."""
+    left, _, right = equation.partition("=")
+    return abs(exact_value(left) - exact_value(right)) <= Fraction(1, 100)
+
+
 def fresh_operands(steps: list[str]) -> list[list[str]]:
     """Return for each step the operands that no earlier step computed."""
     return [[x for x in operands(step) if x not in map(result, steps[:i])] for i, step in enumerate(steps)]
@@ -79,12 +85,16 @@ def _separate(steps: list[str]) -> int:
 
 
 def inverse(equation: str) -> str | None:
-    """Return the check of a two-operand equation by its inverse operation (9 + 8 = 17 -> 17 - 8 = 9), or None."""
+    """Return the check of a two-operand equation by its inverse operation (9 + 8 = 17 -> 17 - 8 = 9).
+
+    None for another equation, and where a rounded result (100 / 7 = 14.29) would make the check false.
+    """
     numbers, ops = operands(equation), signs(equation)
     if len(numbers) != 2 or len(ops) != 1 or (ops[0] == "*" and float(numbers[1]) == 0):
         return None
     back = {"+": "-", "-": "+", "*": "/", "/": "*"}[ops[0]]
-    return f"{result(equation)} {back} {numbers[1]} = {numbers[0]}"
+    check = f"{result(equation)} {back} {numbers[1]} = {numbers[0]}"
+    return check if holds(check) else None
 
 
 def fitting(steps: list[str]) -> list[str]:
@@ -189,15 +199,14 @@ def check(example: dict) -> list[str]:
     thought = text.removeprefix("think ").split(" done ")[0]
     known = set(example["question"].replace(",", "").replace("$", " ").replace(".", " ").split())
     for equation in _equations(thought):
-        left, _, right = equation.partition("=")
         try:
-            if abs(exact_value(left) - exact_value(right)) > Fraction(1, 100):
+            if not holds(equation):
                 faults.append(f"{equation} is false")
         except ValueError as error:
             faults.append(str(error))
         if example.get("strict"):
             faults += [f"{x} in {equation} comes from nowhere" for x in operands(equation) if x not in known]
-        known.add(right.strip())
+        known.add(equation.partition("=")[2].strip())
     if not _equations(thought):
         faults.append("no worked step")
     if thought.split()[-1] != example["answer"] or text.split(" done ")[-1] != f"{example['answer']} .":
@@ -220,13 +229,17 @@ def reasoning_dataset(problems, held_out=(), cot: int = 400, per_strategy: int =
     ``problems`` are training records (``load_problems``). ``held_out`` are records whose questions may not appear.
     Returns ``train`` and ``held_out`` splits with question, answer, strategy, prompt, reply, difficulty, family and
     fits. Families that fit one strategy only are kept for it. Raises ``WorkbookError`` naming the strategy that falls
-    short or the example that fails its check.
+    short or the example that fails its check, or for counts below 1.
     """
+    if min(cot, per_strategy) < 1:
+        raise WorkbookError(f"{cot} and {per_strategy} examples cannot be made: ask for at least 1")
     rng = random.Random(seed)
     pool, rows, used = [dict(p) for p in problems], [], {p["question"] for p in held_out}
     rng.shuffle(pool)
     for strategy, count in {**dict.fromkeys(STRATEGIES, per_strategy), "cot": cot}.items():
-        fits = [p for p in pool if strategy in p["fits"]] or pool  # cot suits everything when no family claims it
+        fits = [p for p in pool if strategy in p["fits"]]
+        if strategy == "cot" and not fits:  # it suits everything where no family claims it
+            fits = pool
         different = {p["question"]: p for p in fits if p["question"] not in used and p["steps"]}
         chosen = list(different.values())[:count]
         if len(chosen) < count:

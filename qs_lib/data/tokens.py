@@ -4,8 +4,10 @@ Tokens are added to any Hugging Face model without a change of what it already s
 reply, with thinking tokens put in by id. Batches hold sequences of like length.
 """
 
+import copy
 import functools
 import random
+import re
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +31,12 @@ _TOKENS = (
 )
 THINKING_TOKENS = tuple(token for token, _, _ in _TOKENS)
 PLAIN_WORDS = {token: word for token, word, _ in _TOKENS}
+_TAG = re.compile(rf"<(?={'|'.join(token[1:] for token in THINKING_TOKENS)})")  # the bracket of one in a text
+_NAME = r"[\w:]*(?:think|thought|reason)\w*\|?[>\]▷]"
+_CLOSED = rf"[<\[◁]\|?/{_NAME}\s*"
+_OPENED = re.compile(  # a thought at the end of a chat template: opened, opened and closed, or closed alone
+    rf"(?:[<\[◁]\|?{_NAME}(?:[^<\[◁]*{_CLOSED})?|{_CLOSED})\s*$", re.IGNORECASE
+)
 
 
 def thinking_ids(tokenizer) -> list[int]:
@@ -47,15 +55,26 @@ def add_thinking_tokens(model, tokenizer):
     A new input or output row is the mean of the rows of a few plain words that say what the token means
     (``_TOKENS``), scaled to the median norm of the existing rows. Rows and logits of all other tokens stay as
     they are, a padded embedding matrix is never shrunk, and a token the tokenizer has already keeps its id, row and
-    flags: a second call changes nothing. Sets ``config.think_token_id`` and ``config.end_think_token_id``.
+    flags: a second call changes nothing. Sets ``config.think_token_id`` and ``config.end_think_token_id``, and padding
+    to end-of-text where the tokenizer has none. Raises ``WorkbookError``, with nothing changed, if the tokenizer has no
+    end-of-text, or gives a new token the id of another because its ids have holes.
     """
+    check_end_of_text(tokenizer)
     known = tokenizer.get_vocab()
     new = [t for t in THINKING_TOKENS if t not in known]
+    added = [AddedToken(t, normalized=False, special=True) for t in new]
+    trial = copy.deepcopy(tokenizer)
+    trial.add_tokens(added)
+    if taken := set(trial.convert_tokens_to_ids(new)) & set(known.values()):
+        holes = f"its {len(known)} tokens have ids up to {max(known.values())}"
+        raise WorkbookError(f"the tokenizer gives new tokens the id {min(taken)} of another ({holes}): fill the holes")
     plain_ids = {token: _plain_ids(tokenizer, words) for token, _, words in _TOKENS if token in new}
-    tokenizer.add_tokens([AddedToken(t, normalized=False, special=True) for t in new])
+    tokenizer.add_tokens(added)
     ids = tokenizer.convert_tokens_to_ids(new)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if (rows := vocabulary_size(tokenizer)) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(rows, mean_resizing=False)
     if new:
         matrices = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
         old_rows = torch.tensor(sorted(set(known.values()) - set(ids)))
@@ -75,8 +94,21 @@ def add_thinking_tokens(model, tokenizer):
 def _plain_ids(tokenizer, words: str) -> list[int]:
     """Return the ids of the words that the tokenizer can spell, or end-of-text if it can spell none."""
     unknown = tokenizer.unk_token_id
-    ids = [i for w in words.split() for i in tokenizer.encode(" " + w, add_special_tokens=False) if i != unknown]
-    return ids or tokenizer.encode(tokenizer.eos_token, add_special_tokens=False)
+    ids = [i for w in words.split() for i in encode_reply(tokenizer, w) if i != unknown]
+    return ids or [tokenizer.eos_token_id]
+
+
+def check_end_of_text(tokenizer) -> None:
+    """Raise ``WorkbookError`` if the tokenizer has no end-of-text token of its own."""
+    if tokenizer.eos_token is None or tokenizer.eos_token not in tokenizer.get_vocab():
+        raise WorkbookError("the tokenizer has no end-of-text token: set tokenizer.eos_token to one that it knows")
+
+
+def vocabulary_size(tokenizer) -> int:
+    """Return the rows that a model needs for the tokenizer: its greatest id and one, more than its tokens if ids have
+    holes.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def fast_tokenizer(raw: Tokenizer, longest: int, **special: str) -> PreTrainedTokenizerFast:
@@ -97,27 +129,43 @@ def encode_context(tokenizer, text: str) -> list[int]:
     """Return the ids of a prompt or question, with the beginning-of-text token where the tokenizer has one.
 
     With a chat template it is a user's turn, and the assistant's begins with ``Answer:``, so that a reply's first word
-    is cut into tokens as within a text.
+    is cut into tokens as within a text. A thought that the template opens is left out: the model opens its own. A
+    thinking token that stands in the text is plain text, with a space after its bracket.
     """
+    text = _TAG.sub("< ", text)
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) + "Answer:"
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        text = _OPENED.sub("", text) + "Answer:"
         return tokenizer.encode(text, add_special_tokens=False)  # the template has its own beginning
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + tokenizer.encode(text, add_special_tokens=False)
 
 
+def encode_reply(tokenizer, text: str) -> list[int]:
+    """Return the ids of a text that goes on from a context, cut as behind another word."""
+    return tokenizer.encode(text if _puts_a_space_first(tokenizer) else " " + text, add_special_tokens=False)
+
+
+@functools.lru_cache(maxsize=8)
+def _puts_a_space_first(tokenizer) -> bool:
+    """Whether the tokenizer itself puts a space before a text, as Llama-2's does, which would make it two."""
+    bare, spaced, first, both = (
+        tokenizer.encode(text, add_special_tokens=False) for text in ("think", " think", "done", "done think")
+    )
+    return both == first + bare and both != first + spaced
+
+
 def encode(tokenizer, context: str, reply: str) -> Sequence:
     """Return context, reply and end-of-text. Tokenised apart, a reply has the same ids after every context."""
     start = encode_context(tokenizer, context)
-    written = tokenizer.encode(" " + reply, add_special_tokens=False)
-    return Sequence([*start, *written, tokenizer.eos_token_id], len(start))
+    return Sequence([*start, *encode_reply(tokenizer, reply), tokenizer.eos_token_id], len(start))
 
 
 @functools.lru_cache(maxsize=8)
 def line_ends(tokenizer) -> list[int]:
     """Return the ids of the tokens that end a line."""
-    return [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])]
+    return [i for i in range(vocabulary_size(tokenizer)) if "\n" in tokenizer.decode([i])]
 
 
 @functools.lru_cache(maxsize=8)
@@ -126,8 +174,12 @@ def marker_spellings(tokenizer) -> dict[int, list[int]]:
 
     Raises ``WorkbookError`` if two words begin alike.
     """
-    words = [tokenizer.encode(" " + word, add_special_tokens=False) for word in PLAIN_WORDS.values()]
-    if len({ids[0] for ids in words}) < len(words):
+    words = [encode_reply(tokenizer, word) for word in PLAIN_WORDS.values()]
+    first = {ids[0] for ids in words}
+    if len(first) == 1 and not tokenizer.decode([*first]).strip():
+        apart = "so marker words cannot be told apart by their first token"
+        raise WorkbookError(f"this tokenizer cuts the space before every word off, {apart}: take another tokenizer")
+    if len(first) < len(words):
         same = "two marker words begin with the same token in this tokenizer"
         raise WorkbookError(f"{same}; choose other words in tokens.py")
     return dict(zip(thinking_ids(tokenizer), words, strict=True))

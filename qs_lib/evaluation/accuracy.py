@@ -10,9 +10,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
+from ..data.answers import whole_reply
 from ..data.batches import answer_batch
 from ..data.strategies import reply, strategy_of
-from ..data.tokens import encode, encode_context, line_ends, mark, marker_spellings, padded, thinking_ids
+from ..data.tokens import encode, encode_context, encode_reply, line_ends, mark, marker_spellings, padded, thinking_ids
 from ..model import ThinkingCache
 from ..stats import interval
 from ..thoughts.rescore import rescore_thoughts
@@ -74,7 +75,7 @@ def replies(
     Greedy at ``temperature`` 0, else sampled. ``forbid``: ids that may not be written.
     """
     torch.manual_seed(seed)
-    ends = [tokenizer.eos_token_id, *line_ends(tokenizer)]
+    ends = [*end_ids(model, tokenizer), *line_ends(tokenizer)]
     stops, encoded, out = set(ends), [encode_context(tokenizer, c) for c in contexts], [None] * len(contexts)
     processors = LogitsProcessorList([SuppressTokensLogitsProcessor(list(forbid))] if forbid else [])
     settings = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
@@ -89,12 +90,21 @@ def replies(
     return out
 
 
+def end_ids(model, tokenizer) -> list[int]:
+    """Return the ids that end a reply: end-of-text, and what the model's own configurations name, as an end of turn."""
+    named = [tokenizer.eos_token_id]
+    for source in (model.config.get_text_config(), model.config, model.generation_config):
+        found = getattr(source, "eos_token_id", None)
+        named += found if isinstance(found, list | tuple) else [found]
+    return list(dict.fromkeys(int(i) for i in named if i is not None))
+
+
 def answer_of(tokenizer, reply: list[int], end_of_thought: tuple[int, ...] = ()) -> str:
     """Return the answer a reply gives: its text after the last end-of-thought id, without the closing stop."""
     for end in end_of_thought:
         if end in reply:
             reply = reply[len(reply) - reply[::-1].index(end) :]
-    return tokenizer.decode(reply, skip_special_tokens=False).strip().removesuffix(".").strip()
+    return whole_reply(tokenizer.decode(reply, skip_special_tokens=False))
 
 
 @torch.no_grad()
@@ -112,19 +122,19 @@ def decode_with_thoughts(
         ids, mask = padded(tokenizer, [contexts[r] for r in rows], model.device, "left")
         cache = ThinkingCache(ids, mask)
         cache.restart(tokens[rows], lengths[rows], tokenizer.pad_token_id)
-        written = _decode(model, cache, tokenizer.eos_token_id, weights, max_new_tokens)
+        written = _decode(model, cache, end_ids(model, tokenizer), weights, max_new_tokens)
         for r, reply_ids in zip(rows, written, strict=True):
             out[r] = reply_ids
     return out
 
 
-def _decode(model, cache, eos: int, weights: str, max_new_tokens: int) -> list[list[int]]:
+def _decode(model, cache, ends: list[int], weights: str, max_new_tokens: int) -> list[list[int]]:
     """Write on from a cache until every row has ended."""
     out, open_rows = [[] for _ in cache.ids], set(range(len(cache.ids)))
     for _ in range(max_new_tokens):
         states = cache.read(model)
         chosen = model.mix(*states, model.branch_weights(*states, weights)).argmax(-1)
-        open_rows -= {row for row in open_rows if chosen[row] == eos}
+        open_rows -= {row for row in open_rows if chosen[row] in ends}
         for row in open_rows:
             out[row].append(chosen[row].item())
         if not open_rows:
@@ -200,6 +210,9 @@ def accuracy_with_thoughts(
 
 def _right(model, tokenizer, problems, drawn, settled, weights, max_new_tokens) -> torch.Tensor:
     """Return 1 where the reply is known to be the true one or, written out, gives its answer in other words, else 0."""
+    truths = [encode_reply(tokenizer, reply(None, p)) for p in problems]  # whose text a vocabulary may not spell
+    spelt = [answer_of(tokenizer, truth) == p["answer"] for truth, p in zip(truths, problems, strict=True)]
+    settled = settled & torch.tensor(spelt, device=settled.device)
     left, right = (~settled).nonzero().squeeze(1), settled.float().cpu()
     asked = [problems[row] for row in left.tolist()]
     contexts = [encode_context(tokenizer, p["question"]) for p in asked]

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from ..data import Problem
-from ..data.tokens import encode_context, padded, thinking_ids
+from ..data.tokens import encode_context, encode_reply, padded, thinking_ids
 from ..errors import WorkbookError
 from ..model import QuietStarForCausalLM
 from .coherence import Coherence
@@ -51,7 +51,7 @@ def random_score(generator, tokenizer, input_ids, thoughts, *rest) -> Coherence:
 
 def leaked(model, tokenizer, problems: list[Problem]):
     """Return a sampler that draws the model's own thoughts and writes the true answer over the end of each."""
-    truth = {p["question"]: tokenizer.encode(" " + p["answer"], add_special_tokens=False) for p in problems}
+    truth = {p["question"]: encode_reply(tokenizer, p["answer"]) for p in problems}
     answers = {tuple(encode_context(tokenizer, question)): ids for question, ids in truth.items()}
 
     def think(ids, mask, positions, generator=None, **settings):

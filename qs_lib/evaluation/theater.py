@@ -26,7 +26,7 @@ from ..data.tokens import encode_context, thinking_ids
 from ..errors import WorkbookError
 from ..settings import Settings
 from ..stats import Reliability, correlation, interval, reliability, votes
-from .accuracy import answer_of, replies
+from .accuracy import answer_of, end_ids, replies
 from .coherence import Scale, coherence
 from .episodes import Episode, answers_alone, answers_with, as_episodes, by_problem, draw_thoughts, score_thoughts
 
@@ -205,7 +205,9 @@ def anti_theater(
     own = _stacked(drawn)
     tags, room = tuple(thinking_ids(tokenizer)), max(settings.thought_length, longest)
     direct = replies(model.lm, tokenizer, questions, room, tags, desc="direct")
-    endless = replies(model.lm, tokenizer, questions, room, (*tags, tokenizer.eos_token_id), desc="direct, run on")
+    endless = replies(
+        model.lm, tokenizer, questions, room, (*tags, *end_ids(model.lm, tokenizer)), desc="direct, run on"
+    )
     written = {"none": [answer_of(tokenizer, d[:longest]) for d in direct]}
     for attack in tqdm([a for a in ATTACKS if a != "none"], desc="attack", leave=False):
         attacked = attacked_thoughts(attack, *own, problems, tokenizer, rng)

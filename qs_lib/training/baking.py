@@ -15,7 +15,7 @@ from pydantic import Field
 from tqdm.auto import tqdm
 
 from ..data.strategies import PROMPTS, asked
-from ..data.tokens import encode_context, length_batches, mark, marker_spellings, pad, thinking_ids
+from ..data.tokens import encode_context, encode_reply, length_batches, mark, marker_spellings, pad, thinking_ids
 from ..errors import WorkbookError
 from ..evaluation.accuracy import replies, reply_statistics
 from ..settings import Settings
@@ -177,7 +177,7 @@ def lessons(teacher, tokenizer, examples, problems, validation, s: BakingSetting
     """
     end, problems, thoughts = [tokenizer.eos_token_id], list(problems), []
     for e in examples:
-        plain = tokenizer.encode(" " + e["reply"], add_special_tokens=False) + end
+        plain = encode_reply(tokenizer, e["reply"]) + end
         prompted = asked({**e, "fits": [e["strategy"]]}, prompts)
         thoughts.append(thought_item(tokenizer, prompted, e["question"], plain, ce=True))
     sampling = {"max_new_tokens": s.max_new_tokens, "prompts": prompts}

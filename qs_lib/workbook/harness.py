@@ -1,8 +1,9 @@
 """``python -m qs_lib.workbook.harness MODEL DATA``: a run's model in lm-evaluation-harness, offline.
 
-The tasks are lm-eval's own kind of file, in ``tasks/``, on local problems. The model is lm-eval's ``HFLM`` with two
-differences. Text becomes ids as in training. A log-likelihood thinks before the tokens that are scored only, where
-``HFLM`` would think before every token of the prompt and of the padding.
+The tasks are lm-eval's own kind of file, in ``tasks/``, on the problems that ``qs_lib.load_problems`` reads. Their
+filters ``last_number`` and ``whole_reply`` read a reply as the rest of the library does. The model is lm-eval's
+``HFLM`` with two differences. Text becomes ids as in training. A log-likelihood thinks before the tokens that are
+scored only, where ``HFLM`` would think before every token of the prompt and of the padding.
 """
 
 import os
@@ -14,7 +15,9 @@ import yaml
 from tqdm.auto import tqdm
 
 from ..champion import load_champion
-from ..data.tokens import encode_context, pad
+from ..data.answers import last_number, whole_reply
+from ..data.problems import load_problems
+from ..data.tokens import encode_context, encode_reply, padded
 from ..errors import SourceError, WorkbookError
 from ..files import REPOSITORY, find_run, to_json, write_bytes
 from ..model import QuietStarForCausalLM
@@ -22,6 +25,8 @@ from .run import exit_code, parsed
 
 try:
     from lm_eval import simple_evaluate
+    from lm_eval.api.filter import Filter
+    from lm_eval.api.registry import register_filter
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
@@ -51,15 +56,13 @@ class ThinkingLM(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, **options)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if continuation.startswith(" "):
+            return encode_context(self.tokenizer, context), encode_reply(self.tokenizer, continuation[1:])
         return encode_context(self.tokenizer, context), self.tokenizer.encode(continuation, add_special_tokens=False)
 
     def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
         rows = [encode_context(self.tokenizer, text)[-(left_truncate_len or 0) :] for text in strings]
-        return self._padded(rows, padding_side)
-
-    def _padded(self, rows: list[list[int]], side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids and mask, both (batch, length)."""
-        return pad(rows, self.tokenizer.pad_token_id, side), pad([[1] * len(row) for row in rows], 0, side)
+        return padded(self.tokenizer, rows, side=padding_side)
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
@@ -79,7 +82,7 @@ class ThinkingLM(HFLM):
 
     def _scores(self, texts: list[list[int]], scored: list[int]) -> list[tuple[float, bool]]:
         """Return the log-likelihood of the last ``scored[i]`` ids of each text, and whether each is the likeliest."""
-        ids, mask = (part.to(self.device) for part in self._padded([t[:-1] for t in texts]))
+        ids, mask = padded(self.tokenizer, [t[:-1] for t in texts], self.device, "left")
         back = torch.arange(max(scored), 0, -1)  # the last tokens of all rows stand below each other
         there = back <= torch.tensor(scored)[:, None]
         at = (ids.shape[1] - back).expand(len(texts), -1)
@@ -95,19 +98,33 @@ class ThinkingLM(HFLM):
         return list(zip(total.tolist(), greedy.tolist(), strict=True))
 
 
-def task_of(name: str, data: str | Path) -> dict:
-    """Return the task ``tasks/NAME.yaml``, or of a file elsewhere, on the problems in the folder ``data``.
+@register_filter("last_number")
+class LastNumber(Filter):
+    """Read the number of each reply, the last one of a sentence."""
 
-    Raises ``SourceError`` if there is no such task file or no problems.
+    def apply(self, resps, docs):
+        return [[last_number(reply) for reply in replies] for replies in resps]
+
+
+@register_filter("whole_reply")
+class WholeReply(Filter):
+    """Read the first line of each reply as its answer, as ``accuracy.answer_of`` does."""
+
+    def apply(self, resps, docs):
+        return [[whole_reply(reply.partition("\n")[0]) for reply in replies] for replies in resps]
+
+
+def task_of(name: str, data: str | Path) -> dict:
+    """Return the task ``tasks/NAME.yaml``, or of a file elsewhere, on the problems that ``data`` holds.
+
+    A document is a ``Problem``: its ``answer`` is the number alone. Raises ``SourceError`` if there is no such task
+    file or no problems, ``WorkbookError`` for problems that cannot be read.
     """
-    path = Path(name) if name.endswith(".yaml") else REPOSITORY / "tasks" / f"{name}.yaml"
+    path = Path(name).expanduser() if name.endswith(".yaml") else REPOSITORY / "tasks" / f"{name}.yaml"
     if not path.is_file():
         raise SourceError(f"there is no task file {path}; known are {', '.join(TASKS)}")
-    files = {split: str(Path(data).expanduser().resolve() / f"{split}.jsonl") for split in ("train", "test")}
-    missing = [file for file in files.values() if not Path(file).is_file()]
-    if missing:
-        raise SourceError(f"there is no {missing[0]}: give a folder with train.jsonl and test.jsonl")
-    return yaml.safe_load(path.read_text(encoding="utf-8")) | {"dataset_kwargs": {"data_files": files}}
+    splits = {split: load_problems(data, split, distinct=False) for split in ("train", "test")}
+    return yaml.safe_load(path.read_text(encoding="utf-8")) | {"custom_dataset": lambda **_: splits}
 
 
 def run_harness(
@@ -124,6 +141,8 @@ def run_harness(
 
     Replies take at most half of the model's longest text. Raises ``SourceError``, see :func:`task_of`.
     """
+    if limit is not None and limit < 1:
+        raise WorkbookError(f"limit is {limit}; it must be at least 1, or None for all")
     lm, chosen = ThinkingLM(model, tokenizer, think, batch_size), [task_of(name, data) for name in tasks]
     for generation in (task.get("generation_kwargs", {}) for task in chosen):
         if "max_gen_toks" in generation:
@@ -136,7 +155,7 @@ def run_harness(
 
 HARNESS_OPTIONS = {  # of the command line
     "model": {"help": "a run's name (its quietstar model is taken), a model folder or a Hugging Face name"},
-    "data": {"help": "folder with train.jsonl and test.jsonl in GSM8K's form"},
+    "data": {"help": "folder or file of problems in GSM8K's form"},
     "--tasks": {"nargs": "+", "default": TASKS, "help": "names in tasks/, or .yaml files"},
     "--no-thoughts": {"action": "store_true", "help": "the same model without thinking"},
     "--limit": {"type": int, "help": "only the first so many problems"},
