@@ -78,7 +78,7 @@ def training(lm, tokenizer, s):
     trained = add_adapter(lm, tokenizer, s.lora_rank) if s.lora_rank else lm
     leave = trained.unload if s.lora_rank else lm.eval
     try:
-        if s.gradient_checkpointing:
+        if s.gradient_checkpointing and not recomputed:
             recompute_layers(lm)
         yield trained
         leave = trained.merge_and_unload if s.lora_rank else lm.eval
