@@ -9,7 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .data.tokens import thinking_ids
-from .errors import WorkbookError
+from .errors import WorkbookError, at_least
 from .thoughts.attention import LanguageHead, backbone
 from .thoughts.generate import generate_thoughts
 from .thoughts.rescore import target_scores
@@ -43,6 +43,9 @@ class QuietStarConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.mixing not in ("log_probs", "hidden"):
             raise WorkbookError(f"mixing is {self.mixing!r}; it must be 'log_probs' or 'hidden'")
+        at_least(1, num_thoughts=self.num_thoughts, n_true=self.n_true)
+        at_least(2, thought_length=self.thought_length)
+        at_least(0, thought_temperature=self.thought_temperature)
         text = self.text_config
         if isinstance(text, PreTrainedConfig):
             self.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", False))
@@ -143,6 +146,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
                 advice = "generate without it, or with think=False"
                 raise WorkbookError(f"a draft cannot be checked while thinking: {advice}")
             return self._write(input_ids, attention_mask, past_key_values)
+        at_least(1, tokens=input_ids.shape[1])
         first = input_ids.shape[1] - logits_to_keep if logits_to_keep else 0
         positions = torch.arange(first, input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
         if attention_mask is not None:  # padding does not think
@@ -338,6 +342,7 @@ class MixingHead(nn.Module):
 
     def __init__(self, hidden_size: int, width: int = 64):
         super().__init__()
+        at_least(1, hidden_size=hidden_size, width=width)
         self.features = nn.Linear(2 * hidden_size, width)
         self.score = ZeroLinear(width, 1)
         self.gate = ZeroLinear(width, 1)

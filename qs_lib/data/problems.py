@@ -11,7 +11,7 @@ from datasets import Dataset, DownloadConfig, load_dataset
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from ..errors import HubError, SourceError, WorkbookError
+from ..errors import HubError, SourceError, WorkbookError, at_least
 from . import Problem, pocket
 from .strategies import exact_value, fitting, result
 
@@ -36,6 +36,7 @@ def load_problems(
     """
     if split not in ("train", "validation", "test"):
         raise WorkbookError(f"split is {split!r}; it must be train, validation or test")
+    at_least(1, limit=1 if limit is None else limit)
     if source == "pocket":
         return Dataset.from_list(pocket.generate(split, limit or 2000, seed, distinct))
     problems = _read_source(source, split)
