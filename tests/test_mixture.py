@@ -218,7 +218,7 @@ def test_a_large_vocabulary_is_read_in_parts(trained, monkeypatch):
     thoughts = model.think(ids, mask, at, torch.Generator().manual_seed(0), **BUDGET)
     found = []
     for numbers in (8_000_000, 500):
-        monkeypatch.setattr("qs_lib.thoughts.rescore._LOGIT_NUMBERS", numbers)
+        monkeypatch.setattr("qs_lib.thoughts.attention._LOGIT_NUMBERS", numbers)
         scored = qs.rescore_thoughts(model.lm, ids, thoughts, mask, forbid_true=model.config.hidden_ids)
         mixed = model.mix_truth(scored)
         mixed.sum().backward()

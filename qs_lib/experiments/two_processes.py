@@ -37,7 +37,7 @@ def train(folder: Path, steps: int = 6, seed: int = 0) -> None:
     tokenizer = build_tokenizer("pocket", [])
     model = build_champion(tokenizer, hidden_size=32, layers=2, heads=2, intermediate_size=48, seed=seed)
     texts = corpus(pocket.generate("train", 60, seed=seed), seed)
-    pretrain(model, tokenizer, texts, steps, batch_size=8, seed=seed)  # 8 texts of all processes together
+    pretrain(model, tokenizer, texts, steps=steps, batch_size=8, seed=seed)  # 8 texts of all processes together
     folder.mkdir(parents=True, exist_ok=True)
     if distributed.first():
         model.save_pretrained(folder)
