@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file, find_adapter_config_file
 
 from .data import pocket

@@ -39,3 +39,11 @@ class StageError(WorkbookError):
 
 class UpstreamError(WorkbookError):
     """What an earlier stage should have made is missing, unfinished or changed."""
+
+
+def at_least(least: int, **sizes) -> None:
+    """Check sizes by name: each a number, or several. Raises ``ParameterError`` naming one below ``least``."""
+    for name, given in sizes.items():
+        for size in given if isinstance(given, (list, tuple, range)) else [given]:
+            if not size >= least:
+                raise ParameterError(f"{name} is {size}; it must be at least {least}")

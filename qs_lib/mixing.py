@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .errors import at_least
+
 
 class MixingHead(nn.Module):
     """Weigh {no thought, thought 1..K}, starting at exactly the base model.
@@ -19,6 +21,7 @@ class MixingHead(nn.Module):
 
     def __init__(self, hidden_size: int, width: int = 64):
         super().__init__()
+        at_least(1, hidden_size=hidden_size, width=width)
         self.features = nn.Linear(2 * hidden_size, width)
         self.score = ZeroLinear(width, 1)
         self.gate = ZeroLinear(width, 1)

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_tuple
 
 from .data.tokens import thinking_ids
-from .errors import WorkbookError
+from .errors import WorkbookError, at_least
 from .mixing import MixingHead, ZeroLinear, mix_hidden, mix_log_probs
 from .thoughts.attention import LanguageHead, backbone
 from .thoughts.fallback import check_room, masked_states, new_cache, padded_states
@@ -51,6 +51,9 @@ class QuietStarConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.mixing not in ("log_probs", "hidden"):
             raise WorkbookError(f"mixing is {self.mixing!r}; it must be 'log_probs' or 'hidden'")
+        at_least(1, num_thoughts=self.num_thoughts, n_true=self.n_true)
+        at_least(2, thought_length=self.thought_length)
+        at_least(0, thought_temperature=self.thought_temperature)
         text = self.text_config
         if isinstance(text, PreTrainedConfig):
             self.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", False))
@@ -198,6 +201,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             if not whole or logits_to_keep > 1:  # assisted generation asks for several tokens' predictions at once
                 raise _unknown("a draft")
             return self._write(input_ids, attention_mask, past_key_values)
+        at_least(1, tokens=input_ids.shape[1])
         _check_places(input_ids, attention_mask, position_ids)
         cache = self._write(input_ids, attention_mask, DynamicCache()).past_key_values if use_cache else None
         logits = self._predict(input_ids, attention_mask, kept)

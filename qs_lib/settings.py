@@ -30,10 +30,16 @@ class Settings(BaseModel):
         name = ".".join(str(part) for part in problem["loc"]) or "parameters"
         if problem["type"] == "extra_forbidden":
             return unknown_name(name, cls.model_fields)
+        if not problem["loc"]:  # what several settings make together
+            return problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "missing":
             return f"parameter {name} is missing; the notebook's parameters cell must set it"
         given = repr(problem["input"])
         given = given if len(given) <= 60 else given[:57] + "..."
+        if problem["type"] == "string_type":
+            kind = {"int": "number", "float": "number"}.get(kind := type(problem["input"]).__name__, kind)
+            advice = "put it in quotes, or give papermill -r in place of -p"
+            return f"parameter {name}={given} was read as a {kind}, not as a string: {advice}"
         if name == "run_name":
             return (
                 f"run_name={given} cannot name a folder: use 1 to 64 letters, digits, '.', '_' or '-', "
@@ -42,9 +48,23 @@ class Settings(BaseModel):
         message = problem["msg"].removeprefix("Value error, ")
         return f"parameter {name}={given}: {message[0].lower()}{message[1:]}"
 
+    @classmethod
+    def of(cls, settings: Self | None, **changed) -> Self:
+        """Return ``settings``, by default this class's own, with some changed. Raises ``ParameterError``."""
+        if not isinstance(settings, cls | None):
+            raise ParameterError(f"settings are a {type(settings).__name__}; they must be a {cls.__name__}")
+        return (settings or cls()).but(**changed)
+
     def but(self, **changed) -> Self:
         """The same settings with some changed. Raises ``ParameterError``."""
         return type(self)(**self.model_dump() | changed)
+
+
+def rates_move(settings):
+    """Return the settings of a training. Raises ``ValueError`` if both learning rates are 0."""
+    if settings.muon_lr == settings.adamw_lr == 0:
+        raise ValueError("muon_lr and adamw_lr are both 0: nothing would be trained")
+    return settings
 
 
 def unknown_name(name: str, known) -> str:

@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from tiny import problems, tiny_lm
 
 import qs_lib as qs
+from qs_lib import errors
 from qs_lib.data.tokens import marker_spellings, thinking_ids
 from qs_lib.training import baking as b
 from qs_lib.training import loop
+from qs_lib.training.reinforce import QuietStarSettings
 
 
 def setup():
@@ -255,3 +257,54 @@ def test_a_teacher_that_never_thinks_is_one_sentence():
     model, tokenizer = tiny_lm()
     with pytest.raises(ValueError, match="writes no thought on held-out questions"):
         b.bake(model, tokenizer, [], problems(), problems("validation"), trajectories=4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}, {"gradient_checkpointing": True, "lora_rank": 2}])
+@pytest.mark.parametrize("fails", [None, KeyboardInterrupt, "loss"])
+def test_baking_leaves_a_plain_model_in_evaluation_mode(monkeypatch, settings, fails):
+    pytest.importorskip("peft")
+    model, tokenizer = tiny_lm()
+    model.model.norm.requires_grad_(False)
+    before = {n: (p.requires_grad, p.clone()) for n, p in model.named_parameters()}
+    kinds = {n: type(m) for n, m in model.named_modules()}
+
+    def stop(*given):
+        if fails == "loss":
+            return torch.tensor(torch.nan, requires_grad=True), torch.tensor(0.0)
+        raise fails
+
+    if fails:
+        monkeypatch.setattr(b, "baking_loss", stop)
+        with pytest.raises((KeyboardInterrupt, errors.TrainingError)):
+            small_bake(monkeypatch, model, tokenizer, **settings)
+    else:
+        small_bake(monkeypatch, model, tokenizer, **settings)
+    assert {n: type(m) for n, m in model.named_modules()} == kinds
+    assert not any(m.training or m._forward_hooks or getattr(m, "gradient_checkpointing", 0) for m in model.modules())
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == {n: flag for n, (flag, _) in before.items()}
+    same = [torch.equal(p, before[n][1]) for n, p in model.named_parameters()]
+    assert all(same) if fails else not all(same)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"batch_size": 2, "rehearsal": 0.9}, "rehearsal=0.9 of batch_size=2 leaves no place"),
+        ({"batch_size": 4, "rehearsal": 0.99}, "rehearsal=0.99 of batch_size=4 leaves no place"),
+        ({"muon_lr": 0, "adamw_lr": 0}, "both 0: nothing would be trained"),
+        ({"trajectories": 0}, "there is nothing to bake"),
+        ({"problems": []}, "there is nothing to bake|rehearsal needs"),
+        ({"problems": problems()[:1], "batch_size": 16}, "rehearsal needs 4 training problems, 1 were given"),
+        ({"validation": []}, "at least one validation problem"),
+        ({"settings": QuietStarSettings()}, "must be a BakingSettings"),
+        ({"trajectory": 3}, "did you mean trajectories"),
+        *[({name: 0}, f"{name}=0") for name in ("epochs", "batch_size", "max_new_tokens")],
+        *[({name: -1}, f"{name}=-1") for name in ("trajectories", "muon_lr", "ce_weight", "rehearsal", "lora_rank")],
+    ],
+)
+def test_what_can_never_bake_is_one_sentence(monkeypatch, settings, words):
+    monkeypatch.setattr(b, "sample_trajectories", plain_trajectories)
+    model, tokenizer = tiny_lm()
+    given = {"problems": problems(size=40), "validation": problems("validation")[:6], "max_new_tokens": 4} | settings
+    with pytest.raises(errors.WorkbookError, match=words):
+        b.bake(model, tokenizer, [], **given)

@@ -1,12 +1,17 @@
 """The inspector shows what the model wrote and nothing that it wrote can act; it moves, filters, compares and saves."""
 
+import gc
 import time
 import unicodedata
+import weakref
 from html.parser import HTMLParser
 
 import pytest
 from hostile import HOSTILE
+from ipywidgets import Widget, widgets
+from tiny import tiny_quiet_star
 
+from qs_lib.errors import WorkbookError
 from qs_lib.evaluation.episodes import Episode, Thought
 from qs_lib.viewing.escape import safe_label, safe_line, safe_option, safe_text, safe_token
 from qs_lib.viewing.html import MOST_THOUGHTS, MOST_TOKENS, disagree, helped, overview, render, right
@@ -338,3 +343,54 @@ def test_a_thought_drawn_twice_is_written_out_once():
     ).text
     assert "Thought 3word for word thought 1; mixing weight 0.25" in shown and shown.count("word for word") == 1
     assert shown.count("composite") == 3 and shown.count("after thought") == 4
+
+
+# What a closed inspector leaves behind ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda model: {"episodes": [episode()], "model": model},
+        lambda model: {"model": model},
+        lambda model: {"episodes": {"a": [episode()], "b": [episode()]}, "model": {"a": model, "b": model}},
+        lambda model: {"episodes": {"a": [episode()]}, "model": {"b": model}},
+    ],
+)
+@pytest.mark.parametrize("close", [lambda i: i.close(), lambda i: (i.close(), i.close()), lambda i: Widget.close_all()])
+def test_a_closed_inspector_lets_its_models_go(given, close):
+    Widget.close_all()
+    model, tokenizer = tiny_quiet_star()
+    inspector, alive = ThoughtInspector(**given(model), tokenizer=tokenizer), weakref.ref(model)
+    inspector.read("ben has 9 pens .")
+    inspector.think()
+    close(inspector)
+    assert not registered()
+    del inspector, model
+    gc.collect()
+    assert alive() is None
+
+
+def registered() -> list:
+    return list(widgets.widget._instances.values())
+
+
+def test_a_closed_inspector_still_shows_what_it_showed_and_draws_no_more(monkeypatch):
+    model, tokenizer = tiny_quiet_star()
+    inspector, shown = ThoughtInspector([episode()], model, tokenizer), []
+    before = inspector.static_html()
+    inspector.close()
+    monkeypatch.setattr("qs_lib.viewing.inspector.display", lambda bundle, **_: shown.append(bundle))
+    inspector._ipython_display_()
+    assert [bundle["text/html"] for bundle in shown] == [before]
+    with pytest.raises(WorkbookError, match="give a model"):
+        inspector.think()
+
+
+@pytest.mark.parametrize("broken", ["_make_live_controls", "_rows", "_choose"])
+def test_an_inspector_that_cannot_be_made_leaves_no_widget(monkeypatch, broken):
+    Widget.close_all()
+    monkeypatch.setattr(ThoughtInspector, broken, lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ThoughtInspector([episode()])
+    assert not registered()

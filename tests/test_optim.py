@@ -337,3 +337,104 @@ def test_missing_gradients_closure_and_settings():
     for wrong in ({"adjust_lr_fn": "none"}, {"grokfast_alpha": 1.0}, {"momentum": -0.1}, {"muon_lr": -1.0}):
         with pytest.raises(ValueError):
             MuonGrokfast(model, **wrong)
+
+
+# Torch's parameter groups -------------------------------------------------------------------------------------------
+
+
+def steps_of(optimizer, parameters, count=3):
+    """The weights after a few steps on fixed gradients."""
+    for t in range(count):
+        for i, p in enumerate(parameters):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * t + i))
+        optimizer.step()
+    return [p.detach().clone() for p in parameters]
+
+
+def layers():
+    torch.manual_seed(0)
+    return nn.Linear(4, 6), nn.Linear(6, 3)
+
+
+@pytest.mark.parametrize(
+    "grouped",
+    [
+        lambda a, b: [{"params": a.parameters()}, {"params": list(b.parameters())}],
+        lambda a, b: [{"params": list(a.named_parameters("a"))}, {"params": list(b.named_parameters("b"))}],
+        lambda a, b: [{"params": [a.weight, b.weight]}, {"params": a.bias}, {"params": [b.bias], "weight_decay": 0.1}],
+        lambda a, b: ({"params": [p], "grokfast_lambda": 0.1} for net in (a, b) for p in net.parameters()),
+    ],
+)
+def test_groups_are_trained_as_the_plain_list_is(grouped):
+    plain, groups = layers(), layers()
+    expected = [p for net in plain for p in net.parameters()]
+    given = [p for net in groups for p in net.parameters()]
+    found = steps_of(MuonGrokfast(grouped(*groups), weight_decay=0.1), given)
+    wanted = steps_of(MuonGrokfast(expected, weight_decay=0.1), expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_what_a_group_says_holds_for_its_own_parameters():
+    a, b = layers()
+    optimizer = MuonGrokfast(
+        [{"params": a.parameters(), "lr": 0.5, "betas": (0.5, 0.6)}, {"params": b.parameters()}], weight_decay=0.2
+    )
+    optimizer.add_param_group({"params": nn.Linear(3, 3).named_parameters("c"), "weight_decay": 0.0, "momentum": 0.5})
+    shown = [(g["name"], g["lr"], g["weight_decay"], g.get("momentum"), g.get("betas")) for g in optimizer.param_groups]
+    assert shown == [
+        ("muon", 0.5, 0.2, 0.95, None),
+        ("adamw", 0.5, 0.2, None, (0.5, 0.6)),
+        ("muon", 0.02, 0.2, 0.95, None),
+        ("adamw", 3e-4, 0.2, None, (0.9, 0.95)),
+        ("muon", 0.02, 0.0, 0.5, None),
+        ("adamw", 3e-4, 0.0, None, (0.9, 0.95)),
+    ]
+    assert [n for g in optimizer.param_groups for n in g["param_names"]] == [
+        *("parameter 0", "parameter 1", "parameter 2", "parameter 3", "c.weight", "c.bias")
+    ]
+
+
+def test_layers_are_unfrozen_in_the_middle_of_a_training_and_copies_know_how():
+    a, b = layers()
+    optimizer = MuonGrokfast(a)
+    steps_of(optimizer, list(a.parameters()))
+    before = copy.deepcopy(b.state_dict())
+    again = copy.deepcopy(optimizer)
+    for one in (optimizer, again):
+        one.add_param_group({"params": list(b.named_parameters())})
+    steps_of(optimizer, [*a.parameters(), *b.parameters()])
+    assert not any(torch.equal(value, before[name]) for name, value in b.state_dict().items())
+    assert [g["name"] for g in again.param_groups] == ["muon", "adamw", "muon", "adamw"]
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "words"),
+    [
+        (lambda net: [{"params": [net.weight], "weight_decy": 0.0}], {}, "did you mean weight_decay"),
+        (
+            lambda net: [{"params": [net.weight], "name": "decay"}],
+            {},
+            "named 'decay'; it must be muon, adamw or tokens",
+        ),
+        (lambda net: [{"params": [net.weight], "lr": -1.0}], {}, "must not be negative"),
+        (lambda net: [{"params": [net.weight], "betas": (0.9, 1.0)}], {}, "betas must lie in"),
+        (lambda net: [{"params": [net]}], {}, "parameter 0 is a Linear"),
+        (lambda net: [{"params": [net.weight]}, {"params": [net.weight]}], {}, "more than one parameter group"),
+        (lambda net: dict(net.named_parameters()), {}, "parameter 0 is a str"),
+        (lambda net: [], {}, "empty parameter list"),
+        (lambda net: net.requires_grad_(False), {}, "empty parameter list"),
+        (lambda net: net.weight, {}, "should be an iterable"),
+        (lambda net: [net.weight], {"token_rows": [0]}, "token_rows needs the model itself"),
+        *[
+            (lambda net: net, {name: -0.1}, "must not be negative|lie in|above 0")
+            for name in ("muon_lr", "adamw_lr", "weight_decay", "grokfast_lambda", "grokfast_alpha", "momentum", "eps")
+        ],
+        (lambda net: net, {"qk_clip_threshold": 0.0}, "above 0"),
+        (lambda net: net, {"token_scale": 0.0}, "above 0"),
+        (lambda net: net, {"muon_lr": math.nan}, "must not be negative"),
+        (lambda net: net, {"betas": (1.0, 0.9)}, "lie in"),
+    ],
+)
+def test_groups_and_settings_that_cannot_be_used_are_one_sentence(given, settings, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        MuonGrokfast(given(nn.Linear(4, 4)), **settings)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from pydantic import Field
 
 import qs_lib as qs
@@ -14,6 +15,7 @@ from qs_lib.training.pretrain import PretrainSettings
 from qs_lib.training.reinforce import QuietStarSettings
 from qs_lib.workbook.params import NOTEBOOKS, NotebookParams, check_parameters, notebook_parameters, read_variant
 
+BOOK = REPOSITORY / "notebooks" / "05_rl.ipynb"
 TRAININGS = [("01_token_setup", PretrainSettings), ("03_baking", BakingSettings), ("05_rl", QuietStarSettings)]
 
 
@@ -213,3 +215,46 @@ def test_the_trainings_of_python_are_those_of_the_notebooks():
         own = {"settings", "checkpoint", "optimizer", "on_epoch", "prompts", "changed"}
         optional = {n for n, p in inspect.signature(training).parameters.items() if p.default is not p.empty}
         assert optional <= own and len(inspect.signature(training).parameters) <= 11
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "kind"),
+    [
+        ("run_name", ["20251125", "1e5", "007", "1_000", "nan"], "number"),
+        ("run_name", ["True", "False"], "bool"),
+        ("run_name", ["None"], "NoneType"),
+        ("upstream", ["20251125", "0x10", "-1"], "number"),
+        ("upstream", ["None"], "NoneType"),
+    ],
+)
+def test_a_name_that_papermill_reads_as_something_else_says_how_to_keep_it(name, words, kind):
+    from papermill.cli import _resolve_type
+
+    for word in words:
+        if isinstance(value := _resolve_type(word), str):
+            assert word == "0x10" and check_parameters(BOOK, {name: value})[name] == word
+            continue
+        with pytest.raises(
+            ParameterError, match=f"parameter {name}=.* was read as a {kind}, not as a string"
+        ) as caught:
+            check_parameters(BOOK, {name: value})
+        assert "put it in quotes, or give papermill -r in place of -p" in str(caught.value)
+        assert check_parameters(BOOK, {name: word})[name] == word  # what -r hands over
+
+
+@pytest.mark.parametrize(("text", "kind"), [("20251125", "number"), ("2025-11-25", "date"), ("yes", "bool")])
+def test_a_name_that_yaml_reads_as_something_else_says_the_same(text, kind):
+    with pytest.raises(ParameterError, match=f"was read as a {kind}, not as a string: put it in quotes"):
+        Toy(run_name=yaml.safe_load(text))
+    assert Toy(run_name=yaml.safe_load(f"'{text}'")).run_name == text
+
+
+@pytest.mark.parametrize("settings", [PretrainSettings, BakingSettings, QuietStarSettings])
+def test_settings_of_another_training_are_refused(settings):
+    for other in ({"steps": 1}, 3, Toy(run_name="a"), *(o() for _, o in TRAININGS if o is not settings)):
+        with pytest.raises(ParameterError, match=f"settings are a {type(other).__name__}; they must be a"):
+            settings.of(other)
+    assert settings.of(None, seed=3) == settings(seed=3) == settings.of(settings(seed=1), seed=3)
+    with pytest.raises(ParameterError, match="both 0: nothing would be trained"):
+        settings(muon_lr=0, adamw_lr=0)
+    assert settings(muon_lr=0).adamw_lr > 0

@@ -1,16 +1,26 @@
 import itertools
 import math
 import random
+import warnings
+from functools import partial
 
 import pytest
 import torch
 from tiny import problems, tiny_quiet_star
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
+import qs_lib as qs
+from qs_lib.champion import build_champion, build_tokenizer
 from qs_lib.data import batches as c
 from qs_lib.data.tokens import thinking_ids
+from qs_lib.errors import ParameterError
+from qs_lib.model import QuietStarForCausalLM
+from qs_lib.thoughts.attention import recompute_layers
 from qs_lib.thoughts.generate import generate_thoughts
 from qs_lib.thoughts.rescore import rescore_thoughts
 from qs_lib.training import reinforce as r
+from qs_lib.training.baking import BakingSettings
 from qs_lib.training.checkpoint import Checkpoint
 from qs_lib.training.loop import add_adapter
 
@@ -543,3 +553,161 @@ def test_autocast_draws_and_scores_in_bfloat16_and_keeps_float32_weights(monkeyp
     plain, _ = trained_with()
     moved = max((found[n] - plain[n]).abs().max().item() for n in plain)
     assert 0 < moved < 0.05
+
+
+# What an answer is, and what is left behind -------------------------------------------------------------------------
+
+
+def bare_space_tokenizer():
+    """As in Llama-2's ``tokenizer.json``: a bare space comes before a number."""
+    alphabet = {c: i for i, c in enumerate(["<unk>", "<pad>", "<bos>", "<eos>", "▁", *"0123456789.-/,?abcdefgh"])}
+    raw = Tokenizer(models.BPE(alphabet, [], unk_token="<unk>"))
+    raw.normalizer = normalizers.Replace(" ", "▁")
+    raw.decoder = decoders.Replace("▁", " ")
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def answered(tokenizer, answers, n_true, **settings):
+    """How many of the next tokens are judged after each answer's question."""
+    ids, mask, positions = c.answer_batch(tokenizer, [{"question": "a ?", "answer": a} for a in answers])
+    judged = r.judged_tokens(tokenizer, ids, mask, positions, r.QuietStarSettings(n_true=n_true, **settings))
+    assert (judged.int().diff(dim=-1) <= 0).all()
+    return judged.sum(-1).flatten().tolist()
+
+
+def test_all_tokens_of_the_answer_are_judged_and_its_stop_is_not():
+    assert answered(build_tokenizer("pocket", []), ["7", "16", "100"], 4) == [1, 1, 1]
+    byte_level = build_tokenizer("own", ["a 0 1 2 3 4 5 6 7 8 9 ."] * 3, 300, byte_level=True)
+    assert answered(byte_level, ["7", "16", "160", "3.5", "1/2"], 8) == [1, 2, 3, 3, 3]
+    assert answered(bare_space_tokenizer(), ["7", "16", "1,600", "3.5"], 8) == [2, 3, 6, 4]
+    assert answered(bare_space_tokenizer(), ["7", "16", "1,600", "3.5"], 3) == [2, 3, 3, 3]
+    assert answered(bare_space_tokenizer(), ["7", "1,600"], 8, think_at="random") == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["byte level", "bare space"])
+def test_an_answer_is_right_if_all_its_tokens_are_the_likeliest(monkeypatch, kind):
+    tokenizer = bare_space_tokenizer() if kind == "bare space" else build_tokenizer("own", ["a 1 1 1 ."], 300, True)
+    lm = build_champion(tokenizer, hidden_size=32, heads=2, intermediate_size=48).eval()
+    model = QuietStarForCausalLM.from_base(*qs.add_thinking_tokens(lm, tokenizer))
+    ids, mask, positions = c.answer_batch(tokenizer, [{"question": "a ?", "answer": "16"}] * 2)
+    length = {"bare space": 3, "byte level": 2}[kind]
+    thoughts = generate_thoughts(model.lm, ids, mask, positions, 4, 6, generator=torch.Generator().manual_seed(0))
+
+    def planted(*given, **options):
+        """As many true tokens in a row as a thought's number says are the likeliest."""
+        scored = rescore_thoughts(*given, **options)
+        best = scored.true_full.detach().clone().fill_(-1.0)
+        for k, right in enumerate((length, length - 1, length + 1, 0)):
+            true = scored.true[:, :, :, None]
+            best[:, :, k].scatter_(-1, true, torch.where(torch.arange(6) < right, 0.0, -2.0)[:, None].expand_as(true))
+        scored.true_full = best
+        return scored
+
+    monkeypatch.setattr(r, "rescore_thoughts", planted)
+    settings = {"n_true": 6, "reward": "correct", "kl_coefficient": 0.0, "base_kl": 0.0}
+    _, parts, (rewards, _) = loss_of(model, None, tokenizer, ids, mask, thoughts, **settings)
+    assert rewards.tolist() == [[1.0, 0.0, 1.0, 0.0]] * 2 and parts["correct"] == 0.5 and parts["tied"] == 0.0
+
+
+FEW = {"steps": 2, "batch_size": 2, "num_thoughts": 2, "thought_length": 6, "evaluate_every": 2}
+
+
+def with_dropout():
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer("pocket", [])
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=128)
+    lm = AutoModelForCausalLM.from_config(config).eval()
+    return QuietStarForCausalLM.from_base(*qs.add_thinking_tokens(lm, tokenizer)), tokenizer
+
+
+def standing(model):
+    """All of a model but its weights: modules, modes, hooks, flags, and attributes that other modules lack."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    modules = {n: (type(m), m.training, [len(vars(m)[h]) for h in names]) for n, m in model.named_modules()}
+    own = {
+        n: {a for a in vars(m) if "checkpointing" not in a and "require_grads" not in a}
+        for n, m in model.named_modules()
+    }
+    recomputed = [getattr(m, "gradient_checkpointing", None) for m in model.modules()]
+    return modules, own, recomputed, {n: p.requires_grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lora_rank": 2},
+        {"lora_rank": 1, "kl_coefficient": 0.0, "base_kl": 0.0},
+        {"lora_rank": 2, "gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "think_at": "random", "num_positions": 2},
+    ],
+)
+@pytest.mark.parametrize("given", ["plain", "partly frozen", "recomputed"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_training_leaves_a_model_as_a_fresh_one_stands(settings, given, fails, monkeypatch):
+    if "lora_rank" in settings:
+        pytest.importorskip("peft")
+    model, tokenizer = with_dropout()
+    model.lm.transformer.wpe.requires_grad_(given != "partly frozen")
+    if given == "recomputed":
+        recompute_layers(model.lm)
+    before, weights = standing(model), {n: v.clone() for n, v in model.state_dict().items()}
+    train = partial(r.train_quiet_star, model, tokenizer, problems(size=12), problems("validation", 3))
+    if fails:
+        monkeypatch.setattr(r, "validate", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(**FEW | settings)
+    else:
+        train(**FEW | settings)
+    assert standing(model) == before
+    if "lora_rank" in settings and fails:  # the adapter was taken off
+        same = {n: torch.equal(v, weights[n]) for n, v in model.state_dict().items() if n.startswith("lm.")}
+        assert all(same.values())
+    ids = torch.tensor([tokenizer.encode("ben has 9 pens . how many pens ?")])
+    fresh = with_dropout()[0]
+    fresh.load_state_dict(model.state_dict())
+    passes = [one(ids, think=False).logits for one in (model, model, fresh)]
+    assert torch.equal(passes[0], passes[1]) and torch.equal(passes[0], passes[2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_thoughts": 1}, "num_thoughts=1: input should be greater than or equal to 2"),
+        ({"num_thoughts": 0}, "num_thoughts=0"),
+        ({"temperature": 0.0}, "temperature=0.0: input should be greater than 0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"thought_length": 2}, "thought_length=2"),
+        ({"muon_lr": 0.0, "adamw_lr": 0.0}, "both 0: nothing would be trained"),
+        ({"pg_weight": 0.0, "nll_weight": 0.0}, "all 0: nothing would be trained"),
+        ({"num_thought": 2}, "did you mean num_thoughts"),
+        ({"settings": BakingSettings()}, "must be a QuietStarSettings"),
+        ({"settings": {"steps": 1}}, "must be a QuietStarSettings"),
+        *[({name: 0}, f"{name}=0") for name in ("steps", "batch_size", "n_true", "over", "num_positions")],
+        *[({name: -1}, f"{name}=-1") for name in ("evaluate_every", "lora_rank", "qk_clip_threshold", "seed")],
+    ],
+)
+def test_what_can_never_train_is_refused_before_anything_moves(settings, words):
+    model, tokenizer = tiny_quiet_star()
+    before = standing(model)
+    with pytest.raises(ParameterError, match=words):
+        r.train_quiet_star(model, tokenizer, problems(), problems("validation", 2), **settings)
+    assert standing(model) == before
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 1e-9}, {"reward": "correct"}, {"thought_length": 3, "temperature": 1e-6}]
+)
+def test_groups_that_never_differ_are_told(settings):
+    model, tokenizer = tiny_quiet_star()
+    with pytest.warns(UserWarning, match="no thoughts differed in reward in 2 steps up to step 2"):
+        result = r.train_quiet_star(model, tokenizer, problems(), problems("validation", 2), **FEW | settings)
+    assert [row["tied"] for row in result.history] == [1.0, 1.0]
+
+
+def test_groups_that_differ_are_silent():
+    model, tokenizer = tiny_quiet_star()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        result = r.train_quiet_star(model, tokenizer, problems(), problems("validation", 2), **FEW)
+    assert min(row["tied"] for row in result.history) < 1

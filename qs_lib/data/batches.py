@@ -5,7 +5,7 @@ import random
 
 import torch
 
-from ..errors import WorkbookError
+from ..errors import WorkbookError, at_least
 from . import Problem
 from .strategies import reply
 from .tokens import encode, padded
@@ -85,6 +85,7 @@ def difficult_positions(logits, input_ids, attention_mask=None, count: int = 8, 
     next token serves in training. Rows with fewer positions that a true token follows are filled with -1.
     Raises ``ValueError`` on another ``by``.
     """
+    at_least(1, count=count)
     log_probs = logits[:, :-1].float().log_softmax(-1)
     if by == "entropy":
         hardness = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1)  # (batch, length - 1)
@@ -105,4 +106,5 @@ def _highest(values: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Long
 
 def thought_length(problem_length: int) -> int:
     """Return the tokens that a problem of ``problem_length`` tokens deserves: a fifth, from 10 to 20."""
+    at_least(1, problem_length=problem_length)
     return max(10, min(20, problem_length // 5))

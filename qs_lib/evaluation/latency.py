@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..errors import WorkbookError, at_least
+
 
 @dataclass
 class LatencyReport:
@@ -47,6 +49,10 @@ def measure_latency(
     model's configuration at the last position. A forward pass with thoughts reads the text, samples the thoughts, reads
     the states after them and mixes. Thoughts may end early.
     """
+    at_least(1, positions=positions, num_thoughts=num_thoughts, repeats=repeats, tokens=input_ids.shape[1])
+    at_least(2, thought_lengths=thought_lengths)
+    if not target_ms > 0:
+        raise WorkbookError(f"target_ms is {target_ms}; it must be above 0")
     model.eval()
     input_ids, length = input_ids.to(model.device), input_ids.shape[1]
     default = (1, model.config.num_thoughts, model.config.thought_length)

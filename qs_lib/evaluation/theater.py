@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from rapidfuzz.distance import Levenshtein
 from tqdm.auto import tqdm
 
@@ -61,14 +62,14 @@ MEANINGS = {  # what it means if it is missed
 class TheaterSettings(Settings):
     """How thoughts are drawn, mixed and answered with when they are attacked."""
 
-    num_thoughts: int = 4  # a problem
-    thought_length: int = 28  # most tokens, both tags counted
-    temperature: float = 1.0
-    seed: int = 0
-    batch_size: int = 120  # questions
-    n_true: int = 4  # true tokens that utility is the gain on
+    num_thoughts: int = Field(4, ge=1)  # a problem
+    thought_length: int = Field(28, ge=2)  # most tokens, both tags counted
+    temperature: float = Field(1.0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
+    batch_size: int = Field(120, ge=1)  # questions
+    n_true: int = Field(4, ge=1)  # true tokens that utility is the gain on
     weights: Literal["head", "thoughts", "none"] = "head"  # how thoughts are mixed, see `decode_with_thoughts`
-    max_new_tokens: int = 6  # of an answer
+    max_new_tokens: int = Field(6, ge=1)  # of an answer
 
 
 def attacked_thoughts(attack: str, tokens, lengths, problems, tokenizer, rng):

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from ..errors import at_least
 from .attention import LanguageHead, backbone, forward, view
 from .fallback import PlainSteps, check_room, shares_prefix, spliced
 from .prefix import PrefixPass, StepPass, align_rows
@@ -105,6 +106,7 @@ def generate_thoughts(
     think_id, end_id = _tag_ids(model, think_id, end_id)
     if num_thoughts < 1 or thought_length < 2:
         raise ValueError("num_thoughts must be at least 1 and thought_length at least 2 (both tags).")
+    at_least(1, max_streams=max_streams)
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError("temperature must be >= 0 and top_p in (0, 1].")
     forbid = tuple(sorted({int(i) for i in forbid} | {think_id}))

@@ -11,18 +11,17 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from tqdm.auto import tqdm
 
 from ..data.strategies import PROMPTS, asked
 from ..data.tokens import encode_context, encode_reply, length_batches, mark, marker_spellings, pad, thinking_ids
 from ..errors import WorkbookError
 from ..evaluation.accuracy import replies, reply_statistics
-from ..settings import Settings
-from ..thoughts.attention import recompute_layers
+from ..settings import Settings, rates_move
 from . import distributed
 from .checkpoint import Checkpoint
-from .loop import add_adapter, forward_kl, frozen, scheduled, update
+from .loop import forward_kl, frozen, scheduled, training, update
 from .optim import MuonGrokfast
 from .qk_clip import largest_logit, watch_max_logits
 
@@ -46,6 +45,19 @@ class BakingSettings(Settings):
     bf16: bool = False  # train under autocast to bfloat16; the weights stay float32
     max_new_tokens: int = Field(48, ge=2)  # longest reply, in tokens
     seed: int = Field(0, ge=0, lt=2**32)  # every random draw derives from it
+    _rates_move = model_validator(mode="after")(rates_move)
+
+    @property
+    def rehearsed(self) -> int:
+        """The number of direct answers in a batch."""
+        return max(1, round(self.batch_size * self.rehearsal)) if self.rehearsal else 0
+
+    @model_validator(mode="after")
+    def _thoughts_have_room(self):
+        if self.rehearsed == self.batch_size:
+            whole = f"rehearsal={self.rehearsal} of batch_size={self.batch_size}"
+            raise ValueError(f"{whole} leaves no place for replies with thoughts: lower rehearsal")
+        return self
 
 
 @dataclass
@@ -170,7 +182,7 @@ def sample_trajectories(teacher, tokenizer, problems, max_new_tokens=48, prompts
 
 
 def lessons(teacher, tokenizer, examples, problems, validation, s: BakingSettings, prompts=PROMPTS) -> Lessons:
-    """Prepare all that is learnt and measured. Raises ``WorkbookError`` if no held-out reply holds a thought.
+    """Prepare all that is learnt and measured. Raises ``WorkbookError`` if a part of it is empty.
 
     Worked ``examples`` and sampled trajectories are learnt. The last ``problems`` are answered directly by the teacher,
     greedily.
@@ -182,7 +194,9 @@ def lessons(teacher, tokenizer, examples, problems, validation, s: BakingSetting
         thoughts.append(thought_item(tokenizer, prompted, e["question"], plain, ce=True))
     sampling = {"max_new_tokens": s.max_new_tokens, "prompts": prompts}
     thoughts += sample_trajectories(teacher, tokenizer, problems[: s.trajectories], seed=s.seed, **sampling)
-    direct, share = [], _rehearsed(s)
+    direct, share = [], s.rehearsed
+    if share > len(problems):
+        raise WorkbookError(f"rehearsal needs {share} training problems, {len(problems)} were given: or set it to 0")
     if share:
         questions = [p["question"] for p in problems[-(len(thoughts) * share // s.batch_size + s.batch_size) :]]
         answers = replies(teacher, tokenizer, questions, 8, tuple(thinking_ids(tokenizer)), desc="rehearsal")
@@ -190,12 +204,9 @@ def lessons(teacher, tokenizer, examples, problems, validation, s: BakingSetting
     held_out = sample_trajectories(teacher, tokenizer, validation[:HELD_OUT], seed=s.seed + 1, **sampling)
     if not held_out:
         raise WorkbookError("the prompted teacher writes no thought on held-out questions: train the champion longer")
+    if not thoughts:
+        raise WorkbookError("there is nothing to bake: give worked examples, or problems and trajectories above 0")
     return Lessons(thoughts, direct, held_out)
-
-
-def _rehearsed(s: BakingSettings) -> int:
-    """Return the number of direct answers in a batch."""
-    return max(1, round(s.batch_size * s.rehearsal)) if s.rehearsal else 0
 
 
 # Its documentation makes it longer than sixty lines: the loop stays in one piece, and ``changed`` is no parameter more.
@@ -225,25 +236,26 @@ def bake(
     half-baked model, with an adapter as a peft model. With a ``checkpoint`` a stopped training goes on where it was.
     Finished epochs are not shown to ``on_epoch`` again.
 
-    Raises ``WorkbookError`` if no teacher reply holds a thought or the family's attention cannot be clipped,
+    Raises ``WorkbookError`` if there is nothing to learn or to measure, or the family's attention cannot be clipped,
     ``ParameterError`` on a bad setting, ``TrainingError`` on a non-finite loss.
     """
-    s, started, validation = (settings or BakingSettings()).but(**changed), time.monotonic(), list(validation)
+    s, started, validation = BakingSettings.of(settings, **changed), time.monotonic(), list(validation)
+    if not validation:
+        raise WorkbookError("baking needs at least one validation problem")
     teacher = unprompted_teacher(model, s)
     data = lessons(teacher, tokenizer, examples, problems, validation, s, prompts)
     before, rng = unprompted_kl(teacher, tokenizer, data.held_out), random.Random(s.seed)
-    trained = add_adapter(model, tokenizer, s.lora_rank) if s.lora_rank else model
-    teacher = trained if s.lora_rank else teacher  # without its adapter, see `frozen`: no second copy of the weights
-    if s.gradient_checkpointing:
-        recompute_layers(model)
-    optimizer = optimizer(trained) if optimizer else _muon_grokfast(trained, s)
-    lengths, size = [len(i.student_ids) for i in data.thoughts], s.batch_size - _rehearsed(s)
+    lengths, size = [len(i.student_ids) for i in data.thoughts], s.batch_size - s.rehearsed
     batches = math.ceil(len(lengths) / size)
     steps, order, result = s.epochs * batches, [], BakingResult(before, math.nan, math.nan)
-    scheduler = scheduled(optimizer, steps, warm_up=20, constant=0.4)
-    parts = {"model": trained, "optimizer": optimizer, "scheduler": scheduler, "rng": rng}
-    parts |= {"order": order, "epochs": result.epochs}
-    with checkpoint or Checkpoint() as saving:
+    with training(model, tokenizer, s) as trained, checkpoint or Checkpoint() as saving:
+        teacher = (
+            trained if s.lora_rank else teacher
+        )  # without its adapter, see `frozen`: no second copy of the weights
+        optimizer = optimizer(trained) if optimizer else _muon_grokfast(trained, s)
+        scheduler = scheduled(optimizer, steps, warm_up=20, constant=0.4)
+        parts = {"model": trained, "optimizer": optimizer, "scheduler": scheduler, "rng": rng}
+        parts |= {"order": order, "epochs": result.epochs}
         distributed.check_equal(trained, "before training")
         first = saving.resume(parts)
         bar = tqdm(range(first, steps), "bake", initial=first, total=steps, disable=not distributed.first())
@@ -251,7 +263,7 @@ def bake(
             epoch, at = step // batches + 1, step % batches
             if at == 0:
                 order[:] = length_batches(lengths, size, rng)
-            batch = [data.thoughts[i] for i in order[at]] + rng.sample(data.direct, _rehearsed(s))
+            batch = [data.thoughts[i] for i in order[at]] + rng.sample(data.direct, s.rehearsed)
             value, kl = baking_step(trained, teacher, tokenizer, batch, optimizer, scheduler, s)
             if (step + 1) % max(1, min(20, steps // 10)) == 0:
                 saving.log(step=step + 1, epoch=epoch, loss=value, kl=kl)
@@ -263,9 +275,7 @@ def bake(
                 if distributed.first():
                     on_epoch(epoch, trained)
             saving.after(step + 1, parts, last=step + 1 == steps)
-    distributed.check_equal(trained, "after training")
-    if s.lora_rank:
-        trained.merge_and_unload().requires_grad_(True)
+        distributed.check_equal(trained, "after training")
     result.kl_after = result.epochs[-1]["kl"]
     result.gap_closed, result.seconds = 1 - result.kl_after / before, time.monotonic() - started
     return result

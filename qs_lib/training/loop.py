@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.tokens import thinking_ids
 from ..errors import TrainingError
+from ..thoughts.attention import recompute_layers
 from . import distributed
 
 
@@ -61,7 +62,40 @@ def add_adapter(model, tokenizer, rank: int):
         ends = {id(model.get_input_embeddings())}  # peft gives the tied head the same rows
     rows = {name: thinking_ids(tokenizer) for name, module in model.named_modules() if id(module) in ends}
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", trainable_token_indices=rows)
-    return get_peft_model(model, config)
+    return get_peft_model(model, config).train(model.training)
+
+
+@contextmanager
+def training(lm, tokenizer, s):
+    """Yield the language model to train, ``lm`` or a peft model around it, as ``lora_rank`` and
+    ``gradient_checkpointing`` of the settings ask.
+
+    At the end the adapter is merged into ``lm``. After an error it is taken off. Either way ``lm`` is a plain model
+    again, in evaluation mode, with the hooks and ``requires_grad`` of before.
+    """
+    flags, recomputed = {name: p.requires_grad for name, p in lm.named_parameters()}, _recomputes(lm)
+    hooked = getattr(lm, "_require_grads_hook", None)
+    trained = add_adapter(lm, tokenizer, s.lora_rank) if s.lora_rank else lm
+    leave = trained.unload if s.lora_rank else lm.eval
+    try:
+        if s.gradient_checkpointing and not recomputed:
+            recompute_layers(lm)
+        yield trained
+        leave = trained.merge_and_unload if s.lora_rank else lm.eval
+    finally:
+        leave()
+        lm.eval()
+        for name, p in lm.named_parameters():
+            p.requires_grad_(flags[name])
+        if _recomputes(lm) and not recomputed:
+            renamed = getattr(lm, "activation_checkpointing_disable", None)
+            (renamed or lm.gradient_checkpointing_disable)()
+        if hooked is None and getattr(lm, "_require_grads_hook", None) is not None:
+            lm.disable_input_require_grads()
+
+
+def _recomputes(lm) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in lm.modules())
 
 
 @contextmanager
@@ -70,13 +104,14 @@ def frozen(reference):
     if not hasattr(reference, "disable_adapter"):
         yield reference
         return
-    training = reference.training
+    modes = {module: module.training for module in reference.modules()}  # they need not be all alike
     reference.eval()
     try:
         with reference.disable_adapter():
             yield reference.get_base_model()
     finally:
-        reference.train(training)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def forward_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from ..errors import TrainingError
+from ..settings import unknown_name
 from .qk_clip import clip_heads
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -58,6 +59,20 @@ def is_matrix(p):
     return p.ndim == 2 and min(p.shape) > 1
 
 
+def check_rule(rule: dict) -> None:
+    """Check the settings of a parameter group, those that are there. Raises ``ValueError``."""
+    function = rule.get("adjust_lr_fn", "original")
+    if function not in ("original", "match_rms_adamw"):
+        raise ValueError(f"adjust_lr_fn must be 'original' or 'match_rms_adamw', not {function!r}")
+    if not all(rule.get(name, 0) >= 0 for name in ("lr", "grokfast_lambda", "weight_decay")):
+        raise ValueError("learning rates, grokfast_lambda and weight_decay must not be negative")
+    shares = (rule.get("grokfast_alpha", 0), rule.get("momentum", 0), *rule.get("betas", ()))
+    if not all(0 <= share < 1 for share in shares):
+        raise ValueError("grokfast_alpha, momentum and betas must lie in [0, 1)")
+    if not all(rule.get(name) is None or rule[name] > 0 for name in ("eps", "token_scale", "qk_clip_threshold")):
+        raise ValueError("eps, token_scale and qk_clip_threshold must be above 0")
+
+
 def orthogonalize(matrices):
     """Muon's update direction of each matrix of a batch (n, rows, cols), rows <= cols: U S V^T -> about U V^T.
 
@@ -94,12 +109,14 @@ class MuonGrokfast(torch.optim.Optimizer):
     without bfloat16, are orthogonalised in float32. Before Muon the filter is mostly a longer momentum: lambda 0.1 has
     the mean lag of beta 0.959.
 
-    ``model_or_params``: a model (parameters routed by :func:`split_parameters`) or a list of parameters or (name,
-    parameter) pairs (routed by shape alone: every matrix goes to Muon). Groups are named: group["name"] is "muon",
-    "adamw" or "tokens". ``grokfast_lambda`` 0 is exactly off and allocates nothing. Weight decay is decoupled, by the
-    raw lr, on all parameters. Parameters without a gradient are left alone. Gradient clipping is the caller's, before
-    ``step``, hence before the filter. State has the dtype of its parameter. In bfloat16 a slow average loses its small
-    steps: train float32 weights, with autocast for speed.
+    ``model_or_params``: a model (parameters routed by :func:`split_parameters`), a list of parameters or (name,
+    parameter) pairs (routed by shape alone: every matrix goes to Muon), or a list of torch's parameter groups, dicts
+    with such a list as ``params``. What else a group holds (``lr``, ``weight_decay``, ...) replaces the settings of its
+    own parameters, Muon's and AdamW's alike. ``add_param_group`` takes such a group too. The optimizer's own groups are
+    named: group["name"] is "muon", "adamw" or "tokens". ``grokfast_lambda`` 0 is exactly off and allocates nothing.
+    Weight decay is decoupled, by the raw lr, on all parameters. Parameters without a gradient are left alone. Gradient
+    clipping is the caller's, before ``step``, hence before the filter. State has the dtype of its parameter. In
+    bfloat16 a slow average loses its small steps: train float32 weights, with autocast for speed.
 
     ``qk_clip_threshold``: after each step QK-Clip (:func:`clip_heads`) brings heads whose largest attention logit
     passed the threshold back to it, and ``clip_report`` says which. Train inside ``with watch_max_logits(model) as
@@ -132,37 +149,65 @@ class MuonGrokfast(torch.optim.Optimizer):
         token_rows=None,
         token_scale=1.0,
     ):
-        if adjust_lr_fn not in ("original", "match_rms_adamw"):
-            raise ValueError(f"adjust_lr_fn must be 'original' or 'match_rms_adamw', not {adjust_lr_fn!r}")
-        if min(muon_lr, adamw_lr, grokfast_lambda, weight_decay) < 0:
-            raise ValueError("learning rates, grokfast_lambda and weight_decay must not be negative")
-        if not 0 <= grokfast_alpha < 1 or not 0 <= momentum < 1:
-            raise ValueError("grokfast_alpha and momentum must lie in [0, 1)")
-        if isinstance(model_or_params, nn.Module):
-            hidden, rest = split_parameters(model_or_params)
-        else:
-            given = [p if isinstance(p, tuple) else (f"parameter {i}", p) for i, p in enumerate(model_or_params)]
-            hidden, rest = ([(n, p) for n, p in given if is_matrix(p) == matrix] for matrix in (True, False))
-        tokens = []
-        if token_rows is not None:
-            tokens, rest = split_tokens(model_or_params, rest)
-        muon = {"lr": muon_lr, "momentum": momentum, "adjust_lr_fn": adjust_lr_fn}
         # "fused" also tells load_state_dict to keep the step counts beside their parameters.
         adam = {"lr": adamw_lr, "betas": betas, "eps": eps, "fused": True}
-        scaled = {
-            "token_scale": token_scale,
-            "token_rows": [int(i) for i in (() if token_rows is None else token_rows)],
-        }
-        groups = [
-            {"name": "muon", "params": hidden, **muon},
-            {"name": "adamw", "params": rest, **adam},
-            {"name": "tokens", "params": tokens, **adam, **scaled},
-        ]
+        self.rules = {"muon": {"lr": muon_lr, "momentum": momentum, "adjust_lr_fn": adjust_lr_fn}, "adamw": adam}
         defaults = {"weight_decay": weight_decay, "qk_clip_threshold": qk_clip_threshold}
         defaults |= {"grokfast_lambda": grokfast_lambda, "grokfast_alpha": grokfast_alpha}
-        super().__init__([group for group in groups if group["params"]], defaults)
+        for rule in self.rules.values():
+            check_rule(rule | defaults | {"token_scale": token_scale})
+        if isinstance(model_or_params, nn.Module):
+            hidden, rest = split_parameters(model_or_params)
+            tokens, rest = ([], rest) if token_rows is None else split_tokens(model_or_params, rest)
+            scaled = {
+                "token_scale": token_scale,
+                "token_rows": [] if token_rows is None else [int(i) for i in token_rows],
+            }
+            groups = [
+                {"name": "muon", "params": hidden, **self.rules["muon"]},
+                {"name": "adamw", "params": rest, **adam},
+                {"name": "tokens", "params": tokens, **adam, **scaled},
+            ]
+            groups = [group for group in groups if group["params"]]
+        elif token_rows is not None:
+            raise ValueError(
+                "token_rows needs the model itself: a list of parameters does not say which rows are tokens"
+            )
+        else:
+            groups = model_or_params
+        super().__init__(groups, defaults)
+
+    def __getstate__(self):
+        return super().__getstate__() | {"rules": self.rules}
 
     def add_param_group(self, param_group):
+        """Add parameters: one of the optimizer's own groups, which has a name, or torch's, which is routed by shape."""
+        name, count = param_group.get("name"), sum(len(group["params"]) for group in self.param_groups)
+        if name is not None:
+            rule = self.rules.get("adamw" if name == "tokens" else name)
+            if rule is None:
+                raise ValueError(
+                    f"a parameter group is named {name!r}; it must be muon, adamw or tokens, or have no name"
+                )
+            return self._add_named(rule | param_group)
+        own = {key: value for key, value in param_group.items() if key != "params"}
+        known = {*self.rules["muon"], *self.rules["adamw"], *self.defaults} - {"fused", "qk_clip_threshold"}
+        for key in own.keys() - known:
+            raise ValueError(f"parameter group: {unknown_name(key, known)}")
+        check_rule(own)
+        params = param_group["params"]
+        params = [params] if isinstance(params, torch.Tensor) else list(params)
+        named = [p if isinstance(p, tuple) else (f"parameter {i}", p) for i, p in enumerate(params, count)]
+        for n, p in named:
+            if not isinstance(p, torch.Tensor):
+                raise TypeError(f"{n} is a {type(p).__name__}; parameters and (name, parameter) pairs can be optimized")
+        for kind, rule in self.rules.items():
+            part = [(n, p) for n, p in named if is_matrix(p) == (kind == "muon")]
+            mine = {key: value for key, value in own.items() if key in rule or key in self.defaults}
+            if part:
+                self._add_named({"name": kind, "params": part, **rule, **mine})
+
+    def _add_named(self, param_group):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         wrong = [n for n, p in zip(group["param_names"], group["params"]) if p.ndim != 2]

@@ -3,13 +3,13 @@
 import random
 
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from tqdm.auto import tqdm
 
 from ..data.strategies import PROMPTS, reply
 from ..data.tokens import encode, length_batches, pad
 from ..errors import WorkbookError
-from ..settings import Settings
+from ..settings import Settings, rates_move
 from . import distributed
 from .checkpoint import Checkpoint
 from .loop import scheduled, update
@@ -26,6 +26,7 @@ class PretrainSettings(Settings):
     weight_decay: float = Field(0.1, ge=0, le=1)  # decoupled; 0 is off
     context_weight: float = Field(0.1, ge=0, le=1)  # weight of a context's tokens in the loss; 1 for whole texts
     seed: int = Field(0, ge=0, lt=2**32)  # every random draw derives from it
+    _rates_move = model_validator(mode="after")(rates_move)
 
 
 def corpus(
@@ -73,7 +74,7 @@ def pretrain(
     Raises ``WorkbookError`` on an empty corpus, ``ParameterError`` on a bad setting, ``TrainingError`` on a non-finite
     loss.
     """
-    s = (settings or PretrainSettings()).but(**changed)
+    s, documents = PretrainSettings.of(settings, **changed), list(documents)
     if not documents:
         raise WorkbookError("the champion's corpus is empty: give at least one document")
     sequences = [encode(tokenizer, *d) for d in tqdm(documents, desc="tokenise", leave=False)]

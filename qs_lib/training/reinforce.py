@@ -3,30 +3,31 @@
 import copy
 import random
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from tqdm.auto import tqdm
 
 from ..data.batches import curriculum, disagreement, text_of, think_where
 from ..data.batches import thought_length as deserved_length
 from ..data.tokens import thinking_ids
-from ..errors import WorkbookError
+from ..errors import ParameterError, WorkbookError
 from ..evaluation.accuracy import accuracy_with_thoughts, answer_of
 from ..evaluation.coherence import utility
 from ..evaluation.episodes import Episode, record
 from ..evaluation.likelihood import text_log_likelihood
-from ..settings import Settings
-from ..thoughts.attention import LanguageHead, recompute_layers
+from ..settings import Settings, rates_move
+from ..thoughts.attention import LanguageHead
 from ..thoughts.generate import Thoughts, generate_thoughts
 from ..thoughts.rescore import rescore_thoughts
 from . import distributed
 from .checkpoint import Checkpoint
-from .loop import add_adapter, forward_kl, frozen, scheduled, update
+from .loop import forward_kl, frozen, scheduled, training, update
 from .optim import MuonGrokfast
 from .qk_clip import largest_logit, watch_max_logits
 
@@ -53,7 +54,7 @@ class QuietStarSettings(Settings):
     qk_clip_threshold: float = Field(0.0, ge=0)  # largest attention logit allowed (QK-Clip); 0 is off
     gradient_checkpointing: bool = False  # run layers again in the backward pass in place of keeping what they computed
     bf16: bool = False  # train under autocast to bfloat16; the weights stay float32
-    reward: Literal["likelihood", "correct"] = "likelihood"  # gain in nats, or 1 if the next token is right
+    reward: Literal["likelihood", "correct"] = "likelihood"  # gain in nats, or 1 if the answer is right
     objective: Literal["signed", "positive", "paper"] = "positive"  # advantages used, see `advantages`
     think_at: Literal["question", "difficult", "uncertain", "random", "every"] = "question"  # see `think_where`
     num_positions: int = Field(8, ge=1)  # difficult, uncertain or random tokens per text
@@ -68,6 +69,7 @@ class QuietStarSettings(Settings):
     hardest_share: float = Field(0.4, ge=0, le=1)  # share of a batch taken from the hardest problems reached
     evaluate_every: int = Field(50, ge=1)  # steps between validations
     seed: int = Field(0, ge=0, lt=2**32)  # every random draw derives from it
+    _rates_move = model_validator(mode="after")(rates_move)
 
 
 @dataclass
@@ -118,18 +120,23 @@ def train_quiet_star(
     Raises ``WorkbookError`` on empty problems or a family whose attention cannot be clipped, ``ParameterError`` on a
     bad setting, ``TrainingError`` on a non-finite loss.
     """
-    s = (settings or QuietStarSettings()).but(**changed)
+    s = QuietStarSettings.of(settings, **changed)
+    if s.pg_weight == s.nll_weight == s.thought_nll_weight == 0:
+        raise ParameterError("pg_weight, nll_weight and thought_nll_weight are all 0: nothing would be trained")
     problems, validation = list(problems), list(validation)
     if not problems or not validation:
         raise WorkbookError("training needs at least one training and one validation problem")
     started, rng, generator = time.monotonic(), random.Random(s.seed), torch.Generator().manual_seed(s.seed)
-    adapter, reference, optimizer = prepared(model, tokenizer, s)
-    scheduler = scheduled(optimizer, s.steps, warm_up=20, constant=0.3)
-    trained = [p for p in model.parameters() if p.requires_grad]
     result, episodes, best = TrainingResult(), [], {"step": 0, "validation": float("nan")}
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": rng, "generator": generator}
-    parts |= {"history": result.history, "episodes": episodes, "best": best}
-    with checkpoint or Checkpoint() as saving:
+    if s.qk_clip_threshold:
+        with watch_max_logits(model.lm):  # a family that cannot be watched is refused before the first step
+            pass
+    with training(model.lm, tokenizer, s) as lm, checkpoint or Checkpoint() as saving:
+        reference, optimizer = prepared(model, lm, tokenizer, s)
+        scheduler = scheduled(optimizer, s.steps, warm_up=20, constant=0.3)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": rng, "generator": generator}
+        parts |= {"history": result.history, "episodes": episodes, "best": best}
         distributed.check_equal(model, "before training")
         first = saving.resume(parts)
         bar = tqdm(range(first, s.steps), "quiet-star", initial=first, total=s.steps, disable=not distributed.first())
@@ -158,37 +165,38 @@ def train_quiet_star(
                     best.update(step=step + 1, validation=score, weights=[p.detach().clone() for p in trained])
             result.history.append(metrics)
             saving.log(**metrics)
+            if validates:
+                _warn_if_tied(result.history[-s.evaluate_every :], s)
             saving.after(step + 1, parts, last=step == s.steps - 1)
             bar.set_postfix(reward=f"{metrics['reward']:.2f}", validation=f"{best['validation']:.3f}")
-    distributed.check_equal(model, "after training")
-    for p, weights in zip(trained, best["weights"], strict=True):
-        p.data.copy_(weights)
-    if adapter is not None:
-        adapter.merge_and_unload()
-        model.requires_grad_(True)
+        distributed.check_equal(model, "after training")
+        for p, weights in zip(trained, best["weights"], strict=True):
+            p.data.copy_(weights)
     result.episodes = [Episode(**e) for e in episodes]
     result.best_step, result.best_validation = best["step"], best["validation"]
     result.seconds = time.monotonic() - started
     return result
 
 
-def prepared(model, tokenizer, s: QuietStarSettings):
-    """Return (adapter or None, reference model, optimizer) of a training, and leave the policy without dropout.
+def prepared(model, lm, tokenizer, s: QuietStarSettings):
+    """Return (reference model, optimizer) of a training, and leave the policy without dropout.
 
-    Without dropout log-probs are those of the policy that samples.
+    Without dropout log-probs are those of the policy that samples. ``lm``: ``model.lm``, or the peft model around it.
     """
-    if s.qk_clip_threshold:
-        with watch_max_logits(model.lm):  # a family that cannot be watched is refused before the first step
-            pass
-    adapter = add_adapter(model.lm, tokenizer, s.lora_rank) if s.lora_rank else None  # put into model.lm, in place
-    reference = adapter or copy.deepcopy(model.lm).eval().requires_grad_(False)
+    reference = lm if s.lora_rank else copy.deepcopy(lm).eval().requires_grad_(False)
     rates = {"muon_lr": s.muon_lr, "adamw_lr": s.adamw_lr, "grokfast_lambda": s.grokfast_lambda}
     tokens = {"token_rows": range(8) if s.lora_rank else thinking_ids(tokenizer), "token_scale": s.token_scale}
     optimizer = MuonGrokfast(model, **rates, **tokens, qk_clip_threshold=s.qk_clip_threshold or None)
-    if s.gradient_checkpointing:
-        recompute_layers(model.lm)
     model.eval()
-    return adapter, reference, optimizer
+    return reference, optimizer
+
+
+def _warn_if_tied(rows: list[dict], s: QuietStarSettings) -> None:
+    """Say it where REINFORCE had nothing to go by."""
+    if s.pg_weight and distributed.first() and all(row["tied"] == 1 for row in rows):
+        sentence = f"no thoughts differed in reward in {len(rows)} steps up to step {rows[-1]['step']}"
+        advice = "raise temperature, num_thoughts or thought_length"
+        warnings.warn(f"{sentence}, so REINFORCE trained nothing: {advice}", stacklevel=3)
 
 
 @torch.no_grad()
@@ -262,18 +270,20 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
     the first token over all, which keeps the habit to think. Means are over the U positions that have thoughts.
 
     The reward of a thought is its utility: the gain in log-likelihood of the next ``n_true`` true tokens over no
-    thought, not below ``REWARD_FLOOR`` nats. Or it is 1 if the likeliest next token is the true one
-    (``reward="correct"``). Unlike the paper's it does not pass through the mixing head, so it is not 0 while the gate
-    is shut. ``reference``: a frozen model, a peft model that is read without its adapter, or None, which leaves both
-    KLs out. With ``objective="paper"`` log-probs, entropy and KL of thoughts are those at temperature 3, whatever they
-    were sampled at (appendix A).
+    thought, not below ``REWARD_FLOOR`` nats. Or it is 1 if the answer is right (``reward="correct"``, see
+    :func:`judged_tokens`) and 0 if it is not. Unlike the paper's it does not pass through the mixing head, so it is not
+    0 while the gate is shut. ``reference``: a frozen model, a peft model that is read without its adapter, or None,
+    which leaves both KLs out. With ``objective="paper"`` log-probs, entropy and KL of thoughts are those at temperature
+    3, whatever they were sampled at (appendix A).
     """
     if s.objective == "paper":
         thoughts = replace(thoughts, temperature=PAPER_TEMPERATURE)
     rescore = partial(rescore_thoughts, n_true=s.n_true, true_logits=True, forbid_true=tuple(thinking_ids(tokenizer)))
     scored, there = rescore(model.lm, ids, thoughts, mask), thoughts.positions >= 0
     valid, units = scored.valid[there], int(there.sum())
-    correct = (scored.true_full[there][..., 0, :].argmax(-1) == scored.true[there][:, :1]).float()
+    judged = judged_tokens(tokenizer, ids, mask, thoughts.positions, s)[there] & valid
+    likeliest = scored.true_full[there].argmax(-1) == scored.true[there].unsqueeze(1)  # (U, K, n_true)
+    correct = (likeliest | ~judged.unsqueeze(1)).all(-1).float()
     rewards = correct if s.reward == "correct" else utility(scored)[there].detach().clamp_min(REWARD_FLOOR)
     advantage, logprobs = advantages(rewards, s.objective), scored.thought_logprobs[there]
     weights = model.mixing_weights(scored)
@@ -291,12 +301,32 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
     parts = {"reward": rewards.mean(), "nll": nll, "thought_nll": alone, "correct": correct.mean()}
     parts |= {"no_thought_weight": weights[there][:, 0, 0].mean(), "length": thoughts.lengths[there].float().mean()}
     parts["entropy"] = scored.thought_entropy.sum() / thoughts.sampled.sum().clamp_min(1)
+    parts["tied"] = (rewards.amax(-1) - rewards.amin(-1) < 1e-4).float().mean()
     parts["signal"] = (advantage.abs().amax(-1) > 0.1).float().mean()
     if reference is not None and (s.kl_coefficient or s.base_kl):
         kls = reference_kls(model, reference, scored, rescore, ids, mask, thoughts)
         loss = loss + s.kl_coefficient * kls["kl"] + s.base_kl * (kls["base_kl"] + kls["habit_kl"])
         parts |= kls
     return loss, {name: value.item() for name, value in parts.items()}, (rewards, advantage)
+
+
+def judged_tokens(tokenizer, ids, mask, positions, s: QuietStarSettings) -> torch.Tensor:
+    """Return which of the next ``n_true`` true tokens (batch, P, n_true) must be the likeliest for a right answer.
+
+    After the question these are the answer's tokens before its closing stop: the shortest beginning of the reply that
+    already gives its answer, so that neither a bare space nor a first digit decides alone. Within a text, where no
+    answer begins, it is the next token. Each is judged after the true tokens before it.
+    """
+    judged = torch.zeros(*positions.shape, s.n_true, dtype=torch.bool, device=ids.device)
+    judged[..., 0] = True
+    for row, slot in (positions >= 0).nonzero().tolist() if s.think_at == "question" else ():
+        last = int(mask[row].sum()) - int(ids[row, int(mask[row].sum()) - 1] == tokenizer.eos_token_id)
+        reply = ids[row, positions[row, slot] + 1 : last].tolist()
+        answer, count = answer_of(tokenizer, reply), 1
+        while count < min(s.n_true, len(reply)) and answer_of(tokenizer, reply[:count]) != answer:
+            count += 1
+        judged[row, slot, :count] = True
+    return judged
 
 
 def reference_kls(model, reference, scored, rescore, ids, mask, thoughts) -> dict[str, torch.Tensor]:

@@ -65,12 +65,24 @@ class ThoughtInspector(widgets.VBox):
             raise WorkbookError("there is nothing to inspect: give at least one episode")
         self.found = {name: {(e.question, e.position): e for e in one} for name, one in self.sets.items()}
         self._busy = True  # while controls are set together, the view waits
-        self._make_controls()
-        self._make_live_controls()
-        super().__init__(self._rows())
-        self.add_class("qs-live")
-        self._busy = False
-        self._choose()
+        try:
+            self._make_controls()
+            self._make_live_controls()
+            super().__init__(self._rows())
+            self.add_class("qs-live")
+            self._busy = False
+            self._choose()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close every control and let go of the models. ipywidgets keeps all that is open, and what it calls back."""
+        controls = [value for value in vars(self).values() if isinstance(value, widgets.Widget)]
+        for widget in [part for control in (*controls, *self.children, self.layout) for part in _with_parts(control)]:
+            widget.close()
+        super().close()
+        self.models = {}
 
     def _make_controls(self) -> None:
         others = [(safe_option(name), name) for name in list(self.sets)[1:]]
@@ -311,12 +323,21 @@ class ThoughtInspector(widgets.VBox):
 
         In JupyterLab a widget whose kernel is gone leaves only an error, whatever else its output holds.
         """
-        display(self._repr_mimebundle_(), raw=True)
+        if self._repr_mimebundle_ is not None:  # not closed
+            display(self._repr_mimebundle_(), raw=True)
         display({"text/html": self.static_html(), "text/plain": f"{self!r} as it was when shown"}, raw=True)
 
 
 def _episodes(source) -> list[Episode]:
     return read_episodes(source) if isinstance(source, (str, Path)) else list(source)
+
+
+def _with_parts(widget):
+    """Yield a widget, its children, layout and style, and theirs."""
+    yield widget
+    for part in (*getattr(widget, "children", ()), getattr(widget, "layout", None), getattr(widget, "style", None)):
+        if part is not None:
+            yield from _with_parts(part)
 
 
 def _choice(options, **settings):
