@@ -1,5 +1,7 @@
 """Quiet-STaR around any Hugging Face causal LM: a configuration, the mixing head, and a forward pass that thinks."""
 
+from copy import deepcopy
+
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -80,7 +82,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: QuietStarConfig, lm=None):
         super().__init__(config)
         self.lm = lm if lm is not None else AutoModelForCausalLM.from_config(config.text_config)
-        self.mixing_head = MixingHead(config.hidden_size)
+        self.mixing_head = MixingHead(LanguageHead(self.lm).width)
         self.post_init()
 
     @classmethod
@@ -139,6 +141,9 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             text = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
             wanted = {"logits_to_keep": logits_to_keep, "labels": labels}
             return self.lm(**text, past_key_values=past_key_values, **wanted, **kwargs)
+        if attention_mask is not None and attention_mask.dim() != 2:
+            shape = tuple(attention_mask.shape)
+            raise WorkbookError(f"thinking takes an attention_mask (batch, length), not {shape}: or use think=False")
         if past_key_values is not None:
             if logits_to_keep > 1:  # assisted generation asks for several tokens' predictions at once
                 advice = "generate without it, or with think=False"
@@ -157,10 +162,13 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     def generate(self, *inputs, think=None, **kwargs):
-        """Return what ``generate`` of transformers does. Without thoughts the wrapped model writes, with its own cache."""
+        """Return what transformers does. Without thoughts the wrapped model writes, with a cache of its own."""
         if self.config.think if think is None else think:
             return super().generate(*inputs, think=True, **kwargs)
-        return self.lm.generate(*inputs, **{"generation_config": self.generation_config} | kwargs)
+        if kwargs.get("generation_config") is None:  # the wrapped model may not have the one that was saved
+            own = deepcopy(self.generation_config)
+            kwargs = own.update(**kwargs) | {"generation_config": own}
+        return self.lm.generate(*inputs, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *sizes):
         given = model_kwargs.get("past_key_values")
@@ -181,13 +189,17 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     def read(self, input_ids, attention_mask=None, position_ids=None, cache=None) -> torch.Tensor:
         """Return the wrapped model's last hidden states (batch, new tokens, hidden). Fills ``cache``.
 
-        Raises ``WorkbookError`` if the model has too few positions.
+        Raises ``WorkbookError`` if the model has too few positions, or cannot go on from this kind of cache.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         check_room(self.lm, int(mask.sum(1).max()))
         base = backbone(self.lm)
-        if cache is None and new_cache(self.lm) is None:
+        exact = new_cache(self.lm)
+        if cache is None and exact is None:
             return padded_states(base, input_ids, mask)
+        if cache is not None and (exact is None or len(exact.layers) > len(cache.layers)):
+            name = type(self.lm).__name__
+            raise WorkbookError(f"{name} cannot read on from a {type(cache).__name__}() exactly: use a ThinkingCache")
         return masked_states(base, input_ids, attention_mask, position_ids, cache)
 
     def branch_weights(self, base, thought, weights: str = "head") -> torch.Tensor:
