@@ -1,5 +1,7 @@
 """Quiet-STaR around any Hugging Face causal LM: a configuration, and a forward pass that thinks."""
 
+import difflib
+
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -11,14 +13,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_tuple
 
 from .data.tokens import thinking_ids
-from .errors import WorkbookError, at_least
+from .errors import ParameterError, WorkbookError, at_least
 from .mixing import MixingHead, ZeroLinear, mix_hidden, mix_log_probs
+from .settings import unknown_name
 from .thoughts.attention import LanguageHead, backbone
 from .thoughts.fallback import check_room, masked_states, new_cache, padded_states
 from .thoughts.generate import generate_thoughts
 from .thoughts.rescore import target_scores
 
 _STATES = ("output_hidden_states", "output_attentions")
+_SETTINGS = ("think", "num_thoughts", "thought_length", "thought_temperature", "n_true", "mixing")
 _NEVER = -30.0  # the log-prob of a thinking token as text, where a finite number is needed
 
 
@@ -48,6 +52,7 @@ class QuietStarConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        _check_names(kwargs)
         super().__post_init__(**kwargs)
         if self.mixing not in ("log_probs", "hidden"):
             raise WorkbookError(f"mixing is {self.mixing!r}; it must be 'log_probs' or 'hidden'")
@@ -91,7 +96,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: QuietStarConfig, lm=None):
         super().__init__(config)
         self.lm = lm if lm is not None else AutoModelForCausalLM.from_config(config.text_config)
-        self.mixing_head = MixingHead(config.hidden_size)
+        self.mixing_head = MixingHead(LanguageHead(self.lm).width)
         self.post_init()
 
     @classmethod
@@ -100,6 +105,8 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises ``WorkbookError`` if it has no thinking tokens, or an adapter, which could not be saved inside.
         """
+        if unknown := set(settings) - set(_SETTINGS):
+            raise ParameterError(unknown_name(min(unknown), _SETTINGS))
         if isinstance(lm, cls):
             raise WorkbookError("this model thinks already: wrap the language model inside it, model.lm")
         if hasattr(lm, "get_base_model") or any(hasattr(module, "base_layer") for module in lm.modules()):
@@ -180,6 +187,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         ``kwargs`` go to the wrapped model, or to the loss (``num_items_in_batch``, ``shift_labels``). Raises
         ``WorkbookError`` for what thinking does not know.
         """
+        _check_names(kwargs)
         think = self.config.think if think is None else think
         whole = isinstance(logits_to_keep, int)
         kept = slice(-logits_to_keep, None) if whole else logits_to_keep
@@ -245,13 +253,17 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     def read(self, input_ids, attention_mask=None, position_ids=None, cache=None) -> torch.Tensor:
         """Return the wrapped model's last hidden states (batch, new tokens, hidden). Fills ``cache``.
 
-        Raises ``WorkbookError`` if the model has too few positions.
+        Raises ``WorkbookError`` if the model has too few positions, or cannot go on from this kind of cache.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         check_room(self.lm, int(mask.sum(1).max()))
         base = backbone(self.lm)
-        if cache is None and new_cache(self.lm) is None:
+        exact = new_cache(self.lm)
+        if cache is None and exact is None:
             return padded_states(base, input_ids, mask)
+        if cache is not None and (exact is None or len(exact.layers) > len(cache.layers)):
+            name = type(self.lm).__name__
+            raise WorkbookError(f"{name} cannot read on from a {type(cache).__name__}() exactly: use a ThinkingCache")
         return masked_states(base, input_ids, attention_mask, position_ids, cache)
 
     def branch_weights(self, base, thought, weights: str = "head") -> torch.Tensor:
@@ -408,6 +420,13 @@ def _refuse(names, given: dict, defaults):
         value = given.get(name, getattr(defaults, name, None))
         if value is not None and value is not False and (name, value) != ("guidance_scale", 1):
             raise _unknown(name)
+
+
+def _check_names(given: dict):
+    """Raise ``ParameterError`` for a name that was meant to be a setting of the configuration."""
+    for name in given:
+        if difflib.get_close_matches(name, _SETTINGS, n=1, cutoff=0.7):
+            raise ParameterError(f"{unknown_name(name, _SETTINGS)} It is a setting of model.config")
 
 
 def _refuse_thoughts(cache):

@@ -41,7 +41,8 @@ def rescore(model, input_ids, thoughts, attention_mask=None, n_true=4, forbid_tr
     entropy = [[zero] * length for _ in range(batch * count * number)]
     true = [[zero] * n_true for _ in range(batch * count * number)]
     base = [[zero] * n_true for _ in range(batch * count)]
-    hidden = torch.zeros(batch, count, number, n_true, model.config.get_text_config().hidden_size, dtype=model.dtype)
+    width = model.get_output_embeddings().weight.shape[1]
+    hidden = torch.zeros(batch, count, number, n_true, width, dtype=model.dtype)
     base_hidden = hidden[:, :, 0].clone()
     for row in range(batch):
         for slot in range(count):

@@ -2,12 +2,14 @@
 
 import json
 import math
-from functools import cache
+from functools import cache, partial
 
+import naive
 import pytest
 import torch
 from test_baking import small_bake
 from test_model import open_gate
+from test_thoughts import close, think
 from tiny import problems, tiny_champion
 from transformers import (
     AutoConfig,
@@ -16,6 +18,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     Qwen2Config,
     TextStreamer,
     pipeline,
@@ -26,6 +29,7 @@ from qs_lib.data.tokens import thinking_ids
 from qs_lib.errors import WorkbookError
 from qs_lib.model import QuietStarForCausalLM
 from qs_lib.thoughts.attention import backbone
+from qs_lib.thoughts.rescore import rescore_thoughts
 from qs_lib.workbook import figures
 
 SHAPE = {
@@ -115,8 +119,8 @@ def test_a_saved_model_comes_back_to_the_bit_with_its_head_and_its_ties(tmp_path
     assert tied == (family != "llama, untied" and "mistral" not in family) and tied == (
         again.get_output_embeddings().weight is again.get_input_embeddings().weight
     )
-    for think in (False, True):
-        assert torch.equal(again(**batch, think=think).logits, model(**batch, think=think).logits)
+    for thinks in (False, True):
+        assert torch.equal(again(**batch, think=thinks).logits, model(**batch, think=thinks).logits)
 
 
 @every_family
@@ -267,6 +271,88 @@ def test_what_thinking_cannot_do_is_one_sentence():
     for way in ({"prompt_lookup_num_tokens": 2}, {"past_key_values": foreign}):
         with pytest.raises(WorkbookError, match="think=False"):
             model.generate(**batch, max_new_tokens=5, do_sample=False, **way)
+
+
+@pytest.mark.parametrize("kind", ["static", "offloaded_static", "dynamic"])
+def test_the_kind_of_cache_changes_no_reply_of_padded_rows(kind):
+    model, tokenizer = wrapped("llama, tied")
+    settings = batch_of(tokenizer) | {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
+    assert torch.equal(model.generate(**settings, cache_implementation=kind), model.generate(**settings))
+
+
+def test_a_mask_with_four_dimensions_is_one_sentence():
+    model, tokenizer = wrapped("llama, tied")
+    ids = batch_of(tokenizer)["input_ids"]
+    with pytest.raises(WorkbookError, match=r"attention_mask \(batch, length\)"):
+        model(ids, attention_mask=torch.ones(3, 1, ids.shape[1], ids.shape[1]))
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+ROPES = {
+    "llama, dynamic": (LlamaConfig, {"rope_type": "dynamic", "factor": 4.0}, 15),
+    "qwen2, dynamic": (Qwen2Config, {"rope_type": "dynamic", "factor": 2.0}, 15),
+    "phi3, longrope": (Phi3Config, LONGROPE | {"original_max_position_embeddings": 16}, 15),
+    "llama, longrope": (LlamaConfig, LONGROPE | {"original_max_position_embeddings": 16}, 15),
+    "llama, linear": (LlamaConfig, {"rope_type": "linear", "factor": 4.0}, None),
+    "llama, yarn": (LlamaConfig, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, None),
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rotary_positions_that_depend_on_the_length_are_exact_or_one_sentence(rope):
+    kind, parameters, room = ROPES[rope]
+    parameters = parameters | {"rope_theta": 10000.0}
+    most = 64 if "original_max_position_embeddings" in parameters else 16
+    ends = {"pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 4, "vocab_size": 60}
+    torch.manual_seed(0)
+    config = kind(**SHAPE | {"max_position_embeddings": most} | ends, rope_parameters=parameters)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if kind is Phi3Config:
+        config.original_max_position_embeddings = 16
+    model(torch.full((1, 40), 7))  # a long text before must not matter
+    for length in (6, 9, 13, 24):
+        ids = torch.randint(5, 60, (1, length))
+        ask = partial(think, model, ids, None, torch.tensor([[2, length - 1]]), thought_length=6)
+        if room and length + 6 > room:
+            with pytest.raises(WorkbookError, match=f"a text of {length} tokens leaves no room"):
+                ask()
+            continue
+        thoughts = ask()
+        scored = rescore_thoughts(model, ids, thoughts, n_true=1)
+        expected = naive.rescore(model, ids, thoughts, n_true=1)
+        close(scored.thought_logprobs, expected["thought_logprobs"], 1e-4)
+        close(thoughts.logprobs, expected["thought_logprobs"], 1e-4)
+
+
+TABLES = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32},
+    "opt": {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "max_position_embeddings": 32},
+    "biogpt": {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 32},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "rotary_dim": 8},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot share text")
+@pytest.mark.parametrize("family", TABLES)
+def test_a_text_beyond_the_table_of_positions_is_one_sentence_everywhere(family):
+    tokenizer = tiny_champion()[1]
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2} if "hidden_size" in TABLES[family] else {}
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **TABLES[family], **heads, **ends)
+    lm = qs.add_thinking_tokens(AutoModelForCausalLM.from_config(config).eval(), tokenizer)[0]
+    model = QuietStarForCausalLM.from_base(lm, tokenizer, num_thoughts=2, thought_length=6, n_true=3)
+    drawn = model.think(torch.full((1, 26), 9), positions=torch.tensor([[25]]))  # 26 + 6 tokens: just enough
+    asked = {
+        "one more token": lambda: qs.generate_thoughts(lm, torch.full((1, 27), 9), thought_length=6),
+        "true tokens": lambda: qs.rescore_thoughts(lm, torch.full((1, 30), 9), drawn, n_true=4),
+        "writing on": lambda: model.generate(torch.full((1, 24), 9), max_new_tokens=6, eos_token_id=-1),
+        "reading": lambda: model.read(torch.full((1, 33), 9)),
+    }
+    drawn.lengths.fill_(6)
+    for what, ask in asked.items():
+        with pytest.raises(WorkbookError, match="leaves no room for thoughts among the model's 32 positions"):
+            ask()
+            pytest.fail(what)
 
 
 def is_watched(family):

@@ -4,6 +4,7 @@ from tiny import tiny_lm, tiny_quiet_star
 from transformers import AutoModelForCausalLM
 
 import qs_lib as qs
+from qs_lib.errors import ParameterError
 from qs_lib.mixing import MixingHead, mix_hidden, mix_log_probs
 from qs_lib.model import QuietStarConfig, QuietStarForCausalLM
 
@@ -168,3 +169,16 @@ def test_a_model_is_loaded_where_it_is_wanted(tmp_path, monkeypatch):
     monkeypatch.setenv("QS_DEVICE", "meta")
     assert qs.load_champion(str(tmp_path))[0].device.type == "meta"
     assert qs.load_champion(str(tmp_path), device="cpu", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["num_thought", "thought_len", "thoughts_length", "n_tru", "mixin"])
+def test_a_misspelt_setting_is_refused_where_a_model_is_made_and_where_it_is_called(name):
+    lm, tokenizer = tiny_lm()
+    with pytest.raises(ParameterError, match="unknown parameter|did you mean"):
+        QuietStarForCausalLM.from_base(lm, tokenizer, **{name: 2})
+    if name not in ("n_tru", "mixin"):
+        with pytest.raises(ParameterError, match="did you mean"):
+            QuietStarConfig(text_config=lm.config, **{name: 2})
+    model = QuietStarForCausalLM.from_base(lm, tokenizer)
+    with pytest.raises(ParameterError, match="setting of model.config"):
+        model(torch.tensor([[5, 6]]), num_thoughts=1)

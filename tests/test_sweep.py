@@ -70,6 +70,9 @@ def test_grids_and_names():
     assert sweep.point_name({"steps": 3, "lr": 0.1}) == "steps-3.lr-0.1"
     odd = [sweep.point_name({"text": text}) for text in ("a b", "a/b", "x" * 80, "x" * 81)]
     assert len(set(odd)) == 4 and all(len(name) <= 64 and "/" not in name for name in odd)
+    for words in (["seed=0,1", "seed=2"], ["a=1", "b=2", "a=1"], ["n_true=1", "n_true=1"]):
+        with pytest.raises(ParameterError, match="is given twice: write all its values"):
+            sweep.parse_grid(words)
 
 
 def test_bad_sweeps_are_one_sentence_before_anything_runs(notebooks, outputs, tmp_path, capsys):

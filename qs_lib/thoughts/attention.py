@@ -198,7 +198,7 @@ def thoughts_attention(module, query, key, value, attention_mask, scaling=None, 
     window, softcap, sinks = (options.get(name) for name in ("sliding_window", "softcap", "s_aux"))
     rule = Rule(size**-0.5 if scaling is None else scaling, window, softcap, sinks)
     with torch.autocast(device, enabled=False):
-        return _local.work.layer(query, key, value, rule)[..., :value_size], None
+        return _local.work.layer(query, key, value, rule)[..., :value_size].contiguous(), None
 
 
 AttentionInterface.register(_NAME, thoughts_attention)
@@ -294,7 +294,7 @@ class LanguageHead:
     def __init__(self, model):
         config = model.config.get_text_config()
         self.head = model.get_output_embeddings()
-        self.size = len(self.head.weight)
+        self.size, self.width = self.head.weight.shape  # width: of the final states, in some families not hidden_size
         self.rows = max(1, _LOGIT_NUMBERS // self.size)  # how many rows of logits are made at once
         self.divide = getattr(config, "logits_scaling", None)
         self.multiply = getattr(config, "logit_scale", None)

@@ -144,7 +144,7 @@ def _tag_ids(model, think_id, end_id):
 def _blank(model, positions, number, length, with_hidden, used):
     """Return ``Thoughts`` without a token yet. ``used``: the fields that are no tensors."""
     shape, zeros = (*positions.shape, number), partial(torch.zeros, device=positions.device)
-    size = model.config.get_text_config().hidden_size
+    size = LanguageHead(model).width
     return Thoughts(
         tokens=torch.full((*shape, length), used["end_id"], device=positions.device),
         logprobs=zeros(*shape, length, dtype=torch.promote_types(model.dtype, torch.float32)),

@@ -142,7 +142,7 @@ def _layout(rows, thoughts, n_true):
 def _flat_states(model, packed):
     """Return the final states of all real text tokens (flat, hidden), and of all real own tokens (flat, hidden)."""
     if not len(packed.own):
-        return (model.get_input_embeddings().weight.new_zeros(0, model.config.get_text_config().hidden_size),) * 2
+        return (model.get_input_embeddings().weight.new_zeros(0, LanguageHead(model).width),) * 2
     own = packed.own_real.sum(1)
     longest = (packed.limit + own).argmax()
     check_room(model, int(packed.limit[longest]), int(own[longest]))

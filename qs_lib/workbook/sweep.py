@@ -60,6 +60,8 @@ def parse_grid(words: list[str]) -> dict[str, list]:
         name, mark, text = word.partition("=")
         if not mark or not text:
             raise ParameterError(f"{word!r} is not of the form name=value,value")
+        if name in grid:
+            raise ParameterError(f"{name} is given twice: write all its values behind one =, with commas")
         try:
             grid[name] = json.loads(f"[{text}]")
         except ValueError:
