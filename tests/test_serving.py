@@ -83,6 +83,7 @@ def test_a_recurrent_family_is_served_too():
     settings = {"num_thoughts": 2, "thought_length": 5, "thought_temperature": 0.0, "n_true": 2}
     model = QuietStarForCausalLM.from_base(*qs.add_thinking_tokens(lm, tokenizer), **settings)
     open_gate(model, 0.5)
+    lm(torch.tensor([[7]]))  # its own first pass sets a flag
     serve(model, tokenizer, 12)
 
 

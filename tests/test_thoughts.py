@@ -546,6 +546,12 @@ def test_models_that_cannot_be_served_say_so():
     other_head = tf.BertLMHeadModel(tf.BertConfig(vocab_size=60, is_decoder=True, **options)).eval()
     with pytest.raises(NotImplementedError, match="computes its logits"):
         think(other_head, ids)
+    shape = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 3, "rescale_every": 2}
+    rescaled = tf.RwkvForCausalLM(tf.RwkvConfig(vocab_size=60, **shape)).eval()
+    before = [p.clone() for p in rescaled.parameters()]
+    with pytest.raises(NotImplementedError, match="load it with rescale_every=0"):
+        think(rescaled, ids)
+    assert all(torch.equal(*pair) for pair in zip(before, rescaled.parameters()))
 
 
 def test_bfloat16_sampling_and_float32_scores():

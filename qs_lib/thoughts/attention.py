@@ -220,9 +220,13 @@ def view(model, own_attention=False):
     """Return a copy of the model without dropout that shares its parameters. ``forward`` needs one.
 
     It has modules and configurations of its own, so that passes leave no trace in the model, and other threads may use
-    the model meanwhile. With ``own_attention`` it computes as the model does.
+    the model meanwhile. With ``own_attention`` it computes as the model does. Raises ``NotImplementedError`` for RWKV
+    where it rescales its weights in place.
     """
-    copies = {}
+    copies, config = {}, model.config.get_text_config()
+    if 0 < getattr(config, "rescale_every", 0) < config.num_hidden_layers:
+        name = type(model).__name__
+        raise NotImplementedError(f"{name} rescales its weights to evaluate: load it with rescale_every=0.")
 
     def viewed(old):
         if old is None or id(old) in copies:

@@ -110,13 +110,12 @@ def generate_thoughts(
     forbid = tuple(sorted({int(i) for i in forbid} | {think_id}))
     if end_id in forbid:
         raise ValueError("</think> must stay possible inside a thought; it is among the forbidden ids.")
-    rows = align_rows(model.device, input_ids, attention_mask, positions)
+    rows, shared = align_rows(model.device, input_ids, attention_mask, positions), shares_prefix(model)
+    if len(rows.position):
+        check_room(model, int(rows.position.max()) + 1, thought_length)
     used = {"temperature": float(temperature), "forbid": forbid, "think_id": think_id, "end_id": end_id}
     result = _blank(model, rows.positions, num_thoughts, thought_length, with_hidden, used)
     place, uniform = _streams(rows, num_thoughts, thought_length, draw_seed(generator), numbers)
-    if len(rows.position):
-        check_room(model, int(rows.position.max()) + 1, thought_length)
-    shared = shares_prefix(model)
     # Inference mode makes each small operation cheaper. The result was made outside it, so that autograd can use it.
     # Models that compute their own attention may keep tensors between calls, which must not be inference tensors.
     with torch.inference_mode(shared):
