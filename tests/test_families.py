@@ -283,7 +283,7 @@ def test_the_kind_of_cache_changes_no_reply_of_padded_rows(kind):
 def test_a_mask_with_four_dimensions_is_one_sentence():
     model, tokenizer = wrapped("llama, tied")
     ids = batch_of(tokenizer)["input_ids"]
-    with pytest.raises(WorkbookError, match=r"attention_mask \(batch, length\)"):
+    with pytest.raises(WorkbookError, match=r"attention_mask that is not \(batch, length\)"):
         model(ids, attention_mask=torch.ones(3, 1, ids.shape[1], ids.shape[1]))
 
 

@@ -19,7 +19,7 @@ _FRACTION = re.compile(r"(?:(\d+) )?([1-9]\d*) ?/ ?([1-9]\d*)")  # 3/4, 5 1/2
 _WORDS_OF_SCALE = "hundred|thousand|mill[io]on|milliard|[bt]rillion|lakh|crore|dozen|half|halves"
 _SCALE = re.compile(rf"^ ?(?:k|K|M|B|bn|mn|mio|Mio|Mrd)\b|\b(?i:{_WORDS_OF_SCALE})")  # what changes the number
 _WITHIN_A_TEXT = re.compile(r"(?<![\w)])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\d+(?:\.\d+)?")
-LARGEST = 10**15
+LARGEST_ANSWER = 10**15
 
 
 def written_number(text: str) -> str:
@@ -48,7 +48,7 @@ def written_number(text: str) -> str:
         raise WorkbookError(f"{_short(given)} is not one number that can be read in one way only")
     if _SCALE.search(before) or _SCALE.search(after):
         raise WorkbookError(f"{_short(given)} has a word that changes its number: write it in digits")
-    if value and not 1 / LARGEST <= abs(value) <= LARGEST:
+    if value and not 1 / LARGEST_ANSWER <= abs(value) <= LARGEST_ANSWER:
         raise WorkbookError(f"{_short(given)} is too {'large' if abs(value) > 1 else 'small'} a number")
     return format((value + 0).normalize(), "f")  # 0 takes the sign of -0 away
 

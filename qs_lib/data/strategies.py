@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from datasets import Dataset, DatasetDict
 
-from ..errors import WorkbookError
+from ..errors import WorkbookError, at_least
 from . import Problem
 from .tokens import PLAIN_WORDS
 
@@ -231,8 +231,9 @@ def reasoning_dataset(problems, held_out=(), cot: int = 400, per_strategy: int =
     fits. Families that fit one strategy only are kept for it. Raises ``WorkbookError`` naming the strategy that falls
     short or the example that fails its check, or for counts below 1.
     """
-    if min(cot, per_strategy) < 1:
-        raise WorkbookError(f"{cot} and {per_strategy} examples cannot be made: ask for at least 1")
+    at_least(0, cot=cot, per_strategy=per_strategy)
+    if cot == per_strategy == 0:
+        raise WorkbookError("cot and per_strategy are both 0: no example would be made")
     rng = random.Random(seed)
     pool, rows, used = [dict(p) for p in problems], [], {p["question"] for p in held_out}
     rng.shuffle(pool)

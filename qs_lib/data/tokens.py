@@ -31,11 +31,13 @@ _TOKENS = (
 )
 THINKING_TOKENS = tuple(token for token, _, _ in _TOKENS)
 PLAIN_WORDS = {token: word for token, word, _ in _TOKENS}
-_TAG = re.compile(rf"<(?={'|'.join(token[1:] for token in THINKING_TOKENS)})")  # the bracket of one in a text
+_TAG = re.compile("<(?=" + "|".join(token[1:] for token in THINKING_TOKENS) + ")")  # the bracket of one in a text
 _NAME = r"[\w:]*(?:think|thought|reason)\w*\|?[>\]▷]"
-_CLOSED = rf"[<\[◁]\|?/{_NAME}\s*"
+_INSIDE = r"[^<\[◁]*"
+_BRACKET = r"[<\[◁]\|?"
+_CLOSED = rf"{_BRACKET}/{_NAME}\s*"
 _OPENED = re.compile(  # a thought at the end of a chat template: opened, opened and closed, or closed alone
-    rf"(?:[<\[◁]\|?{_NAME}(?:[^<\[◁]*{_CLOSED})?|{_CLOSED})\s*$", re.IGNORECASE
+    rf"(?:{_BRACKET}{_NAME}(?:{_INSIDE}{_CLOSED})?|{_CLOSED})\s*$", re.IGNORECASE
 )
 
 

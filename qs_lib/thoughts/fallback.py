@@ -187,7 +187,7 @@ def _room(model):
         return most
     ropes = getattr(config, "rope_parameters", None) or {}
     ropes = [vars(config), ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]
-    limits = {rope.get(name) for rope in ropes for name in _LIMITS} - {None}
+    limits = {limit for rope in ropes for name in _LIMITS if 0 < (limit := rope.get(name) or 0) < 2**31}
     base, ids = backbone(view(model, own_attention=True)), _words(model)[:1, :6]
     try:
         for limit in [0, *sorted(limits)]:  # at 0 frequencies of a longer text are forgotten

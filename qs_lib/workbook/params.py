@@ -26,7 +26,7 @@ PARAMETER_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 
 class NotebookParams(Settings):
-    """What every notebook takes. Each notebook adds its own in a subclass below, on top of the settings of its training."""
+    """What every notebook takes. Each adds its own in a subclass below, on top of the settings of its training."""
 
     seed: int = Field(0, ge=0, lt=2**32)
     run_name: str = Field(pattern=RUN_NAME)
