@@ -84,7 +84,7 @@ def _unmerged(source: str, local: bool, config: dict) -> WorkbookError:
     imports = "from peft import AutoPeftModelForCausalLM as Model; from qs_lib.champion import load_tokenizer"
     model = f"Model.from_pretrained({json.dumps(source)}).merge_and_unload().save_pretrained({json.dumps(merged)})"
     tokenizer = f"load_tokenizer({json.dumps(words)}).save_pretrained({json.dumps(merged)})"
-    command = f"python -c {shlex.quote('; '.join((imports, model, tokenizer)))}"
+    command = f"python -c {shlex.quote(f'{imports}; {model}; {tokenizer}')}"
     return SourceError(f"{source} is an adapter of {base}: merge them, then load {merged}:\n{command}")
 
 
