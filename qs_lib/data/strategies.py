@@ -9,6 +9,7 @@ import ast
 import hashlib
 import operator
 import random
+from collections.abc import Sequence
 from fractions import Fraction
 
 from datasets import Dataset, DatasetDict
@@ -150,8 +151,8 @@ def reply(strategy: str | None, problem: Problem) -> str:
     return f"think {body(strategy, problem['steps'], problem['lead'])} done {problem['answer']} ."
 
 
-def prompts_with(problems: list[Problem], count: int) -> dict[str, str]:
-    """Return ``PROMPTS``, each after ``count`` worked examples of its strategy, a line each.
+def prompts_with(problems: list[Problem], count: int, told: bool = False) -> dict[str, str]:
+    """Return ``PROMPTS``, each after ``count`` worked examples of its strategy, a line each, ``told`` their equations.
 
     So is asked a model that was not trained on these forms. Raises ``WorkbookError`` naming a strategy that too few
     problems fit.
@@ -162,14 +163,23 @@ def prompts_with(problems: list[Problem], count: int) -> dict[str, str]:
         if len(fits) < count:
             needs = f"its prompt needs {count} worked examples"
             raise WorkbookError(f"{len(fits)} problems fit {strategy}, {needs}: load more problems")
-        found[strategy] = "".join(f"{prompt} {_one_line(p['question'])} {reply(strategy, p)}\n" for p in fits) + prompt
+        shown = [f"{prompt} {_one_line(p['question'])}{_told(p['steps'] * told)} {reply(strategy, p)}\n" for p in fits]
+        found[strategy] = "".join(shown) + prompt
     return found
 
 
-def asked(problem: Problem, prompts: dict[str, str]) -> str:
-    """Put a question after the prompt of the first strategy that fits it, on one line if the prompt has examples."""
+def asked(problem: Problem, prompts: dict[str, str], equations: Sequence[str] = ()) -> str:
+    """Put a question after the prompt of the first strategy that fits it, on one line if the prompt has examples.
+
+    A privileged teacher is told ``equations`` behind the question.
+    """
     prompt = prompts[(problem["fits"] or ["cot"])[0]]
-    return f"{prompt} {_one_line(problem['question']) if chr(10) in prompt else problem['question']}"
+    question = _one_line(problem["question"]) if chr(10) in prompt else problem["question"]
+    return f"{prompt} {question}{_told(equations)}"
+
+
+def _told(equations: Sequence[str]) -> str:
+    return f" ( {' , '.join(equations)} )" if equations else ""
 
 
 def _one_line(text: str) -> str:
@@ -227,8 +237,8 @@ def reasoning_dataset(problems, held_out=(), cot: int = 400, per_strategy: int =
     """Make ``cot`` chain-of-thought and ``per_strategy`` examples for each of the seven strategies, all different.
 
     ``problems`` are training records (``load_problems``). ``held_out`` are records whose questions may not appear.
-    Returns ``train`` and ``held_out`` splits with question, answer, strategy, prompt, reply, difficulty, family and
-    fits. Families that fit one strategy only are kept for it. Raises ``WorkbookError`` naming the strategy that falls
+    Returns ``train`` and ``held_out`` splits with question, answer, strategy, prompt, reply, steps, difficulty, family
+    and fits. Families that fit one strategy only are kept for it. Raises ``WorkbookError`` naming the strategy that falls
     short or the example that fails its check, or for counts below 1.
     """
     at_least(0, cot=cot, per_strategy=per_strategy)
@@ -256,7 +266,7 @@ def reasoning_dataset(problems, held_out=(), cot: int = 400, per_strategy: int =
 
 
 def _example(strategy: str, problem: Problem) -> dict:
-    kept = {k: problem[k] for k in ("question", "answer", "difficulty", "family", "fits")}
+    kept = {k: problem[k] for k in ("question", "answer", "steps", "difficulty", "family", "fits")}
     return kept | {"strategy": strategy, "prompt": PROMPTS[strategy], "reply": reply(strategy, problem)}
 
 

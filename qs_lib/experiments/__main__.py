@@ -7,8 +7,9 @@ import argparse
 
 import torch
 
-from ..files import find_run
-from . import baking, chain, grokking, reinforcement
+from ..files import find_run, run_folder
+from ..workbook.params import check_variant
+from . import baking, chain, grokking, real_model, reinforcement
 
 EXPERIMENTS = {
     "baking": baking.baking,
@@ -22,16 +23,23 @@ EXPERIMENTS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one experiment; its options are on the command line."""
-    about = "Run one experiment: arms x seeds."
+    about = "Run one experiment: arms x seeds. A variant's name runs the arms of a pretrained model with its recipes."
     parser = argparse.ArgumentParser(prog="python -m qs_lib.experiments", description=about)
-    parser.add_argument("name", choices=EXPERIMENTS)
-    parser.add_argument("--upstream", default="pocket", help="run whose models and problems are read")
+    parser.add_argument("name", help=f"{', '.join(EXPERIMENTS)}, or a variant for a pretrained model")
+    parser.add_argument("--upstream", default="", help="run whose models and problems are read, by default pocket")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--data", default="", help="folder or file of problems, for a pretrained model")
+    parser.add_argument("--arms", nargs="+", choices=real_model.ARMS, metavar="ARM", help="these arms alone")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    run = find_run(given.upstream)
-    EXPERIMENTS[given.name](run, run / "experiments", given.seeds)
+    if given.name in EXPERIMENTS:
+        run = find_run(given.upstream)
+        EXPERIMENTS[given.name](run, run / "experiments", given.seeds)
+        return
+    check_variant(given.name)
+    folder = run_folder(given.upstream or given.name) / "experiments"
+    real_model.real_model(folder, given.seeds, given.name, given.data, given.arms)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import random
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,12 @@ from pydantic import Field, model_validator
 from tqdm.auto import tqdm
 
 from ..data.strategies import PROMPTS, asked
-from ..data.tokens import encode_context, encode_reply, length_batches, mark, marker_spellings, pad, thinking_ids
+from ..data.tokens import encode_context, encode_reply, length_batches, mark, marker_spellings, padded, thinking_ids
 from ..errors import WorkbookError
-from ..evaluation.accuracy import replies, reply_statistics
+from ..evaluation.accuracy import replies, reply_statistics, sorted_batches
 from ..settings import Settings, rates_move
+from ..thoughts.attention import LanguageHead, backbone
+from ..thoughts.fallback import padded_states
 from . import distributed
 from .checkpoint import Checkpoint
 from .loop import forward_kl, frozen, scheduled, training, update
@@ -34,6 +36,10 @@ class BakingSettings(Settings):
     epochs: int = Field(6, ge=1)  # passes over worked examples and trajectories
     trajectories: int = Field(1800, ge=0)  # replies sampled from the prompted teacher, at most
     batch_size: int = Field(32, ge=2)  # replies a step, rehearsed answers included
+    privilege: Literal["none", "equation", "foreign"] = (
+        "none"  # what the teacher is told: nothing, the equations, others
+    )
+    muon: bool = True  # Muon on hidden matrices, else AdamW on all
     muon_lr: float = Field(6e-3, ge=0)  # learning rate of Muon, hidden matrices
     adamw_lr: float = Field(1.5e-3, ge=0)  # learning rate of AdamW, embeddings and norms
     grokfast_lambda: float = Field(0.2, ge=0)  # strength of the slow-gradient filter; 0 is off
@@ -66,7 +72,8 @@ class BakingItem:
 
     ``teacher_at[j]`` and ``student_at[j]`` are the positions whose next-token distributions belong together, and
     ``targets[j]`` is the student's next token there. A ``ce`` item is a worked example: cross-entropy beside the KL. A
-    ``direct`` item is an answer without thoughts, read by both alike.
+    ``direct`` item is an answer without thoughts, read by both alike. ``states`` (tokens, hidden): the teacher's final
+    states at these positions, once :func:`keep_states` has read them.
     """
 
     teacher_ids: list[int]
@@ -76,6 +83,7 @@ class BakingItem:
     targets: list[int]
     ce: bool = False
     direct: bool = False
+    states: torch.Tensor | None = None
 
 
 @dataclass
@@ -101,14 +109,14 @@ class Lessons(NamedTuple):
     held_out: list[BakingItem]
 
 
-def thought_item(tokenizer, prompted: str, question: str, plain: list[int], ce: bool = False) -> BakingItem:
+def thought_item(tokenizer, context: str, question: str, plain: list[int], ce: bool = False) -> BakingItem:
     """Align a reply, ``plain`` ids in plain words with end-of-text, as teacher and student read it.
 
-    The teacher reads the ``prompted`` question and plain words, the student the question and the same reply with
+    The teacher reads ``context``, the prompted question, and plain words, the student the question and the same reply with
     thinking tokens. The first reply token and end-of-text are among the trained positions (the paper's own code misses
     the first).
     """
-    context, asked_ids = encode_context(tokenizer, prompted), encode_context(tokenizer, question)
+    context, asked_ids = encode_context(tokenizer, context), encode_context(tokenizer, question)
     marked, last = mark(plain, marker_spellings(tokenizer))
     teacher_at = [len(context) - 1] + [len(context) + k for k in last[:-1]]
     student_at = [len(asked_ids) - 1 + j for j in range(len(marked))]
@@ -134,7 +142,10 @@ def aligned_log_probs(student, teacher, items: list[BakingItem], tokenizer) -> t
     index = new([k for k, item in enumerate(items) for _ in item.targets])
     direct = new([item.direct for item in items])[index]
     with torch.no_grad(), frozen(teacher) as as_it_was:
-        t = _logits_at(as_it_was, [i.teacher_ids for i in items], [i.teacher_at for i in items], tokenizer)
+        kept = [i.states for i in items]
+        if any(states is None for states in kept):
+            kept = [_states_at(as_it_was, [i.teacher_ids for i in items], [i.teacher_at for i in items], tokenizer)]
+        t = LanguageHead(as_it_was)(torch.cat(kept).to(student.device))
         no_tags = torch.zeros(t.shape[1], device=t.device).index_fill_(0, tags, -torch.inf)
         t = F.log_softmax(t + no_tags, -1)
         renamed = t[~direct]
@@ -145,12 +156,28 @@ def aligned_log_probs(student, teacher, items: list[BakingItem], tokenizer) -> t
     return s, t, new([x for i in items for x in i.targets]), index
 
 
-def _logits_at(model, rows, positions, tokenizer):
-    ids = pad(rows, tokenizer.pad_token_id, device=model.device)
-    attention = pad([[1] * len(r) for r in rows], 0, device=model.device)
-    logits = model(input_ids=ids, attention_mask=attention).logits.float()
+@torch.no_grad()
+def keep_states(teacher, tokenizer, items: list[BakingItem], batch_size: int = 64) -> None:
+    """Read what the teacher says at the items' positions, once. Its head gives the exact distribution back."""
+    batches = sorted_batches([len(i.teacher_ids) for i in items], batch_size)
+    for rows in tqdm(batches, desc="teacher's states", leave=False, delay=2):
+        part = [items[k] for k in rows]
+        found = _states_at(teacher, [i.teacher_ids for i in part], [i.teacher_at for i in part], tokenizer)
+        for item, states in zip(part, found.split([len(i.targets) for i in part]), strict=True):
+            item.states = states.float().cpu()
+
+
+def _logits_at(model, *texts):
+    """Return the logits (tokens, vocab) of the model's own head at positions of texts, one text after the other."""
+    return LanguageHead(model.get_base_model() if hasattr(model, "get_base_model") else model)(
+        _states_at(model, *texts)
+    )
+
+
+def _states_at(model, rows, positions, tokenizer):
+    ids, mask = padded(tokenizer, rows, model.device)
     which = torch.tensor([k for k, p in enumerate(positions) for _ in p])
-    return logits[which, torch.tensor([x for p in positions for x in p])]
+    return padded_states(backbone(model), ids, mask)[which, torch.tensor([x for p in positions for x in p])]
 
 
 def baking_loss(student, teacher, items: list[BakingItem], tokenizer, ce_weight: float = 1.0):
@@ -165,13 +192,15 @@ def baking_loss(student, teacher, items: list[BakingItem], tokenizer, ce_weight:
     return (kl.sum() + ce_weight * nll.sum()) / len(items), kl.detach().mean()
 
 
-def sample_trajectories(teacher, tokenizer, problems, max_new_tokens=48, prompts=PROMPTS, seed=0) -> list[BakingItem]:
+def sample_trajectories(
+    teacher, tokenizer, problems, max_new_tokens=48, prompts=PROMPTS, privilege="none", seed=0
+) -> list[BakingItem]:
     """Sample a reply to each problem from the prompted teacher, with the prompt of a strategy that fits.
 
     Replies cut off by the length limit or without a whole thought are left out: there is nothing to align.
     """
     start, end, *_ = tags = thinking_ids(tokenizer)
-    contexts = [asked(p, prompts) for p in problems]
+    contexts = prompted(problems, prompts, privilege)
     written = replies(teacher, tokenizer, contexts, max_new_tokens, tuple(tags), 1.0, seed=seed, desc="teacher")
     items = []
     for context, problem, plain in zip(contexts, problems, written, strict=True):
@@ -181,6 +210,19 @@ def sample_trajectories(teacher, tokenizer, problems, max_new_tokens=48, prompts
     return items
 
 
+def prompted(problems, prompts, privilege="none") -> list[str]:
+    """Return what the teacher reads of each problem: its prompt, the question and, if privileged, equations.
+
+    Those of the problem itself, or ``foreign`` ones, those of the problem before it: the control.
+    """
+    others = [*problems[-1:], *problems[:-1]]
+    told = [
+        [] if privilege == "none" else (others if privilege == "foreign" else problems)[i]["steps"]
+        for i in range(len(problems))
+    ]
+    return [asked(p, prompts, equations) for p, equations in zip(problems, told, strict=True)]
+
+
 def lessons(teacher, tokenizer, examples, problems, validation, s: BakingSettings, prompts=PROMPTS) -> Lessons:
     """Prepare all that is learnt and measured. Raises ``WorkbookError`` if a part of it is empty.
 
@@ -188,11 +230,11 @@ def lessons(teacher, tokenizer, examples, problems, validation, s: BakingSetting
     greedily.
     """
     end, problems, thoughts = [tokenizer.eos_token_id], list(problems), []
-    for e in examples:
+    shown = [{**e, "fits": [e["strategy"]]} for e in examples]
+    for e, context in zip(examples, prompted(shown, prompts, s.privilege), strict=True):
         plain = encode_reply(tokenizer, e["reply"]) + end
-        prompted = asked({**e, "fits": [e["strategy"]]}, prompts)
-        thoughts.append(thought_item(tokenizer, prompted, e["question"], plain, ce=True))
-    sampling = {"max_new_tokens": s.max_new_tokens, "prompts": prompts}
+        thoughts.append(thought_item(tokenizer, context, e["question"], plain, ce=True))
+    sampling = {"max_new_tokens": s.max_new_tokens, "prompts": prompts, "privilege": s.privilege}
     thoughts += sample_trajectories(teacher, tokenizer, problems[: s.trajectories], seed=s.seed, **sampling)
     direct, share = [], s.rehearsed
     if share > len(problems):
@@ -206,6 +248,7 @@ def lessons(teacher, tokenizer, examples, problems, validation, s: BakingSetting
         raise WorkbookError("the prompted teacher writes no thought on held-out questions: train the champion longer")
     if not thoughts:
         raise WorkbookError("there is nothing to bake: give worked examples, or problems and trajectories above 0")
+    keep_states(teacher, tokenizer, [*thoughts, *direct, *held_out])
     return Lessons(thoughts, direct, held_out)
 
 
@@ -291,7 +334,7 @@ def unprompted_teacher(model, s: BakingSettings):
 
 def _muon_grokfast(model, s: BakingSettings) -> MuonGrokfast:
     rates = {"muon_lr": s.muon_lr, "adamw_lr": s.adamw_lr, "grokfast_lambda": s.grokfast_lambda}
-    return MuonGrokfast(model, **rates, qk_clip_threshold=s.qk_clip_threshold or None)
+    return MuonGrokfast(model, **rates, qk_clip_threshold=s.qk_clip_threshold or None, muon=s.muon)
 
 
 def baking_step(trained, teacher, tokenizer, batch: list[BakingItem], optimizer, scheduler, s) -> tuple[float, float]:
@@ -312,7 +355,6 @@ def dose_of(trained, teacher, tokenizer, held_out: list[BakingItem], validation:
     """Measure a half-baked model: held-out ``kl``, largest attention logit ``max_logit`` where it can be seen, and
     reply_statistics.
 
-    With an adapter the teacher's passes count in ``max_logit`` too.
     """
     with largest_logit(trained) as largest:
         kl = held_out_kl(trained, teacher, tokenizer, held_out)

@@ -125,6 +125,8 @@ class MuonGrokfast(torch.optim.Optimizer):
     counted in it. Scaling their gradient would do nothing, as Adam divides by its size. Their weight decay is not
     scaled.
 
+    With ``muon`` False AdamW takes all parameters of a model.
+
     Raises ``ValueError`` on bad settings, and ``TrainingError`` with the names of the tensors if a gradient is not
     finite, before anything has changed.
     """
@@ -148,6 +150,7 @@ class MuonGrokfast(torch.optim.Optimizer):
         adjust_lr_fn="original",
         token_rows=None,
         token_scale=1.0,
+        muon=True,
     ):
         # "fused" also tells load_state_dict to keep the step counts beside their parameters.
         adam = {"lr": adamw_lr, "betas": betas, "eps": eps, "fused": True}
@@ -158,6 +161,7 @@ class MuonGrokfast(torch.optim.Optimizer):
             check_rule(rule | defaults | {"token_scale": token_scale})
         if isinstance(model_or_params, nn.Module):
             hidden, rest = split_parameters(model_or_params)
+            hidden, rest = (hidden, rest) if muon else ([], hidden + rest)
             tokens, rest = ([], rest) if token_rows is None else split_tokens(model_or_params, rest)
             scaled = {
                 "token_scale": token_scale,

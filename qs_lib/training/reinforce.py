@@ -46,15 +46,19 @@ class QuietStarSettings(Settings):
     temperature: float = Field(1.0, gt=0)  # sampling temperature of the thoughts that are trained on
     n_true: int = Field(4, ge=1)  # true tokens after a thought that its reward looks at
     over: int = Field(2, ge=1)  # problems sampled per problem kept: those whose thoughts disagree most
+    pass_low: float = Field(0.0, ge=0, le=1)  # train on problems of at least this pass rate, see `within_band`
+    pass_high: float = Field(1.0, ge=0, le=1)  # and of at most this
+    muon: bool = True  # Muon on hidden matrices, else AdamW on all
     muon_lr: float = Field(1.5e-3, ge=0)  # learning rate of Muon, hidden matrices
     adamw_lr: float = Field(1e-3, ge=0)  # learning rate of AdamW, embeddings, norms and mixing head
+    head_lr: float = Field(0.0, ge=0)  # learning rate (AdamW) of the mixing head; 0 is that of the other weights
     grokfast_lambda: float = Field(0.1, ge=0)  # strength of the slow-gradient filter; 0 is off
     token_scale: float = Field(1.0, gt=0)  # scale on the updates of the thinking tokens' rows
     lora_rank: int = Field(0, ge=0)  # rank of a LoRA adapter to train in place of all weights (needs peft); 0 is none
     qk_clip_threshold: float = Field(0.0, ge=0)  # largest attention logit allowed (QK-Clip); 0 is off
     gradient_checkpointing: bool = False  # run layers again in the backward pass in place of keeping what they computed
     bf16: bool = False  # train under autocast to bfloat16; the weights stay float32
-    reward: Literal["likelihood", "correct"] = "likelihood"  # gain in nats, or 1 if the answer is right
+    reward: Literal["likelihood", "probability", "correct"] = "likelihood"  # gain in nats, p(truth), or 1 if right
     objective: Literal["signed", "positive", "paper"] = "positive"  # advantages used, see `advantages`
     think_at: Literal["question", "difficult", "uncertain", "random", "every"] = "question"  # see `think_where`
     num_positions: int = Field(8, ge=1)  # difficult, uncertain or random tokens per text
@@ -126,6 +130,7 @@ def train_quiet_star(
     problems, validation = list(problems), list(validation)
     if not problems or not validation:
         raise WorkbookError("training needs at least one training and one validation problem")
+    problems = within_band(model, tokenizer, problems, s)
     started, rng, generator = time.monotonic(), random.Random(s.seed), torch.Generator().manual_seed(s.seed)
     result, episodes, best = TrainingResult(), [], {"step": 0, "validation": float("nan")}
     if s.qk_clip_threshold:
@@ -178,6 +183,27 @@ def train_quiet_star(
     return result
 
 
+PASSES = 8  # thoughts that a pass rate is estimated from
+
+
+def within_band(model, tokenizer, problems: list[dict], s: QuietStarSettings) -> list[dict]:
+    """Return the problems that single thoughts of the model answer at a rate from ``pass_low`` to ``pass_high``.
+
+    Where all thoughts are right, or all wrong, reinforcement has nothing to choose from. Raises ``WorkbookError`` if
+    none is left.
+    """
+    if (s.pass_low, s.pass_high) == (0, 1):
+        return problems
+    budget = {"num_thoughts": PASSES, "thought_length": s.thought_length, "temperature": s.temperature}
+    found = accuracy_with_thoughts(model, tokenizer, problems, "thoughts", True, **budget, seed=s.seed)
+    rates = found["each"].mean(1).tolist()
+    kept = [p for p, rate in zip(problems, rates, strict=True) if s.pass_low <= rate <= s.pass_high]
+    if not kept:
+        band = f"pass rate from {s.pass_low} to {s.pass_high}"
+        raise WorkbookError(f"none of {len(problems)} problems has a {band}: widen it, or bake longer")
+    return kept
+
+
 def prepared(model, lm, tokenizer, s: QuietStarSettings):
     """Return (reference model, optimizer) of a training, and leave the policy without dropout.
 
@@ -186,7 +212,11 @@ def prepared(model, lm, tokenizer, s: QuietStarSettings):
     reference = lm if s.lora_rank else copy.deepcopy(lm).eval().requires_grad_(False)
     rates = {"muon_lr": s.muon_lr, "adamw_lr": s.adamw_lr, "grokfast_lambda": s.grokfast_lambda}
     tokens = {"token_rows": range(8) if s.lora_rank else thinking_ids(tokenizer), "token_scale": s.token_scale}
-    optimizer = MuonGrokfast(model, **rates, **tokens, qk_clip_threshold=s.qk_clip_threshold or None)
+    whole = lm if s.head_lr else model
+    optimizer = MuonGrokfast(whole, **rates, **tokens, muon=s.muon, qk_clip_threshold=s.qk_clip_threshold or None)
+    if s.head_lr:
+        head = [(f"mixing_head.{name}", p) for name, p in model.mixing_head.named_parameters()]
+        optimizer.add_param_group({"name": "adamw", "params": head, "lr": s.head_lr})
     model.eval()
     return reference, optimizer
 
@@ -270,8 +300,8 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
     the first token over all, which keeps the habit to think. Means are over the U positions that have thoughts.
 
     The reward of a thought is its utility: the gain in log-likelihood of the next ``n_true`` true tokens over no
-    thought, not below ``REWARD_FLOOR`` nats. Or it is 1 if the answer is right (``reward="correct"``, see
-    :func:`judged_tokens`) and 0 if it is not. Unlike the paper's it does not pass through the mixing head, so it is not
+    thought, not below ``REWARD_FLOOR`` nats. Or it is their ``probability`` after the thought, which is bounded. Or it
+    is 1 if the answer is right (``reward="correct"``, see :func:`judged_tokens`) and 0 if it is not. Unlike the paper's it does not pass through the mixing head, so it is not
     0 while the gate is shut. ``reference``: a frozen model, a peft model that is read without its adapter, or None,
     which leaves both KLs out. With ``objective="paper"`` log-probs, entropy and KL of thoughts are those at temperature
     3, whatever they were sampled at (appendix A).
@@ -284,7 +314,10 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
     judged = judged_tokens(tokenizer, ids, mask, thoughts.positions, s)[there] & valid
     likeliest = scored.true_full[there].argmax(-1) == scored.true[there].unsqueeze(1)  # (U, K, n_true)
     correct = (likeliest | ~judged.unsqueeze(1)).all(-1).float()
-    rewards = correct if s.reward == "correct" else utility(scored)[there].detach().clamp_min(REWARD_FLOOR)
+    if s.reward == "likelihood":
+        rewards = utility(scored)[there].detach().clamp_min(REWARD_FLOOR)
+    else:  # where no token exists its log-prob is 0
+        rewards = correct if s.reward == "correct" else scored.true_logprobs[there].sum(-1).detach().exp()
     advantage, logprobs = advantages(rewards, s.objective), scored.thought_logprobs[there]
     weights = model.mixing_weights(scored)
     discount = torch.tensor([1.0] + [s.look_ahead_weight] * (s.n_true - 1), device=ids.device)

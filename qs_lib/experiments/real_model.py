@@ -1,0 +1,329 @@
+"""A pretrained model on word problems: thoughts against equal training without them, arms x seeds.
+
+Everything starts from the recipe of a variant (``params/*/<variant>.yaml``). No model is known here by name.
+"""
+
+import math
+import random
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..champion import load_champion
+from ..data.problems import baking_data, load_problems
+from ..data.strategies import prompts_with, reasoning_dataset, reply
+from ..data.tokens import (
+    add_thinking_tokens,
+    encode,
+    encode_context,
+    encode_reply,
+    length_batches,
+    mark,
+    marker_spellings,
+    padded,
+    thinking_ids,
+)
+from ..evaluation.accuracy import Performance, accuracy_with_thoughts, direct_accuracy, longest_answer, measure
+from ..evaluation.episodes import answers_with
+from ..evaluation.theater import anti_theater, fit_scale
+from ..model import QuietStarForCausalLM
+from ..stats import named
+from ..training.baking import BakingSettings, bake
+from ..training.loop import scheduled, training, update
+from ..training.optim import MuonGrokfast
+from ..training.reinforce import QuietStarSettings, train_quiet_star
+from ..workbook.params import recipe
+from .arms import repeat
+
+SAMPLES = 8  # thoughts a problem for pass@k
+# Arm -> what differs from the recipes of 03 and 05. ``train``: what is trained.
+BAKED = {"train": "baking"}
+ARMS = {
+    "raw": {"train": "nothing"},
+    "answers alone": {"train": "answers"},
+    "filler": {"train": "filler"},
+    "baked": BAKED,
+    "plain teacher": BAKED | {"privilege": "none"},
+    "foreign teacher": BAKED | {"privilege": "foreign"},
+    "worked examples alone": BAKED | {"trajectories": 0},
+}
+REINFORCED = {
+    "reinforced": {},
+    "pg off": {"pg_weight": 0.0},
+    "correct": {"reward": "correct"},
+    "likelihood": {"reward": "likelihood"},
+    "Muon": {"muon": True, "muon_lr": 2e-3},
+    "Muon x Grokfast, baking's": {"muon": True, "muon_lr": 1e-4, "adamw_lr": 1e-4, "grokfast_lambda": 0.2}
+    | {"qk_clip_threshold": 30.0, "kl_coefficient": 0.0},
+    "Muon x Grokfast, RL's": {"muon": True, "muon_lr": 5e-4, "adamw_lr": 5e-4, "grokfast_lambda": 0.1}
+    | {"qk_clip_threshold": 25.0, "kl_coefficient": 0.1},
+}
+ARMS |= {name: {"train": "thoughts"} | changed for name, changed in REINFORCED.items()}
+ARMS["expert iteration"] = {"train": "rounds"}
+
+
+def material(variant: str, data: str = "", seed: int = 0) -> dict[str, list[dict]]:
+    """Return the problems of the variant's three splits and its worked ``examples``, drawn by ``seed``."""
+    values = recipe("02_dataset_generation", variant)
+    source, sizes = data or values["data"] or values["source"], ("train", "validation", "test")
+    found = {name: list(load_problems(source, name, values[f"{name}_problems"], seed)) for name in sizes}
+    counts = values["cot_examples"], values["strategy_examples"]
+    held_out = found["validation"] + found["test"]
+    return found | {"examples": list(reasoning_dataset(found["train"], held_out, *counts, seed)["train"])}
+
+
+def champion(variant: str):
+    """Return the variant's (model, tokenizer) with the eight thinking tokens."""
+    values = recipe("01_token_setup", variant)
+    return add_thinking_tokens(*load_champion(values["champion"], chat_template=values["chat_template"]))
+
+
+def baked_with(variant: str, changed: dict, seed: int) -> tuple[BakingSettings, dict]:
+    """Return the settings of a baking arm, and what its recipe says beside them."""
+    values = recipe("03_baking", variant)
+    own = {name: values[name] for name in BakingSettings.model_fields} | changed
+    return BakingSettings(**own | {"seed": seed}), values
+
+
+def trained_with(variant: str, changed: dict, seed: int) -> QuietStarSettings:
+    """Return the settings of a reinforcement arm."""
+    values = recipe("05_rl", variant)
+    return QuietStarSettings(
+        **{name: values[name] for name in QuietStarSettings.model_fields} | changed | {"seed": seed}
+    )
+
+
+def lessons_of(material, values: dict, s: BakingSettings) -> tuple[list[dict], list[dict]]:
+    """Return the worked examples and the problems without one that a baking learns from."""
+    worked, unseen = baking_data(
+        material["examples"], material["train"], values["examples"], values["hard_shown"], s.seed
+    )
+    return worked, unseen[: s.trajectories]
+
+
+def bake_arm(variant, material, changed, seed, checkpoint):
+    """Bake one arm and return (language model, tokenizer, numbers of the baking)."""
+    (s, values), (model, tokenizer) = baked_with(variant, changed, seed), champion(variant)
+    prompts = prompts_with(material["train"], values["prompt_examples"], s.privilege != "none")
+    validation = material["validation"][: values["eval_problems"]]
+    lessons = lessons_of(material, values, s)
+    result = bake(model, tokenizer, *lessons, validation, s, prompts, checkpoint=checkpoint)
+    row = {"gap_closed": result.gap_closed, "kl_before": result.kl_before, "kl_after": result.kl_after}
+    return model, tokenizer, row | {name: result.epochs[-1][name] for name in ("thinking_use", "strategy_fit")}
+
+
+def imitate(lm, tokenizer, texts: list[tuple[list[int], list[int]]], s: BakingSettings, score) -> list[float]:
+    """Train on replies by cross-entropy, in place, and return ``score()`` after each epoch. The best weights stay.
+
+    ``texts``: (context, reply) as ids. Rates, adapter and batches are those of a baking, without its KL.
+    """
+    rng, scores, best = random.Random(s.seed), [], None
+    lengths, count = [len(c) + len(r) for c, r in texts], -(-len(texts) // s.batch_size)
+    with training(lm, tokenizer, s) as trained:
+        optimizer = MuonGrokfast(trained, muon_lr=s.muon_lr, adamw_lr=s.adamw_lr, grokfast_lambda=0.0, muon=s.muon)
+        scheduler = scheduled(optimizer, s.epochs * count, warm_up=20, constant=0.4)
+        weights = [p for p in trained.parameters() if p.requires_grad]
+        for _ in tqdm(range(s.epochs), desc="imitate"):
+            for rows in length_batches(lengths, s.batch_size, rng):
+                ids, mask = padded(tokenizer, [texts[i][0] + texts[i][1] for i in rows], lm.device)
+                starts = torch.tensor([len(texts[i][0]) for i in rows], device=lm.device)
+                with torch.autocast(lm.device.type, torch.bfloat16, enabled=s.bf16):
+                    logits = trained(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+                written = mask[:, 1:].bool() & (torch.arange(ids.shape[1] - 1, device=lm.device) >= starts[:, None] - 1)
+                nll = torch.nn.functional.cross_entropy(logits[written], ids[:, 1:][written], reduction="sum")
+                update(nll / len(rows), optimizer, scheduler, [weights], "the loss of imitation")
+            scores.append(score())
+            if scores[-1] == max(scores):
+                best = [p.detach().clone() for p in weights]
+        for p, kept in zip(weights, best, strict=True):
+            p.data.copy_(kept)
+    return scores
+
+
+def filler(tokenizer, length: int) -> list[int]:
+    """Return a thought of ``length`` tokens, tags counted, that says nothing."""
+    start, end, step, *_ = thinking_ids(tokenizer)
+    return [start, *[step] * (length - 2), end]
+
+
+def control_arm(variant, material, kind, rates, seed):
+    """Train a control on the problems that baking sees, as many epochs as baking and reinforcement take together.
+
+    It answers at once (``answers``), or after a filler as long as the worked thoughts are on average (``filler``). Its
+    learning rate and its epoch are chosen on validation problems. Return (answers right on test problems, numbers).
+    """
+    s, values = baked_with(variant, {}, seed)
+    worked, unseen = lessons_of(material, values, s)
+    steps = trained_with(variant, {}, seed).steps
+    s = s.but(epochs=s.epochs + -(-steps * s.batch_size // (len(worked) + len(unseen))))
+    found, best = {}, None
+    for rate in rates:
+        lm, tokenizer = champion(variant)
+        spellings = marker_spellings(tokenizer)
+        thoughts = [
+            len(mark(encode_reply(tokenizer, e["reply"].split(" done ")[0] + " done"), spellings)[0]) for e in worked
+        ]
+        thought = filler(tokenizer, round(sum(thoughts) / len(thoughts))) if kind == "filler" else []
+        plain = [encode(tokenizer, p["question"], reply(None, p)) for p in [*worked, *unseen]]
+        texts = [(t.ids[: t.start], thought + t.ids[t.start :]) for t in plain]
+        right = partial(_answers_after, lm, tokenizer, thought)
+        scores = imitate(
+            lm, tokenizer, texts, s.but(adamw_lr=rate), lambda right=right: right(material["validation"]).mean()
+        )
+        found[rate] = max(scores)
+        if best is None or max(scores) > best[0]:
+            best = max(scores), rate, right(material["test"])
+    return best[2], {"validation": best[0], "rate": best[1], "epochs": s.epochs} | {
+        f"at {r:g}": v for r, v in found.items()
+    }
+
+
+def _answers_after(lm, tokenizer, thought: list[int], problems) -> np.ndarray:
+    """Return whether greedy answers right after ``thought``, written behind the question, are right (0 or 1)."""
+    if not thought:
+        return direct_accuracy(lm, tokenizer, problems)
+    model = QuietStarForCausalLM.from_base(lm, tokenizer)
+    rows = torch.tensor([[thought]] * len(problems), device=lm.device)
+    contexts, room = [encode_context(tokenizer, p["question"]) for p in problems], longest_answer(tokenizer, problems)
+    lengths = torch.full_like(rows[..., 0], len(thought))
+    written = answers_with(model, tokenizer, contexts, rows, lengths, "thoughts", room)
+    return np.array([w == p["answer"] for w, p in zip(written, problems, strict=True)], float)
+
+
+def pass_at(right: np.ndarray, k: int) -> float:
+    """Return pass@k from right (problems, n), 0 or 1: 1 - C(n - c, k) / C(n, k), the unbiased estimate of 2107.03374."""
+    n = right.shape[1]
+    return float(np.mean([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in right.sum(1)]))
+
+
+def thinking_row(model, tokenizer, material, weights: str, length: int, seed: int) -> tuple[dict, Performance]:
+    """Return a model's numbers on test problems, each problem's outcome in a string of 0 and 1."""
+    budget = {"num_thoughts": 4, "thought_length": length, "seed": seed}
+    found = measure(model, tokenizer, material["validation"], material["test"], weights, **budget)
+    many = budget | {"num_thoughts": SAMPLES, "max_new_tokens": longest_answer(tokenizer, material["test"])}
+    drawn = accuracy_with_thoughts(model, tokenizer, material["test"], "thoughts", True, **many)
+    right = drawn["each"].numpy()
+    last = [[(t.split() or [""])[-1] for t in texts] for texts in drawn["thoughts"]]
+    says = np.array([[x == p["answer"] for x in row] for row, p in zip(last, material["test"], strict=True)])
+    row = {"accuracy": found.mixed.mean(), "greedy": found.greedy.mean(), "single": found.single.mean()}
+    row |= {"without": found.without.mean(), "temperature": found.temperature, "follows": (says == right).mean()}
+    row |= {f"pass@{k}": pass_at(right, k) for k in (1, 2, 4, 8)} | {"thinking_use": found.statistics["thinking_use"]}
+    row |= {"strategy_fit": found.statistics["strategy_fit"], "own_accuracy": found.statistics["accuracy"]}
+    return row | {"right": outcomes(found.mixed), "right_greedy": outcomes(found.greedy)}, found
+
+
+def outcomes(right: np.ndarray) -> str:
+    """Return 0 and 1 of each problem in one string."""
+    return "r" + "".join(str(int(x)) for x in right)
+
+
+def reinforce_arm(variant, material, start: Path, changed: dict, seed: int, checkpoint):
+    """Train thoughts from the baked model in ``start`` and return (model, tokenizer, numbers of the training)."""
+    s = trained_with(variant, changed, seed)
+    lm, tokenizer = load_champion(str(start))
+    budget = {"num_thoughts": s.num_thoughts, "thought_length": s.thought_length, "n_true": s.n_true}
+    model = QuietStarForCausalLM.from_base(lm, tokenizer, **budget)
+    validation = material["validation"][: recipe("05_rl", variant)["eval_problems"]]
+    result = train_quiet_star(model, tokenizer, material["train"], validation, s, checkpoint)
+    seen = [h["validation_accuracy"] for h in result.history if "validation_accuracy" in h]
+    row = {"best_step": result.best_step, "validation": [round(v, 4) for v in seen]}
+    kept = ("reward", "length", "entropy", "tied", "no_thought_weight", "kl")
+    return model, tokenizer, row | {k: round(result.history[-1][k], 4) for k in kept if k in result.history[-1]}
+
+
+def iterate_arm(variant, material, start: Path, seed: int, rounds: int = 3):
+    """Train by expert iteration (STaR, arXiv 2203.14465) from the baked model, and return as :func:`reinforce_arm`.
+
+    Each round samples thoughts for the training problems, keeps two of each problem that lead to its answer, and
+    imitates them for an epoch. Unlike STaR it goes on from the last round's weights. The best round stays.
+    """
+    s, rl = baked_with(variant, {}, seed)[0], trained_with(variant, {}, seed)
+    lm, tokenizer = load_champion(str(start))
+    model = QuietStarForCausalLM.from_base(lm, tokenizer)
+    budget = {"thought_length": rl.thought_length, "temperature": rl.temperature}
+    score = partial(accuracy_with_thoughts, model, tokenizer, material["validation"], "thoughts", **budget, seed=seed)
+    best, seen, tags = None, [], thinking_ids(tokenizer)
+    for turn in range(rounds + 1):
+        seen.append(score()["mixed"].mean().item())
+        if seen[-1] == max(seen):
+            best = {name: value.clone() for name, value in lm.state_dict().items()}
+        if turn == rounds:
+            break
+        drawn = accuracy_with_thoughts(
+            model, tokenizer, material["train"], "thoughts", True, num_thoughts=SAMPLES, **budget, seed=seed + turn
+        )
+        texts = []
+        for p, right, thoughts in zip(material["train"], drawn["each"], drawn["thoughts"], strict=True):
+            answer = encode(tokenizer, p["question"], reply(None, p))
+            good = sorted({t for t, r in zip(thoughts, right, strict=True) if r})[:2]
+            for text in good:
+                thought = [tags[0], *tokenizer.encode(text, add_special_tokens=False), tags[1]]
+                texts.append((answer.ids[: answer.start], thought + answer.ids[answer.start :]))
+        imitate(lm, tokenizer, texts, s.but(epochs=1, adamw_lr=rl.adamw_lr, lora_rank=rl.lora_rank), lambda: 0.0)
+    lm.load_state_dict(best)
+    return model, tokenizer, {"validation": [round(v, 4) for v in seen], "best_step": seen.index(max(seen))}
+
+
+def theater_row(model, before, tokenizer, material, length: int, temperature: float, seed: int) -> dict:
+    """Attack a trained model on test problems and return its checks' values with intervals."""
+    budget = {"num_thoughts": 4, "thought_length": length, "temperature": temperature or 0.5, "seed": seed}
+    scale = fit_scale(model, tokenizer, material["validation"], **budget)
+    used = {p["question"] for part in ("train", "validation", "examples") for p in material[part]}
+    room = longest_answer(tokenizer, material["test"])
+    before = QuietStarForCausalLM.from_base(before, tokenizer)
+    given = budget | {"scale": scale, "training": used, "before": before, "max_new_tokens": room}
+    report = anti_theater(model, tokenizer, material["test"], **given)
+    row = {"checks": len(report.checks), "checks_reached": sum(bool(c.reached) for c in report.checks)}
+    row |= {"missed": ", ".join(c.id for c in report.checks if not c.reached)}
+    for check in report.checks:
+        row |= named(check.id, (check.value, check.low, check.high))
+    return row | {f"accuracy_{name}": value[0] for name, value in report.accuracy.items()}
+
+
+RATES = (1e-4, 3e-4, 1e-3)  # of the controls
+
+
+def measured_arm(variant, folder, material, settings, seed, checkpoint, attack: bool) -> dict:
+    """Train one arm and measure it. Baked and trained models stay in ``folder/models`` for the arms that build on them."""
+    kind, changed = settings["train"], {k: v for k, v in settings.items() if k != "train"}
+    length, start = trained_with(variant, {}, seed).thought_length, folder / "models" / f"baked-{seed}"
+    if kind in ("answers", "filler"):
+        right, row = control_arm(variant, material, kind, RATES, seed)
+        return row | {"accuracy": right.mean(), "right": outcomes(right)}
+    if kind == "nothing":
+        lm, tokenizer = champion(variant)
+        model, row = QuietStarForCausalLM.from_base(lm, tokenizer), {}
+    elif kind == "baking":
+        lm, tokenizer, row = bake_arm(variant, material, changed, seed, checkpoint)
+        model = QuietStarForCausalLM.from_base(lm, tokenizer)
+        if not changed:
+            lm.save_pretrained(start)
+            tokenizer.save_pretrained(start)
+    elif kind == "rounds":
+        model, tokenizer, row = iterate_arm(variant, material, start, seed)
+    else:
+        model, tokenizer, row = reinforce_arm(variant, material, start, changed, seed, checkpoint)
+    weights = "head" if kind == "thoughts" else "thoughts"
+    found, performance = thinking_row(model, tokenizer, material, weights, length, seed)
+    row |= found
+    if attack:
+        before, _ = load_champion(str(start))
+        row |= theater_row(model, before, tokenizer, material, length, performance.temperature, seed)
+        model.save_pretrained(folder / "models" / f"trained-{seed}")
+        tokenizer.save_pretrained(folder / "models" / f"trained-{seed}")
+    return row
+
+
+def real_model(folder: Path, seeds, variant: str, data: str = "", arms=None) -> None:
+    """Make all arms, or those named, on all ``seeds``: rows of ``<variant>.csv``."""
+    sources = material(variant, data)
+
+    def once(settings: dict, seed: int, checkpoint) -> dict:
+        attack = settings == ARMS["reinforced"]
+        row = measured_arm(variant, folder, sources, settings, seed, checkpoint, attack)
+        return {k: v if isinstance(v, str | list) else round(float(v), 5) for k, v in row.items()}
+
+    repeat(folder / f"{variant}.csv", {name: ARMS[name] for name in arms or ARMS}, seeds, once)
