@@ -365,6 +365,10 @@ CASES = {
         "fewer than 10000000 different test problems",
     ),
     "not an episode": (lambda at: qs.read_episodes(lines(at, b'{"a": 1}')), "data.jsonl:1 is not an episode"),
+    "table without a column": (
+        load(lambda at: ((at / "t.csv").write_bytes(b"Question,Answer\n"), at / "t.csv")[1]),
+        "t.csv:1 has no column Numbers",
+    ),
     "scoreboard torn": (lambda at: print_scoreboard(lines(at, b"[{")), "is not a scoreboard"),
     # models
     "no folder and no hub": (

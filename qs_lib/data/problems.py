@@ -14,11 +14,16 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import HubError, SourceError, WorkbookError
-from . import Problem, pocket
+from . import Problem, pocket, templates
 from .answers import written_number
 from .strategies import fitting, holds, result
 
-HUB_NAMES = {"gsm8k": ("openai/gsm8k", "main")}
+HUB_NAMES = {
+    "gsm8k": ("openai/gsm8k", "main"),
+    "svamp": ("ChilleD/SVAMP", "default"),
+    "asdiv": ("MU-NLPC/Calc-asdiv_a", "default"),
+}
+TEST_ALONE = {"asdiv"}  # the hub has no other split of it, so that one gives all three
 HARD_FROM = 3  # worked steps
 LONGEST_LINE = 1_000_000  # bytes
 HUB_TIMEOUT = 3.0  # seconds
@@ -31,10 +36,13 @@ def load_problems(
 ) -> Dataset:
     """Load problems of ``split`` (train, validation or test) as a ``datasets.Dataset`` of ``Problem`` records.
 
-    ``source`` is ``"pocket"`` (generated: ``limit`` of them, 2,000 by default), ``"gsm8k"`` (from the hub), a folder
-    with ``train.jsonl`` and ``test.jsonl``, or one ``.jsonl`` file. Each line of a file holds ``question`` and
-    ``answer`` in GSM8K's form: ``#### 42`` at the end, ``<<48/2=24>>`` around worked steps. A repeated problem comes
-    once if ``distinct``.
+    ``source`` is ``"pocket"`` (generated: ``limit`` of them, 2,000 by default), ``"gsm8k"``, ``"svamp"`` or ``"asdiv"``
+    (from the hub), a folder with ``train.jsonl`` and ``test.jsonl``, or one ``.jsonl`` file. Each line of a file holds
+    ``question`` and ``answer`` in GSM8K's form: ``#### 42`` at the end, ``<<48/2=24>>`` around worked steps. It may
+    have the columns of SVAMP or Calc-ASDiv instead. A repeated problem comes once if ``distinct``.
+
+    A ``.csv`` file of templates (``data.templates``), or a folder with one, is split by template. Its training split is
+    filled up to ``limit`` with redrawn problems, which ``seed`` draws.
 
     A folder's ``validation.jsonl`` is its validation split. Without one, every tenth training problem by the MD5 of its
     question is held out for it. One file gives all three splits in the same way, every tenth problem for the test.
@@ -47,19 +55,23 @@ def load_problems(
     source = str(source)
     if source == "pocket":
         return Dataset.from_list(pocket.generate(split, 2000 if limit is None else limit, seed, distinct))
-    problems = _of_split(source, split)
+    table = None if source in HUB_NAMES else templates.table_of(source)
+    problems = templates.problems_of(table, split) if table else _of_split(source, split)
     if not problems:
         raise WorkbookError(f"{source} holds no {split} problems: give a folder with a file for each split")
     first = {}
     for p in problems:
         first.setdefault(p["question"], p)
-    return Dataset.from_list((list(first.values()) if distinct else problems)[:limit])
+    problems = (list(first.values()) if distinct else problems)[:limit]
+    if table and split == "train" and limit and limit > len(problems):
+        problems += templates.redrawn(table, limit - len(problems), set(first), seed)
+    return Dataset.from_list(problems)
 
 
 def _of_split(source: str, split: str) -> list[Problem]:
     """Read the problems of a split from the hub, a folder or a file, and hold out what has no file of its own."""
-    name = "test" if split == "test" else "train"
-    held_out = set() if split == "test" else {"validation"}
+    name = "test" if split == "test" or source in TEST_ALONE else "train"
+    held_out = {"validation", "test"} if source in TEST_ALONE else set() if split == "test" else {"validation"}
     if source in HUB_NAMES:
         problems = _from_hub(source, name)
     else:
@@ -75,7 +87,8 @@ def _of_split(source: str, split: str) -> list[Problem]:
         problems = _read_file(path / f"{name}.jsonl" if path.is_dir() else path)
 
     def belongs(p: Problem) -> bool:
-        falls = pocket.split_of(p["question"])
+        by = templates.split_of_template if p["family"] == templates.FAMILY else pocket.split_of
+        falls = by(p["question"])
         return (falls if falls in held_out else "train") == split
 
     return [p for p in problems if belongs(p)] if held_out else problems
@@ -104,7 +117,8 @@ def baking_data(examples, train, count: int, hard_shown: float, seed: int = 0) -
 def _read_file(path: Path) -> list[Problem]:
     if not path.is_file():
         raise SourceError(
-            f"no problems at {path}: give 'pocket', 'gsm8k', a folder with train.jsonl and test.jsonl, or a .jsonl file"
+            f"no problems at {path}: give 'pocket', 'gsm8k', a folder with train.jsonl and test.jsonl, a .jsonl file, "
+            "or a .csv file of templates"
         )
     try:
         lines = path.read_bytes().splitlines()
@@ -131,8 +145,8 @@ def _parse_line(line: bytes) -> Problem:
         raise WorkbookError(f" has {len(line):,} bytes; a problem may have {LONGEST_LINE:,}")
     try:
         row = json.loads(line, object_pairs_hook=_unique)
-        question, answer = row["question"], row["answer"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        question, answer, family = templates.told(row)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WorkbookError(f" is not a JSON object with question and answer ({str(error)[:100]})") from None
     if not isinstance(question, str) or not isinstance(answer, str):
         raise WorkbookError(": question and answer must be text")
@@ -140,7 +154,7 @@ def _parse_line(line: bytes) -> Problem:
         raise WorkbookError(": the question is blank")
     try:
         f"{question}{answer}".encode()
-        return parse_gsm8k(question, answer)
+        return parse_gsm8k(question, answer, family)
     except UnicodeEncodeError:
         raise WorkbookError(": the text is not valid Unicode") from None
     except WorkbookError as error:
@@ -159,7 +173,11 @@ def _from_hub(source: str, split: str) -> list[Problem]:
     try:
         config = DownloadConfig(local_files_only=not there)
         rows = load_dataset(*HUB_NAMES[source], split=split, download_config=config)
-        return [parse_gsm8k(row["question"], row["answer"]) for row in rows]
+        problems = []
+        for row in rows:
+            with contextlib.suppress(WorkbookError if source in TEST_ALONE else ()):  # an answer such as 1/3
+                problems.append(parse_gsm8k(*templates.told(row)))
+        return problems
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = f"({type(error).__name__})" if there else "and no copy of it was downloaded before"
         raise HubError(
@@ -168,7 +186,7 @@ def _from_hub(source: str, split: str) -> list[Problem]:
         ) from None
 
 
-def parse_gsm8k(question: str, worked: str) -> Problem:
+def parse_gsm8k(question: str, worked: str, family: str = "gsm8k") -> Problem:
     """Parse a GSM8K question and its worked answer. Raises ``WorkbookError`` without one number after ``####``.
 
     Difficulty is the number of worked steps: annotated equations, or text lines where none is annotated. ``steps``
@@ -183,7 +201,7 @@ def parse_gsm8k(question: str, worked: str) -> Problem:
     if None in steps or not steps or result(steps[-1]) != answer:
         steps = []
     problem = {"question": question.strip(), "answer": answer, "steps": steps, "difficulty": difficulty}
-    return problem | {"family": "gsm8k", "fits": fitting(steps) if steps else [], "lead": []}
+    return problem | {"family": family, "fits": fitting(steps) if steps else [], "lead": []}
 
 
 def _equation(left: str, right: str) -> str | None:
