@@ -13,7 +13,7 @@ from ..errors import SourceError, UpstreamError, WorkbookError, at_least
 from ..files import REPOSITORY, atomic_write, find_run, to_json
 from ..model import THINKING_SETTINGS, QuietStarForCausalLM
 
-WEIGHTS, RECORD = "difference.safetensors", "difference.json"
+_WEIGHTS, _RECORD = "difference.safetensors", "difference.json"
 HEAD = "mixing_head."
 
 
@@ -37,7 +37,7 @@ def load_run(name: str = "", device: str | None = None):
     if not kept.is_dir():
         raise UpstreamError(f"{folder} holds no trained model: make it with `make run RUN={folder.name}`")
     try:
-        record, tensors = json.loads((kept / RECORD).read_text(encoding="utf-8")), load_file(kept / WEIGHTS)
+        record, tensors = json.loads((kept / _RECORD).read_text(encoding="utf-8")), load_file(kept / _WEIGHTS)
         champion, template, settings = (record[key] for key in ("champion", "chat_template", "settings"))
         largest = tensors["champion"]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -87,8 +87,8 @@ def save_difference(folder, model, tokenizer, champion: str, rank: int = 24) -> 
     record |= {"largest_error": worst, "settings": {key: getattr(model.config, key) for key in THINKING_SETTINGS}}
     with atomic_write(Path(folder)) as temporary:
         temporary.mkdir(parents=True)
-        save_file(tensors, temporary / WEIGHTS)
-        (temporary / RECORD).write_text(to_json(record, 1) + "\n", encoding="utf-8")
+        save_file(tensors, temporary / _WEIGHTS)
+        (temporary / _RECORD).write_text(to_json(record, 1) + "\n", encoding="utf-8")
     return worst
 
 
