@@ -43,11 +43,24 @@ def test_old_logits_are_unchanged_and_adding_again_changes_nothing(architecture)
     assert len(tokenizer) == size + 8 and all(torch.equal(state[k], v) for k, v in model.state_dict().items())
 
 
-def test_new_rows_have_the_norm_of_real_rows():
+def test_new_rows_are_as_far_from_the_mean_row_as_real_ones():
     model, tokenizer = tiny_lm()
     weight = model.get_input_embeddings().weight
-    new, old = weight[thinking_ids(tokenizer)].norm(dim=1), weight[: len(tokenizer) - 8].norm(dim=1)
-    assert torch.allclose(new, old.median().expand(8), rtol=1e-4)
+    old = weight[: len(tokenizer) - 8]
+    far = (weight - old.mean(0)).norm(dim=1)
+    median = far[: len(tokenizer) - 8].median()
+    assert torch.allclose(far[thinking_ids(tokenizer)], median.expand(8), rtol=1e-4)
+
+
+def test_new_tokens_take_nothing_from_the_predictions_of_rows_with_a_common_part():
+    """As in a pretrained model: scaled from zero, the rows would point along the common part and win everywhere."""
+    model, tokenizer = tiny_champion()
+    with torch.no_grad():
+        common = torch.randn(32, generator=torch.Generator().manual_seed(0))
+        model.get_input_embeddings().weight.add_(0.5 * common)
+        qs.add_thinking_tokens(model, tokenizer)
+        shares = model.lm_head(common).softmax(-1)  # after a state along the common part all logits are high
+    assert shares[thinking_ids(tokenizer)].sum() < 16 / len(tokenizer)
 
 
 def test_untied_head_and_padded_matrix_never_shrink():

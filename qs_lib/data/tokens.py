@@ -54,8 +54,9 @@ def thinking_ids(tokenizer) -> list[int]:
 def add_thinking_tokens(model, tokenizer):
     """Add those of the eight thinking tokens that are missing, and return (model, tokenizer).
 
-    A new input or output row is the mean of the rows of a few plain words that say what the token means
-    (``_TOKENS``), scaled to the median norm of the existing rows. Rows and logits of all other tokens stay as
+    A new input or output row lies in the direction of the mean of a few plain words that say what the token means
+    (``_TOKENS``), seen from the mean of all rows and at the median distance from it. Scaled from zero instead, the part
+    that all rows share would grow too, and the tokens swallow the predictions of a pretrained model. Rows and logits of all other tokens stay as
     they are, a padded embedding matrix is never shrunk, and a token the tokenizer has already keeps its id, row and
     flags: a second call changes nothing. Sets ``config.think_token_id`` and ``config.end_think_token_id``, and padding
     to end-of-text where the tokenizer has none. Raises ``WorkbookError``, with nothing changed, if the tokenizer has no
@@ -81,10 +82,11 @@ def add_thinking_tokens(model, tokenizer):
         matrices = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
         old_rows = torch.tensor(sorted(set(known.values()) - set(ids)))
         for weight in matrices.values():  # (vocab, hidden)
-            norm = weight[old_rows].norm(dim=1).median()
+            centre = weight[old_rows].mean(0)
+            distance = (weight[old_rows] - centre).norm(dim=1).median()
             for token, row in zip(new, ids, strict=True):
-                mean = weight[plain_ids[token]].mean(0)
-                weight[row] = mean * (norm / mean.norm().clamp_min(1e-8))
+                apart = weight[plain_ids[token]].mean(0) - centre
+                weight[row] = centre + apart * (distance / apart.norm().clamp_min(1e-8))
         bias = getattr(model.get_output_embeddings(), "bias", None)
         if bias is not None:
             bias[ids] = bias[old_rows].mean()

@@ -169,7 +169,7 @@ def control_arm(variant, material, kind, rates, seed):
         thought = filler(tokenizer, round(sum(thoughts) / len(thoughts))) if kind == "filler" else []
         plain = [encode(tokenizer, p["question"], reply(None, p)) for p in [*worked, *unseen]]
         texts = [(t.ids[: t.start], thought + t.ids[t.start :]) for t in plain]
-        right = partial(_answers_after, lm, tokenizer, thought)
+        right = partial(_answers_after, QuietStarForCausalLM.from_base(lm, tokenizer), tokenizer, thought)
         scores = imitate(
             lm, tokenizer, texts, s.but(adamw_lr=rate), lambda right=right: right(material["validation"]).mean()
         )
@@ -181,12 +181,11 @@ def control_arm(variant, material, kind, rates, seed):
     }
 
 
-def _answers_after(lm, tokenizer, thought: list[int], problems) -> np.ndarray:
+def _answers_after(model, tokenizer, thought: list[int], problems) -> np.ndarray:
     """Return whether greedy answers right after ``thought``, written behind the question, are right (0 or 1)."""
     if not thought:
-        return direct_accuracy(lm, tokenizer, problems)
-    model = QuietStarForCausalLM.from_base(lm, tokenizer)
-    rows = torch.tensor([[thought]] * len(problems), device=lm.device)
+        return direct_accuracy(model.lm, tokenizer, problems)
+    rows = torch.tensor([[thought]] * len(problems), device=model.device)
     contexts, room = [encode_context(tokenizer, p["question"]) for p in problems], longest_answer(tokenizer, problems)
     lengths = torch.full_like(rows[..., 0], len(thought))
     written = answers_with(model, tokenizer, contexts, rows, lengths, "thoughts", room)
