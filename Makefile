@@ -10,6 +10,11 @@ SMALL = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONHA
 STRIP = --keep-output --keep-count --keep-id --extra-keys \
 	"metadata.widgets metadata.language_info.version metadata.papermill cell.metadata.execution cell.metadata.papermill"
 
+# A process for each core, and a file never shared between two: the cells of a notebook run in order, in one kernel.
+# Files start in this order; the notebooks take longest.
+WHOLE_SUITE = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	--nbval --cov=qs_lib --cov-report=term notebooks tests
+
 .DEFAULT_GOAL = help
 .PHONY: help setup run test coverage browser lab app bench chaos rehearse evidence sweep refresh lint clean-run
 
@@ -53,11 +58,11 @@ run: setup $(if $(filter smollm2,$(P)),.venv/smollm2)
 	  $(if $(KEEP),--keep) $(if $(FRESH),--fresh) $(if $(DEBUG),--debug)
 
 test: setup
-	$(BIN)/python -m pytest --nbval --cov=qs_lib --cov-report=term
+	$(WHOLE_SUITE)
 
 # totals only: what the scoreboard of a run reads
 coverage: setup
-	$(BIN)/python -m pytest --nbval --cov=qs_lib --cov-report=term --cov-report=json:outputs/$(RUN_NAME)/coverage.json
+	$(WHOLE_SUITE) --cov-report=json:outputs/$(RUN_NAME)/coverage.json
 	$(BIN)/python -c 'import json, pathlib; p = pathlib.Path("outputs/$(RUN_NAME)/coverage.json"); \
 	  p.write_text(json.dumps({"totals": json.loads(p.read_text())["totals"]}, indent=1) + "\n")'
 

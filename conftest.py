@@ -1,5 +1,6 @@
-"""The environment of tests and of the notebooks' kernels, which inherit it."""
+"""The environment of tests and of the notebooks' kernels, which inherit it: one for each process of a parallel run."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -30,6 +31,12 @@ def environment_as_it_was():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+def pytest_collection_finish(session):
+    """Keep what was imported out of every collection of garbage: transformers asks for one after each training."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config):

@@ -3,11 +3,11 @@
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import resource
 import shutil
 import signal
 import socket
-import threading
 import time
 
 import pytest
@@ -182,19 +182,32 @@ def big_model(place):
     stage.save_model("champion", tiny_champion()[0])
 
 
-def two_in_one_folder(place):
-    import subprocess
-    import sys
+FORK = multiprocessing.get_context("fork")  # a fresh Python would import torch again
 
-    holder = "import sys; from pathlib import Path; from qs_lib.files import lock_run; lock = lock_run(Path(sys.argv[1]), 'the first'); print(1, flush=True); sys.stdin.read()"
-    first = subprocess.Popen(
-        [sys.executable, "-c", holder, str(place / "outputs" / "busy")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    first.stdout.readline()
+
+def hold(pipe, *what):
+    lock = lock_run(*what)
+    pipe.send(lock.is_locked)
+    pipe.recv()
+
+
+@contextlib.contextmanager
+def held_by_another_process(*what):
+    here, there = FORK.Pipe()
+    holder = FORK.Process(target=hold, args=(there, *what), daemon=True)
+    holder.start()
+    there.close()
     try:
-        lock_run(place / "outputs" / "busy", "the second")
+        assert here.recv()
+        yield
     finally:
-        first.communicate()
+        holder.kill()
+        holder.join()
+
+
+def two_in_one_folder(place):
+    with held_by_another_process(place / "outputs" / "busy", "the first"):
+        lock_run(place / "outputs" / "busy", "the second")
 
 
 def silent_hub(call):
@@ -238,31 +251,9 @@ def flipped_upstream(place):
         path.write_bytes(kept)
 
 
-def rows_of_another_run(place):
-    def one(*_):
-        raise AssertionError("never run")
-
-    lock = lock_run(place / "e", "experiment rl", ".rl.lock")
-    try:
-        thread_error = []
-
-        def second():
-            import subprocess
-            import sys
-
-            code = "import sys; from pathlib import Path; from qs_lib.experiments.arms import repeat; repeat(Path(sys.argv[1]), {'a': {}}, [0], None)"
-            thread_error.append(
-                subprocess.run(
-                    [sys.executable, "-c", code, str(place / "e/rl.csv")], capture_output=True, text=True, check=False
-                ).stderr
-            )
-
-        worker = threading.Thread(target=second)
-        worker.start()
-        worker.join()
-        raise errors.WorkbookError(thread_error[0].strip().splitlines()[-1].split(": ", 1)[1])
-    finally:
-        lock.release()
+def two_of_one_experiment(place):
+    with held_by_another_process(place / "e", "experiment rl", ".rl.lock"):
+        repeat(place / "e/rl.csv", {"a": {}}, [0], None)
 
 
 def load(source):
@@ -439,7 +430,7 @@ CASES = {
     "upstream of a newer version": (old_run, "format 99"),
     "upstream with a flipped bit": (flipped_upstream, "has changed"),
     "two runs in one folder": (two_in_one_folder, "run busy is in use by process"),
-    "two of one experiment": (rows_of_another_run, "is in use by process"),
+    "two of one experiment": (two_of_one_experiment, "is in use by process"),
     "disk full, file": (lambda at: full_disk(lambda: write_bytes(at / "f", b"0" * 10_000)), "no space left to write"),
     "disk full, checkpoint": (lambda at: full_disk(lambda: big_checkpoint(at)), "no space left to write"),
     "disk full, model": (lambda at: full_disk(lambda: big_model(at)), "no space left to write"),
