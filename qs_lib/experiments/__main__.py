@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", default="", help="folder or file of problems, for a pretrained model")
+    parser.add_argument("--gsm8k", default="", help="folder of GSM8K, whose test problems are then answered too")
     parser.add_argument("--arms", nargs="+", choices=real_model.ARMS, metavar="ARM", help="these arms alone")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     check_variant(given.name)
     folder = run_folder(given.upstream or given.name) / "experiments"
-    real_model.real_model(folder, given.seeds, given.name, given.data, given.arms)
+    real_model.real_model(folder, given.seeds, given.name, given.data, given.gsm8k, given.arms)
 
 
 if __name__ == "__main__":

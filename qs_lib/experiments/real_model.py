@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..champion import load_champion
 from ..data.problems import baking_data, load_problems
-from ..data.strategies import prompts_with, reasoning_dataset, reply
+from ..data.strategies import asked, prompts_with, reasoning_dataset, reply
 from ..data.tokens import (
     add_thinking_tokens,
     encode,
@@ -26,15 +26,24 @@ from ..data.tokens import (
     padded,
     thinking_ids,
 )
-from ..evaluation.accuracy import Performance, accuracy_with_thoughts, direct_accuracy, longest_answer, measure
+from ..evaluation.accuracy import (
+    Performance,
+    accuracy_with_thoughts,
+    answer_of,
+    direct_accuracy,
+    longest_answer,
+    measure,
+    replies,
+)
 from ..evaluation.episodes import answers_with
 from ..evaluation.theater import anti_theater, fit_scale
+from ..files import to_json, write_bytes
 from ..model import QuietStarForCausalLM
 from ..stats import named
 from ..training.baking import BakingSettings, bake
 from ..training.loop import scheduled, training, update
 from ..training.optim import MuonGrokfast
-from ..training.reinforce import QuietStarSettings, train_quiet_star
+from ..training.reinforce import SEEN, QuietStarSettings, train_quiet_star
 from ..workbook.params import recipe
 from .arms import repeat
 
@@ -175,8 +184,8 @@ def control_arm(variant, material, kind, rates, seed):
         )
         found[rate] = max(scores)
         if best is None or max(scores) > best[0]:
-            best = max(scores), rate, right(material["test"])
-    return best[2], {"validation": best[0], "rate": best[1], "epochs": s.epochs} | {
+            best = max(scores), rate, right(material["test"]), elsewhere(material, right)
+    return best[2], best[3] | {"validation": best[0], "rate": best[1], "epochs": s.epochs} | {
         f"at {r:g}": v for r, v in found.items()
     }
 
@@ -210,8 +219,35 @@ def thinking_row(model, tokenizer, material, weights: str, length: int, seed: in
     row = {"accuracy": found.mixed.mean(), "greedy": found.greedy.mean(), "single": found.single.mean()}
     row |= {"without": found.without.mean(), "temperature": found.temperature, "follows": (says == right).mean()}
     row |= {f"pass@{k}": pass_at(right, k) for k in (1, 2, 4, 8)} | {"thinking_use": found.statistics["thinking_use"]}
+    greedy = many | {"num_thoughts": 1, "temperature": 0.0}
+    alone = partial(accuracy_with_thoughts, model, tokenizer, weights="thoughts", **greedy)
+    row |= elsewhere(material, lambda problems: alone(problems)["mixed"].numpy())
     row |= {"strategy_fit": found.statistics["strategy_fit"], "own_accuracy": found.statistics["accuracy"]}
     return row | {"right": outcomes(found.mixed), "right_greedy": outcomes(found.greedy)}, found
+
+
+def raw_row(variant: str, material) -> dict:
+    """Return what the champion does untrained: prompted with worked examples, and asked for the answer alone."""
+    lm, tokenizer = champion(variant)
+    values = recipe("03_baking", variant)
+    prompts, tags = prompts_with(material["train"], values["prompt_examples"]), tuple(thinking_ids(tokenizer))
+    contexts = [asked(p, prompts) for p in material["test"]]
+    written = replies(lm, tokenizer, contexts, values["max_new_tokens"], tags)
+    marked = [mark(ids, marker_spellings(tokenizer))[0] for ids in written]
+    said = [answer_of(tokenizer, ids, (tags[1],)) for ids in marked]
+    right = np.array([a == p["answer"] for a, p in zip(said, material["test"], strict=True)], float)
+    row = {"accuracy": right.mean(), "right": outcomes(right)}
+    row["without"] = direct_accuracy(lm, tokenizer, material["test"]).mean()
+    return row | elsewhere(material, lambda problems: direct_accuracy(lm, tokenizer, problems))
+
+
+def elsewhere(material, right) -> dict:
+    """Return accuracy on GSM8K's test problems, where they are at hand: all, and those of one or two equations."""
+    if not material.get("gsm8k"):
+        return {}
+    found = right(material["gsm8k"])
+    easy = [p["difficulty"] <= 2 for p in material["gsm8k"]]
+    return {"gsm8k": found.mean(), "gsm8k_easy": found[easy].mean()}
 
 
 def outcomes(right: np.ndarray) -> str:
@@ -251,11 +287,12 @@ def iterate_arm(variant, material, start: Path, seed: int, rounds: int = 3):
             best = {name: value.clone() for name, value in lm.state_dict().items()}
         if turn == rounds:
             break
+        problems = random.Random(seed + turn).sample(material["train"], min(SEEN, len(material["train"])))
         drawn = accuracy_with_thoughts(
-            model, tokenizer, material["train"], "thoughts", True, num_thoughts=SAMPLES, **budget, seed=seed + turn
+            model, tokenizer, problems, "thoughts", True, num_thoughts=SAMPLES, **budget, seed=seed + turn
         )
         texts = []
-        for p, right, thoughts in zip(material["train"], drawn["each"], drawn["thoughts"], strict=True):
+        for p, right, thoughts in zip(problems, drawn["each"], drawn["thoughts"], strict=True):
             answer = encode(tokenizer, p["question"], reply(None, p))
             good = sorted({t for t, r in zip(thoughts, right, strict=True) if r})[:2]
             for text in good:
@@ -266,7 +303,7 @@ def iterate_arm(variant, material, start: Path, seed: int, rounds: int = 3):
     return model, tokenizer, {"validation": [round(v, 4) for v in seen], "best_step": seen.index(max(seen))}
 
 
-def theater_row(model, before, tokenizer, material, length: int, temperature: float, seed: int) -> dict:
+def theater_row(folder, model, before, tokenizer, material, length: int, temperature: float, seed: int) -> dict:
     """Attack a trained model on test problems and return its checks' values with intervals."""
     budget = {"num_thoughts": 4, "thought_length": length, "temperature": temperature or 0.5, "seed": seed}
     scale = fit_scale(model, tokenizer, material["validation"], **budget)
@@ -275,6 +312,10 @@ def theater_row(model, before, tokenizer, material, length: int, temperature: fl
     before = QuietStarForCausalLM.from_base(before, tokenizer)
     given = budget | {"scale": scale, "training": used, "before": before, "max_new_tokens": room}
     report = anti_theater(model, tokenizer, material["test"], **given)
+    write_bytes(
+        folder / f"episodes-{seed}.jsonl",
+        b"".join(to_json(e.model_dump()).encode() + b"\n" for e in report.episodes[:24]),
+    )
     row = {"checks": len(report.checks), "checks_reached": sum(bool(c.reached) for c in report.checks)}
     row |= {"missed": ", ".join(c.id for c in report.checks if not c.reached)}
     for check in report.checks:
@@ -293,9 +334,8 @@ def measured_arm(variant, folder, material, settings, seed, checkpoint, attack: 
         right, row = control_arm(variant, material, kind, RATES, seed)
         return row | {"accuracy": right.mean(), "right": outcomes(right)}
     if kind == "nothing":
-        lm, tokenizer = champion(variant)
-        model, row = QuietStarForCausalLM.from_base(lm, tokenizer), {}
-    elif kind == "baking":
+        return raw_row(variant, material)
+    if kind == "baking":
         lm, tokenizer, row = bake_arm(variant, material, changed, seed, checkpoint)
         model = QuietStarForCausalLM.from_base(lm, tokenizer)
         if not changed:
@@ -310,15 +350,15 @@ def measured_arm(variant, folder, material, settings, seed, checkpoint, attack: 
     row |= found
     if attack:
         before, _ = load_champion(str(start))
-        row |= theater_row(model, before, tokenizer, material, length, performance.temperature, seed)
+        row |= theater_row(folder, model, before, tokenizer, material, length, performance.temperature, seed)
         model.save_pretrained(folder / "models" / f"trained-{seed}")
         tokenizer.save_pretrained(folder / "models" / f"trained-{seed}")
     return row
 
 
-def real_model(folder: Path, seeds, variant: str, data: str = "", arms=None) -> None:
+def real_model(folder: Path, seeds, variant: str, data: str = "", gsm8k: str = "", arms=None) -> None:
     """Make all arms, or those named, on all ``seeds``: rows of ``<variant>.csv``."""
-    sources = material(variant, data)
+    sources = material(variant, data) | {"gsm8k": list(load_problems(gsm8k, "test")) if gsm8k else []}
 
     def once(settings: dict, seed: int, checkpoint) -> dict:
         attack = settings == ARMS["reinforced"]

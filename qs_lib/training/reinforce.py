@@ -184,16 +184,19 @@ def train_quiet_star(
 
 
 PASSES = 8  # thoughts that a pass rate is estimated from
+SEEN = 2000  # problems whose pass rate is estimated, at most: each costs as much as it does in a step
 
 
 def within_band(model, tokenizer, problems: list[dict], s: QuietStarSettings) -> list[dict]:
     """Return the problems that single thoughts of the model answer at a rate from ``pass_low`` to ``pass_high``.
 
-    Where all thoughts are right, or all wrong, reinforcement has nothing to choose from. Raises ``WorkbookError`` if
+    Where all thoughts are right, or all wrong, reinforcement has nothing to choose from. Of more than ``SEEN`` problems
+    it looks at so many. Raises ``WorkbookError`` if
     none is left.
     """
     if (s.pass_low, s.pass_high) == (0, 1):
         return problems
+    problems = random.Random(s.seed).sample(problems, min(SEEN, len(problems)))
     budget = {"num_thoughts": PASSES, "thought_length": s.thought_length, "temperature": s.temperature}
     found = accuracy_with_thoughts(model, tokenizer, problems, "thoughts", True, **budget, seed=s.seed)
     rates = found["each"].mean(1).tolist()
