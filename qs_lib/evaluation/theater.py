@@ -245,7 +245,7 @@ def _stacked(drawn: list) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _same(drawn, others) -> torch.Tensor:
     """Which of two draws of stacked thoughts are equal, ``(problems, K)``."""
-    return (drawn[0] == others[0]).all(-1) & (drawn[1] == others[1])
+    return ((drawn[0] == others[0]).all(-1) & (drawn[1] == others[1])).cpu()
 
 
 def _distances(tokens, lengths, direct, endless):
