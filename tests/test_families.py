@@ -10,7 +10,8 @@ import torch
 from test_baking import small_bake
 from test_model import open_gate
 from test_thoughts import close, think
-from tiny import problems, tiny_champion
+from tiny import problems, tiny_champion, tiny_lm
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +29,7 @@ import qs_lib as qs
 from qs_lib.data.tokens import thinking_ids
 from qs_lib.errors import WorkbookError
 from qs_lib.model import QuietStarForCausalLM
+from qs_lib.thoughts import fallback
 from qs_lib.thoughts.attention import backbone
 from qs_lib.thoughts.rescore import rescore_thoughts
 from qs_lib.workbook import figures
@@ -414,3 +416,20 @@ def test_clipping_what_cannot_be_watched_is_one_sentence_before_anything_is_trai
                 qk_clip_threshold=25.0,
             )
     assert all(torch.equal(value, before[name]) for name, value in lm.state_dict().items())
+
+
+class RoundedProducts(TorchFunctionMode):
+    """Multiply float32 matrices as a GPU does with TF32: ten bits of each factor's fraction."""
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        if getattr(function, "__name__", "") in ("linear", "matmul", "__matmul__", "__rmatmul__"):
+            arguments = [a.half().float() if getattr(a, "dtype", None) == torch.float32 else a for a in arguments]
+        return function(*arguments, **(keywords or {}))
+
+
+def test_a_causal_model_is_served_where_float32_products_are_rounded():
+    model, _ = tiny_lm()
+    with RoundedProducts():
+        assert fallback.shares_prefix(model)
+        assert fallback._rounds_products(torch.zeros(1))
+    assert not fallback._rounds_products(torch.zeros(1))
