@@ -95,7 +95,7 @@ chaos: setup
 rehearse: setup
 	$(SMALL) $(BIN)/python tests/rehearse.py "$(DATA)" $(P_GIVEN)
 
-evidence: setup
+evidence: setup $(if $(filter smollm2,$(X)),.venv/smollm2)
 	$(SMALL) $(BIN)/python -m qs_lib.experiments.__main__ $(X) $(if $(RUN),--upstream $(RUN)) $(if $(SEEDS),--seeds $(SEEDS)) \
 	  $(if $(DATA),--data "$(DATA)") $(if $(GSM8K),--gsm8k "$(GSM8K)") $(if $(ARMS),--arms $(ARMS))
 

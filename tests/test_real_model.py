@@ -8,7 +8,7 @@ from tiny import problems, tiny_lm, tiny_quiet_star
 
 from qs_lib.data.strategies import asked, prompts_with
 from qs_lib.data.tokens import thinking_ids
-from qs_lib.errors import WorkbookError
+from qs_lib.errors import UpstreamError, WorkbookError
 from qs_lib.experiments import __main__ as command_line
 from qs_lib.experiments import real_model as arms
 from qs_lib.files import read_rows
@@ -57,9 +57,15 @@ def test_every_kind_of_arm_becomes_a_row_once(small, monkeypatch):
     # as many passes as baking (1 epoch of 2 steps) and reinforcement (2 steps of 6 replies) take together
     assert rows["answers alone"]["epochs"] == 1 + 1
     assert rows["reinforced"]["checks"] >= rows["reinforced"]["checks_reached"] and rows["reinforced"]["moved"] >= 0
-    assert (small / "episodes-0.jsonl").is_file() and (small / "models" / "trained-0").is_dir()
+    assert (small / "episodes-0.jsonl").is_file() and (small / "models" / "difference-0").is_dir()
     monkeypatch.setattr(arms, "measured_arm", lambda *_: pytest.fail("trained again"))
     arms.real_model(small, [0], "smollm2", arms=names)
+
+
+def test_thoughts_cannot_be_trained_before_a_model_is_baked(small):
+    small.mkdir()
+    with pytest.raises(UpstreamError, match="make the arm baked of seed 3 first"):
+        arms.real_model(small, [3], "smollm2", arms=["reinforced"])
 
 
 def test_the_command_line_takes_a_variant_its_data_and_its_arms(monkeypatch, tmp_path):

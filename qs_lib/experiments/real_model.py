@@ -26,6 +26,7 @@ from ..data.tokens import (
     padded,
     thinking_ids,
 )
+from ..errors import UpstreamError
 from ..evaluation.accuracy import (
     Performance,
     accuracy_with_thoughts,
@@ -41,6 +42,7 @@ from ..files import to_json, write_bytes
 from ..model import QuietStarForCausalLM
 from ..stats import named
 from ..training.baking import BakingSettings, bake
+from ..training.difference import save_difference
 from ..training.loop import scheduled, training, update
 from ..training.optim import MuonGrokfast
 from ..training.reinforce import SEEN, QuietStarSettings, train_quiet_star
@@ -335,6 +337,8 @@ def measured_arm(variant, folder, material, settings, seed, checkpoint, attack: 
         return row | {"accuracy": right.mean(), "right": outcomes(right)}
     if kind == "nothing":
         return raw_row(variant, material)
+    if kind in ("thoughts", "rounds") and not start.is_dir():
+        raise UpstreamError(f"there is no baked model at {start}: make the arm baked of seed {seed} first")
     if kind == "baking":
         lm, tokenizer, row = bake_arm(variant, material, changed, seed, checkpoint)
         model = QuietStarForCausalLM.from_base(lm, tokenizer)
@@ -350,9 +354,9 @@ def measured_arm(variant, folder, material, settings, seed, checkpoint, attack: 
     row |= found
     if attack:
         before, _ = load_champion(str(start))
+        rank, source = 24, recipe("01_token_setup", variant)["champion"]  # the sum of both adapters' ranks
+        row["rounding"] = save_difference(folder / "models" / f"difference-{seed}", model, tokenizer, source, rank)
         row |= theater_row(folder, model, before, tokenizer, material, length, performance.temperature, seed)
-        model.save_pretrained(folder / "models" / f"trained-{seed}")
-        tokenizer.save_pretrained(folder / "models" / f"trained-{seed}")
     return row
 
 
