@@ -16,12 +16,13 @@ WHOLE_SUITE = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -
 	--nbval --cov=qs_lib --cov-report=term notebooks tests
 
 .DEFAULT_GOAL = help
-.PHONY: help setup run test coverage browser lab app bench chaos rehearse evidence sweep refresh lint clean-run
+.PHONY: help setup run doctor test coverage browser lab app bench chaos rehearse evidence sweep refresh lint clean-run
 
 help:
 	@echo "make run         notebooks 01-08 into outputs/$(RUN_NAME)/, ends with the scoreboard; repeat it to continue"
 	@echo "                 P=variant (params/*/P.yaml)  MODEL=folder or hub name  RUN=name  DATA=folder  NB=05_rl  SEED=1  KEEP=1 FRESH=1 DEBUG=1"
 	@echo "                 SET='steps=4 05_rl.batch_size=2': parameters in place of the variant's, everywhere or in one notebook"
+	@echo "make doctor      RUN=name: is it learning? A sentence a rule on each training of a run, also while it goes on"
 	@echo "make test        all tests and notebooks, with coverage of qs_lib"
 	@echo "make coverage    the same, and their coverage into outputs/$(RUN_NAME)/ for its scoreboard"
 	@echo "make browser     the inspector in a real JupyterLab and Chromium; screenshots go to outputs/browser/"
@@ -57,6 +58,9 @@ run: setup $(if $(filter smollm2,$(P)),.venv/smollm2)
 	  $(if $(SET),--set $(SET)) \
 	  $(if $(NB),--only $(NB)) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(KEEP),--keep) $(if $(FRESH),--fresh) $(if $(DEBUG),--debug)
+
+doctor: setup
+	@$(BIN)/python -m qs_lib.viewing.doctor "$(RUN_NAME)"
 
 test: setup
 	$(WHOLE_SUITE)
