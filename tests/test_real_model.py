@@ -37,7 +37,7 @@ def small(monkeypatch, tmp_path):
     start = {"01_token_setup": {"champion": str(tmp_path / "champion")}}
     monkeypatch.setattr(arms, "recipe", lambda s, v: recipe(s, v) | SMALL[s] | start.get(s, {}))
     monkeypatch.setattr(baking, "sample_trajectories", plain_trajectories)
-    monkeypatch.setattr(arms, "RATES", (1e-3, 2e-3))
+    monkeypatch.setattr(arms, "CONTROL_RATES", (1e-3, 2e-3))
     monkeypatch.setattr(arms, "SAMPLES", 3)
     monkeypatch.setattr(arms, "SEEN", 6)
     monkeypatch.setattr(arms, "pass_at", lambda right, k: 0.0)
@@ -53,7 +53,7 @@ def test_every_kind_of_arm_becomes_a_row_once(small, monkeypatch):
     assert list(rows) == names
     assert all(len(row["right"]) == 1 + 8 and set(row["right"][1:]) <= {"0", "1"} for row in rows.values())
     assert all(row["accuracy"] == row["right"].count("1") / 8 for row in rows.values())
-    assert {"at 0.001", "at 0.002"} <= rows["filler"].keys() and rows["filler"]["rate"] in arms.RATES
+    assert {"at 0.001", "at 0.002"} <= rows["filler"].keys() and rows["filler"]["rate"] in arms.CONTROL_RATES
     # as many passes as baking (1 epoch of 2 steps) and reinforcement (2 steps of 6 replies) take together
     assert rows["answers alone"]["epochs"] == 1 + 1
     assert rows["reinforced"]["checks"] >= rows["reinforced"]["checks_reached"] and rows["reinforced"]["moved"] >= 0

@@ -283,4 +283,5 @@ def told(row: dict) -> tuple[str, str, str]:
         steps = [step for e in expressions for step in worked_steps(to_prefix(e.replace("_", "")))]
     except ValueError:
         steps = []
-    return question, f"{''.join(f'<<{step}>>' for step in steps)}\n#### {answer}", FAMILY
+    worked = "".join("<<" + step + ">>" for step in steps)
+    return question, f"{worked}\n#### {answer}", FAMILY

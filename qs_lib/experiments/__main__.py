@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", default="", help="folder or file of problems, for a pretrained model")
     parser.add_argument("--gsm8k", default="", help="folder of GSM8K, whose test problems are then answered too")
-    parser.add_argument("--arms", nargs="+", choices=real_model.ARMS, metavar="ARM", help="these arms alone")
+    parser.add_argument("--arms", nargs="+", choices=real_model.TRAINED_ARMS, metavar="ARM", help="these arms alone")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     if given.name in EXPERIMENTS:

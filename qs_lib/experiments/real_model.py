@@ -52,7 +52,7 @@ from .arms import repeat
 SAMPLES = 8  # thoughts a problem for pass@k
 # Arm -> what differs from the recipes of 03 and 05. ``train``: what is trained.
 BAKED = {"train": "baking"}
-ARMS = {
+TRAINED_ARMS = {
     "raw": {"train": "nothing"},
     "answers alone": {"train": "answers"},
     "filler": {"train": "filler"},
@@ -72,8 +72,8 @@ REINFORCED = {
     "Muon x Grokfast, RL's": {"muon": True, "muon_lr": 5e-4, "adamw_lr": 5e-4, "grokfast_lambda": 0.1}
     | {"qk_clip_threshold": 25.0, "kl_coefficient": 0.1},
 }
-ARMS |= {name: {"train": "thoughts"} | changed for name, changed in REINFORCED.items()}
-ARMS["expert iteration"] = {"train": "rounds"}
+TRAINED_ARMS |= {name: {"train": "thoughts"} | changed for name, changed in REINFORCED.items()}
+TRAINED_ARMS["expert iteration"] = {"train": "rounds"}
 
 
 def material(variant: str, data: str = "", seed: int = 0) -> dict[str, list[dict]]:
@@ -325,7 +325,7 @@ def theater_row(folder, model, before, tokenizer, material, length: int, tempera
     return row | {f"accuracy_{name}": value[0] for name, value in report.accuracy.items()}
 
 
-RATES = (1e-4, 3e-4, 1e-3)  # of the controls
+CONTROL_RATES = (1e-4, 3e-4, 1e-3)  # of the controls
 
 
 def measured_arm(variant, folder, material, settings, seed, checkpoint, attack: bool) -> dict:
@@ -333,7 +333,7 @@ def measured_arm(variant, folder, material, settings, seed, checkpoint, attack: 
     kind, changed = settings["train"], {k: v for k, v in settings.items() if k != "train"}
     length, start = trained_with(variant, {}, seed).thought_length, folder / "models" / f"baked-{seed}"
     if kind in ("answers", "filler"):
-        right, row = control_arm(variant, material, kind, RATES, seed)
+        right, row = control_arm(variant, material, kind, CONTROL_RATES, seed)
         return row | {"accuracy": right.mean(), "right": outcomes(right)}
     if kind == "nothing":
         return raw_row(variant, material)
@@ -365,8 +365,8 @@ def real_model(folder: Path, seeds, variant: str, data: str = "", gsm8k: str = "
     sources = material(variant, data) | {"gsm8k": list(load_problems(gsm8k, "test")) if gsm8k else []}
 
     def once(settings: dict, seed: int, checkpoint) -> dict:
-        attack = settings == ARMS["reinforced"]
+        attack = settings == TRAINED_ARMS["reinforced"]
         row = measured_arm(variant, folder, sources, settings, seed, checkpoint, attack)
         return {k: v if isinstance(v, str | list) else round(float(v), 5) for k, v in row.items()}
 
-    repeat(folder / f"{variant}.csv", {name: ARMS[name] for name in arms or ARMS}, seeds, once)
+    repeat(folder / f"{variant}.csv", {name: TRAINED_ARMS[name] for name in arms or TRAINED_ARMS}, seeds, once)

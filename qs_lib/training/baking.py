@@ -36,9 +36,7 @@ class BakingSettings(Settings):
     epochs: int = Field(6, ge=1)  # passes over worked examples and trajectories
     trajectories: int = Field(1800, ge=0)  # replies sampled from the prompted teacher, at most
     batch_size: int = Field(32, ge=2)  # replies a step, rehearsed answers included
-    privilege: Literal["none", "equation", "foreign"] = (
-        "none"  # what the teacher is told: nothing, the equations, others
-    )
+    privilege: Literal["none", "equation", "foreign"] = "none"  # equations the teacher is told: none, right, foreign
     muon: bool = True  # Muon on hidden matrices, else AdamW on all
     muon_lr: float = Field(6e-3, ge=0)  # learning rate of Muon, hidden matrices
     adamw_lr: float = Field(1.5e-3, ge=0)  # learning rate of AdamW, embeddings and norms
