@@ -4,11 +4,13 @@ It writes ``outputs/<run>/experiments/NAME.csv`` and goes on where it was stoppe
 """
 
 import argparse
+import sys
 
 import torch
 
 from ..files import find_run, run_folder
 from ..workbook.params import check_variant
+from ..workbook.run import exit_code
 from . import baking, chain, grokking, real_model, reinforcement
 
 EXPERIMENTS = {
@@ -44,4 +46,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(lambda: main() or 0, "the same command continues with the arms that are missing"))

@@ -3,6 +3,7 @@
 Everything starts from the recipe of a variant (``params/*/<variant>.yaml``). No model is known here by name.
 """
 
+import copy
 import math
 import random
 from functools import partial
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..champion import load_champion
 from ..data.problems import baking_data, load_problems
-from ..data.strategies import asked, prompts_with, reasoning_dataset, reply
+from ..data.strategies import prompts_with, reasoning_dataset, reply
 from ..data.tokens import (
     add_thinking_tokens,
     encode,
@@ -30,11 +31,9 @@ from ..errors import UpstreamError
 from ..evaluation.accuracy import (
     Performance,
     accuracy_with_thoughts,
-    answer_of,
     direct_accuracy,
     longest_answer,
     measure,
-    replies,
 )
 from ..evaluation.episodes import answers_with
 from ..evaluation.theater import anti_theater, fit_scale
@@ -47,6 +46,7 @@ from ..training.loop import scheduled, training, update
 from ..training.optim import MuonGrokfast
 from ..training.reinforce import SEEN, QuietStarSettings, train_quiet_star
 from ..workbook.params import recipe
+from ..workbook.tables import reply_rows
 from .arms import repeat
 
 SAMPLES = 8  # thoughts a problem for pass@k
@@ -170,16 +170,13 @@ def control_arm(variant, material, kind, rates, seed):
     worked, unseen = lessons_of(material, values, s)
     steps = trained_with(variant, {}, seed).steps
     s = s.but(epochs=s.epochs + -(-steps * s.batch_size // (len(worked) + len(unseen))))
+    untrained, tokenizer = champion(variant)
+    thought = filler(tokenizer, mean_length(tokenizer, worked)) if kind == "filler" else []
+    plain = [encode(tokenizer, p["question"], reply(None, p)) for p in [*worked, *unseen]]
+    texts = [(t.ids[: t.start], thought + t.ids[t.start :]) for t in plain]
     found, best = {}, None
     for rate in rates:
-        lm, tokenizer = champion(variant)
-        spellings = marker_spellings(tokenizer)
-        thoughts = [
-            len(mark(encode_reply(tokenizer, e["reply"].split(" done ")[0] + " done"), spellings)[0]) for e in worked
-        ]
-        thought = filler(tokenizer, round(sum(thoughts) / len(thoughts))) if kind == "filler" else []
-        plain = [encode(tokenizer, p["question"], reply(None, p)) for p in [*worked, *unseen]]
-        texts = [(t.ids[: t.start], thought + t.ids[t.start :]) for t in plain]
+        lm = copy.deepcopy(untrained)
         right = partial(_answers_after, QuietStarForCausalLM.from_base(lm, tokenizer), tokenizer, thought)
         scores = imitate(
             lm, tokenizer, texts, s.but(adamw_lr=rate), lambda right=right: right(material["validation"]).mean()
@@ -187,9 +184,14 @@ def control_arm(variant, material, kind, rates, seed):
         found[rate] = max(scores)
         if best is None or max(scores) > best[0]:
             best = max(scores), rate, right(material["test"]), elsewhere(material, right)
-    return best[2], best[3] | {"validation": best[0], "rate": best[1], "epochs": s.epochs} | {
-        f"at {r:g}": v for r, v in found.items()
-    }
+    row = best[3] | {"validation": best[0], "rate": best[1], "epochs": s.epochs}
+    return best[2], row | {f"at {rate:g}": score for rate, score in found.items()}
+
+
+def mean_length(tokenizer, examples: list[dict]) -> int:
+    """Return the tokens of a worked example's thought, both tags counted, a mean over ``examples``."""
+    plain = [encode_reply(tokenizer, e["reply"].split(" done ")[0] + " done") for e in examples]
+    return round(sum(len(mark(ids, marker_spellings(tokenizer))[0]) for ids in plain) / len(plain))
 
 
 def _answers_after(model, tokenizer, thought: list[int], problems) -> np.ndarray:
@@ -233,11 +235,8 @@ def raw_row(variant: str, material) -> dict:
     lm, tokenizer = champion(variant)
     values = recipe("03_baking", variant)
     prompts, tags = prompts_with(material["train"], values["prompt_examples"]), tuple(thinking_ids(tokenizer))
-    contexts = [asked(p, prompts) for p in material["test"]]
-    written = replies(lm, tokenizer, contexts, values["max_new_tokens"], tags)
-    marked = [mark(ids, marker_spellings(tokenizer))[0] for ids in written]
-    said = [answer_of(tokenizer, ids, (tags[1],)) for ids in marked]
-    right = np.array([a == p["answer"] for a, p in zip(said, material["test"], strict=True)], float)
+    rows = reply_rows(lm, tokenizer, material["test"], values["max_new_tokens"], prompts, tags)
+    right = np.array([row["correct"] for row in rows], float)
     row = {"accuracy": right.mean(), "right": outcomes(right)}
     row["without"] = direct_accuracy(lm, tokenizer, material["test"]).mean()
     return row | elsewhere(material, lambda problems: direct_accuracy(lm, tokenizer, problems))
@@ -328,8 +327,10 @@ def theater_row(folder, model, before, tokenizer, material, length: int, tempera
 CONTROL_RATES = (1e-4, 3e-4, 1e-3)  # of the controls
 
 
-def measured_arm(variant, folder, material, settings, seed, checkpoint, attack: bool) -> dict:
-    """Train one arm and measure it. Baked and trained models stay in ``folder/models`` for the arms that build on them."""
+def measured_arm(variant, folder, material, settings, seed, checkpoint) -> dict:
+    """Train one arm and measure it. What the recipes give without a change is kept in ``folder/models``: the baked
+    model, which other arms start from, and the reinforced one's difference. The latter is attacked as well.
+    """
     kind, changed = settings["train"], {k: v for k, v in settings.items() if k != "train"}
     length, start = trained_with(variant, {}, seed).thought_length, folder / "models" / f"baked-{seed}"
     if kind in ("answers", "filler"):
@@ -352,7 +353,7 @@ def measured_arm(variant, folder, material, settings, seed, checkpoint, attack: 
     weights = "head" if kind == "thoughts" else "thoughts"
     found, performance = thinking_row(model, tokenizer, material, weights, length, seed)
     row |= found
-    if attack:
+    if kind == "thoughts" and not changed:
         before, _ = load_champion(str(start))
         rank, source = 24, recipe("01_token_setup", variant)["champion"]  # the sum of both adapters' ranks
         row["rounding"] = save_difference(folder / "models" / f"difference-{seed}", model, tokenizer, source, rank)
@@ -365,8 +366,7 @@ def real_model(folder: Path, seeds, variant: str, data: str = "", gsm8k: str = "
     sources = material(variant, data) | {"gsm8k": list(load_problems(gsm8k, "test")) if gsm8k else []}
 
     def once(settings: dict, seed: int, checkpoint) -> dict:
-        attack = settings == TRAINED_ARMS["reinforced"]
-        row = measured_arm(variant, folder, sources, settings, seed, checkpoint, attack)
+        row = measured_arm(variant, folder, sources, settings, seed, checkpoint)
         return {k: v if isinstance(v, str | list) else round(float(v), 5) for k, v in row.items()}
 
     repeat(folder / f"{variant}.csv", {name: TRAINED_ARMS[name] for name in arms or TRAINED_ARMS}, seeds, once)

@@ -213,12 +213,10 @@ def prompted(problems, prompts, privilege="none") -> list[str]:
 
     Those of the problem itself, or ``foreign`` ones, those of the problem before it: the control.
     """
-    others = [*problems[-1:], *problems[:-1]]
-    told = [
-        [] if privilege == "none" else (others if privilege == "foreign" else problems)[i]["steps"]
-        for i in range(len(problems))
-    ]
-    return [asked(p, prompts, equations) for p, equations in zip(problems, told, strict=True)]
+    if privilege == "none":
+        return [asked(p, prompts) for p in problems]
+    source = problems if privilege == "equation" else [*problems[-1:], *problems[:-1]]
+    return [asked(p, prompts, told["steps"]) for p, told in zip(problems, source, strict=True)]
 
 
 def lessons(teacher, tokenizer, examples, problems, validation, s: BakingSettings, prompts=PROMPTS) -> Lessons:

@@ -110,9 +110,8 @@ def _factors(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     """Return (rows, rank) and (rank, columns) in bfloat16 whose product is nearest to ``change`` (rows, columns)."""
     with torch.random.fork_rng(devices=[]):  # its sketch is random, and no caller's draws are to move
         torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(
-            change, min(rank + 16, *change.shape), niter=4
-        )  # beyond the rank, to be exact in it
+        most = min(rank + 16, *change.shape)  # beyond the rank, to be exact in it
+        u, s, v = torch.svd_lowrank(change, most, niter=4)
     left, right = ((side * s.sqrt())[:, :rank] for side in (u, v))
     return left.contiguous().bfloat16(), right.T.contiguous().bfloat16()
 

@@ -191,8 +191,7 @@ def within_band(model, tokenizer, problems: list[dict], s: QuietStarSettings) ->
     """Return the problems that single thoughts of the model answer at a rate from ``pass_low`` to ``pass_high``.
 
     Where all thoughts are right, or all wrong, reinforcement has nothing to choose from. Of more than ``SEEN`` problems
-    it looks at so many. Raises ``WorkbookError`` if
-    none is left.
+    it looks at so many. Raises ``WorkbookError`` if none is left.
     """
     if (s.pass_low, s.pass_high) == (0, 1):
         return problems
@@ -304,8 +303,8 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
 
     The reward of a thought is its utility: the gain in log-likelihood of the next ``n_true`` true tokens over no
     thought, not below ``REWARD_FLOOR`` nats. Or it is their ``probability`` after the thought, which is bounded. Or it
-    is 1 if the answer is right (``reward="correct"``, see :func:`judged_tokens`) and 0 if it is not. Unlike the paper's it does not pass through the mixing head, so it is not
-    0 while the gate is shut. ``reference``: a frozen model, a peft model that is read without its adapter, or None,
+    is 1 if the answer is right (``reward="correct"``, see :func:`judged_tokens`) and 0 if it is not. Unlike the paper's
+    it does not pass through the mixing head, so it is not 0 while the gate is shut. ``reference``: a frozen model, a peft model that is read without its adapter, or None,
     which leaves both KLs out. With ``objective="paper"`` log-probs, entropy and KL of thoughts are those at temperature
     3, whatever they were sampled at (appendix A).
     """

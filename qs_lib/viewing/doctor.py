@@ -57,9 +57,13 @@ class Course(NamedTuple):
         ends = self.ends(name)
         return None if ends is None else float(np.median(ends[1]))
 
+    def validated(self) -> list[int]:
+        """Return which rows hold a held-out accuracy."""
+        return [i for i, row in enumerate(self.rows) if len(self.values("validation_accuracy", [row]))]
+
     def since_best(self) -> tuple[float, float, list[dict]] | None:
         """Return (best, last) held-out accuracy and the rows from the best on. None before the second validation."""
-        at = [i for i, row in enumerate(self.rows) if len(self.values("validation_accuracy", [row]))]
+        at = self.validated()
         scores = self.values("validation_accuracy")
         if len(scores) < 2:
             return None
@@ -119,10 +123,11 @@ def difficulty(c: Course) -> tuple[str, str]:
     if dead_groups(c)[0] in ("look", "sick"):
         return "unknown", "it is told with the groups without spread"
     every, none = (float(np.mean([f(g) for g in groups])) if groups else 0.0 for f in (all, lambda g: not any(g)))
-    told = f"in {every:.0%} of {len(groups)} recorded groups all thoughts are right, in {none:.0%} none"
-    told = (f"{right:.0%} of the thoughts are right" if right is not None else "") + (
-        f"{', ' if right is not None else ''}{told}" if groups else ""
+    parts = [] if right is None else [f"{right:.0%} of the thoughts are right"]
+    parts += [f"in {every:.0%} of {len(groups)} recorded groups all thoughts are right, in {none:.0%} none"] * bool(
+        groups
     )
+    told = ", ".join(parts)
     recorded = len(groups) >= GROUPS and every + none >= 0.8
     if right is not None and right <= 0.05 or recorded and none > every:
         hopeless = right < 0.01 if right is not None else none >= 0.95
@@ -169,11 +174,8 @@ def length(c: Course) -> tuple[str, str]:
     Twice the tokens is twice the time for nothing, half of them is thinking given up. Both are taken from the first
     validation on: before it a curriculum lengthens thoughts (the pocket run's from 11 to 21 tokens).
     """
-    at = [i for i, row in enumerate(c.rows) if len(c.values("validation_accuracy", [row]))]
-    ends, scores = (
-        c._replace(rows=c.rows[max(0, at[0] - 4) :] if at else []).ends("length"),
-        c.values("validation_accuracy"),
-    )
+    at, scores = c.validated(), c.values("validation_accuracy")
+    ends = c._replace(rows=c.rows[max(0, at[0] - 4) :] if at else []).ends("length")
     if ends is None or len(scores) < 2:
         return "unknown", f"it takes two validations with validation_accuracy and {LEAST} rows with length between"
     first, last = (float(x.mean()) for x in ends)

@@ -105,16 +105,19 @@ def aligned_tokens(item: BakingItem, tokenizer) -> pd.DataFrame:
     return pd.DataFrame(columns | {"both predict": words(item.targets)})
 
 
-def reply_rows(model, tokenizer, problems, max_new_tokens=48, prompts: dict[str, str] | None = None) -> list[dict]:
+def reply_rows(
+    model, tokenizer, problems, max_new_tokens=48, prompts: dict[str, str] | None = None, forbid=()
+) -> list[dict]:
     """Return one row per problem from its greedy reply.
 
     A row holds the ``reply``, its ``answer``, whether it is ``correct`` and ``thinks``, which ``strategy`` it uses
     ("none" without a thought) and whether that ``fits``. ``prompts``: strategy -> what stands in front of the question.
+    ``forbid``: ids that may not be written.
     """
     start, end = thinking_ids(tokenizer)[:2]
     contexts = [asked(p, prompts) if prompts else p["question"] for p in problems]
     rows = []
-    for problem, written in zip(problems, replies(model, tokenizer, contexts, max_new_tokens), strict=True):
+    for problem, written in zip(problems, replies(model, tokenizer, contexts, max_new_tokens, forbid), strict=True):
         ids, _ = mark(written, marker_spellings(tokenizer))  # a prompted champion writes the plain words
         thinks, answer = bool(ids) and ids[0] == start and end in ids, answer_of(tokenizer, ids, (end,))
         strategy = strategy_of(tokenizer.decode(ids[: ids.index(end)])) if thinks else None
