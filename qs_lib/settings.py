@@ -55,6 +55,11 @@ class Settings(BaseModel):
             raise ParameterError(f"settings are a {type(settings).__name__}; they must be a {cls.__name__}")
         return (settings or cls()).but(**changed)
 
+    @classmethod
+    def among(cls, values: dict, **changed) -> Self:
+        """Return the settings that stand among ``values``, such as a recipe's, with some changed. Raises as any."""
+        return cls(**{name: values[name] for name in cls.model_fields} | changed)
+
     def but(self, **changed) -> Self:
         """The same settings with some changed. Raises ``ParameterError``."""
         return type(self)(**self.model_dump() | changed)

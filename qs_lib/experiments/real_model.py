@@ -95,16 +95,12 @@ def champion(variant: str):
 def baked_with(variant: str, changed: dict, seed: int) -> tuple[BakingSettings, dict]:
     """Return the settings of a baking arm, and what its recipe says beside them."""
     values = recipe("03_baking", variant)
-    own = {name: values[name] for name in BakingSettings.model_fields} | changed
-    return BakingSettings(**own | {"seed": seed}), values
+    return BakingSettings.among(values, **changed | {"seed": seed}), values
 
 
 def trained_with(variant: str, changed: dict, seed: int) -> QuietStarSettings:
     """Return the settings of a reinforcement arm."""
-    values = recipe("05_rl", variant)
-    return QuietStarSettings(
-        **{name: values[name] for name in QuietStarSettings.model_fields} | changed | {"seed": seed}
-    )
+    return QuietStarSettings.among(recipe("05_rl", variant), **changed | {"seed": seed})
 
 
 def lessons_of(material, values: dict, s: BakingSettings) -> tuple[list[dict], list[dict]]:

@@ -101,8 +101,7 @@ def eighth_baked(run: Path):
     folder = run / "02_dataset_generation"
     examples, train, validation = (read_problems(folder / f"{s}.parquet") for s in ("examples", "train", "validation"))
     worked, unseen = baking_data(examples, train, values["examples"] // 4, values["hard_shown"], seed)
-    settings = BakingSettings(**{name: values[name] for name in BakingSettings.model_fields})
-    fewer = settings.but(epochs=1, trajectories=settings.trajectories // 4, seed=seed)
+    fewer = BakingSettings.among(values, epochs=1, trajectories=values["trajectories"] // 4, seed=seed)
     bake(lm, tokenizer, worked, unseen, validation[:48], fewer)
     return lm
 

@@ -140,10 +140,7 @@ def aligned_log_probs(student, teacher, items: list[BakingItem], tokenizer) -> t
     index = new([k for k, item in enumerate(items) for _ in item.targets])
     direct = new([item.direct for item in items])[index]
     with torch.no_grad(), frozen(teacher) as as_it_was:
-        kept = [i.states for i in items]
-        if any(states is None for states in kept):
-            kept = [_states_at(as_it_was, [i.teacher_ids for i in items], [i.teacher_at for i in items], tokenizer)]
-        t = LanguageHead(as_it_was)(torch.cat(kept).to(student.device))
+        t = _teacher_logits(as_it_was, items, tokenizer).to(student.device)
         no_tags = torch.zeros(t.shape[1], device=t.device).index_fill_(0, tags, -torch.inf)
         t = F.log_softmax(t + no_tags, -1)
         renamed = t[~direct]
@@ -163,6 +160,14 @@ def keep_states(teacher, tokenizer, items: list[BakingItem], batch_size: int = 6
         found = _states_at(teacher, [i.teacher_ids for i in part], [i.teacher_at for i in part], tokenizer)
         for item, states in zip(part, found.split([len(i.targets) for i in part]), strict=True):
             item.states = states.float().cpu()
+
+
+def _teacher_logits(teacher, items: list[BakingItem], tokenizer):
+    """Return the teacher's logits (tokens, vocab) at the items' positions, from the states that were kept if they were."""
+    kept = [i.states for i in items]
+    if any(states is None for states in kept):
+        return _logits_at(teacher, [i.teacher_ids for i in items], [i.teacher_at for i in items], tokenizer)
+    return LanguageHead(teacher)(torch.cat(kept).to(teacher.device))
 
 
 def _logits_at(model, *texts):
@@ -374,14 +379,14 @@ def unprompted_kl(teacher, tokenizer, items: list[BakingItem], batch_size: int =
     tags = thinking_ids(tokenizer)
     for i in range(0, len(items), batch_size):
         part = items[i : i + batch_size]
-        prompted = _logits_at(teacher, [x.teacher_ids for x in part], [x.teacher_at for x in part], tokenizer)
+        told = _teacher_logits(teacher, part, tokenizer)
         cut = [x.teacher_at[0] - x.student_at[0] for x in part]  # length of the prompt
         head = [x.student_ids[: x.student_at[0] + 1] for x in part]
         rows = [h + x.teacher_ids[x.teacher_at[0] + 1 :] for h, x in zip(head, part, strict=True)]
         bare = _logits_at(
             teacher, rows, [[k - c for k in x.teacher_at] for x, c in zip(part, cut, strict=True)], tokenizer
         )
-        for logits in (prompted, bare):
+        for logits in (told, bare):
             logits[:, tags] = -torch.inf
-        total.append(forward_kl(F.log_softmax(bare, -1), F.log_softmax(prompted, -1)))
+        total.append(forward_kl(F.log_softmax(bare, -1), F.log_softmax(told, -1)))
     return torch.cat(total).mean().item()
