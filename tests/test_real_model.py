@@ -62,6 +62,22 @@ def test_every_kind_of_arm_becomes_a_row_once(small, monkeypatch):
     arms.real_model(small, [0], "smollm2", arms=names)
 
 
+def test_other_problems_have_room_for_their_own_answers(small, monkeypatch):
+    seen = []
+    real = arms.accuracy_with_thoughts
+
+    def watched(model, tokenizer, asked, *given, **settings):
+        seen.append((asked[0]["answer"], settings.get("max_new_tokens")))
+        return real(model, tokenizer, asked, *given, **settings)
+
+    monkeypatch.setattr(arms, "accuracy_with_thoughts", watched)
+    model, tokenizer = tiny_quiet_star()
+    some = list(problems(size=4))
+    long = [p | {"answer": " ".join(["9"] * 12)} for p in some]
+    arms.thinking_row(model, tokenizer, {"validation": some, "test": some, "gsm8k": long}, "thoughts", 6, 0)
+    assert seen[-1][0] == long[0]["answer"] and seen[-1][1] >= 12 > seen[0][1]
+
+
 def test_thoughts_cannot_be_trained_before_a_model_is_baked(small):
     small.mkdir()
     with pytest.raises(UpstreamError, match="make the arm baked of seed 3 first"):

@@ -219,9 +219,13 @@ def thinking_row(model, tokenizer, material, weights: str, length: int, seed: in
     row = {"accuracy": found.mixed.mean(), "greedy": found.greedy.mean(), "single": found.single.mean()}
     row |= {"without": found.without.mean(), "temperature": found.temperature, "follows": (says == right).mean()}
     row |= {f"pass@{k}": pass_at(right, k) for k in (1, 2, 4, 8)} | {"thinking_use": found.statistics["thinking_use"]}
-    greedy = many | {"num_thoughts": 1, "temperature": 0.0}
-    alone = partial(accuracy_with_thoughts, model, tokenizer, weights="thoughts", **greedy)
-    row |= elsewhere(material, lambda problems: alone(problems)["mixed"].numpy())
+    greedy = budget | {"num_thoughts": 1, "temperature": 0.0, "weights": "thoughts"}
+
+    def one_thought(problems) -> np.ndarray:
+        room = longest_answer(tokenizer, problems)  # GSM8K's answers are longer than those of the test problems
+        return accuracy_with_thoughts(model, tokenizer, problems, max_new_tokens=room, **greedy)["mixed"].numpy()
+
+    row |= elsewhere(material, one_thought)
     row |= {"strategy_fit": found.statistics["strategy_fit"], "own_accuracy": found.statistics["accuracy"]}
     return row | {"right": outcomes(found.mixed), "right_greedy": outcomes(found.greedy)}, found
 
