@@ -14,6 +14,7 @@ from .thoughts.generate import Thoughts, generate_thoughts
 from .thoughts.rescore import Rescored, rescore_thoughts
 from .training.baking import BakingResult, BakingSettings, bake
 from .training.difference import load_run
+from .training.imitation import learn_prompts
 from .training.optim import MuonGrokfast
 from .training.reinforce import QuietStarSettings, TrainingResult, train_quiet_star
 

@@ -115,7 +115,7 @@ def test_only_replies_that_one_pass_leaves_open_are_decoded(taught, weights, mon
     )
     if weights == "thoughts":
         assert right == [1, 1, 1, 0, 0]
-        assert sorted(decoded) == sorted(encode_context(tokenizer, p["question"]) for p in asked[2:])
+        assert sorted(decoded) == sorted(encode_context(tokenizer, p["question"]) for p in asked[2:3])
     assert found["mixed"].tolist() == right and found["thoughts"] == [["", ""]] * 5
     single = e.accuracy_with_thoughts(
         model, tokenizer, asked, num_thoughts=2, thought_length=2, weights=weights, single=True
@@ -125,9 +125,8 @@ def test_only_replies_that_one_pass_leaves_open_are_decoded(taught, weights, mon
         model, tokenizer, asked, num_thoughts=2, thought_length=2, weights="thoughts", max_new_tokens=1
     )
     assert cut["mixed"].tolist() == [1, 1, 1, 0, 0]  # the stop is not part of an answer
-    assert not any(
-        map(any, e.writes_truth(model, *taken(model, tokenizer, asked), "thoughts", max_new_tokens=0)[1].tolist())
-    )
+    alone = e.first_difference(model, *taken(model, tokenizer, asked), "thoughts", max_new_tokens=0)[1]
+    assert (alone == e.TOO_LONG).all()
 
 
 def taken(model, tokenizer, asked):
@@ -149,8 +148,8 @@ def test_a_reply_is_right_only_if_its_text_is(answer, spelt, monkeypatch):
     """A vocabulary that cannot spell an answer has the same token for any other."""
     model, tokenizer = tiny_quiet_star(num_thoughts=2, thought_length=2)
     asked = [problems(size=1)[0] | {"answer": answer}]
-    everywhere = torch.ones(1, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
-    monkeypatch.setattr(e, "writes_truth", lambda *a: everywhere)
+    everywhere = torch.full((1, 2), e.WRITTEN), torch.full((1, 2, 2), e.WRITTEN)
+    monkeypatch.setattr(e, "first_difference", lambda *a: everywhere)
     monkeypatch.setattr(e, "decode_with_thoughts", lambda *a: [tokenizer.encode(f"{answer} .")] * len(a[2]))
     found = e.accuracy_with_thoughts(model, tokenizer, asked, single=True, num_thoughts=2, thought_length=2)
     assert found["mixed"].tolist() == [spelt] and found["each"].tolist() == [[spelt] * 2]

@@ -291,8 +291,19 @@ def test_decoding_and_episodes(trained):
             written.append(naively(model, rows, model.config.mixing).argmax().item())
         assert reply == written[: written.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in written else 4]
         truth = torch.tensor([[*context, *reply, tokenizer.eos_token_id]])
-        together, _ = accuracy.writes_truth(model, truth, torch.ones_like(truth), thoughts, max_new_tokens=len(reply))
-        assert together.item() == (len(reply) < 4)
+        given = truth, torch.ones_like(truth), thoughts
+        (at, token), *_ = accuracy.first_difference(model, *given, max_new_tokens=len(reply))[0].tolist()
+        if len(reply) < 4:  # it ended by itself
+            assert at == accuracy.WRITTEN
+        else:  # its greedy decoding would go on where the text ends
+            assert (at, token) == (
+                4,
+                naively(model, rows_after(context, thoughts, 0, written=written), model.config.mixing).argmax(),
+            )
+        other = truth.clone()
+        other[0, len(context)] = (truth[0, len(context)] + 1) % 50
+        differs = accuracy.first_difference(model, other, *given[1:], max_new_tokens=len(reply))[0]
+        assert differs.tolist() == [[0, truth[0, len(context)]]]
         states = model.lm.model(torch.tensor([context])).last_hidden_state[0, -1], think.hidden[0, 0]
         assert model.mix(*states).shape == (len(tokenizer),)
 

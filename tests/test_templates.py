@@ -78,13 +78,13 @@ def test_a_record_is_like_any_other():
     made = templates.problem_of(
         Template(templates.natural(question), ("90.0", "15.0", "4"), "- number0 * number1 number2", "30.0")
     )
+    assert sorted(made.pop("fits")) == ["bayesian", "doubt", "expert", "falsification"]
     assert made == {
         "question": "Conner has $90. He spends $15 a month. What is left after 4 months?",
         "answer": "30",
         "steps": ["15 * 4 = 60", "90 - 60 = 30"],
         "difficulty": 2,
         "family": "word problem",
-        "fits": ["falsification", "expert", "doubt", "bayesian"],
         "lead": [],
     }
 
@@ -163,7 +163,7 @@ def test_redrawn_numbers_keep_every_rule():
             )
             assert len(set(new)) == len(new) and result(p["steps"][-1]) == p["answer"] != "0"
             assert all(0 < n <= 3 * o for o, n in zip(old, new, strict=True))
-            assert p["fits"] == templates.problem_of(template)["fits"] or "multidomain" not in p["fits"]
+            assert sorted(p["fits"]) == sorted(templates.problem_of(template)["fits"]) or "multidomain" not in p["fits"]
 
 
 def test_a_planted_redraw_below_zero_is_not_kept(monkeypatch):

@@ -139,7 +139,9 @@ def _solved(question: str, numbers: tuple[str, ...], equation: str) -> Problem |
     if not steps or "." in (answer := result(steps[-1])) or int(answer) >= ANSWERS_BELOW:
         return None
     record = {"question": question, "answer": answer, "steps": steps, "difficulty": len(steps)}
-    return record | {"family": FAMILY, "fits": fitting(steps), "lead": []}
+    fits, turn = fitting(steps), int(hashlib.md5(question.encode()).hexdigest(), 16)
+    turn %= len(fits) or 1  # a prompted teacher takes the first: all strategies come first somewhere
+    return record | {"family": FAMILY, "fits": fits[turn:] + fits[:turn], "lead": []}
 
 
 def split_of_template(question: str) -> str:
@@ -243,7 +245,7 @@ def redrawn(path: Path, count: int, seen: set[str], seed: int = 0) -> list[Probl
     """
     rng, seen, found = random.Random(f"{seed}-train"), set(seen), []
     rows = {t.question: t for t in read_templates(path) if split_of_template(t.question) == "train"}
-    shapes = {t: tuple(p["fits"]) for t in rows.values() if (p := problem_of(t))}
+    shapes = {t: tuple(sorted(p["fits"])) for t in rows.values() if (p := problem_of(t))}
     sizes = Counter(shapes.values())
     turns = [t for t, shape in shapes.items() for _ in range(round((max(sizes.values()) / sizes[shape]) ** 0.6))]
     rng.shuffle(turns)

@@ -148,13 +148,17 @@ def single_thoughts(tokens, lengths):
     return tokens.flatten(0, 1).unsqueeze(1), lengths.view(-1, 1)
 
 
-@torch.no_grad()
-def writes_truth(model, ids, mask, thoughts, weights: str = "head", max_new_tokens: int = 6):
-    """Return whether greedy decoding would write just what follows the thoughts in their texts, ids and mask (B, L).
+WRITTEN, TOO_LONG = -1, -2
 
-    ``thoughts`` stand at one position a text. Two results: with all thoughts of a text together (B,), and with each
-    alone (B, K). False where the truth is longer than ``max_new_tokens`` and its end-of-text. ``weights``: see
-    ``QuietStarForCausalLM.branch_weights``.
+
+@torch.no_grad()
+def first_difference(model, ids, mask, thoughts, weights: str = "head", max_new_tokens: int = 6):
+    """Return where greedy decoding first leaves what follows the thoughts in their texts, ids and mask (B, L).
+
+    ``thoughts`` stand at one position a text. Two results: with all thoughts of a text together (B, 2), and with each
+    alone (B, K, 2). The pairs are the number of true tokens that it would write, and the other token that it would
+    write next. The number is ``WRITTEN`` where it would write the truth to its end, and ``TOO_LONG`` where the truth is
+    longer than ``max_new_tokens`` and its end-of-text. ``weights``: see ``QuietStarForCausalLM.branch_weights``.
 
     The true reply is to greedy decoding what a draft is to speculative decoding (Leviathan et al., arXiv 2211.17192).
     Where every token of it is the likeliest, it would be written. One pass that reads each text once finds that.
@@ -165,16 +169,23 @@ def writes_truth(model, ids, mask, thoughts, weights: str = "head", max_new_toke
     for part in (slice(i, i + size) for i in range(0, len(ids), size)):
         ahead, forbid = int(last[part].clamp(max=max_new_tokens + 1).max()), model.config.hidden_ids
         scored = rescore_thoughts(model.lm, ids[part], thoughts.part(part), mask[part], ahead, forbid_true=forbid)
-        together = torch.ones(len(ids[part]), dtype=torch.bool, device=ids.device)
-        alone, given = together[:, None].repeat(1, k), model.mixing_weights(scored, weights)
+        together = torch.full((len(ids[part]), 2), WRITTEN, device=ids.device)
+        alone, given = together[:, None].repeat(1, k, 1), model.mixing_weights(scored, weights)
         for step in range(ahead):  # one token at a time: K predictions over a large vocabulary are many numbers
             past, true = ~scored.valid[:, 0, step], scored.true[:, 0, step]
             base, after = scored.base_hidden[:, 0, step], scored.thought_hidden[:, 0, :, step]
-            together &= (model.mix(base, after, given[:, 0, step]).argmax(-1) == true) | past
-            alone &= (model.visible_log_probs(after).argmax(-1) == true[:, None]) | past[:, None]
-        short = last[part] <= max_new_tokens + 1
-        parts.append((together & short, alone & short[:, None]))
+            _leave(together, step, model.mix(base, after, given[:, 0, step]).argmax(-1), true, past)
+            _leave(alone, step, model.visible_log_probs(after).argmax(-1), true[:, None], past[:, None])
+        long = last[part] > max_new_tokens + 1
+        together[long], alone[long] = TOO_LONG, TOO_LONG
+        parts.append((together, alone))
     return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+
+def _leave(found, step: int, written, true, past) -> None:
+    """Note in ``found`` (..., 2), in place, where ``written`` (...) is the first token other than the true one."""
+    new = (found[..., 0] == WRITTEN) & (written != true) & ~past
+    found[new] = torch.stack([torch.full_like(written, step), written], -1)[new]
 
 
 @torch.no_grad()
@@ -195,12 +206,12 @@ def accuracy_with_thoughts(
         ids, mask, last = answer_batch(tokenizer, asked, model.device)
         thoughts = model.think(ids, mask, last, generator, **budget.drawing, with_hidden=False)
         drawn = thoughts.tokens[:, 0], thoughts.lengths[:, 0]
-        together, alone = writes_truth(model, ids, mask, thoughts, weights, max_new_tokens)
+        together, alone = first_difference(model, ids, mask, thoughts, weights, max_new_tokens)
         mixed[rows] = _right(model, tokenizer, asked, drawn, together, weights, max_new_tokens)
         if single:
             repeated = [p for p in asked for _ in range(k)]
             found = _right(
-                model, tokenizer, repeated, single_thoughts(*drawn), alone.flatten(), "thoughts", max_new_tokens
+                model, tokenizer, repeated, single_thoughts(*drawn), alone.flatten(0, 1), "thoughts", max_new_tokens
             )
             each[rows] = found.view(len(rows), k)
         for r, tokens, ends in zip(rows, *drawn, strict=True):
@@ -208,19 +219,32 @@ def accuracy_with_thoughts(
     return {"mixed": mixed, "thoughts": texts} | ({"each": each} if single else {})
 
 
-def _right(model, tokenizer, problems, drawn, settled, weights, max_new_tokens) -> torch.Tensor:
-    """Return 1 where the reply is known to be the true one or, written out, gives its answer in other words, else 0."""
-    truths = [encode_reply(tokenizer, reply(None, p)) for p in problems]  # whose text a vocabulary may not spell
-    spelt = [answer_of(tokenizer, truth) == p["answer"] for truth, p in zip(truths, problems, strict=True)]
-    settled = settled & torch.tensor(spelt, device=settled.device)
-    left, right = (~settled).nonzero().squeeze(1), settled.float().cpu()
-    asked = [problems[row] for row in left.tolist()]
+def _right(model, tokenizer, problems, drawn, differs, weights, max_new_tokens) -> torch.Tensor:
+    """Return 1 where the reply gives the true answer, if in other words, else 0.
+
+    ``differs`` (rows, 2), of :func:`first_difference`, settles most. Only what may still become the answer is written.
+    """
+    right, left, ends = torch.zeros(len(problems)), [], set(end_ids(model, tokenizer))
+    for row, (problem, (at, token)) in enumerate(zip(problems, differs.tolist(), strict=True)):
+        truth = encode_reply(tokenizer, reply(None, problem))
+        if at == WRITTEN and answer_of(tokenizer, truth) == problem["answer"]:  # a vocabulary may not spell it
+            right[row] = 1
+        elif at < 0 or token in ends or _may_become(tokenizer.decode([*truth[:at], token]), problem["answer"]):
+            left.append(row)
+    asked = [problems[row] for row in left]
     contexts = [encode_context(tokenizer, p["question"]) for p in asked]
     given = (each[left] for each in drawn)
     written = decode_with_thoughts(model, tokenizer, contexts, *given, weights, max_new_tokens)
-    same = [float(answer_of(tokenizer, w) == p["answer"]) for w, p in zip(written, asked, strict=True)]
-    right[left.cpu()] = torch.tensor(same)
+    right[left] = torch.tensor(
+        [float(answer_of(tokenizer, w) == p["answer"]) for w, p in zip(written, asked, strict=True)]
+    )
     return right
+
+
+def _may_become(text: str, answer: str) -> bool:
+    """Tell whether a reply that begins with ``text`` may still give ``answer``. Spaces do not count, to be safe."""
+    text, answer = ("".join(each.split()) for each in (text, answer))
+    return chr(0xFFFD) in text or answer.startswith(text) or text == answer + "."  # the sign of half a character
 
 
 def best_temperature(model, tokenizer, validation: list[dict], temperatures=TEMPERATURES, **settings) -> dict:

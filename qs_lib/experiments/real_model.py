@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from ..champion import load_champion
 from ..data.problems import baking_data, load_problems
@@ -21,10 +20,8 @@ from ..data.tokens import (
     encode,
     encode_context,
     encode_reply,
-    length_batches,
     mark,
     marker_spellings,
-    padded,
     thinking_ids,
 )
 from ..errors import UpstreamError
@@ -42,8 +39,7 @@ from ..model import QuietStarForCausalLM
 from ..stats import named
 from ..training.baking import BakingSettings, bake
 from ..training.difference import save_difference
-from ..training.loop import scheduled, training, update
-from ..training.optim import MuonGrokfast
+from ..training.imitation import imitate, learn_prompts
 from ..training.reinforce import SEEN, QuietStarSettings, train_quiet_star
 from ..workbook.params import recipe
 from ..workbook.tables import reply_rows
@@ -116,38 +112,11 @@ def bake_arm(variant, material, changed, seed, checkpoint):
     (s, values), (model, tokenizer) = baked_with(variant, changed, seed), champion(variant)
     prompts = prompts_with(material["train"], values["prompt_examples"], s.privilege != "none")
     validation = material["validation"][: values["eval_problems"]]
-    lessons = lessons_of(material, values, s)
-    result = bake(model, tokenizer, *lessons, validation, s, prompts, checkpoint=checkpoint)
+    worked, unseen = lessons_of(material, values, s)
+    learn_prompts(model, tokenizer, worked, s, prompts)
+    result = bake(model, tokenizer, worked, unseen, validation, s, prompts, checkpoint=checkpoint)
     row = {"gap_closed": result.gap_closed, "kl_before": result.kl_before, "kl_after": result.kl_after}
     return model, tokenizer, row | {name: result.epochs[-1][name] for name in ("thinking_use", "strategy_fit")}
-
-
-def imitate(lm, tokenizer, texts: list[tuple[list[int], list[int]]], s: BakingSettings, score) -> list[float]:
-    """Train on replies by cross-entropy, in place, and return ``score()`` after each epoch. The best weights stay.
-
-    ``texts``: (context, reply) as ids. Rates, adapter and batches are those of a baking, without its KL.
-    """
-    rng, scores, best = random.Random(s.seed), [], None
-    lengths, count = [len(c) + len(r) for c, r in texts], -(-len(texts) // s.batch_size)
-    with training(lm, tokenizer, s) as trained:
-        optimizer = MuonGrokfast(trained, muon_lr=s.muon_lr, adamw_lr=s.adamw_lr, grokfast_lambda=0.0, muon=s.muon)
-        scheduler = scheduled(optimizer, s.epochs * count, warm_up=20, constant=0.4)
-        weights = [p for p in trained.parameters() if p.requires_grad]
-        for _ in tqdm(range(s.epochs), desc="imitate"):
-            for rows in length_batches(lengths, s.batch_size, rng):
-                ids, mask = padded(tokenizer, [texts[i][0] + texts[i][1] for i in rows], lm.device)
-                starts = torch.tensor([len(texts[i][0]) for i in rows], device=lm.device)
-                with torch.autocast(lm.device.type, torch.bfloat16, enabled=s.bf16):
-                    logits = trained(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-                written = mask[:, 1:].bool() & (torch.arange(ids.shape[1] - 1, device=lm.device) >= starts[:, None] - 1)
-                nll = torch.nn.functional.cross_entropy(logits[written], ids[:, 1:][written], reduction="sum")
-                update(nll / len(rows), optimizer, scheduler, [weights], "the loss of imitation")
-            scores.append(score())
-            if scores[-1] == max(scores):
-                best = [p.detach().clone() for p in weights]
-        for p, kept in zip(weights, best, strict=True):
-            p.data.copy_(kept)
-    return scores
 
 
 def filler(tokenizer, length: int) -> list[int]:
@@ -165,7 +134,7 @@ def control_arm(variant, material, kind, rates, seed):
     s, values = baked_with(variant, {}, seed)
     worked, unseen = lessons_of(material, values, s)
     steps = trained_with(variant, {}, seed).steps
-    s = s.but(epochs=s.epochs + -(-steps * s.batch_size // (len(worked) + len(unseen))))
+    s = s.but(epochs=s.epochs + s.prompt_epochs + -(-steps * s.batch_size // (len(worked) + len(unseen))))
     untrained, tokenizer = champion(variant)
     thought = filler(tokenizer, mean_length(tokenizer, worked)) if kind == "filler" else []
     plain = [encode(tokenizer, p["question"], reply(None, p)) for p in [*worked, *unseen]]
@@ -299,7 +268,8 @@ def iterate_arm(variant, material, start: Path, seed: int, rounds: int = 3):
             for text in good:
                 thought = [tags[0], *tokenizer.encode(text, add_special_tokens=False), tags[1]]
                 texts.append((answer.ids[: answer.start], thought + answer.ids[answer.start :]))
-        imitate(lm, tokenizer, texts, s.but(epochs=1, adamw_lr=rl.adamw_lr, lora_rank=rl.lora_rank), lambda: 0.0)
+        if texts:  # no thought was right: the next round draws others
+            imitate(lm, tokenizer, texts, s.but(epochs=1, adamw_lr=rl.adamw_lr, lora_rank=rl.lora_rank), lambda: 0.0)
     lm.load_state_dict(best)
     return model, tokenizer, {"validation": [round(v, 4) for v in seen], "best_step": seen.index(max(seen))}
 

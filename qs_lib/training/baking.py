@@ -36,6 +36,7 @@ class BakingSettings(Settings):
     epochs: int = Field(6, ge=1)  # passes over worked examples and trajectories
     trajectories: int = Field(1800, ge=0)  # replies sampled from the prompted teacher, at most
     batch_size: int = Field(32, ge=2)  # replies a step, rehearsed answers included
+    prompt_epochs: int = Field(0, ge=0)  # passes over worked examples that teach the prompts first, see `learn_prompts`
     privilege: Literal["none", "equation", "foreign"] = "none"  # equations the teacher is told: none, right, foreign
     muon: bool = True  # Muon on hidden matrices, else AdamW on all
     muon_lr: float = Field(6e-3, ge=0)  # learning rate of Muon, hidden matrices
@@ -146,7 +147,7 @@ def aligned_log_probs(student, teacher, items: list[BakingItem], tokenizer) -> t
         renamed = t[~direct]
         renamed[:, tags], renamed[:, words] = t[~direct][:, words], -torch.inf
         t[~direct] = renamed
-    s = _logits_at(student, [i.student_ids for i in items], [i.student_at for i in items], tokenizer)
+    s = logits_at(student, [i.student_ids for i in items], [i.student_at for i in items], tokenizer)
     s = F.log_softmax(s + torch.where(direct[:, None], no_tags, 0.0), -1)
     return s, t, new([x for i in items for x in i.targets]), index
 
@@ -166,12 +167,15 @@ def _teacher_logits(teacher, items: list[BakingItem], tokenizer):
     """Return the teacher's logits (tokens, vocab) at the items' positions, from the states that were kept if they were."""
     kept = [i.states for i in items]
     if any(states is None for states in kept):
-        return _logits_at(teacher, [i.teacher_ids for i in items], [i.teacher_at for i in items], tokenizer)
+        return logits_at(teacher, [i.teacher_ids for i in items], [i.teacher_at for i in items], tokenizer)
     return LanguageHead(teacher)(torch.cat(kept).to(teacher.device))
 
 
-def _logits_at(model, *texts):
-    """Return the logits (tokens, vocab) of the model's own head at positions of texts, one text after the other."""
+def logits_at(model, *texts):
+    """Return the logits (tokens, vocab) of the model's own head at positions of texts, one text after the other.
+
+    ``texts``: their ids, lists of positions in each, and the tokenizer.
+    """
     return LanguageHead(model.get_base_model() if hasattr(model, "get_base_model") else model)(
         _states_at(model, *texts)
     )
@@ -383,7 +387,7 @@ def unprompted_kl(teacher, tokenizer, items: list[BakingItem], batch_size: int =
         cut = [x.teacher_at[0] - x.student_at[0] for x in part]  # length of the prompt
         head = [x.student_ids[: x.student_at[0] + 1] for x in part]
         rows = [h + x.teacher_ids[x.teacher_at[0] + 1 :] for h, x in zip(head, part, strict=True)]
-        bare = _logits_at(
+        bare = logits_at(
             teacher, rows, [[k - c for k in x.teacher_at] for x, c in zip(part, cut, strict=True)], tokenizer
         )
         for logits in (told, bare):
