@@ -298,7 +298,9 @@ class LanguageHead:
     def __init__(self, model):
         config = model.config.get_text_config()
         self.head = model.get_output_embeddings()
-        self.size, self.width = self.head.weight.shape  # width: of the final states, in some families not hidden_size
+        weight = getattr(self.head, "original_module", self.head).weight  # asked for its own, peft copies it all
+        self.size, self.width = weight.shape  # width: of the final states, in some families not hidden_size
+        self.dtype = weight.dtype
         self.rows = max(1, _LOGIT_NUMBERS // self.size)  # how many rows of logits are made at once
         self.divide = getattr(config, "logits_scaling", None)
         self.multiply = getattr(config, "logit_scale", None)
@@ -306,7 +308,7 @@ class LanguageHead:
 
     def __call__(self, hidden, forbid=None):
         """Return logits (..., V), -inf for the ids in the tensor ``forbid``."""
-        logits = self.head(hidden.to(self.head.weight.dtype))
+        logits = self.head(hidden.to(self.dtype))
         if self.divide is not None:
             logits = logits / self.divide
         if self.multiply is not None:
