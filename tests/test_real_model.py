@@ -10,6 +10,7 @@ from qs_lib.data.strategies import asked, prompts_with
 from qs_lib.data.tokens import thinking_ids
 from qs_lib.errors import UpstreamError, WorkbookError
 from qs_lib.experiments import __main__ as command_line
+from qs_lib.experiments import real_findings
 from qs_lib.experiments import real_model as arms
 from qs_lib.files import read_rows
 from qs_lib.model import QuietStarForCausalLM
@@ -54,8 +55,8 @@ def test_every_kind_of_arm_becomes_a_row_once(small, monkeypatch):
     assert all(len(row["right"]) == 1 + 8 and set(row["right"][1:]) <= {"0", "1"} for row in rows.values())
     assert all(row["accuracy"] == row["right"].count("1") / 8 for row in rows.values())
     assert {"at 0.001", "at 0.002"} <= rows["filler"].keys() and rows["filler"]["rate"] in arms.CONTROL_RATES
-    # as many passes as baking (1 epoch of 2 steps) and reinforcement (2 steps of 6 replies) take together
-    assert rows["answers alone"]["epochs"] == 1 + 1
+    # as many passes as the prompts, baking (1 epoch of 2 steps) and reinforcement (2 steps of 6 replies) take together
+    assert rows["answers alone"]["epochs"] == 1 + 1 + 1
     assert rows["reinforced"]["checks"] >= rows["reinforced"]["checks_reached"] and rows["reinforced"]["moved"] >= 0
     assert (small / "episodes-0.jsonl").is_file() and (small / "models" / "difference-0").is_dir()
     monkeypatch.setattr(arms, "measured_arm", lambda *_: pytest.fail("trained again"))
@@ -195,3 +196,36 @@ def test_adamw_takes_all_and_the_head_has_a_rate_of_its_own():
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in model.parameters() if p.requires_grad}
     assert isinstance(model, QuietStarForCausalLM)
+
+
+def planted(arm, seed, right):
+    return {"arm": arm, "seed": seed, "accuracy": sum(right) / len(right), "right": "r" + "".join(map(str, right))}
+
+
+def test_planted_gains_are_judged():
+    """Ten problems: the control answers one, and each arm as many more as its name says."""
+    few = [1] + [0] * 9
+    rows = [planted("answers alone", seed, few) for seed in range(3)]
+    rows += [planted("reinforced", seed, [1] * (6 + seed % 2) + [0] * (4 - seed % 2)) for seed in range(3)]
+    rows += [planted("baked", seed, [1] * 6 + [0] * 4) for seed in range(3)] + [planted("filler", 0, few)]
+    said = {line.split(":")[0]: line for line in real_findings.judge_claims(rows)}
+    assert said["reinforced - answers alone"].endswith("reached") and "+0.533" in said["reinforced - answers alone"]
+    assert said["reinforced - baked"].endswith("NOT REACHED") and "+0.033" in said["reinforced - baked"]
+    assert said["baked - filler"].endswith("Open") and "+0.500" in said["baked - filler"]
+    assert said["reinforced - pg off"].endswith("not measured")
+    table = real_findings.compare_arms(rows)
+    assert table.loc["filler", "accuracy"] == "0.100" and table.loc["baked", "accuracy"].startswith("0.600 [")
+    problems = [{"steps": 1 + (n > 4), "near": int(n == 0)} for n in range(10)]
+    kinds = real_findings.by_kind(rows, problems)
+    assert kinds.loc["baked"].tolist() == ["1.000", "0.200", "1.000", "0.556"]
+    assert list(kinds) == ["1 step (5)", "2 steps or more (5)", "a training question is near (1)", "none is near (9)"]
+
+
+def test_a_near_question_has_the_same_words_but_for_a_tenth():
+    def asked(text):
+        return {"question": text, "steps": ["1 + 1 = 2"]}
+
+    words = "ann has some red pens and ben gives her more of them today"  # 13 words
+    test = [asked(words + " 5 ?"), asked(words.replace("ann", "eve").replace("ben", "tom") + " ?"), asked("how many ?")]
+    found = arms.describe({"train": [asked(words)], "examples": [], "test": test})
+    assert found == [{"steps": 1, "near": 1}, {"steps": 1, "near": 0}, {"steps": 1, "near": 0}]

@@ -6,6 +6,7 @@ Everything starts from the recipe of a variant (``params/*/<variant>.yaml``). No
 import copy
 import math
 import random
+import re
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from ..evaluation.accuracy import (
 )
 from ..evaluation.episodes import answers_with
 from ..evaluation.theater import anti_theater, fit_scale
-from ..files import to_json, write_bytes
+from ..files import to_json, write_bytes, write_rows
 from ..model import QuietStarForCausalLM
 from ..stats import named
 from ..training.baking import BakingSettings, bake
@@ -45,6 +46,7 @@ from ..workbook.params import recipe
 from ..workbook.tables import reply_rows
 from .arms import repeat
 
+_WORD = re.compile(r"[a-z]+")
 SAMPLES = 8  # thoughts a problem for pass@k
 # Arm -> what differs from the recipes of 03 and 05. ``train``: what is trained.
 BAKED = {"train": "baking"}
@@ -116,6 +118,7 @@ def bake_arm(variant, material, changed, seed, checkpoint):
     learn_prompts(model, tokenizer, worked, s, prompts)
     result = bake(model, tokenizer, worked, unseen, validation, s, prompts, checkpoint=checkpoint)
     row = {"gap_closed": result.gap_closed, "kl_before": result.kl_before, "kl_after": result.kl_after}
+    row["validation"] = [round(epoch["accuracy"], 4) for epoch in result.epochs]
     return model, tokenizer, row | {name: result.epochs[-1][name] for name in ("thinking_use", "strategy_fit")}
 
 
@@ -126,7 +129,8 @@ def filler(tokenizer, length: int) -> list[int]:
 
 
 def control_arm(variant, material, kind, rates, seed):
-    """Train a control on the problems that baking sees, as many epochs as baking and reinforcement take together.
+    """Train a control on the problems that baking sees, as many epochs as all training of
+    thoughts takes together.
 
     It answers at once (``answers``), or after a filler as long as the worked thoughts are on average (``filler``). Its
     learning rate and its epoch are chosen on validation problems. Return (answers right on test problems, numbers).
@@ -331,9 +335,25 @@ def measured_arm(variant, folder, material, settings, seed, checkpoint) -> dict:
     return row
 
 
+def describe(material) -> list[dict]:
+    """Return of each test problem its number of ``steps``, and whether a training question is ``near`` it (0 or 1).
+
+    Near is one that shares nine tenths of all their words, whatever names and numbers differ.
+    """
+    read = [set(_WORD.findall(p["question"].lower())) for p in [*material["train"], *material["examples"]]]
+    found = []
+    for p in material["test"]:
+        words = set(_WORD.findall(p["question"].lower()))
+        near = any(len(words & other) >= 0.9 * len(words | other) for other in read)
+        found.append({"steps": len(p["steps"]), "near": int(near)})
+    return found
+
+
 def real_model(folder: Path, seeds, variant: str, data: str = "", gsm8k: str = "", arms=None) -> None:
     """Make all arms, or those named, on all ``seeds``: rows of ``<variant>.csv``."""
-    sources = material(variant, data) | {"gsm8k": list(load_problems(gsm8k, "test")) if gsm8k else []}
+    sources = material(variant, data)
+    write_rows(folder / f"{variant}_problems.csv", describe(sources))
+    sources |= {"gsm8k": list(load_problems(gsm8k, "test")) if gsm8k else []}
 
     def once(settings: dict, seed: int, checkpoint) -> dict:
         row = measured_arm(variant, folder, sources, settings, seed, checkpoint)
