@@ -28,6 +28,14 @@ def paired(rows: list[dict], arm: str, control: str, key: str) -> list[float]:
     return [mine[key] - other[key] for mine, other in pairs(rows, arm, control)]
 
 
+def over_seeds(values: list[float | None], signed: bool = False) -> str:
+    """Return a mean with its interval over seeds, or the one number there is, for reading."""
+    values = [v for v in values if v is not None]
+    if len(values) > 1:
+        return shown(seed_interval(values), signed)
+    return fixed(values[0], 3, signed) if values else ""
+
+
 def steps_to(row: dict, accuracy: float) -> float:
     """Return the RL steps until a row's validation accuracy first was at ``accuracy``, infinity if it never was."""
     every, steps = row["settings"]["evaluate_every"], row["settings"]["steps"]
@@ -150,8 +158,7 @@ def arms_table(rl: list[dict]) -> pd.DataFrame:
     kinds = {"accuracy": "accuracy", "greedy thought": "greedy", "no thought": "without", "thinks": "thinking_use"}
     for arm in dict.fromkeys(row["arm"] for row in rl):
         gains = column(rl, arm, "gain")
-        gain = shown(seed_interval(gains), signed=True) if len(gains) > 1 else fixed(gains[0], 3, True)
-        table[arm] = {"seeds": len(gains), "gain": gain}
+        table[arm] = {"seeds": len(gains), "gain": over_seeds(gains, True)}
         for name, key in kinds.items():
             values = [row[key] for row in rl if row["arm"] == arm and key in row]
             table[arm][name] = fixed(float(np.mean(values))) if values else ""

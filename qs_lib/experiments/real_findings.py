@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from ..stats import column, fixed, interval, seed_interval, shown
-from .findings import paired
+from .findings import over_seeds, pairs
 
 # Arm, the one it is compared with, the gain that is asked for, and what the interval over seeds must lie above.
 CLAIMS = (
@@ -21,19 +21,10 @@ _MEASURES = {"accuracy": "accuracy", "greedy": "greedy thought", "pass@1": "pass
 _MEASURES |= {"without": "no thought", "gsm8k": "GSM8K", "gsm8k_easy": "GSM8K, 1 or 2 steps"}
 
 
-def over_seeds(values: list[float], signed: bool = False) -> str:
-    """Return a mean with its interval over seeds, or the one number there is, for reading."""
-    values = [v for v in values if v is not None]
-    if len(values) > 1:
-        return shown(seed_interval(values), signed)
-    return fixed(values[0], 3, signed) if values else ""
-
-
 def compare_arms(rows: list[dict]) -> pd.DataFrame:
     """Return a line for each arm: its number of seeds, and each measure as a mean with an interval over seeds."""
-    arms = {row["arm"]: None for row in rows}
     table = {}
-    for arm in arms:
+    for arm in dict.fromkeys(row["arm"] for row in rows):
         own = [{**dict.fromkeys(_MEASURES), **row} for row in rows if row["arm"] == arm]
         table[arm] = {"seeds": len(own)} | {name: over_seeds(column(own, arm, key)) for key, name in _MEASURES.items()}
     return pd.DataFrame(table).T
@@ -46,28 +37,25 @@ def judge_claims(rows: list[dict]) -> list[str]:
     """
     said = []
     for arm, control, gain, above in CLAIMS:
-        found, asked = paired(rows, arm, control, "accuracy"), f"{arm} - {control}"
-        if not found:
+        both, asked = pairs(rows, arm, control), f"{arm} - {control}"
+        if not both:
             said.append(f"{asked}: not measured")
             continue
-        problems = shown(interval(np.mean(_outcomes(rows, arm) - _outcomes(rows, control), 0)), True)
+        gains = [mine["accuracy"] - other["accuracy"] for mine, other in both]
+        problems = shown(interval(np.mean([_right(mine) - _right(other) for mine, other in both], 0)), True)
         goal = f"at least {gain:+.2f}, interval above {above:+.2f}" if gain else "interval above 0"
-        if len(found) == 1:
-            said.append(
-                f"{asked}: {found[0]:+.3f} on the one seed of both, over problems {problems}. Asked: {goal}. Open"
-            )
-            continue
-        mean, low, _ = seed_interval(found)
-        verdict = "reached" if mean >= gain and low > above else "NOT REACHED"
-        said.append(
-            f"{asked}: {over_seeds(found, True)} over seeds, {problems} over problems. Asked: {goal}. {verdict}"
-        )
+        measured, verdict = f"{gains[0]:+.3f} on the one seed of both, over problems {problems}", "Open"
+        if len(gains) > 1:
+            mean, low, _ = seed_interval(gains)
+            measured = f"{over_seeds(gains, True)} over seeds, {problems} over problems"
+            verdict = "reached" if mean >= gain and low > above else "NOT REACHED"
+        said.append(f"{asked}: {measured}. Asked: {goal}. {verdict}")
     return said
 
 
-def _outcomes(rows: list[dict], arm: str) -> np.ndarray:
-    """Return right answers (1, problems) of an arm, 0 or 1, a mean over its seeds."""
-    return np.mean([[int(x) for x in row["right"][1:]] for row in rows if row["arm"] == arm], 0, keepdims=True)
+def _right(row: dict) -> np.ndarray:
+    """Return whether a row's answers are right (problems,), 0 or 1."""
+    return np.array([int(x) for x in row["right"][1:]])
 
 
 def by_kind(rows: list[dict], problems: list[dict]) -> pd.DataFrame:
@@ -80,8 +68,8 @@ def by_kind(rows: list[dict], problems: list[dict]) -> pd.DataFrame:
     kinds = {"1 step": steps == 1, "2 steps or more": steps > 1}
     kinds |= {"a training question is near": near == 1, "none is near": near == 0}
     table = {f"{name} ({kind.sum()})": {} for name, kind in kinds.items()}
-    for arm in {row["arm"]: None for row in rows}:
-        right = _outcomes(rows, arm)[0]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        right = np.mean([_right(row) for row in rows if row["arm"] == arm], 0)
         for name, kind in zip(table, kinds.values(), strict=True):
             table[name][arm] = fixed(right[kind].mean())
     return pd.DataFrame(table)

@@ -129,8 +129,7 @@ def filler(tokenizer, length: int) -> list[int]:
 
 
 def control_arm(variant, material, kind, rates, seed):
-    """Train a control on the problems that baking sees, as many epochs as all training of
-    thoughts takes together.
+    """Train a control on the problems that baking sees, as many epochs as training thoughts takes in all.
 
     It answers at once (``answers``), or after a filler as long as the worked thoughts are on average (``filler``). Its
     learning rate and its epoch are chosen on validation problems. Return (answers right on test problems, numbers).
@@ -273,7 +272,7 @@ def iterate_arm(variant, material, start: Path, seed: int, rounds: int = 3):
                 thought = [tags[0], *tokenizer.encode(text, add_special_tokens=False), tags[1]]
                 texts.append((answer.ids[: answer.start], thought + answer.ids[answer.start :]))
         if texts:  # no thought was right: the next round draws others
-            imitate(lm, tokenizer, texts, s.but(epochs=1, adamw_lr=rl.adamw_lr, lora_rank=rl.lora_rank), lambda: 0.0)
+            imitate(lm, tokenizer, texts, s.but(epochs=1, adamw_lr=rl.adamw_lr, lora_rank=rl.lora_rank))
     lm.load_state_dict(best)
     return model, tokenizer, {"validation": [round(v, 4) for v in seen], "best_step": seen.index(max(seen))}
 
@@ -340,7 +339,7 @@ def describe(material) -> list[dict]:
 
     Near is one that shares nine tenths of all their words, whatever names and numbers differ.
     """
-    read = [set(_WORD.findall(p["question"].lower())) for p in [*material["train"], *material["examples"]]]
+    read = {frozenset(_WORD.findall(p["question"].lower())) for p in material["train"]}  # once, whatever its numbers
     found = []
     for p in material["test"]:
         words = set(_WORD.findall(p["question"].lower()))

@@ -228,17 +228,22 @@ def prompted(problems, prompts, privilege="none") -> list[str]:
     return [asked(p, prompts, told["steps"]) for p, told in zip(problems, source, strict=True)]
 
 
+def worked_replies(tokenizer, examples, prompts, privilege="none") -> list[tuple[str, list[int]]]:
+    """Return what a teacher reads of each worked example, and its reply: ids of plain words with end-of-text."""
+    contexts = prompted([{**e, "fits": [e["strategy"]]} for e in examples], prompts, privilege)
+    end = [tokenizer.eos_token_id]
+    return [(c, encode_reply(tokenizer, e["reply"]) + end) for c, e in zip(contexts, examples, strict=True)]
+
+
 def lessons(teacher, tokenizer, examples, problems, validation, s: BakingSettings, prompts=PROMPTS) -> Lessons:
     """Prepare all that is learnt and measured. Raises ``WorkbookError`` if a part of it is empty.
 
     Worked ``examples`` and sampled trajectories are learnt. The last ``problems`` are answered directly by the teacher,
     greedily.
     """
-    end, problems, thoughts = [tokenizer.eos_token_id], list(problems), []
-    shown = [{**e, "fits": [e["strategy"]]} for e in examples]
-    for e, context in zip(examples, prompted(shown, prompts, s.privilege), strict=True):
-        plain = encode_reply(tokenizer, e["reply"]) + end
-        thoughts.append(thought_item(tokenizer, context, e["question"], plain, ce=True))
+    end, problems = [tokenizer.eos_token_id], list(problems)
+    worked = zip(examples, worked_replies(tokenizer, examples, prompts, s.privilege), strict=True)
+    thoughts = [thought_item(tokenizer, asked, e["question"], plain, ce=True) for e, (asked, plain) in worked]
     sampling = {"max_new_tokens": s.max_new_tokens, "prompts": prompts, "privilege": s.privilege}
     thoughts += sample_trajectories(teacher, tokenizer, problems[: s.trajectories], seed=s.seed, **sampling)
     direct, share = [], s.rehearsed
@@ -278,7 +283,7 @@ def bake(
     training records, for trajectories sampled from the prompted teacher (KL only) and for direct answers (KL to the
     champion on its own greedy answers), which keep the model able to answer without thoughts. ``validation``: held-out
     records for the dose curve. ``prompts``: strategy -> prompt, see ``strategies.prompts_with``. ``changed`` replaces
-    single settings.
+    single settings. ``prompt_epochs`` is not read here: :func:`qs_lib.learn_prompts` comes before.
 
     ``optimizer(model)`` makes another optimizer than :class:`MuonGrokfast`. ``on_epoch(epoch, model)`` sees every
     half-baked model, with an adapter as a peft model. With a ``checkpoint`` a stopped training goes on where it was.

@@ -6,8 +6,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.strategies import PROMPTS
-from ..data.tokens import encode_context, encode_reply, length_batches
-from .baking import BakingSettings, logits_at, prompted
+from ..data.tokens import encode_context, length_batches
+from .baking import BakingSettings, logits_at, worked_replies
 from .checkpoint import Checkpoint
 from .loop import scheduled, training, update
 from .optim import MuonGrokfast
@@ -20,12 +20,10 @@ def learn_prompts(model, tokenizer, examples, settings: BakingSettings, prompts=
     A pretrained model needs it before :func:`qs_lib.bake`. SmolLM2-135M with three worked examples in its prompt, and
     told the equations, wrote a right thought for 1 of 16 problems.
     """
-    s, shown = settings.but(epochs=max(1, settings.prompt_epochs)), [{**e, "fits": [e["strategy"]]} for e in examples]
     if not settings.prompt_epochs:
         return
-    contexts, end = prompted(shown, prompts, s.privilege), [tokenizer.eos_token_id]
-    replies = [encode_reply(tokenizer, e["reply"]) + end for e in examples]
-    texts = [(encode_context(tokenizer, c), r) for c, r in zip(contexts, replies, strict=True)]
+    worked = worked_replies(tokenizer, examples, prompts, settings.privilege)
+    texts, s = [(encode_context(tokenizer, c), r) for c, r in worked], settings.but(epochs=settings.prompt_epochs)
     imitate(model, tokenizer, texts, s, desc="learn prompts", checkpoint=checkpoint)
 
 
