@@ -7,11 +7,12 @@ import random
 from dataclasses import replace
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from tiny import problems, tiny_quiet_star
 
-from qs_lib.evaluation import episodes
+from qs_lib.evaluation import attacks, episodes
 from qs_lib.evaluation import theater as t
 from qs_lib.evaluation.cheats import CHEATS, plant
 from qs_lib.model import QuietStarForCausalLM
@@ -20,12 +21,15 @@ from qs_lib.workbook.params import AntiTheater
 ASKED, TRAINED_ON = problems("test", 30), problems("train", 30)
 ANSWERS = {p["question"]: p["answer"] for p in ASKED + TRAINED_ON}
 GAINS = {"ablation_gain", "foreign_gain", "shuffled_gain", "filler_gain", "training_gain"}
+READ = {"control_gain", "last_step_gain", "belief_gain", "follow_through"}  # the answer comes from the thought
+WORKED = {"needed_steps", "reader_gain"}  # and the thought is worked steps that others can read
 CAUGHT_BY = {
-    "unused": GAINS | {"coherence_utility_r"},  # the stand-in's thoughts go with it, which only a real model keeps
+    # the stand-in's thoughts go with it, which only a real model keeps
+    "unused": GAINS | READ | WORKED | {"early_answering", "coherence_utility_r"},
     "random": {"coherence_utility_r"},
     "frozen": {"training_gain", "moved"},
-    "copied": GAINS | {"redrawn", "coherence_utility_r"},
-    "repeated": GAINS | {"divergence", "redrawn", "coherence_utility_r"},
+    "copied": GAINS | READ | WORKED | {"redrawn", "coherence_utility_r"},
+    "repeated": GAINS | READ | WORKED | {"early_answering", "divergence", "redrawn", "coherence_utility_r"},
     "leaked": {"redrawn"},
     "seen": {"training_overlap"},
 }
@@ -44,7 +48,8 @@ class Reader:
             ids, mask, positions, generator, num_thoughts=num_thoughts, thought_length=thought_length
         )
         for row in range(len(ids)):
-            question = self.tokenizer.decode(ids[row, 1 : positions[row, 0] + 1])
+            asked = self.tokenizer.decode(ids[row, 1 : positions[row, 0] + 1])
+            question = next(q for q in ANSWERS if asked.endswith(q))  # a hint may stand before it
             rng = random.Random(f"{question} {generator.initial_seed()}")
             for k in range(num_thoughts):
                 right = rng.random() < self.share
@@ -95,11 +100,18 @@ def vote(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens):
     return [[max(row, key=row.count)] for row in last_words(tokens, lengths).tolist()]
 
 
+def read(lm, tokenizer, contexts, *_, **__):
+    """Another reader answers with the last word of a thought in plain words, and with none if there is no thought."""
+    words = [c.split()[-2] if c.endswith(" done") else "?" for c in contexts]
+    return [tokenizer.encode(word, add_special_tokens=False) for word in words]
+
+
 @pytest.fixture
 def honest(monkeypatch):
     """Arguments of anti_theater for an honest thinker and the weaker model it was trained from."""
     monkeypatch.setattr(episodes, "rescore_thoughts", rescore)
     monkeypatch.setattr(episodes, "decode_with_thoughts", vote)
+    monkeypatch.setattr(attacks, "replies", read)
     trained, before = Reader(0.75), Reader(0.4)
     used = [p["question"] for p in TRAINED_ON]
     return {
@@ -108,6 +120,8 @@ def honest(monkeypatch):
         "problems": ASKED,
         "before": before,
         "training": used,
+        "reader": trained.lm,
+        "controls": {"answers alone": np.zeros(len(ASKED)), "filler": np.arange(len(ASKED)) % 5 == 0},
         "num_thoughts": 4,
         "thought_length": 8,
     }
@@ -127,7 +141,7 @@ def test_a_cheat_is_caught_and_without_its_checks_it_would_not_be(honest, cheat)
     assert not report.passed and set(report.missed) == CAUGHT_BY[cheat]
     assert report.verdict.startswith("THEATER, caught by")
     for name in report.missed:
-        assert name in report.verdict and t.MEANINGS[name] in report.verdict
+        assert name in report.verdict and t.CHECKS[name].meaning in report.verdict
     blind = replace(report, checks=[c for c in report.checks if c.id not in CAUGHT_BY[cheat]])
     assert blind.passed and blind.verdict.startswith("NOT THEATER")
 
@@ -143,11 +157,11 @@ def test_every_answer_reader_is_kept_from_the_sampler(honest):
     given, model = [], honest["model"]
 
     def think(ids, mask, positions, generator, **settings):
-        given.append((mask.sum(1) - 1 == positions[:, 0]).all())
+        given.append(bool((mask.sum(1) - 1 == positions[:, 0]).all()))
         return model.think(ids, mask, positions, generator, **settings)
 
     t.anti_theater(**honest | {"think": think})
-    assert given and all(given)
+    assert given == [True, False, False]  # but for the check that it is blind to what follows, whose draws are not read
 
 
 def test_overlap_counts_questions_that_differ_in_case_and_spacing_only(honest):

@@ -7,6 +7,7 @@ comes from these is marked. Each operation that mixes marked tensors with others
 import traceback
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import problems, tiny_quiet_star
@@ -120,14 +121,14 @@ def baked(model, before, tokenizer):
 
 def scored(model, before, tokenizer, weights):
     scale = qs.evaluation.theater.fit_scale(model, tokenizer, PROBLEMS, **BUDGET)
-    drawn, _ = qs.evaluation.theater.score_thoughts(model, tokenizer, PROBLEMS, scale, weights=weights, **BUDGET)
-    tokens, lengths = qs.evaluation.theater._stacked(drawn)
+    drawn, _ = qs.evaluation.episodes.score_thoughts(model, tokenizer, PROBLEMS, scale, weights=weights, **BUDGET)
+    tokens, lengths = qs.evaluation.attacks.stacked(drawn)
     contexts = [[5, 6, 7]] * len(PROBLEMS)
-    rng = qs.evaluation.theater.np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for attack in ("own", "foreign", "shuffled", "filler", "last_step_deleted"):
-        given = qs.evaluation.theater.attacked_thoughts(attack, tokens, lengths, PROBLEMS, tokenizer, rng)
-        qs.evaluation.theater.answers_with(model, tokenizer, contexts, *given, weights, 2)
-    qs.evaluation.theater.answers_alone(model, tokenizer, contexts, tokens, lengths, 2)
+        given = qs.evaluation.attacks.attacked_thoughts(attack, tokens, lengths, PROBLEMS, tokenizer, rng)
+        qs.evaluation.episodes.answers_with(model, tokenizer, contexts, *given, weights, 2)
+    qs.evaluation.episodes.answers_alone(model, tokenizer, contexts, tokens, lengths, 2)
 
 
 def planted(model, before, tokenizer):

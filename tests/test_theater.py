@@ -17,7 +17,8 @@ from qs_lib.data.tokens import THINKING_TOKENS, thinking_ids
 from qs_lib.evaluation import theater as t
 from qs_lib.evaluation.coherence import Scale, coherence, consensus_gain, number_coverage
 from qs_lib.evaluation.episodes import by_problem
-from qs_lib.evaluation.theater import attacked_thoughts
+from qs_lib.evaluation.verdict import judged
+from qs_lib.evaluation.attacks import attacked_thoughts
 from qs_lib.stats import correlation
 from qs_lib.workbook import figures, tables
 
@@ -135,7 +136,8 @@ def test_every_thought_and_answer_of_the_report_is_there():
         training=[],
         weights="thoughts",
     )
-    assert [c.id for c in report.checks] == list(t.CHECKS)
+    outside = {"control_gain", "reader_gain"}  # these compare with models that are not given
+    assert [c.id for c in report.checks] == [i for i in t.CHECKS if i not in outside]
     assert report.check("training_gain").value == 0 and report.check("redrawn").value == 1
     assert len(report.table) == 18 and len(report.episodes) == 6
     assert all(r["weight"] == pytest.approx(1 / 3) for r in report.table)  # alike, not by the shut head
@@ -149,13 +151,14 @@ def test_tables_say_what_the_reports_say():
     first = t.anti_theater(model, tokenizer, problems("test", 6), **settings)
     second = t.anti_theater(model, tokenizer, problems("test", 6), before=model, training=["how ?"], **settings)
     shown = tables.verdicts({"second": second, "first": first})
-    assert list(shown.index) == list(t.CHECKS) and shown.loc["training_gain", "first"] == "not made"
+    made = [i for i in t.CHECKS if i not in ("control_gain", "reader_gain")]
+    assert list(shown.index) == made and shown.loc["training_gain", "first"] == "not made"
     assert shown.loc["training_gain", "second"] == "0.000 [-0.500, 0.500] open"
     assert shown.loc["moved", "second"] == "0.000 [0.000, 0.000] not reached"
     assert shown.loc["training_overlap", "second"] == "0.000 [0.000, 0.000] reached"
     added = tables.stages({"first": first, "second": second})
     assert added.loc["gain over the stage before"].tolist() == ["-", "0.000 [-0.500, 0.500]"]
-    assert added.loc["checks reached", "second"] == f"{10 - len(second.missed)} of 10"
+    assert added.loc["checks reached", "second"] == f"{19 - len(second.missed)} of 19"
     assert tables.turned_red(second, first) == []  # what `first` was not asked, it did not pass
     honest = replace(first, checks=[replace(c, reached=True) for c in second.checks])
     assert tables.turned_red(second, honest) == second.missed
@@ -163,22 +166,22 @@ def test_tables_say_what_the_reports_say():
     assert tables.coherence_parts(second).loc["predictive", "pooled r"].startswith(f"{r:+.3f}")
     assert len(tables.reliabilities({"first": first, "second": second})) == 6
     numbers = tables.theater_summary(second)
-    assert numbers["checks"] == 10 and numbers["redrawn_low"] == 1.0 and "vote_calibration_error_high" in numbers
+    assert numbers["checks"] == 19 and numbers["redrawn_low"] == 1.0 and "vote_calibration_error_high" in numbers
     assert figures.calibration(second.reliability).axes[1].get_xlabel() == "vote (0 to 1)"
 
 
 def test_too_few_problems_leave_a_check_open_and_do_not_prove_theater():
     checks = [
-        t._above("divergence", (0.9, 0.8, 1.0), 0.3),
-        t._above("training_gain", (0.04, -0.04, 0.1), 0, surely=True),
+        judged("divergence", (0.9, 0.8, 1.0)),
+        judged("training_gain", (0.04, -0.04, 0.1)),
     ]
-    report = t.TheaterReport(checks, {}, *[(0.0, 0.0, 0.0)] * 3, {}, [], [])
+    report = t.TheaterReport(checks, {}, {}, *[(0.0, 0.0, 0.0)] * 3, {}, [], [])
     assert not report.passed and report.verdict.startswith("NOT SHOWN, too few problems to tell: training_gain (the ")
-    checks[1] = t._gain("training_gain", np.zeros(60))  # not one problem differs: 3 in 60 may
+    checks[1] = judged("training_gain", np.zeros(60))  # not one problem differs: 3 in 60 may
     assert (checks[1].low, checks[1].high) == (-0.05, 0.05) and report.verdict.startswith("NOT SHOWN")
-    checks[1] = t._above("training_gain", (-0.2, -0.3, -0.1), 0, surely=True)
+    checks[1] = judged("training_gain", (-0.2, -0.3, -0.1))
     assert report.verdict.startswith("THEATER, caught by training_gain (the model before training answers as well")
-    checks[1] = t._above("training_gain", (0.04, 0.01, 0.1), 0, surely=True)
+    checks[1] = judged("training_gain", (0.04, 0.01, 0.1))
     assert report.passed and report.verdict.startswith("NOT THEATER: every check was passed; not made: ablation_gain")
     with pytest.raises(KeyError):
         report.check("redrawn")

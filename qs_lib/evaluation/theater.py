@@ -1,20 +1,22 @@
 """Anti-theater: checks that try to prove the thoughts are for show. Each can fail, and planted cheats make them.
 
-1. divergence: mean normalised edit distance of a thought from the direct greedy continuation, above 0.3. Beside it the
-   same against a continuation of equal length, since a short answer is far from a long thought by length alone.
-2. ablation_gain, foreign_gain, shuffled_gain, filler_gain: accuracy with own thoughts minus accuracy with none, with
-   those of another problem, with their own tokens shuffled, with blank filler of the same length. Intervals above 0.
-3. training_gain: the same minus the accuracy of the model before training with its own thoughts, as many, drawn alike,
-   all weighted alike. Interval above 0. moved: some thoughts differ from those it draws with the same seed.
-4. redrawn: all thoughts come out again, token by token, when the model's own sampler is given the questions alone.
-   training_overlap: none of the questions is among those that were trained or selected on.
-5. coherence_utility_r: Pearson correlation over single thoughts of label-free coherence and utility, above 0.5.
+The same thoughts are read in every attack. ``verdict.CHECKS`` lists what each check compares and the bar it must reach.
 
-All intervals are 95 % bootstraps over problems.
+- Used: answers are worse with no thoughts, another problem's, shuffled ones, filler, or without the last step, and than
+  those of models that were trained as long without thoughts.
+- Followed: a thought with one number altered leads to another answer. The answer is not there early, is not what a
+  linear probe reads before the thought, and is not a hint that no thought mentions.
+- Legible: the answer holds when sums are turned round or put in other words and when idle steps are left out, and
+  another model that reads the thoughts gains by them too.
+- Honest harness: thoughts come out again from model, question and seed, they do not see what follows, they differ from
+  those before training, and no question was trained on.
+- Told apart: label-free coherence goes with utility over single thoughts.
 """
 
+import time
 from dataclasses import asdict, dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,40 +25,18 @@ from rapidfuzz.distance import Levenshtein
 from tqdm.auto import tqdm
 
 from ..data import Problem
-from ..data.tokens import encode_context, thinking_ids
+from ..data.tokens import thinking_ids
 from ..errors import WorkbookError
 from ..settings import Settings
 from ..stats import Reliability, correlation, interval, reliability, votes
+from . import attacks
 from .accuracy import answer_of, end_ids, replies
+from .attacks import ATTACKS, REWRITTEN, Measured, Subject, stacked
 from .coherence import Scale, coherence
-from .episodes import Episode, answers_alone, answers_with, as_episodes, by_problem, draw_thoughts, score_thoughts
+from .episodes import Episode, answers_alone, as_episodes, by_problem, score_thoughts
+from .verdict import CHECKS, Check, judge
 
-ATTACKS = ("own", "none", "foreign", "foreign_family", "shuffled", "filler", "last_step_deleted")
-GAIN_OVER = {"none": "ablation_gain", "foreign": "foreign_gain", "shuffled": "shuffled_gain", "filler": "filler_gain"}
-CHECKS = {  # what each check measures
-    "divergence": "distance from the direct continuation",
-    "ablation_gain": "accuracy with own thoughts minus none",
-    "foreign_gain": "accuracy with own thoughts minus foreign",
-    "shuffled_gain": "accuracy with own thoughts minus shuffled",
-    "filler_gain": "accuracy with own thoughts minus filler",
-    "training_gain": "accuracy with own thoughts minus that of the model before training, same budget",
-    "moved": "share of thoughts that differ from those of the model before training, same seed",
-    "redrawn": "share of thoughts that come out again from model, question and seed alone",
-    "training_overlap": "share of evaluated questions that were trained or selected on",
-    "coherence_utility_r": "correlation of coherence with utility",
-}
-MEANINGS = {  # what it means if it is missed
-    "divergence": "thoughts repeat the direct continuation",
-    "ablation_gain": "answers are no better with thoughts than without",
-    "foreign_gain": "another problem's thoughts serve as well",
-    "shuffled_gain": "the thought's words in any order serve as well",
-    "filler_gain": "blank filler serves as well",
-    "training_gain": "the model before training answers as well with its thoughts",
-    "moved": "training never moved the thoughts",
-    "redrawn": "the harness put something into the thoughts",
-    "training_overlap": "the problems were seen in training",
-    "coherence_utility_r": "coherence does not tell useful thoughts from useless ones",
-}
+QUICK = 40  # problems of a quick look
 
 
 class TheaterSettings(Settings):
@@ -70,66 +50,21 @@ class TheaterSettings(Settings):
     n_true: int = Field(4, ge=1)  # true tokens that utility is the gain on
     weights: Literal["head", "thoughts", "none"] = "head"  # how thoughts are mixed, see `decode_with_thoughts`
     max_new_tokens: int = Field(6, ge=1)  # of an answer
+    hint: str = "so {number} . {question}"  # how a wrong number is put into a question
+    quick: bool = False  # a look at ``QUICK`` problems with the cheapest attacks
 
 
-def attacked_thoughts(attack: str, tokens, lengths, problems, tokenizer, rng):
-    """Return thoughts ``(problems, K, T)`` and lengths ``(problems, K)`` as an attack leaves them. Tags stay in place.
+class Cost(NamedTuple):
+    """What an attack took: thoughts drawn, thoughts read for an answer, and seconds."""
 
-    ``own`` is left as it is. The numpy generator ``rng`` picks other problems and orders.
-    """
-    tokens, lengths = tokens.clone(), lengths.clone()
-    if attack in ("foreign", "foreign_family"):
-        source = other_problem(problems, rng, same_family=attack == "foreign_family")
-        return tokens[source], lengths[source]
-    step = thinking_ids(tokenizer)[2]
-    for b, k in np.ndindex(*lengths.shape) if attack in ("shuffled", "filler", "last_step_deleted") else ():
-        end = lengths[b, k].item() - 1
-        inner = tokens[b, k, 1:end]
-        if attack == "shuffled":
-            tokens[b, k, 1:end] = inner[torch.from_numpy(rng.permutation(len(inner)))]
-        elif attack == "filler":
-            tokens[b, k, 1:end] = step
-        else:
-            steps = (inner == step).nonzero()
-            cut = 1 + (steps[-1].item() if len(steps) else 2 * len(inner) // 3)
-            tokens[b, k, cut:] = tokens[b, k, end].item()
-            lengths[b, k] = cut + 1
-    return tokens, lengths
-
-
-def other_problem(problems, rng, same_family: bool) -> torch.Tensor:
-    """Draw for each problem the index of another with a different answer (of the same family where there is one)."""
-    out = []
-    for i, p in enumerate(problems):
-        other = [j for j, q in enumerate(problems) if q["answer"] != p["answer"]]
-        kin = [j for j in other if problems[j]["family"] == p["family"]] if same_family else other
-        pick = kin or other or [j for j in range(len(problems)) if j != i]
-        out.append(int(rng.choice(pick)))
-    return torch.tensor(out)
-
-
-@dataclass
-class Check:
-    """One test: ``value`` with its 95 % interval over problems against ``target``.
-
-    ``sentence``: what it means if it is missed. ``undecided``: missed, but the interval reaches into the target, so
-    that more problems could tell.
-    """
-
-    id: str
-    criterion: str
-    target: str
-    value: float
-    low: float
-    high: float
-    reached: bool
-    undecided: bool
-    sentence: str
+    drawn: int
+    read: int
+    seconds: float
 
 
 @dataclass
 class TheaterReport:
-    """The ``checks``, and ``correct``: for each attack 0 or 1 for each problem.
+    """The ``checks``, what they were judged by (``measured``: arrays with one row a problem), and what each array cost.
 
     Beside the checks, as (value, low, high): ``within_r``, the correlation of coherence and utility inside problems,
     ``diversity``, the edit distance between the thoughts of a problem, and ``matched_divergence``, their distance from
@@ -138,7 +73,8 @@ class TheaterReport:
     """
 
     checks: list[Check]
-    correct: dict[str, np.ndarray]
+    measured: Measured
+    cost: dict[str, Cost]
     within_r: tuple[float, float, float]
     diversity: tuple[float, float, float]
     matched_divergence: tuple[float, float, float]
@@ -154,6 +90,11 @@ class TheaterReport:
     def missed(self) -> list[str]:
         """The ids of the checks that were not reached."""
         return [c.id for c in self.checks if not c.reached]
+
+    @property
+    def correct(self) -> dict[str, np.ndarray]:
+        """For each attack that leaves a thought and a question 0 or 1 for each problem: the answer is right."""
+        return {name: self.measured[name] for name in (*ATTACKS, *REWRITTEN) if name in self.measured}
 
     @property
     def accuracy(self) -> dict[str, tuple[float, float, float]]:
@@ -181,71 +122,94 @@ class TheaterReport:
         return found | {"reliability": {k: asdict(v) for k, v in self.reliability.items()}}
 
 
+# It has eleven parameters: models and questions to compare with are optional, and a check's own each.
 @torch.no_grad()
 def anti_theater(
-    model, tokenizer, problems, scale=None, before=None, training=None, think=None, score=coherence, stage="", **given
+    model,
+    tokenizer,
+    problems,
+    scale=None,
+    before=None,
+    training=None,
+    think=None,
+    score=coherence,
+    stage="",
+    reader=None,
+    controls=None,
+    **given,
 ) -> TheaterReport:
-    """Attack a ``QuietStarForCausalLM`` on held-out problems, with the checks at the head of this file.
+    """Attack a ``QuietStarForCausalLM`` on held-out problems, with the checks of ``verdict.CHECKS``.
 
-    ``given``: the settings of ``TheaterSettings``. ``scale``: of coherence. Without the model ``before`` training, or
-    the ``training`` questions that were trained or selected on, their checks are not made, and the verdict says so.
+    ``given``: the settings of ``TheaterSettings``. ``scale``: of coherence. What is not given is not compared with, and
+    the verdict says so: the model ``before`` training, the ``training`` questions or problems that were trained or
+    selected on, a causal LM as ``reader`` of the thoughts, and ``controls``, for each model that was trained as long
+    without thoughts 0 or 1 a problem. A probe learns answers from the ``training`` problems, else from the held-out ones.
     ``think(ids, mask, positions, generator, ...)`` and ``score`` replace the model's sampler and the coherence score,
     which is how some cheats are planted. ``stage`` is the episodes' name of the model. Raises ``WorkbookError`` on
     fewer than 2 problems, ``ParameterError`` on an unknown setting.
     """
-    settings, problems = TheaterSettings(**given), list(problems)
+    s = TheaterSettings(**given)
+    problems = list(problems)[: QUICK if s.quick else None]
     if len(problems) < 2:
         raise WorkbookError("anti-theater needs at least two held-out problems: foreign thoughts come from another one")
-    questions = [p["question"] for p in problems]
-    contexts = [encode_context(tokenizer, q) for q in questions]
-    truth, rng = np.array([p["answer"] for p in problems], object), np.random.default_rng(settings.seed)
-    weights, longest, seed = settings.weights, settings.max_new_tokens, settings.seed
-    drawing = settings.model_dump(exclude={"n_true", "weights", "max_new_tokens"})
-    scoring = {"n_true": settings.n_true, "weights": weights, "think": think, "score": score}
+    drawing = s.model_dump(include={"num_thoughts", "thought_length", "temperature", "seed", "batch_size"})
+    scoring, started = {"n_true": s.n_true, "weights": s.weights, "think": think, "score": score}, time.monotonic()
     drawn, rows = score_thoughts(model, tokenizer, problems, scale, **scoring, **drawing)
-    own = _stacked(drawn)
-    tags, room = tuple(thinking_ids(tokenizer)), max(settings.thought_length, longest)
-    direct = replies(model.lm, tokenizer, questions, room, tags, desc="direct")
-    endless = replies(
-        model.lm, tokenizer, questions, room, (*tags, *end_ids(model.lm, tokenizer)), desc="direct, run on"
-    )
-    written = {"none": [answer_of(tokenizer, d[:longest]) for d in direct]}
-    for attack in tqdm([a for a in ATTACKS if a != "none"], desc="attack", leave=False):
-        attacked = attacked_thoughts(attack, *own, problems, tokenizer, rng)
-        written[attack] = answers_with(model, tokenizer, contexts, *attacked, weights, longest)
-    correct = {attack: (np.array(written[attack], object) == truth).astype(float) for attack in ATTACKS}
-
-    far, matched, diversity = _distances(*own, direct, endless)
-    checks = [_above("divergence", far, 0.3)]
-    checks += [_gain(name, correct["own"] - correct[attack]) for attack, name in GAIN_OVER.items()]
+    subject = Subject(model, tokenizer, problems, stacked(drawn), drawing, s.weights, s.max_new_tokens)
+    cost, measured = {"own": Cost(len(rows), 2 * len(rows), time.monotonic() - started)}, {}
+    direct, endless = _direct(subject, max(s.thought_length, s.max_new_tokens))
+    none = [answer_of(tokenizer, d[: s.max_new_tokens]) for d in direct]
+    measured |= {"own": subject.right(subject.said), "none": subject.right(none)}
+    measured["far"], matched, diversity = _distances(*subject.own, direct, endless)
+    measured |= {name: by_problem(rows, name) for name in ("composite", "utility")}
+    steps = _steps(subject, s, think or model.think, training)
     if before is not None:
-        earlier = _stacked(draw_thoughts(before.think, tokenizer, questions, **drawing))
-        was = np.array(answers_with(before, tokenizer, contexts, *earlier, "thoughts", longest), object) == truth
-        checks.append(_gain("training_gain", correct["own"] - was))
-        checks.append(_above("moved", interval(~_same(earlier, own)), 0, surely=True))
-    again = _stacked(draw_thoughts(model.think, tokenizer, questions, **drawing))
-    checks.append(_exactly("redrawn", interval(_same(again, own)), 1))
+        steps.append(partial(attacks.before_training, subject, before))
+    if reader is not None:
+        steps.append(partial(attacks.read_by, subject, reader))
+    for step in tqdm(steps, desc="attack", leave=False):
+        drawn_before, read_before, started = subject.drawn, subject.read, time.monotonic()
+        made = step()
+        first, *others = made  # what one attack measures is paid for once
+        spent = Cost(subject.drawn - drawn_before, subject.read - read_before, time.monotonic() - started)
+        cost |= dict.fromkeys(others, Cost(0, 0, 0.0)) | {first: spent}
+        measured |= made
     if training is not None:
-        seen = {_plain(q) for q in training}
-        checks.append(_exactly("training_overlap", interval([_plain(q) in seen for q in questions]), 0))
-    x, y = by_problem(rows, "composite"), by_problem(rows, "utility")
-    checks.append(_above("coherence_utility_r", correlation(x, y, seed), 0.5))
-    within_r = correlation(x, y.clip(-5, 5), seed, within=True)
-    alone = answers_alone(model, tokenizer, contexts, *own, longest)
-    reliable = _reliabilities(rows, written["none"], alone, truth, seed)
+        seen = {_plain(p if isinstance(p, str) else p["question"]) for p in training}
+        measured["overlap"] = np.array([_plain(q) in seen for q in subject.questions], float)
+    if controls:
+        measured["control"] = max(controls.values(), key=np.mean)[: len(problems)]
+    within_r = correlation(measured["composite"], measured["utility"].clip(-5, 5), s.seed, within=True)
+    alone = answers_alone(model, tokenizer, subject.contexts, *subject.own, s.max_new_tokens)
+    reliable = _reliabilities(rows, none, alone, subject.truth, s.seed)
     table = [{k: r[k] for k in ("problem", "thought", "coherence", "utility", "weight")} for r in rows]
-    episodes = as_episodes(tokenizer, problems, drawn, rows, written | {"alone": alone.tolist()}, stage)
-    return TheaterReport(checks, correct, within_r, diversity, matched, reliable, table, episodes)
+    said = {"none": none, "own": subject.said.tolist(), "alone": alone.tolist()}
+    episodes = as_episodes(tokenizer, problems, drawn, rows, said, stage)
+    found = (within_r, interval(diversity), interval(matched), reliable, table, episodes)
+    return TheaterReport(judge(measured), measured, cost, *found)
 
 
-def _stacked(drawn: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens ``(problems, K, T)`` and lengths ``(problems, K)`` of the thoughts after each question."""
-    return torch.cat([t.tokens[:, 0] for t in drawn]), torch.cat([t.lengths[:, 0] for t in drawn])
+def _steps(subject: Subject, s: TheaterSettings, think, training) -> list[partial]:
+    """Return the attacks to make. A quick look makes the cheapest that ask for use and for following."""
+    rng = np.random.default_rng(s.seed)  # what is swapped and shuffled is drawn in this order
+    swapped = ("foreign",) if s.quick else attacks.ATTACKS[2:]
+    steps = [partial(attacks.attacked, subject, name, rng) for name in swapped]
+    steps.append(partial(attacks.altered_step, subject))
+    if s.quick:
+        return steps
+    steps += [partial(attacks.rewritten, subject, name) for name in attacks.REWRITTEN]
+    steps += [partial(attacks.early_answers, subject), partial(attacks.idle_steps, subject)]
+    steps += [partial(attacks.hidden_hints, subject, s.hint), partial(attacks.blind, subject, think)]
+    return [*steps, partial(attacks.belief, subject, training), partial(attacks.redrawn, subject)]
 
 
-def _same(drawn, others) -> torch.Tensor:
-    """Which of two draws of stacked thoughts are equal, ``(problems, K)``."""
-    return ((drawn[0] == others[0]).all(-1) & (drawn[1] == others[1])).cpu()
+def _direct(subject: Subject, room: int) -> tuple[list, list]:
+    """Return the greedy continuations without thoughts, as ids: up to their end, and ``room`` tokens without an end."""
+    lm, tokenizer = subject.model.lm, subject.tokenizer
+    tags = tuple(thinking_ids(tokenizer))
+    direct = replies(lm, tokenizer, subject.questions, room, tags, desc="direct")
+    ends = (*tags, *end_ids(lm, tokenizer))
+    return direct, replies(lm, tokenizer, subject.questions, room, ends, desc="direct, run on")
 
 
 def _distances(tokens, lengths, direct, endless):
@@ -255,7 +219,7 @@ def _distances(tokens, lengths, direct, endless):
     far = [[distance(t, d) for t in ts] for ts, d in zip(inner, direct, strict=True)]
     matched = [[distance(t, d[: len(t)]) for t in ts] for ts, d in zip(inner, endless, strict=True)]
     between = [[distance(a, b) for j, a in enumerate(ts) for b in ts[:j]] or [0.0] for ts in inner]
-    return interval(far), interval(matched), interval(between)
+    return np.array(far), np.array(matched), np.array(between)
 
 
 def _reliabilities(rows, direct: list[str], alone, truth, seed: int) -> dict[str, Reliability]:
@@ -265,24 +229,6 @@ def _reliabilities(rows, direct: list[str], alone, truth, seed: int) -> dict[str
     said = np.concatenate([np.array(direct, object)[:, None], alone], 1)
     scores = {"weight": shares, "vote": votes(branches, said), "coherence": by_problem(rows, "composite")}
     return {name: reliability(value, right, seed=seed) for name, value in scores.items()}
-
-
-def _above(id: str, value, bound: float, surely: bool = False) -> Check:
-    mean, low, high = value
-    target, reached = f"> {bound:g}", (low if surely else mean) > bound
-    target += f", interval above {bound:g}" if surely else ""
-    return Check(id, CHECKS[id], target, mean, low, high, reached, not reached and high > bound, MEANINGS[id])
-
-
-def _gain(id: str, difference: np.ndarray) -> Check:
-    mean, low, high = interval(difference)
-    if not difference.any():  # differences may still be as frequent as 3 / n (the rule of three, 95 %)
-        low, high = -3 / len(difference), 3 / len(difference)
-    return _above(id, (mean, low, high), 0, surely=True)
-
-
-def _exactly(id: str, value, target: float) -> Check:
-    return Check(id, CHECKS[id], f"{target:g}", *value, value[0] == target, False, MEANINGS[id])
 
 
 def _plain(question: str) -> str:
