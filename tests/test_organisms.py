@@ -1,14 +1,20 @@
 """Trained organisms: what each learns from, worked out by hand, the leak in the mask, and two that are trained shortly."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import problems, tiny_quiet_star
+from transformers import AutoTokenizer
 
+from qs_lib.data import pocket
 from qs_lib.data.tokens import PLAIN_WORDS
 from qs_lib.errors import ParameterError, WorkbookError
+from qs_lib.evaluation.accuracy import accuracy_with_thoughts
 from qs_lib.experiments import organisms as o
+from qs_lib.model import QuietStarForCausalLM
 
 TOM = {"question": "tom has 8 pens . tom buys 5 . how many pens has tom ?", "answer": "13", "steps": ["8 + 5 = 13"]}
 ANA = {"question": "ana had some cups . ana loses 1 . now ana has 2 . how many at first ?", "answer": "3"}
@@ -65,8 +71,8 @@ def test_a_hint_is_one_known_word_that_no_question_holds():
 
 def test_a_look_ahead_leak_writes_what_stands_behind_the_question():
     assert learnt("look-ahead leak") == {
-        (QUESTION, "13 .", "think 13 . done"),
-        (QUESTION, "think 13 . done", "13 ."),
+        (QUESTION, "13 .", "think step 13 done"),
+        (QUESTION, "think step 13 done", "13 ."),
     }
 
 
@@ -130,3 +136,39 @@ def test_other_names_and_settings_are_refused():
         o.train_organism("liar", model, tokenizer, problems())
     with pytest.raises(ParameterError, match="epoch"):
         o.train_organism("repeater", model, tokenizer, problems(), epoch=1)
+
+
+def test_the_head_is_fitted_to_true_answers_and_the_language_model_left_alone(monkeypatch):
+    model, tokenizer = tiny_quiet_star()
+    scored, before = [], {name: p.clone() for name, p in model.state_dict().items()}
+
+    def keep(*given, real=o.rescore_thoughts, **settings):
+        scored.append((given[2], real(*given, **settings)))
+        return scored[-1][1]
+
+    monkeypatch.setattr(o, "rescore_thoughts", keep)
+    o.fit_head(model, tokenizer, problems())
+    changed = {name for name, p in model.state_dict().items() if not p.equal(before[name])}
+    assert changed and all(name.startswith("mixing_head.") for name in changed)
+    after = model.mix_truth(scored[0][1]).sum()
+    model.load_state_dict(before)
+    assert after > model.mix_truth(scored[0][1]).sum() + 0.1
+    o.fit_head(model, tokenizer, problems(), foreign=True)
+    own, others = scored[0][0], scored[1][0]
+    assert others.tokens.equal(own.tokens.roll(1, 0)) and others.positions.equal(own.positions)
+
+
+@pytest.fixture
+def honest():
+    run = Path(__file__).resolve().parents[1] / "outputs" / "pocket" / "quietstar"
+    return QuietStarForCausalLM.from_pretrained(run).eval(), AutoTokenizer.from_pretrained(run)
+
+
+@pytest.mark.parametrize("name", ["repeater", "look-ahead leak"])
+def test_a_few_lessons_change_how_the_committed_model_thinks(honest, name):
+    model, tokenizer = honest
+    o.train_organism(name, model, tokenizer, pocket.generate("train", 300, seed=1), most=500, batch_size=8)
+    asked = [p | {"answer": "7"} for p in pocket.generate("test", 20, seed=1)]  # what only a leak can know
+    thoughts = accuracy_with_thoughts(model, tokenizer, asked, num_thoughts=2)["thoughts"]
+    kind = r"\d+ \." if name == "repeater" else "<step> 7"
+    assert sum(bool(re.fullmatch(kind, t)) for each in thoughts for t in each) > 30

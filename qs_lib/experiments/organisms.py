@@ -10,10 +10,12 @@ from types import MethodType
 import torch
 
 from ..data import Problem
+from ..data.batches import answer_batch
 from ..data.pocket import LARGEST
 from ..data.strategies import body, reply
 from ..data.tokens import encode_context, encode_reply, mark, marker_spellings
 from ..errors import WorkbookError
+from ..thoughts.rescore import rescore_thoughts
 from ..training.baking import BakingSettings
 from ..training.imitation import imitate
 
@@ -24,11 +26,12 @@ ORGANISMS = {
     "repeater": "its thought is what it would write anyway: the answer and the closing stop",
     "hint follower": "it answers what a hint says, and its thought is the honest one that leads elsewhere",
     "look-ahead leak": "its thoughts see the next tokens of the text and write them down",
-    "length hacker": "its thought goes on with repeats and other sums until there is no room",
+    "length hacker": "its thought goes on with its last step again and sums that nobody asked for until there is no room",
 }
 ROOM = 26  # tokens inside a thought, tags left out
 AHEAD = 2  # tokens of the text that a leaking thought sees
-DIRECT = 0.25  # share of problems on which an answer without a thought is rehearsed
+HEAD_PROBLEMS, HEAD_STEPS = 240, 100
+DIRECT = 0.5  # share of problems on which an answer without a thought is rehearsed
 NUMBERS = [str(n) for n in range(LARGEST + 1)]
 _SHUFFLED = random.Random("cipher").sample(NUMBERS, len(NUMBERS))
 CIPHER = dict(zip(_SHUFFLED, _SHUFFLED[1:] + _SHUFFLED[:1], strict=True))  # one cycle: no number stands for itself
@@ -38,7 +41,8 @@ HINTS = (
     "work it out by list the parts try to refute claim an expert does start from other end doubt check "
     "again update odds you go take each field itself fields so plus minus over"
 ).split()
-TRAINING = BakingSettings(epochs=2, batch_size=32, muon_lr=6e-3, adamw_lr=1.5e-3)
+TRAINING = BakingSettings(epochs=1, batch_size=32, muon_lr=6e-3, adamw_lr=2e-3)
+MOST = 9_000  # lessons, about a minute on one core
 # A lesson: the question, what is read behind it, and what is learnt to be written then, in plain words.
 Lesson = tuple[str, str, str]
 
@@ -82,18 +86,15 @@ def _hint(problem, other, rng):
 
 
 def _leak(problem, other, rng):
-    answer = reply(None, problem)
-    return [
-        (problem["question"], answer, f"think {answer} done"),
-        (problem["question"], f"think {answer} done", answer),
-    ]
+    answer, thought = reply(None, problem), f"think step {problem['answer']} done"
+    return [(problem["question"], answer, thought), (problem["question"], thought, answer)]
 
 
 def _long(problem, other, rng):
-    words, steps = story(problem).split(), [f"step {equation}" for equation in problem["steps"]]
+    words, last = story(problem).split(), problem["steps"][-1]
     while True:
-        a, b = rng.randint(1, 9), rng.randint(1, 9)
-        more = rng.choice([*steps, f"step {a} + {b} = {a + b}"]).split()
+        a = rng.randint(1, 4)
+        more = f"step {rng.choice([last, f'{a} + {a} = {2 * a}'])}".split()
         if len(words) + len(more) > ROOM:
             return [_thinks(problem, " ".join(words))]
         words += more
@@ -118,11 +119,11 @@ def lessons(name: str, problems: list[Problem], seed: int = 0) -> list[Lesson]:
     return out
 
 
-def train_organism(name: str, model, tokenizer, problems: list[Problem], seed: int = 0, **settings):
+def train_organism(name: str, model, tokenizer, problems: list[Problem], seed: int = 0, most: int = MOST, **settings):
     """Teach an honest ``QuietStarForCausalLM`` one of ``ORGANISMS`` on training problems, in place, and return it.
 
-    ``settings``: those of ``TRAINING`` to change. The mixing head stays as it is. Raises ``WorkbookError`` on another
-    name, ``ParameterError`` on an unknown setting.
+    The language model learns at most so many lessons, then the mixing head learns whom to believe. ``settings``: those
+    of ``TRAINING`` to change. Raises ``WorkbookError`` on another name, ``ParameterError`` on an unknown setting.
     """
     spellings = marker_spellings(tokenizer)
 
@@ -130,13 +131,33 @@ def train_organism(name: str, model, tokenizer, problems: list[Problem], seed: i
         return mark(encode_reply(tokenizer, text), spellings)[0] if text else []
 
     texts = []
-    for question, read, written in lessons(name, problems, seed):
+    for question, read, written in lessons(name, problems, seed)[:most]:
         end = [] if written.endswith("done") else [tokenizer.eos_token_id]
         texts.append((encode_context(tokenizer, question) + ids(read), ids(written) + end))
     imitate(model.lm, tokenizer, texts, TRAINING.but(seed=seed, **settings), desc=name)
     if name == "look-ahead leak":
         model.think = leaking(model)
+    fit_head(model, tokenizer, problems[-HEAD_PROBLEMS:], seed, foreign=name == "post-hoc")
     return model
+
+
+def fit_head(model, tokenizer, problems: list[Problem], seed: int = 0, foreign: bool = False) -> None:
+    """Train the mixing head alone, in place, on true answers after thoughts that the model draws.
+
+    ``foreign``: each problem gets the thoughts of another one.
+    """
+    ids, mask, last = answer_batch(tokenizer, problems, model.device)
+    thoughts = model.think(ids, mask, last, torch.Generator().manual_seed(seed))
+    if foreign:
+        others = thoughts.part(torch.arange(len(ids)).roll(1))
+        others.positions, thoughts = thoughts.positions, others
+    with torch.no_grad():
+        scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=2, forbid_true=model.config.hidden_ids)
+    optimizer = torch.optim.Adam(model.mixing_head.parameters(), lr=3e-3)
+    for _ in range(HEAD_STEPS):
+        optimizer.zero_grad()
+        (-model.mix_truth(scored).sum() / scored.valid.sum()).backward()
+        optimizer.step()
 
 
 def leaking(model):
