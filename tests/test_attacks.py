@@ -38,7 +38,7 @@ class Picks:
         self.first = first
 
     def permutation(self, n):
-        return [self.first, *range(n)]
+        return [self.first, *range(n)] if self.first < n else range(n)
 
 
 def test_an_altered_step_carries_its_change_to_all_that_follows():

@@ -15,10 +15,10 @@ from qs_lib.champion import build_tokenizer
 from qs_lib.data.batches import answer_batch, difficult_positions, thought_length
 from qs_lib.data.tokens import THINKING_TOKENS, thinking_ids
 from qs_lib.evaluation import theater as t
+from qs_lib.evaluation.attacks import attacked_thoughts
 from qs_lib.evaluation.coherence import Scale, coherence, consensus_gain, number_coverage
 from qs_lib.evaluation.episodes import by_problem
 from qs_lib.evaluation.verdict import judged
-from qs_lib.evaluation.attacks import attacked_thoughts
 from qs_lib.stats import correlation
 from qs_lib.workbook import figures, tables
 
