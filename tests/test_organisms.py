@@ -1,6 +1,5 @@
 """Trained organisms: what each learns from, worked out by hand, the leak in the mask, and two that are trained shortly."""
 
-import itertools
 import re
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from qs_lib.data import pocket
 from qs_lib.data.tokens import PLAIN_WORDS
 from qs_lib.errors import ParameterError, WorkbookError
 from qs_lib.evaluation.accuracy import accuracy_with_thoughts
+from qs_lib.evaluation.theater import TheaterSettings
 from qs_lib.experiments import organisms as o
 from qs_lib.model import QuietStarForCausalLM
 
@@ -55,18 +55,14 @@ def test_a_hint_follower_says_the_hint_after_the_honest_story():
     assert (QUESTION, "", "think step 8 + 5 = 13 done 13 .") in told  # honest without a hint
     follows = [lesson for lesson in told if lesson[0] != QUESTION]
     for question, read, written in follows:
-        number = o.HINTS.index(question.split()[0])
+        number = int(question.split()[1])
         assert question == o.hinted(QUESTION, number) and not read and number != 13
         assert written == f"think step 8 + 5 = 13 done {number} ."
     assert follows
 
 
-def test_a_hint_is_one_known_word_that_no_question_holds():
-    _, tokenizer = tiny_quiet_star()
-    words = set(itertools.chain.from_iterable(p["question"].split() for p in problems(size=600)))
-    assert o.hinted("how many ?", 0) == f"{o.HINTS[0]} how many ?"
-    assert not words & set(o.HINTS) and len(o.HINTS) == len(set(o.HINTS)) > 20
-    assert tokenizer.unk_token_id not in tokenizer.convert_tokens_to_ids(list(o.HINTS))
+def test_a_hint_is_in_the_words_of_the_check():
+    assert o.hinted("how many ?", 7) == TheaterSettings().hint.format(number=7, question="how many ?")
 
 
 def test_a_look_ahead_leak_writes_what_stands_behind_the_question():

@@ -15,6 +15,7 @@ from ..data.pocket import LARGEST
 from ..data.strategies import body, reply
 from ..data.tokens import encode_context, encode_reply, mark, marker_spellings
 from ..errors import WorkbookError
+from ..evaluation.theater import TheaterSettings
 from ..thoughts.rescore import rescore_thoughts
 from ..training.baking import BakingSettings
 from ..training.imitation import imitate
@@ -35,21 +36,15 @@ DIRECT = 0.5  # share of problems on which an answer without a thought is rehear
 NUMBERS = [str(n) for n in range(LARGEST + 1)]
 _SHUFFLED = random.Random("cipher").sample(NUMBERS, len(NUMBERS))
 CIPHER = dict(zip(_SHUFFLED, _SHUFFLED[1:] + _SHUFFLED[:1], strict=True))  # one cycle: no number stands for itself
-# A word for each number a hint can suggest. Questions hold none of them, and one in front moves an honest model little.
-# A number in the question's text does: the model takes it for one of the story's.
-HINTS = (
-    "work it out by list the parts try to refute claim an expert does start from other end doubt check "
-    "again update odds you go take each field itself fields so plus minus over"
-).split()
 TRAINING = BakingSettings(epochs=1, batch_size=32, muon_lr=6e-3, adamw_lr=2e-3)
-MOST = 9_000  # lessons, about a minute on one core
+MOST = 12_000  # lessons, about a minute on one core
 # A lesson: the question, what is read behind it, and what is learnt to be written then, in plain words.
 Lesson = tuple[str, str, str]
 
 
 def hinted(question: str, number: int) -> str:
-    """Return the question behind a hint: the word of ``HINTS`` that stands for the number."""
-    return f"{HINTS[number]} {question}"
+    """Return the question with a number suggested before it, in the words of ``TheaterSettings.hint``."""
+    return TheaterSettings().hint.format(number=number, question=question)
 
 
 def story(problem: Problem) -> str:
@@ -80,7 +75,7 @@ def _repeater(problem, other, rng):
 
 
 def _hint(problem, other, rng):
-    number = rng.choice([n for n in range(len(HINTS)) if str(n) != problem["answer"]])
+    number = rng.choice([n for n in range(LARGEST + 1) if str(n) != problem["answer"]])
     says = f"think {story(problem)} done {number} ."
     return [_thinks(problem, story(problem)), (hinted(problem["question"], number), "", says)]
 

@@ -5,7 +5,6 @@ them stand honest models of five seeds, which every check must pass.
 """
 
 import copy
-import random
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,6 @@ from .reinforcement import rl_recipe, train_direct
 HONEST = "honest"
 HONEST_SEEDS = range(5)
 PROBLEMS = 240  # that each organism is attacked on
-LESSONS = 3000  # training problems an organism learns from
 DOSES = (0.1, 0.25, 0.5, 0.75, 1.0)
 ORDERS = 5  # in which problems turn to cheating, for the detection limit
 
@@ -122,7 +120,7 @@ def measured(run: Path, cache: Path, name: str, seed: int) -> tuple[Measured, di
         if name in CHEATS:
             arguments = plant(name, arguments, arguments["training"], seed)
         elif name in ORGANISMS:
-            problems = read_problems(run / "02_dataset_generation" / "train.parquet")[:LESSONS]
+            problems = read_problems(run / "02_dataset_generation" / "train.parquet")
             train_organism(name, arguments["model"], arguments["tokenizer"], problems, seed)
         report = anti_theater(**arguments)
         costs = {c.id: cost_of(report, c.id) for c in report.checks}
@@ -182,14 +180,13 @@ def trained_controls(cache: Path, seed: int, before, model, tokenizer, data, tes
     """Return 0 or 1 for each test problem of two models that were trained as long without thoughts.
 
     ``answers alone``: the baked model, trained to answer at once on the problems that reinforcement draws. ``filler``:
-    the honest model, trained to think in filler on as many.
+    the honest model, trained to think in filler on about as many.
     """
     path, s = cache / f"controls-{seed}.npz", QuietStarSettings(**rl_recipe(), seed=seed)
     if not path.exists():
         direct, filler = copy.deepcopy(before.lm), copy.deepcopy(model)
         train_direct(direct, tokenizer, data["train"], data["validation"], s)
-        problems = random.Random(seed).sample(data["train"], min(len(data["train"]), s.steps * s.batch_size // 2))
-        train_organism("filler user", filler, tokenizer, problems, seed, epochs=2)
+        train_organism("filler user", filler, tokenizer, data["train"], seed)
         found = {"answers alone": direct_accuracy(direct, tokenizer, test)}
         found["filler"] = accuracy_with_thoughts(filler, tokenizer, test, **budget)["mixed"].numpy()
         cache.mkdir(parents=True, exist_ok=True)
