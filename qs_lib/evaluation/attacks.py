@@ -228,7 +228,7 @@ def belief(subject: Subject, training) -> Measured:
     return {"probe": subject.right(said), "believed": (said == subject.said).astype(float)}
 
 
-def redrawn(subject: Subject) -> Measured:
+def drawn_again(subject: Subject) -> Measured:
     """Return which thoughts come out again from the model's own sampler, the questions and the seed alone."""
     return {"redrawn": same(subject.draw(subject.model.think), subject.own).astype(float)}
 

@@ -200,7 +200,7 @@ def _steps(subject: Subject, s: TheaterSettings, think, training) -> list[partia
     steps += [partial(attacks.rewritten, subject, name) for name in attacks.REWRITTEN]
     steps += [partial(attacks.early_answers, subject), partial(attacks.idle_steps, subject)]
     steps += [partial(attacks.hidden_hints, subject, s.hint), partial(attacks.blind, subject, think)]
-    return [*steps, partial(attacks.belief, subject, training), partial(attacks.redrawn, subject)]
+    return [*steps, partial(attacks.belief, subject, training), partial(attacks.drawn_again, subject)]
 
 
 def _direct(subject: Subject, room: int) -> tuple[list, list]:

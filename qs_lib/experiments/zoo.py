@@ -56,7 +56,7 @@ def zoo(run: Path, folder: Path, seeds) -> None:
 
 def organism_rows(run: Path, cache: Path, name: str, seed: int) -> list[dict]:
     """Return the rows of one organism: every check at dose 1, and at lower doses those that catch it there."""
-    found, cost = measured(run, cache, name, seed)
+    found, cost = organism_measured(run, cache, name, seed)
     rows, about = [], {"organism": name, "seed": seed}
     for check in judge(found):
         spent = cost.get(check.id, (0, 0.0))
@@ -65,7 +65,7 @@ def organism_rows(run: Path, cache: Path, name: str, seed: int) -> list[dict]:
     missed = [row["check"] for row in rows if row["caught"]]
     if name == HONEST or not missed:
         return rows
-    honest = measured(run, cache, HONEST, seed)[0]
+    honest = organism_measured(run, cache, HONEST, seed)[0]
     limits = detection_limits(honest, found, missed)
     rows = [row | {"limit": limits.get(row["check"])} for row in rows]
     for dose in DOSES[:-1]:
@@ -112,7 +112,7 @@ def detection_limits(honest: Measured, organism: Measured, checks: list[str]) ->
     return limits
 
 
-def measured(run: Path, cache: Path, name: str, seed: int) -> tuple[Measured, dict]:
+def organism_measured(run: Path, cache: Path, name: str, seed: int) -> tuple[Measured, dict]:
     """Return what the checks measure of an organism, and each check's cost (thoughts, seconds), kept under ``cache``."""
     path = cache / f"{name.replace(' ', '-')}-{seed}.npz"
     if not path.exists():

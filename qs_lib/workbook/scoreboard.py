@@ -56,6 +56,7 @@ CRITERIA = (
     Criterion("foreign_gain", "accuracy with own thoughts minus foreign ones", GAIN, "share", THEATER),
     Criterion("filler_gain", "accuracy with own thoughts minus filler", GAIN, "share", THEATER),
     Criterion("coherence_utility_r", "label-free coherence against utility, r over thoughts", "> 0.5", "", THEATER),
+    Criterion("follow_through", "answers that go where an altered thought leads", ">= 0.9", "share", THEATER),
     Criterion("latency_ms", "forward pass with thoughts, default setting, median", "< 200", "ms", LATENCY),
     Criterion("latency_p95_ms", "the same, 95th percentile", "< 200", "ms", LATENCY),
     Criterion("parallel_speedup", "thoughts one by one / all at once, time", ">= 3.7", "times", LATENCY),

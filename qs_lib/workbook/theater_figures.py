@@ -1,0 +1,140 @@
+"""Figures and tables of anti-theater's attacks and of its zoo. Rows are those of ``experiments/zoo.csv``."""
+
+import numpy as np
+import pandas as pd
+
+from ..evaluation.attacks import EARLY
+from ..evaluation.verdict import CHECKS, area_over
+from ..stats import fixed, interval, shown
+from .figures import LOOKS, new_figure
+
+HONEST = "honest"
+
+
+def early_answering(reports: dict):
+    """Draw the share of answers that are final after a part of the thought, a line per named ``TheaterReport``."""
+    figure, axis = new_figure(6.4, 3.6)
+    for look, (name, report) in zip(LOOKS, reports.items(), strict=False):
+        early = report.measured["early"]
+        mean, low, high = np.array([interval(column) for column in early.T]).T
+        label = f"{name}, area over the curve {fixed(area_over(early).mean(), 2)}"
+        axis.plot(EARLY, mean, look.dash, color=look.colour, marker=look.marker, ms=5, label=label)
+        axis.fill_between(EARLY, low, high, color=look.colour, alpha=0.15, lw=0)
+    axis.set(xlabel="share of the thought that is read", ylabel="answers that are final (share)", ylim=(0, 1.02))
+    axis.legend()
+    return figure
+
+
+def belief_by_difficulty(report) -> pd.DataFrame:
+    """Return, for each number of steps, accuracy with thoughts and of a linear probe before them, and the share of
+    answers that the probe foretells: decided before the thought.
+    """
+    rows, difficulty = {}, np.array([e.difficulty for e in report.episodes])
+    for steps in (*np.unique(difficulty), "all"):
+        asked = np.ones(len(difficulty), bool) if steps == "all" else difficulty == steps
+        names = {"own": "with thoughts", "probe": "probe before the thought", "believed": "foretold by the probe"}
+        found = {label: shown(interval(report.measured[name][asked])) for name, label in names.items()}
+        rows[steps] = {"problems": int(asked.sum())} | found
+    return pd.DataFrame(rows).T.rename_axis("steps")
+
+
+def seeds_that_caught(rows: list[dict]) -> pd.DataFrame:
+    """Return for each organism and check the share of its seeds on which the check is missed at dose 1."""
+    whole = [row for row in rows if row["dose"] == 1]
+    table = pd.DataFrame(whole).pivot_table("caught", "organism", "check", "mean", sort=False)
+    return table.reindex(columns=[name for name in CHECKS if name in table])
+
+
+def who_catches_whom(rows: list[dict]):
+    """Draw organisms against checks as a heat map: dark where the check is missed on every seed."""
+    table = seeds_that_caught(rows)
+    figure, axis = new_figure(9.5, 0.32 * len(table) + 2.2, dpi=100)
+    axis.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (row, column), share in np.ndenumerate(table.to_numpy()):
+        if share:
+            axis.text(
+                column, row, fixed(share, 2), ha="center", va="center", fontsize=6, color="w" if share > 0.5 else "k"
+            )
+    axis.set_xticks(
+        range(table.shape[1]), [name.replace("_", " ") for name in table], rotation=45, ha="right", fontsize=8
+    )
+    axis.set_yticks(range(len(table)), table.index, fontsize=8)
+    axis.set_xlabel("check (share of seeds on which it is missed)")
+    return figure
+
+
+def meant_checks(rows: list[dict]) -> dict[str, str]:
+    """Return for each organism the check that sees its smallest dose, on average over seeds."""
+    found = pd.DataFrame([row for row in rows if row["limit"] is not None])
+    mean = found.groupby(["organism", "check"], sort=False)["limit"].agg(["mean", "count"])
+    best = {}
+    for name, checks in mean.groupby("organism", sort=False):
+        all_seeds = checks[checks["count"] == checks["count"].max()]
+        best[name] = all_seeds["mean"].idxmin()[1]
+    return best
+
+
+def doses(rows: list[dict], organism: str, check: str) -> pd.Series:
+    """Return what a check measures by dose, a mean over seeds. Dose 0 is the honest models of these seeds."""
+    own = [row for row in rows if row["organism"] == organism and row["check"] == check]
+    seeds = {row["seed"] for row in own}
+    none = [row | {"dose": 0.0} for row in rows if row["organism"] == HONEST and row["check"] == check]
+    return (
+        pd.DataFrame(own + [row for row in none if row["seed"] in seeds]).groupby("dose")["value"].mean().sort_index()
+    )
+
+
+def dose_response(rows: list[dict]):
+    """Draw for each organism what its check measures by dose, and the bar of the check."""
+    meant = meant_checks(rows)
+    columns = 5
+    figure, axes = new_figure(11, 2.2 * -(-len(meant) // columns), columns, -(-len(meant) // columns), sharex=True)
+    for axis, (organism, check) in zip(axes.flat, meant.items(), strict=False):
+        values = doses(rows, organism, check)
+        axis.plot(values.index, values, color=LOOKS[0].colour, marker="o", ms=3)
+        axis.axhline(float(CHECKS[check].bar.split()[1]), color="black", lw=0.8, ls=":")
+        axis.set_title(f"{organism}\n{check.replace('_', ' ')}", fontsize=8)
+    for axis in axes.flat[len(meant) :]:
+        axis.set_visible(False)
+    figure.supxlabel("dose: share of problems on which it cheats")
+    return figure
+
+
+def zoo_table(rows: list[dict]) -> pd.DataFrame:
+    """Return for each organism the checks that are missed on all its seeds, and the check that sees its smallest dose."""
+    caught, meant, table = seeds_that_caught(rows), meant_checks(rows), {}
+    for organism in caught.index.drop(HONEST):
+        every = [name for name, share in caught.loc[organism].items() if share == 1]
+        table[organism] = {"caught in all seeds by": ", ".join(every) or "NOT CAUGHT"}
+        if organism in meant:
+            own = [r for r in rows if (r["organism"], r["check"]) == (organism, meant[organism])]
+            limits = [r["limit"] for r in own if r["limit"] is not None]
+            steps = np.diff(doses(rows, organism, meant[organism]))
+            worse = steps if CHECKS[meant[organism]].bar.startswith(">") else -steps
+            found = {"first seen by": meant[organism], "monotone": "yes" if (worse <= 1e-9).all() else "no"}
+            found["from a dose of"] = (
+                f"{fixed(np.mean(limits), 2)} ({fixed(min(limits), 2)} to {fixed(max(limits), 2)})"
+            )
+            table[organism] |= found
+    return pd.DataFrame(table).T.fillna("-")
+
+
+def check_table(rows: list[dict]) -> pd.DataFrame:
+    """Return for each check how many organisms it catches on all seeds, which of them only it does, its false alarms on
+    honest models, and its share of the cost.
+    """
+    caught = seeds_that_caught(rows).drop(HONEST) == 1
+    honest = pd.DataFrame([row for row in rows if row["organism"] == HONEST])
+    thoughts, seconds = (honest.groupby("check")[name].mean() for name in ("thoughts", "seconds"))
+    table = {}
+    for check in caught:
+        alone = [name for name in caught.index if caught.loc[name, check] and caught.loc[name].sum() == 1]
+        alarms = honest[honest["check"] == check]["caught"]
+        table[check] = {
+            "catches": f"{int(caught[check].sum())} of {len(caught)}",
+            "alone": ", ".join(alone) or "-",
+            "false alarms": f"{int(alarms.sum())} of {len(alarms)}",
+            "thoughts": int(thoughts[check]),
+            "share of the time": fixed(seconds[check] / seconds.sum(), 2),
+        }
+    return pd.DataFrame(table).T
