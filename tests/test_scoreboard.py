@@ -27,6 +27,7 @@ IDS = [
     "foreign_gain",
     "filler_gain",
     "coherence_utility_r",
+    "follow_through",
     "latency_ms",
     "latency_p95_ms",
     "parallel_speedup",
@@ -35,6 +36,9 @@ IDS = [
     "nonmyopic_steps",
     "nonmyopic_accuracy",
     "token_scale_use",
+    "over_answers_alone",
+    "anywhere_nll",
+    "hard_nll",
     "coverage",
 ]
 GOOD = {
@@ -48,7 +52,7 @@ GOOD = {
         "accuracy_with": 0.9,
         "accuracy_without": 0.4,
     },
-    "06_anti_theater": {"divergence": 0.31, "coherence_utility_r": 0.51}
+    "06_anti_theater": {"divergence": 0.31, "coherence_utility_r": 0.51, "follow_through": 0.9}
     | {
         f"{n}_gain{end}": v
         for n in ("ablation", "foreign", "filler")
@@ -57,6 +61,7 @@ GOOD = {
     "07_latency": {"latency_ms": 199.0, "latency_p95_ms": 199.9, "parallel_speedup": 3.7, "memory_overhead": 0.33},
 }
 EXPERIMENTS = {"jumpstart": 0.3, "nonmyopic_steps": -0.25, "nonmyopic_accuracy": 0.044, "token_scale_use": 0.89}
+EXPERIMENTS |= {"over_answers_alone": 0.3, "anywhere_nll": -0.01, "hard_nll": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +136,7 @@ def test_a_run_that_reaches_everything(run):
         ("06_anti_theater", {"foreign_gain_low": -0.1}, "foreign_gain"),
         ("06_anti_theater", {"filler_gain_low": -0.1}, "filler_gain"),
         ("06_anti_theater", {"coherence_utility_r": 0.5}, "coherence_utility_r"),
+        ("06_anti_theater", {"follow_through": 0.89}, "follow_through"),
         ("07_latency", {"latency_ms": 200.0}, "latency_ms"),
         ("07_latency", {"latency_p95_ms": 201.0}, "latency_p95_ms"),
         ("07_latency", {"parallel_speedup": 3.6}, "parallel_speedup"),

@@ -23,6 +23,7 @@ TOKENS, DATASET, BAKING, RL = "01_token_setup", "02_dataset_generation", "03_bak
 THEATER, LATENCY = "06_anti_theater", "07_latency"
 CHAIN_STAGES = (TOKENS, DATASET, BAKING, "04_parallel_thoughts", RL, THEATER, LATENCY)
 GAIN, LARGE_GAIN = "> 0, interval above 0", ">= 0.05, interval above 0"
+OVER_ALONE = ">= 0.3, interval above 0.2"
 AT_ONE = "claim: 0.42 at scale 1"
 REPORTED = "reported"  # the target of a criterion that is shown and not judged
 COMPARISONS = {"": operator.eq, ">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
@@ -65,6 +66,11 @@ CRITERIA = (
     Criterion("nonmyopic_steps", "RL steps with n_true 4 over n_true 1, minus 1", "<= -0.25", "share"),
     Criterion("nonmyopic_accuracy", "accuracy with n_true 4 minus n_true 1", ">= 0.044", "share"),
     Criterion("token_scale_use", f"thinking-token use at gradient scale 100 ({AT_ONE})", ">= 0.89", "share"),
+    Criterion("over_answers_alone", "accuracy minus that of equal training without thoughts", OVER_ALONE, "share"),
+    Criterion("anywhere_nll", "gain on held-out text, thoughts at every position", ">= -0.01", "nats per token"),
+    Criterion(
+        "hard_nll", "the same on its hardest tenth, over every control", ">= 0.2, interval above 0", "nats per token"
+    ),
     Criterion("coverage", "test coverage of qs_lib", ">= 0.90", "share"),
 )
 
@@ -81,7 +87,8 @@ def meets(target: str, value: float | None, low: float | None) -> bool | None:
         return None
     comparison, *interval = target.split(", ")
     *sign, bound = comparison.split()
-    return COMPARISONS["".join(sign)](value, float(bound)) and (not interval or (value if low is None else low) > 0)
+    sure = all((value if low is None else low) > float(words.split()[-1]) for words in interval)
+    return COMPARISONS["".join(sign)](value, float(bound)) and sure
 
 
 def build_scoreboard(run: str | Path) -> list[dict]:
