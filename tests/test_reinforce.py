@@ -711,3 +711,66 @@ def test_groups_that_differ_are_silent():
         warnings.simplefilter("error", UserWarning)
         result = r.train_quiet_star(model, tokenizer, problems(), problems("validation", 2), **FEW)
     assert min(row["tied"] for row in result.history) < 1
+
+
+SHORT = {"steps": 5, "batch_size": 4, "num_thoughts": 3, "thought_length": 8, "evaluate_every": 2, "n_true": 3}
+
+
+@pytest.mark.parametrize("where", ["question", "random"])
+def test_watching_held_out_problems_changes_no_bit_of_the_training(where, monkeypatch):
+    runs = []
+    for watched in (True, False):
+        with monkeypatch.context() as patch:
+            if not watched:
+                patch.setattr(r, "watch", lambda *_: [])
+            torch.manual_seed(0)
+            model, tokenizer = tiny_quiet_star()
+            train, held_out = problems(size=24), problems("validation", 6)
+            result = r.train_quiet_star(model, tokenizer, train, held_out, think_at=where, **SHORT)
+        after = [torch.rand(1).item(), random.random()]
+        random.seed(0)
+        runs.append((result, model.state_dict(), after))
+    (seen, weights, drawn), (unseen, same, also) = runs
+    assert seen.history == unseen.history and seen.episodes == unseen.episodes and drawn[0] == also[0]
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())
+    assert unseen.watched == [] and [e.step for e in seen.watched[:: r.RECORDED]] == [0, 2, 4, 5]
+    for n in range(r.RECORDED):
+        own = [e for e in seen.watched if e.problem == n]
+        assert {(e.question, e.answer) for e in own} == {tuple(held_out[n][k] for k in ("question", "answer"))}
+        assert len({e.position for e in own}) == 1 and all(e.position == len(e.tokens) - 1 for e in own)
+        assert all(len(e.thoughts) == 3 for e in own)
+
+
+def test_the_first_watched_thoughts_are_those_of_the_model_as_given():
+    model, tokenizer = tiny_quiet_star()
+    held_out = problems("validation", 2)
+    result = r.train_quiet_star(model, tokenizer, problems(size=24), held_out, muon_lr=0.3, adamw_lr=0.3, **SHORT)
+    fresh = tiny_quiet_star()[0]
+    assert len(result.watched) == 4 * len(held_out)
+    assert result.watched[0].base_tokens[0][1] == pytest.approx(
+        likeliest(fresh, tokenizer, result.watched[0].tokens), abs=1e-3
+    )
+    first, last = ([[t.tokens for t in e.thoughts] for e in part] for part in (result.watched[:2], result.watched[-2:]))
+    assert first != last, "such rates leave no thought as it was"
+
+
+def test_a_stopped_training_goes_on_watching(tmp_path):
+    found = []
+    for stop in (None, 3, None):
+        model, tokenizer = tiny_quiet_star()
+        saving = Checkpoint(tmp_path if stop or found else None, {}, seconds=0)
+
+        def log(stop=stop, **metrics):
+            if metrics["step"] == stop:
+                raise InterruptedError
+
+        saving._log = log
+        try:
+            found.append(
+                r.train_quiet_star(
+                    model, tokenizer, problems(size=24), problems("validation", 6), checkpoint=saving, **SHORT
+                )
+            )
+        except InterruptedError:
+            assert stop
+    assert found[0].watched == found[1].watched and len(found[0].watched) == 4 * r.RECORDED
