@@ -15,6 +15,7 @@ from qs_lib.champion import build_champion, build_tokenizer
 from qs_lib.data import batches as c
 from qs_lib.data.tokens import thinking_ids
 from qs_lib.errors import ParameterError
+from qs_lib.evaluation.episodes import Thought
 from qs_lib.model import QuietStarForCausalLM
 from qs_lib.thoughts.attention import recompute_layers
 from qs_lib.thoughts.generate import generate_thoughts
@@ -370,6 +371,39 @@ def test_without_tensorboard_one_sentence_says_how_to_get_it(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(WorkbookError, match="pip install tensorboard"):
         tensorboard(print, tmp_path)
+
+
+def test_trackio_gets_what_the_log_gets_and_episodes_as_traces(monkeypatch):
+    """What trackio 0.43 was seen to take: ``init(project, name)``, ``Run.log(metrics, step)``, ``Trace(messages, metadata)``."""
+    import sys
+    from types import SimpleNamespace
+
+    from qs_lib.workbook.tracking import trackio
+
+    lines, told = [], []
+    run = SimpleNamespace(log=lambda metrics, step: told.append((step, metrics)), finish=lambda: told.append("end"))
+    fake = SimpleNamespace(init=lambda project, name, embed: run, Trace=lambda messages, about: (messages, about))
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    log, finish = trackio(lambda **m: lines.append(m), "small", "05_rl")
+    log(step=1, reward=0.5)
+    thought = Thought(tokens=["<think>", " 3", "</think>"], logprobs=[0.0] * 3)
+    common = {"problem": 2, "question": "q", "answer": "7", "position": 0, "tokens": ["q"], "thoughts": [thought]}
+    finish([qs.Episode(**common, step=4, answer_with="3")])
+    assert lines == [{"step": 1, "reward": 0.5}]
+    texts = [("user", "q"), ("assistant", "<think> 3</think>"), ("assistant", "3")]
+    trace = [{"role": role, "content": text} for role, text in texts], {"answer": "7"}
+    assert told == [(1, {"reward": 0.5}), (4, {"problem 2": trace}), "end"]
+
+
+def test_without_trackio_one_sentence_says_how_to_get_it(monkeypatch):
+    import sys
+
+    from qs_lib.errors import WorkbookError
+    from qs_lib.workbook.tracking import trackio
+
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(WorkbookError, match="pip install trackio"):
+        trackio(print, "small", "05_rl")
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from tqdm.auto import tqdm
 
 from ..data.batches import answer_batch, curriculum, disagreement, text_of, think_where
 from ..data.batches import thought_length as deserved_length
@@ -147,7 +146,7 @@ def train_quiet_star(
         distributed.check_equal(model, "before training")
         first = saving.resume(parts)
         watched += watch(model, tokenizer, validation, s, 0) if first == 0 else []
-        bar = tqdm(range(first, s.steps), "quiet-star", initial=first, total=s.steps, disable=not distributed.first())
+        bar = distributed.bar(range(first, s.steps), "quiet-star", initial=first, total=s.steps)
         for step in bar:
             drawn = draw_rollouts(model, tokenizer, problems, step, s, rng, generator)
             kept, diversity = keep_disputed(drawn, s, generator)
