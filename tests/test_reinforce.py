@@ -384,7 +384,9 @@ def test_trackio_gets_what_the_log_gets_and_episodes_as_traces(monkeypatch):
     run = SimpleNamespace(log=lambda metrics, step: told.append((step, metrics)), finish=lambda: told.append("end"))
     fake = SimpleNamespace(init=lambda project, name, embed: run, Trace=lambda messages, about: (messages, about))
     monkeypatch.setitem(sys.modules, "trackio", fake)
-    log, finish = trackio(lambda **m: lines.append(m), "small", "05_rl")
+    assert trackio(print, "05_rl")[0] is print, "tracked only if asked"
+    monkeypatch.setenv("QS_TRACKIO", "project")
+    log, finish = trackio(lambda **m: lines.append(m), "05_rl")
     log(step=1, reward=0.5)
     thought = Thought(tokens=["<think>", " 3", "</think>"], logprobs=[0.0] * 3)
     common = {"problem": 2, "question": "q", "answer": "7", "position": 0, "tokens": ["q"], "thoughts": [thought]}
@@ -402,8 +404,9 @@ def test_without_trackio_one_sentence_says_how_to_get_it(monkeypatch):
     from qs_lib.workbook.tracking import trackio
 
     monkeypatch.setitem(sys.modules, "trackio", None)
+    monkeypatch.setenv("QS_TRACKIO", "project")
     with pytest.raises(WorkbookError, match="pip install trackio"):
-        trackio(print, "small", "05_rl")
+        trackio(print, "05_rl")
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,7 +1,7 @@
 """The training doctor: what the metrics of a run say about it, one sentence a rule, with the next step.
 
 ``python -m qs_lib.viewing.doctor RUN``. Rows are those of ``metrics.jsonl``, of a finished run or of one that goes on.
-A rule's docstring is its documentation: threshold and reason. Where one disease explains another, only the cause is
+A rule's docstring is its documentation: threshold and reason. docs/METHODS.md has them in a table. Where one disease explains another, only the cause is
 named. Not in the files, so not told: gradient norms, gain per second, and a leak into training and validation alike.
 """
 

@@ -170,7 +170,6 @@ class Reinforce(NotebookParams, QuietStarSettings):
     eval_problems: int = Field(24, ge=2)
     test_problems: int = Field(24, ge=2)
     tensorboard: bool = False
-    trackio: bool = False
 
 
 class AntiTheater(NotebookParams):

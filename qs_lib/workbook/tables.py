@@ -21,6 +21,8 @@ from ..training.baking import BakingItem
 from ..viewing.escape import safe_text, safe_token
 from ..viewing.html import shade
 
+LEFT = "<style>.qs-left :is(th, td) {text-align: left !important}</style>"
+
 
 def committed(params, stage: str, name: str):
     """Return a ``.json`` or ``.jsonl`` file that the committed pocket run's stage wrote, to show beside a small run.
@@ -35,7 +37,7 @@ def committed(params, stage: str, name: str):
 def as_html(frame: pd.DataFrame) -> str:
     """Return a table with its text in full and on the left. Jupyter aligns to the right, which suits numbers alone."""
     with pd.option_context("display.max_colwidth", None):
-        return f"<style>.qs-left :is(th, td) {{text-align: left !important}}</style>{frame.to_html(classes='qs-left')}"
+        return LEFT + frame.to_html(classes="qs-left", justify="left")
 
 
 if (shell := get_ipython()) is not None:  # how a notebook shows every table
@@ -171,13 +173,16 @@ def thoughts_html(thoughts: list[dict]) -> str:
     rows = []
     for thought in thoughts:
         total = sum(x or 0 for x in thought["logprobs"])
-        row = f"<th scope='row'>{safe_text(thought['name'])}<br><small>sum {total:.1f}</small></th>"
+        row = (
+            f"<th scope='row'>{safe_text(thought['name'])}<br><small>sum {safe_text(fixed(total, 1))}</small></th><td>"
+        )
         for token, x in zip(thought["tokens"], thought["logprobs"], strict=True):
             note = "given" if x is None else fixed(x, 2)
-            row += f"<td style='text-align:center;padding:1px 3px;background:{shade(min(0.75, 0.25 * abs(x or 0)))}'>"
-            row += f"{safe_token(token)}<br><small>{safe_text(note)}</small></td>"
-        rows.append(row)
-    return f"<div style='overflow-x:auto'><table><tbody><tr>{'</tr><tr>'.join(rows)}</tr></tbody></table></div>"
+            row += "<span style='display:inline-block;text-align:center;padding:1px 3px;background:"
+            row += f"{shade(min(0.75, 0.25 * abs(x or 0)))}'>"
+            row += f"{safe_token(token)}<br><small>{safe_text(note)}</small></span>"
+        rows.append(row + "</td>")
+    return LEFT + f"<table class='qs-left'><tbody><tr>{'</tr><tr>'.join(rows)}</tr></tbody></table>"
 
 
 def thought_records(thoughts, tokenizer, row: int = 0, position: int = 0) -> list[dict]:

@@ -1,5 +1,6 @@
 """Training metrics in TensorBoard or trackio, beside ``metrics.jsonl``, which stays the record."""
 
+import os
 from pathlib import Path
 
 from ..errors import WorkbookError
@@ -27,16 +28,19 @@ def tensorboard(log, folder: str | Path):
     return both
 
 
-def trackio(log, project: str, name: str):
+def trackio(log, name: str):
     """Return the same for a new run of a trackio project, and what ends it with a trace for each of some episodes.
 
-    Raises ``WorkbookError`` if the trackio package is missing.
+    ``QS_TRACKIO`` in the environment names the project, and without it nothing is tracked. A parameter would belong to
+    what is trained, so that tracking would repeat it. Raises ``WorkbookError`` if the trackio package is missing.
     """
+    if not os.environ.get("QS_TRACKIO"):
+        return log, lambda episodes: None
     try:
         import trackio as tracker
     except ImportError:
-        raise WorkbookError("trackio=True needs trackio: `pip install trackio`, or leave it off") from None
-    run = tracker.init(project, name, embed=False)
+        raise WorkbookError("QS_TRACKIO needs trackio: `pip install trackio`, or unset it") from None
+    run = tracker.init(os.environ["QS_TRACKIO"], name, embed=False)
 
     def both(**metrics):
         log(**metrics)
