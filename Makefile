@@ -109,7 +109,7 @@ sweep: setup
 
 refresh: setup
 	$(BIN)/python -m qs_lib.workbook.run --variant pocket --run pocket $(if $(FRESH),--fresh)
-	scratch=$$(mktemp -d) && QS_OUTPUTS="$$scratch" $(SMALL) \
+	scratch=$$(mktemp -d) && QS_OUTPUTS="$$scratch" TQDM_DISABLE=1 $(SMALL) \
 	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb; \
 	  status=$$?; rm -r "$$scratch"; exit $$status
 	$(BIN)/nbstripout $(STRIP) notebooks/*.ipynb

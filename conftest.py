@@ -19,6 +19,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "PYTHONHASHSEED": "0",
+    "TQDM_DISABLE": "1",  # a saved bar stands still at 0 %
 }
 os.environ["QS_OUTPUTS"] = SCRATCH
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

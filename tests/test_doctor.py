@@ -98,6 +98,13 @@ def test_every_rule_of_reinforcement_has_its_disease():
     assert {rule.__name__.replace("_", " ") for rule in doctor.REINFORCEMENT_RULES} == set(DISEASES)
 
 
+def test_every_rule_is_in_the_table_of_the_documentation():
+    table = (POCKET.parents[1] / "docs" / "METHODS.md").read_text("utf-8").partition("| rule | look | sick | why |")[2]
+    named = {line.split("|")[1].partition("(")[0].strip() for line in table.splitlines()[2:] if line.startswith("|")}
+    rules = {*doctor.REINFORCEMENT_RULES, *doctor.BAKING_RULES, *doctor.PRETRAINING_RULES}
+    assert named == {rule.__name__.replace("_", " ") for rule in rules}
+
+
 @pytest.mark.parametrize(
     ("name", "changed"),
     [

@@ -15,6 +15,7 @@ from qs_lib.champion import build_champion, build_tokenizer
 from qs_lib.data import batches as c
 from qs_lib.data.tokens import thinking_ids
 from qs_lib.errors import ParameterError
+from qs_lib.evaluation.episodes import Thought
 from qs_lib.model import QuietStarForCausalLM
 from qs_lib.thoughts.attention import recompute_layers
 from qs_lib.thoughts.generate import generate_thoughts
@@ -372,6 +373,42 @@ def test_without_tensorboard_one_sentence_says_how_to_get_it(tmp_path, monkeypat
         tensorboard(print, tmp_path)
 
 
+def test_trackio_gets_what_the_log_gets_and_episodes_as_traces(monkeypatch):
+    """What trackio 0.43 was seen to take: ``init(project, name)``, ``Run.log(metrics, step)``, ``Trace(messages, metadata)``."""
+    import sys
+    from types import SimpleNamespace
+
+    from qs_lib.workbook.tracking import trackio
+
+    lines, told = [], []
+    run = SimpleNamespace(log=lambda metrics, step: told.append((step, metrics)), finish=lambda: told.append("end"))
+    fake = SimpleNamespace(init=lambda project, name, embed: run, Trace=lambda messages, about: (messages, about))
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    assert trackio(print, "05_rl")[0] is print, "tracked only if asked"
+    monkeypatch.setenv("QS_TRACKIO", "project")
+    log, finish = trackio(lambda **m: lines.append(m), "05_rl")
+    log(step=1, reward=0.5)
+    thought = Thought(tokens=["<think>", " 3", "</think>"], logprobs=[0.0] * 3)
+    common = {"problem": 2, "question": "q", "answer": "7", "position": 0, "tokens": ["q"], "thoughts": [thought]}
+    finish([qs.Episode(**common, step=4, answer_with="3")])
+    assert lines == [{"step": 1, "reward": 0.5}]
+    texts = [("user", "q"), ("assistant", "<think> 3</think>"), ("assistant", "3")]
+    trace = [{"role": role, "content": text} for role, text in texts], {"answer": "7"}
+    assert told == [(1, {"reward": 0.5}), (4, {"problem 2": trace}), "end"]
+
+
+def test_without_trackio_one_sentence_says_how_to_get_it(monkeypatch):
+    import sys
+
+    from qs_lib.errors import WorkbookError
+    from qs_lib.workbook.tracking import trackio
+
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    monkeypatch.setenv("QS_TRACKIO", "project")
+    with pytest.raises(WorkbookError, match="pip install trackio"):
+        trackio(print, "05_rl")
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_lora_training_moves_hidden_matrices_eight_rows_and_the_head(tmp_path, tied):
     pytest.importorskip("peft")
@@ -711,3 +748,66 @@ def test_groups_that_differ_are_silent():
         warnings.simplefilter("error", UserWarning)
         result = r.train_quiet_star(model, tokenizer, problems(), problems("validation", 2), **FEW)
     assert min(row["tied"] for row in result.history) < 1
+
+
+SHORT = {"steps": 5, "batch_size": 4, "num_thoughts": 3, "thought_length": 8, "evaluate_every": 2, "n_true": 3}
+
+
+@pytest.mark.parametrize("where", ["question", "random"])
+def test_watching_held_out_problems_changes_no_bit_of_the_training(where, monkeypatch):
+    runs = []
+    for watched in (True, False):
+        with monkeypatch.context() as patch:
+            if not watched:
+                patch.setattr(r, "watch", lambda *_: [])
+            torch.manual_seed(0)
+            model, tokenizer = tiny_quiet_star()
+            train, held_out = problems(size=24), problems("validation", 6)
+            result = r.train_quiet_star(model, tokenizer, train, held_out, think_at=where, **SHORT)
+        after = [torch.rand(1).item(), random.random()]
+        random.seed(0)
+        runs.append((result, model.state_dict(), after))
+    (seen, weights, drawn), (unseen, same, also) = runs
+    assert seen.history == unseen.history and seen.episodes == unseen.episodes and drawn[0] == also[0]
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())
+    assert unseen.watched == [] and [e.step for e in seen.watched[:: r.RECORDED]] == [0, 2, 4, 5]
+    for n in range(r.RECORDED):
+        own = [e for e in seen.watched if e.problem == n]
+        assert {(e.question, e.answer) for e in own} == {tuple(held_out[n][k] for k in ("question", "answer"))}
+        assert len({e.position for e in own}) == 1 and all(e.position == len(e.tokens) - 1 for e in own)
+        assert all(len(e.thoughts) == 3 for e in own)
+
+
+def test_the_first_watched_thoughts_are_those_of_the_model_as_given():
+    model, tokenizer = tiny_quiet_star()
+    held_out = problems("validation", 2)
+    result = r.train_quiet_star(model, tokenizer, problems(size=24), held_out, muon_lr=0.3, adamw_lr=0.3, **SHORT)
+    fresh = tiny_quiet_star()[0]
+    assert len(result.watched) == 4 * len(held_out)
+    assert result.watched[0].base_tokens[0][1] == pytest.approx(
+        likeliest(fresh, tokenizer, result.watched[0].tokens), abs=1e-3
+    )
+    first, last = ([[t.tokens for t in e.thoughts] for e in part] for part in (result.watched[:2], result.watched[-2:]))
+    assert first != last, "such rates leave no thought as it was"
+
+
+def test_a_stopped_training_goes_on_watching(tmp_path):
+    found = []
+    for stop in (None, 3, None):
+        model, tokenizer = tiny_quiet_star()
+        saving = Checkpoint(tmp_path if stop or found else None, {}, seconds=0)
+
+        def log(stop=stop, **metrics):
+            if metrics["step"] == stop:
+                raise InterruptedError
+
+        saving._log = log
+        try:
+            found.append(
+                r.train_quiet_star(
+                    model, tokenizer, problems(size=24), problems("validation", 6), checkpoint=saving, **SHORT
+                )
+            )
+        except InterruptedError:
+            assert stop
+    assert found[0].watched == found[1].watched and len(found[0].watched) == 4 * r.RECORDED

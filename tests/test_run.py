@@ -36,6 +36,7 @@ def outputs(tmp_path, monkeypatch):
     monkeypatch.setenv("QS_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.delenv("QS_NOTEBOOK_SHA256", raising=False)
     monkeypatch.delenv("QS_COMMAND", raising=False)
+    monkeypatch.delenv("TQDM_DISABLE")
     return tmp_path / "outputs"
 
 

@@ -43,7 +43,8 @@ class Episode(BaseModel):
     """Hold a text position and the thoughts drawn there.
 
     ``tokens``: the text read so far, the last one at ``position``. ``base_tokens`` and ``mixed_tokens``: the most
-    likely next tokens without thoughts and after mixing. ``answer`` is None where the truth is not known.
+    likely next tokens without thoughts and after mixing. ``answer`` is None where the truth is not known. ``step``: the
+    training step after which they were drawn, None outside a training.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -53,6 +54,7 @@ class Episode(BaseModel):
     family: str = ""
     difficulty: int = 0
     stage: str = ""
+    step: int | None = None
     position: int
     tokens: list[str]
     thoughts: list[Thought]

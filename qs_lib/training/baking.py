@@ -311,7 +311,7 @@ def bake(
         parts |= {"order": order, "epochs": result.epochs}
         distributed.check_equal(trained, "before training")
         first = saving.resume(parts)
-        bar = tqdm(range(first, steps), "bake", initial=first, total=steps, disable=not distributed.first())
+        bar = distributed.bar(range(first, steps), "bake", initial=first, total=steps)
         for step in bar:
             epoch, at = step // batches + 1, step % batches
             if at == 0:

@@ -24,6 +24,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from tqdm.auto import tqdm
 
 from ..errors import TrainingError, WorkbookError
 
@@ -57,6 +58,11 @@ def rank() -> int:
 def first() -> bool:
     """Whether this process is the one that writes and speaks."""
     return rank() == 0
+
+
+def bar(*args, **settings) -> tqdm:
+    """Return a progress bar, which the first process shows unless ``TQDM_DISABLE=1`` stands in the environment."""
+    return tqdm(*args, **settings) if first() else tqdm(*args, disable=True, **settings)
 
 
 def share(rows):

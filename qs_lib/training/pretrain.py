@@ -89,7 +89,7 @@ def pretrain(
     distributed.check_equal(model, "before training")
     with checkpoint or Checkpoint() as saving:
         first = saving.resume(parts)
-        bar = tqdm(range(first, s.steps), "champion", initial=first, total=s.steps, disable=not distributed.first())
+        bar = distributed.bar(range(first, s.steps), "champion", initial=first, total=s.steps)
         for step in bar:
             queue[:] = queue or length_batches(lengths, s.batch_size, rng)
             loss = document_loss(model, tokenizer, [sequences[i] for i in queue.pop()], s.context_weight)

@@ -11,9 +11,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from tqdm.auto import tqdm
 
-from ..data.batches import curriculum, disagreement, text_of, think_where
+from ..data.batches import answer_batch, curriculum, disagreement, text_of, think_where
 from ..data.batches import thought_length as deserved_length
 from ..data.tokens import thinking_ids
 from ..errors import ParameterError, WorkbookError
@@ -33,7 +32,7 @@ from .qk_clip import largest_logit, watch_max_logits
 
 PAPER_TEMPERATURE = 3.0
 REWARD_FLOOR = -6.0  # nats; one thought that makes the truth impossible would drown all others
-RECORDED = 4  # groups of thoughts kept as episodes at each validation
+RECORDED = 4  # groups of thoughts kept as episodes at each validation, and held-out problems watched
 
 
 class QuietStarSettings(Settings):
@@ -81,11 +80,13 @@ class TrainingResult:
     """What training did.
 
     ``history``: one dict per step. ``episodes``: some groups of thoughts that were trained on, before each validation.
+    ``watched``: thoughts on a few held-out problems, before the first step and at each validation (:func:`watch`).
     ``best_step`` and ``best_validation``: the weights that were kept.
     """
 
     history: list[dict] = field(default_factory=list)
     episodes: list[Episode] = field(default_factory=list)
+    watched: list[Episode] = field(default_factory=list)
     best_step: int = 0
     best_validation: float = float("nan")
     seconds: float = 0.0
@@ -132,7 +133,7 @@ def train_quiet_star(
         raise WorkbookError("training needs at least one training and one validation problem")
     problems = within_band(model, tokenizer, problems, s)
     started, rng, generator = time.monotonic(), random.Random(s.seed), torch.Generator().manual_seed(s.seed)
-    result, episodes, best = TrainingResult(), [], {"step": 0, "validation": float("nan")}
+    result, episodes, watched, best = TrainingResult(), [], [], {"step": 0, "validation": float("nan")}
     if s.qk_clip_threshold:
         with watch_max_logits(model.lm):  # a family that cannot be watched is refused before the first step
             pass
@@ -141,10 +142,11 @@ def train_quiet_star(
         scheduler = scheduled(optimizer, s.steps, warm_up=20, constant=0.3)
         trained = [p for p in model.parameters() if p.requires_grad]
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": rng, "generator": generator}
-        parts |= {"history": result.history, "episodes": episodes, "best": best}
+        parts |= {"history": result.history, "episodes": episodes, "watched": watched, "best": best}
         distributed.check_equal(model, "before training")
         first = saving.resume(parts)
-        bar = tqdm(range(first, s.steps), "quiet-star", initial=first, total=s.steps, disable=not distributed.first())
+        watched += watch(model, tokenizer, validation, s, 0) if first == 0 else []
+        bar = distributed.bar(range(first, s.steps), "quiet-star", initial=first, total=s.steps)
         for step in bar:
             drawn = draw_rollouts(model, tokenizer, problems, step, s, rng, generator)
             kept, diversity = keep_disputed(drawn, s, generator)
@@ -162,6 +164,7 @@ def train_quiet_star(
             value = update(loss, optimizer, scheduler, clipped, "the loss")
             metrics = distributed.means(metrics) | {"step": step + 1, "loss": value, "diversity": diversity}
             if validates:
+                watched += watch(model, tokenizer, validation, s, step + 1)
                 name, score = validate(model, tokenizer, validation, s)
                 with largest_logit(model.lm) as largest, torch.no_grad():
                     model.lm(input_ids=kept.ids, attention_mask=kept.mask)
@@ -177,7 +180,7 @@ def train_quiet_star(
         distributed.check_equal(model, "after training")
         for p, weights in zip(trained, best["weights"], strict=True):
             p.data.copy_(weights)
-    result.episodes = [Episode(**e) for e in episodes]
+    result.episodes, result.watched = ([Episode(**e) for e in kept] for kept in (episodes, watched))
     result.best_step, result.best_validation = best["step"], best["validation"]
     result.seconds = time.monotonic() - started
     return result
@@ -401,6 +404,24 @@ def first_groups(model, tokenizer, batch: Rollouts, credit, s: QuietStarSettings
         about |= {"problem": 0, "answer": answer, "stage": stage}
         trained = [values[unit] for values in credit]
         found.append(record(model, tokenizer, document, one, about, len(following), s.n_true, trained=trained))
+    return found
+
+
+@torch.no_grad()
+def watch(model, tokenizer, problems: list[dict], s: QuietStarSettings, step: int) -> list[dict]:
+    """Return thoughts on the first few problems as episodes (dicts) of a ``step``, after their questions.
+
+    Every step has the same problems and random numbers: what changes is the model. The generator is a new one, so that
+    training draws what it would have drawn unwatched.
+    """
+    budget, found = {name: getattr(s, name) for name in ("num_thoughts", "thought_length", "temperature")}, []
+    for n, p in enumerate(problems[:RECORDED]):
+        ids, mask, at = answer_batch(tokenizer, [p], model.device)
+        thoughts = model.think(ids, mask, at, torch.Generator().manual_seed(s.seed), **budget)
+        about = {name: p[name] for name in ("question", "answer", "family", "difficulty")}
+        about |= {"problem": n, "stage": f"step {step}", "step": step}
+        document, following = ids[0].tolist(), ids.shape[1] - at.item() - 1
+        found.append(record(model, tokenizer, document, thoughts, about, following, s.n_true).model_dump())
     return found
 
 

@@ -1,7 +1,7 @@
 """The training doctor: what the metrics of a run say about it, one sentence a rule, with the next step.
 
 ``python -m qs_lib.viewing.doctor RUN``. Rows are those of ``metrics.jsonl``, of a finished run or of one that goes on.
-A rule's docstring is its documentation: threshold and reason. Where one disease explains another, only the cause is
+A rule's docstring is its documentation: threshold and reason. docs/METHODS.md has them in a table. Where one disease explains another, only the cause is
 named. Not in the files, so not told: gradient norms, gain per second, and a leak into training and validation alike.
 """
 
@@ -371,6 +371,11 @@ def examine(rows, episodes=(), copied: float | None = None) -> list[Finding]:
     return [Finding(rule.__name__.replace("_", " "), *found, rule.__doc__ or "") for rule, *found in told]
 
 
+def as_lines(findings: list[Finding]) -> list[str]:
+    """Return a line on each finding: its name, and its sentence where need be behind the verdict."""
+    return [f"{f.name:20}{SPOKEN[f.verdict]}{f.sentence}" for f in findings]
+
+
 def read_metrics(path: Path) -> tuple[list[dict], int]:
     """Return the rows of a ``metrics.jsonl`` and how many lines are none, as the last of a run that goes on may be."""
     rows, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -410,7 +415,7 @@ def report(run: str) -> list[str]:
             told += f", {error}"
         copied = copied_questions(folder / "02_dataset_generation") if any("reward" in row for row in rows) else None
         lines.append(f"{stage}: {len(rows)} rows{told}")
-        lines += [f"  {f.name:20}{SPOKEN[f.verdict]}{f.sentence}" for f in examine(rows, episodes, copied)]
+        lines += [f"  {line}" for line in as_lines(examine(rows, episodes, copied))]
     return lines
 
 

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import display
+from IPython.display import Pretty, display
 from matplotlib.ticker import MaxNLocator
 
 from ..stats import Reliability, interval, pearson
+from ..viewing import doctor
 from ..viewing.escape import safe_label
 from ..viewing.html import BLUE, GREY, ORANGE
 
@@ -298,11 +299,12 @@ def training_curves(live: list[dict], pocket: list[dict] = ()):
 
 def live_curves(log, every: float = 3.0):
     """Return a function that passes metrics on to ``log`` and, in JupyterLab, redraws :func:`training_curves` every so
-    many seconds. Nothing is drawn where nobody watches: by papermill, nbconvert or tests."""
+    many seconds, with what the training doctor says below them. Nothing is drawn where nobody watches: by papermill,
+    nbconvert or tests."""
     if "JPY_SESSION_NAME" not in os.environ:
         return log
     rows, drawn = [], time.monotonic()
-    handle = display(training_curves([]), display_id=True)
+    handle, told = (display(first, display_id=True) for first in (training_curves([]), Pretty("")))
 
     def both(**metrics):
         nonlocal drawn
@@ -310,6 +312,7 @@ def live_curves(log, every: float = 3.0):
         rows.append(metrics)
         if time.monotonic() - drawn > every:
             handle.update(training_curves(rows))
+            told.update(Pretty("\n".join(doctor.as_lines(doctor.examine(rows)))))
             drawn = time.monotonic()
 
     return both

@@ -7,6 +7,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from IPython import get_ipython
 
 from ..data.strategies import PROMPTS, asked, strategy_of
 from ..data.tokens import PLAIN_WORDS, THINKING_TOKENS, mark, marker_spellings, thinking_ids
@@ -20,6 +21,8 @@ from ..training.baking import BakingItem
 from ..viewing.escape import safe_text, safe_token
 from ..viewing.html import shade
 
+LEFT = "<style>.qs-left :is(th, td) {text-align: left !important}</style>"
+
 
 def committed(params, stage: str, name: str):
     """Return a ``.json`` or ``.jsonl`` file that the committed pocket run's stage wrote, to show beside a small run.
@@ -29,6 +32,16 @@ def committed(params, stage: str, name: str):
     if name.endswith(".jsonl"):
         return [] if params.upstream else read_json_lines(find_run("") / stage / name)
     return {} if params.upstream else _read_json(find_run("") / stage / name)
+
+
+def as_html(frame: pd.DataFrame) -> str:
+    """Return a table with its text in full and on the left. Jupyter aligns to the right, which suits numbers alone."""
+    with pd.option_context("display.max_colwidth", None):
+        return LEFT + frame.to_html(classes="qs-left", justify="left")
+
+
+if (shell := get_ipython()) is not None:  # how a notebook shows every table
+    shell.display_formatter.formatters["text/html"].for_type(pd.DataFrame, as_html)
 
 
 def _read_json(path) -> dict:
@@ -61,11 +74,28 @@ def write_parquet(stage, name: str, rows: list[dict]) -> None:
     os.replace(aside, stage.path(name))
 
 
-def side_by_side(columns: dict[str, dict], digits: int = 3) -> pd.DataFrame:
-    """Return dictionaries of numbers as columns of one table, empty ones left out. Rows are the first one's keys."""
+def side_by_side(columns: dict[str, dict], digits: int = 3, names: dict[str, str] | None = None) -> pd.DataFrame:
+    """Return dictionaries of numbers as columns of one table, empty ones left out, each interval in one cell.
+
+    Rows are the first one's keys, or those of ``names``, under its names.
+    """
     columns = {name: values for name, values in columns.items() if values}
-    keys = list(next(iter(columns.values())))
-    return pd.DataFrame({n: [as_text(v.get(k, "-"), digits) for k in keys] for n, v in columns.items()}, index=keys)
+    rows = names or {k: k for k in next(iter(columns.values())) if not k.endswith(("_low", "_high"))}
+
+    def cell(values: dict, key: str) -> str:
+        ends = [values.get(key + end) for end in ("", "_low", "_high")]
+        signed = "gain" in key or "over" in key  # a difference
+        return as_text(values.get(key, "-"), digits) if None in ends else shown(ends, signed, digits)
+
+    return pd.DataFrame({n: [cell(v, k) for k in rows] for n, v in columns.items()}, index=list(rows.values()))
+
+
+def gain_told(summary: dict, problems: int) -> str:
+    """Return what the summary of 05_rl says of thoughts before and after it, and whether its interval decides it."""
+    gain = [summary[f"accuracy_gain{end}"] for end in ("", "_low", "_high")]
+    before, after = (fixed(summary[name], 2) for name in ("accuracy_baseline", "accuracy_with"))
+    told = "a gain" if gain[1] > 0 else "a loss" if gain[2] < 0 else "too few to tell a gain from a loss"
+    return f"{before} -> {after} on {problems} test problems, {shown(gain, True, 2)}: {told}"
 
 
 def embedding_norms(model, tokenizer) -> dict:
@@ -143,13 +173,16 @@ def thoughts_html(thoughts: list[dict]) -> str:
     rows = []
     for thought in thoughts:
         total = sum(x or 0 for x in thought["logprobs"])
-        row = f"<th scope='row'>{safe_text(thought['name'])}<br><small>sum {total:.1f}</small></th>"
+        row = (
+            f"<th scope='row'>{safe_text(thought['name'])}<br><small>sum {safe_text(fixed(total, 1))}</small></th><td>"
+        )
         for token, x in zip(thought["tokens"], thought["logprobs"], strict=True):
             note = "given" if x is None else fixed(x, 2)
-            row += f"<td style='text-align:center;padding:1px 3px;background:{shade(min(0.75, 0.25 * abs(x or 0)))}'>"
-            row += f"{safe_token(token)}<br><small>{safe_text(note)}</small></td>"
-        rows.append(row)
-    return f"<div style='overflow-x:auto'><table><tbody><tr>{'</tr><tr>'.join(rows)}</tr></tbody></table></div>"
+            row += "<span style='display:inline-block;text-align:center;padding:1px 3px;background:"
+            row += f"{shade(min(0.75, 0.25 * abs(x or 0)))}'>"
+            row += f"{safe_token(token)}<br><small>{safe_text(note)}</small></span>"
+        rows.append(row + "</td>")
+    return LEFT + f"<table class='qs-left'><tbody><tr>{'</tr><tr>'.join(rows)}</tr></tbody></table>"
 
 
 def thought_records(thoughts, tokenizer, row: int = 0, position: int = 0) -> list[dict]:
@@ -170,8 +203,7 @@ def episode_table(episode) -> str:
         row = {"thought": " ".join(token.strip() for token in t.tokens), "answer": t.answer.strip()}
         row |= {"weight": fixed(t.weight, 2), "coherence": fixed(t.coherence.get("composite", 0.0), 2)}
         table[f"thought {k}"] = row | {"utility": fixed(t.utility, 1, True)}
-    with pd.option_context("display.max_colwidth", None):
-        return pd.DataFrame(table).T.to_html()
+    return as_html(pd.DataFrame(table).T)
 
 
 def model_latency_table(rows: list[dict]) -> pd.DataFrame:
