@@ -264,11 +264,11 @@ def test_saved_from_the_button(tmp_path, monkeypatch):
     ):
         inspector.file.value = given
         inspector.save.click()
-        assert (tmp_path / "inspector" / name).is_file() and f"inspector/{name}" in inspector.saved.value
+        assert (tmp_path / "inspector" / name).is_file() and f"inspector/{name}" in inspector.status.value
     assert [p.name for p in tmp_path.iterdir()] == ["inspector"] and not (tmp_path.parent / "x_b_.html").exists()
     monkeypatch.setenv("QS_OUTPUTS", str(tmp_path / "inspector" / "x"))
     inspector.save.click()
-    assert "saved as" not in inspector.saved.value and inspector.saved.value
+    assert "saved as" not in inspector.status.value and inspector.status.value
 
 
 def test_moving_and_choosing():

@@ -9,8 +9,9 @@ from IPython.display import display
 from ..errors import WorkbookError
 from ..evaluation.episodes import STEPS, Episode, read_episodes, text_tokens, think_at
 from ..files import outputs_root, write_bytes
+from .edit import MOST_CHARACTERS, Answered, answer_with, plain_words
 from .escape import safe_option, safe_text
-from .html import MOST_TOKENS, STYLE, disagree, helped, overview, render, right, wrong
+from .html import MOST_TOKENS, STYLE, disagree, heading, helped, overview, page, render, right, spacing, wrong
 
 FILTERS = {
     "all": lambda episodes: episodes,
@@ -29,7 +30,6 @@ SORTS = {
 }
 NOTHING = ""  # beside the first checkpoint; None would leave its button unmarked
 WIDE = {"description_width": "initial"}
-MOST_CHARACTERS = 20_000  # of a text of one's own that is read
 
 
 def mean_coherence(episode: Episode) -> float:
@@ -38,7 +38,8 @@ def mean_coherence(episode: Episode) -> float:
 
 
 class ThoughtInspector(widgets.VBox):
-    """Controls over a list of episodes and one view of the chosen one. With a model it also draws thoughts itself.
+    """Controls over a list of episodes and one view of the chosen one. With a model it draws thoughts, and answers with
+    an edited one.
 
     - ``episodes``: a list of ``Episode``, an ``episodes.jsonl``, or a dict of name -> either. The first one's problems
       can be chosen, another is shown beside it.
@@ -46,10 +47,9 @@ class ThoughtInspector(widgets.VBox):
       episodes. Without a model nothing can be drawn, everything else works.
     - ``tokenizer``: what all models read with. ``scale``: the ``Scale`` their coherence is measured on.
 
-    Every control is an attribute (``filter``, ``sort``, ``index``, ``token``, ``beside``, ``thoughts``, ``length``,
-    ``temperature``, ``seed``, ``draw``, ``own_text``, ``own_truth``): ``inspector.index.value = 3`` is the same as
-    clicking. ``view`` is what they change. Raises ``WorkbookError`` if there is nothing to inspect or a model lacks its
-    tokenizer.
+    One line of controls says where one is, the other is the group that ``panel`` opens. Every control is an attribute:
+    ``inspector.index.value = 3`` is the same as clicking. ``view`` is what they change. Raises ``WorkbookError`` if
+    there is nothing to inspect or a model lacks its tokenizer.
     """
 
     def __init__(self, episodes=(), model=None, tokenizer=None, scale=None):
@@ -64,6 +64,7 @@ class ThoughtInspector(widgets.VBox):
         if not self.episodes and not self.models:
             raise WorkbookError("there is nothing to inspect: give at least one episode")
         self.found = {name: {(e.question, e.position): e for e in one} for name, one in self.sets.items()}
+        self.edits, self._drawn = {}, {}  # (name, question, position) -> number, original, edited; what can be edited
         self._busy = True  # while controls are set together, the view waits
         try:
             self._make_controls()
@@ -86,19 +87,17 @@ class ThoughtInspector(widgets.VBox):
 
     def _make_controls(self) -> None:
         others = [(safe_option(name), name) for name in list(self.sets)[1:]]
-        self.filter = _choice(list(FILTERS), description="Show")
-        self.sort = _choice(list(SORTS), description="Order")
-        self.index = widgets.BoundedIntText(value=1, min=1, max=1, description="Problem")
-        self.token = widgets.BoundedIntText(value=0, min=0, max=0, description="Token")
-        self.strip = _choice([])
+        self.filter, self.sort, self.strip = _choice(list(FILTERS)), _choice(list(SORTS)), _choice([])
+        self.index, self.token = _number("Problem", 1, 1, 1), _number("Token", 0, 0, 0)
         self.strip.add_class("qs-strip")
+        self.strip.layout.flex = "1 1 400px"  # leaves room for a button on its line
         chosen = others[0][1] if others else NOTHING
-        self.beside = _choice([("nothing", NOTHING), *others], description="Beside it", value=chosen)
-        self.count, self.view, self.saved = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.beside = _choice([("nothing", NOTHING), *others], value=chosen)
+        self.count, self.view, self.status = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.previous = _button("Previous", lambda: self.step(-1))
         self.next = _button("Next", lambda: self.step(1))
-        self.file = widgets.Text(value="thoughts.html", description="File name", continuous_update=False, style=WIDE)
-        self.save = _button("Save as HTML", self._save)
+        self.file = _words("File name", value="thoughts.html")
+        self.save = _button("Save as HTML", self._act(self._save))
         acts = {"filter": self._choose, "sort": self._choose, "index": self._open, "token": self._move}
         for name, act in (acts | {"strip": self._click, "beside": self._show}).items():
             getattr(self, name).observe(act, "value")
@@ -106,28 +105,33 @@ class ThoughtInspector(widgets.VBox):
     def _make_live_controls(self) -> None:
         settings = getattr(next(iter(self.models.values()), None), "config", None)
         number, length = getattr(settings, "num_thoughts", 4), getattr(settings, "thought_length", 28)
-        heat = {"value": getattr(settings, "thought_temperature", 1.0), "min": 0, "max": 5, "step": 0.1}
-        self.thoughts = widgets.BoundedIntText(value=number, min=1, max=32, description="Thoughts")
-        self.length = widgets.BoundedIntText(value=length, min=3, max=256, description="Longest")
-        self.temperature = widgets.BoundedFloatText(**heat, description="Temperature", style=WIDE)
-        self.seed = widgets.BoundedIntText(value=0, min=0, max=2**31 - 1, description="Seed")
-        self.draw = _button("Draw thoughts here", self._draw)
-        self.bar, self.status = widgets.IntProgress(layout={"width": "120px", "visibility": "hidden"}), widgets.HTML()
-        alike = {"continuous_update": False, "style": WIDE}
-        self.own_text = widgets.Text(description="Your text", layout={"width": "45%"}, **alike)
-        self.own_truth = widgets.Text(description="What follows, if known", **alike)
-        self.read_own = _button("Read this text", self._read_own)
+        heat = getattr(settings, "thought_temperature", 1.0)
+        self.thoughts, self.length = _number("Thoughts", number, 1, 32), _number("Longest", length, 3, 256)
+        self.temperature = _number("Temperature", heat, 0, 5, widgets.BoundedFloatText, step=0.1)
+        self.seed = _number("Seed", 0, 0, 2**31 - 1)
+        self.draw = _button("Draw thoughts here", self._act(self.think))
+        self.bar = widgets.IntProgress(layout={"width": "100px", "display": "none"})
+        self.edited, self.words = _choice([]), _words("in plain words", flex="1 1 300px")
+        self.answer = _button("Answer with it", self._act(self.edit))
+        self.edited.observe(self._spell, "value")
+        self.own_text, self.own_truth = _words("Your text", flex="1 1 300px"), _words("What follows, if known")
+        self.read_own = _button("Read this text", self._act(self._read_own))
 
     def _rows(self) -> list:
-        for number in (self.index, self.token, self.thoughts, self.length, self.seed, self.temperature):
-            number.layout.width = "170px"
-        rows = [self.filter, self.sort, _row(self.previous, self.index, self.next, self.count)]
-        rows += [_row(self.token, self.strip)] if self.models or self.episodes else []
-        rows += [self.beside] if len(self.sets) > 1 else []
-        if self.models:
-            drawing = (self.thoughts, self.length, self.temperature, self.seed, self.draw, self.status, self.bar)
-            rows += [_row(*drawing), _row(self.own_text, self.own_truth, self.read_own)]
-        return [*rows, _row(self.file, self.save, self.saved), self.view]
+        groups = {"Filter": (self.filter,), "Order": (self.sort,), "Compare": (self.beside,)}
+        groups |= {"Tokens": (self.strip, self.draw)[: 1 + bool(self.models)]}
+        groups["Draw"] = (self.thoughts, self.length, self.temperature, self.seed, self.draw)
+        groups |= {"Edit": (self.edited, self.words, self.answer), "Save": (self.file, self.save)}
+        groups["Own text"] = (self.own_text, self.own_truth, self.read_own)
+        left_out = ([] if self.models else ["Draw", "Edit", "Own text"]) + ["Compare"] * (len(self.sets) < 2)
+        self.groups = {name: controls for name, controls in groups.items() if name not in left_out}
+        self.panel, self.line = _choice(list(self.groups)), _row()
+        self.panel.observe(self._group, "value")
+        self._group()
+        return [_row(self.previous, self.index, self.next, self.count, self.token, self.panel), self.line, self.view]
+
+    def _group(self, change=None) -> None:
+        self.status.value, self.line.children = "", (*self.groups[self.panel.value], self.bar, self.status)
 
     def step(self, by: int) -> None:
         """Move by so many problems, inside the list."""
@@ -142,8 +146,7 @@ class ThoughtInspector(widgets.VBox):
         if not names or self.current is None:
             raise WorkbookError("there is nothing to draw: give a model, and choose a problem or write a text")
         question, place, seed = self.current.question, self.token.value, self.seed.value
-        if len(self.current.tokens) and self._tokens()[: len(self.current.tokens)] != self.current.tokens:
-            raise WorkbookError("the tokenizer reads this text otherwise than the model that made these episodes did")
+        self._check_reading()
         settings = {"num_thoughts": self.thoughts.value, "thought_length": self.length.value, "seed": seed}
         settings |= {"temperature": self.temperature.value, "answer": self.current.answer, "scale": self.scale}
         self.bar.max, drawn = len(names) * len(STEPS), []
@@ -159,10 +162,32 @@ class ThoughtInspector(widgets.VBox):
         shared = {"problem": self.current.problem, "family": self.current.family, "difficulty": self.current.difficulty}
         for name, episode in zip(names, drawn, strict=True):
             self.found[name][question, place] = episode.model_copy(update=shared)
+            self.edits.pop((name, question, place), None)
         self._say(f"drawn with seed {seed}; the next draw takes another")
         self.seed.value += 1
         self._show()
         return drawn
+
+    def _check_reading(self) -> None:
+        if len(self.current.tokens) and self._tokens()[: len(self.current.tokens)] != self.current.tokens:
+            raise WorkbookError("the tokenizer reads this text otherwise than the model that made these episodes did")
+
+    def edit(self) -> list[Answered]:
+        """Answer with the chosen thought alone, as it is and in the words of the control, and show both.
+
+        Returns the two. Raises ``WorkbookError`` if that cannot be done, and then nothing changes.
+        """
+        if self.edited.value is None:
+            raise WorkbookError("there is no thought to edit: give a model, and draw thoughts here first")
+        self._check_reading()
+        name, number = self.edited.value
+        where = self.current.question, self.token.value
+        both = [self._drawn[name, number].tokens, self.words.value]
+        made = answer_with(self.models[name], self.tokenizer, where[0], both, where[1], self.current.answer)
+        self.edits[name, *where] = (number, *made)
+        self._say("")
+        self._show()
+        return made
 
     def read(self, text: str, truth: str | None = None) -> None:
         """Put one's own text at the end of the problems and open it. ``truth``: what follows it, where that is known.
@@ -179,31 +204,30 @@ class ThoughtInspector(widgets.VBox):
         self._busy = False
         self._choose(place=len(self.episodes))
 
-    def _draw(self) -> None:
-        self.draw.disabled, self.bar.layout.visibility = True, "visible"
-        try:
-            self.think()
-        except (ValueError, NotImplementedError) as error:  # one sentence; a button has nowhere to show a traceback
-            self._say(str(error))
-        finally:
-            self.draw.disabled, self.bar.layout.visibility, self.bar.value = False, "hidden", 0
+    def _act(self, do):
+        """Return what a button calls. It has nowhere to show a traceback, so what goes wrong is said in a sentence."""
+
+        def act():
+            self.bar.layout.display = None
+            try:
+                do()
+            except (ValueError, NotImplementedError, OSError) as error:
+                self._say(str(error))
+            finally:
+                self.bar.layout.display, self.bar.value = "none", 0
+
+        return act
 
     def _read_own(self) -> None:
-        try:
-            self.read(self.own_text.value, self.own_truth.value)
-            self._say("read; now draw thoughts at its last token, or at another")
-        except ValueError as error:
-            self._say(str(error))
+        self.read(self.own_text.value, self.own_truth.value)
+        self._say("read; now draw thoughts at its last token, or at another")
 
     def _save(self) -> None:
         name = re.sub(r"[^\w.-]", "_", Path(self.file.value).name).lstrip(".") or "thoughts.html"
         folder = outputs_root() / "inspector"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.save_html(folder / name)
-            self.saved.value = _status(f"saved as {folder.parent.name}/inspector/{name}")
-        except (OSError, WorkbookError) as error:
-            self.saved.value = _status(error)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save_html(folder / name)
+        self._say(f"saved as {folder.parent.name}/inspector/{name}")
 
     def _say(self, text: str) -> None:
         self.status.value = _status(text)
@@ -251,7 +275,23 @@ class ThoughtInspector(widgets.VBox):
         place = self.index.value
         self.previous.disabled, self.next.disabled = place <= 1, place >= len(self.shown)
         self.count.value = _status(f"{place if self.shown else 0} of {len(self.shown)}")
+        self._offer()
         self.view.value = self.current_html()
+
+    def _offer(self) -> None:
+        """Offer the thoughts in view to be edited, and spell the first one where they are others than before."""
+        where = (self.current.question, self.token.value) if self.current else None
+        shown = {n: self.found[n][where].thoughts for n in self._names() if n in self.models and where in self.found[n]}
+        drawn = {(name, k): t for name, thoughts in shown.items() for k, t in enumerate(thoughts, 1)}
+        if drawn != self._drawn:
+            self._drawn = drawn
+            self.edited.options = [(f"{safe_option(name, 12)} {k}".strip(), (name, k)) for name, k in drawn]
+            self.edited.value = next(iter(drawn), None)
+            self._spell()
+
+    def _spell(self, change=None) -> None:
+        tokens = self._drawn[self.edited.value].tokens if self.edited.value else []
+        self.words.value = plain_words(spacing(tokens).join(tokens)).encode("utf-8", "replace").decode()
 
     def _names(self) -> list[str]:
         """The first checkpoint and the one beside it."""
@@ -279,24 +319,27 @@ class ThoughtInspector(widgets.VBox):
         return STYLE + self._compared(self.current, self.token.value)
 
     def _compared(self, episode: Episode, place: int) -> str:
-        names, parts = self._names(), []
-        for name in names:
-            one = self.found[name].get((episode.question, place))
-            parts.append((f"<h3>{safe_text(name)}</h3>" if name else "") + self._one(episode, one, name, place))
+        names = self._names()
+        ones = [self._one(episode, self.found[name].get((episode.question, place)), name, place) for name in names]
+        title = next((heading(one) for one in ones if isinstance(one, Episode)), "")
+        parts = []
+        for name, one in zip(names, ones, strict=True):
+            edit = self.edits.get((name, episode.question, place))
+            parts.append(f"<h3>{safe_text(name)}</h3>" if name else "")
+            parts[-1] += f"<p>{safe_text(one)}</p>" if isinstance(one, str) else render(one, False, False, edit)
         if len(parts) == 1:
-            return parts[0]
-        return f"<div class='qs-pair'>{''.join(f'<div>{part}</div>' for part in parts)}</div>"
+            return page(title) + parts[0]
+        return page(title) + f"<div class='qs-pair'>{''.join(f'<div>{part}</div>' for part in parts)}</div>"
 
-    def _one(self, episode: Episode, one: Episode | None, name: str, place: int) -> str:
-        if one is not None:
-            return render(one, style=False)
-        if name in self.models:
+    def _one(self, episode: Episode, one: Episode | None, name: str, place: int) -> Episode | str:
+        """What to show of a model at a token: an episode, or a sentence that says why there is none."""
+        if one is None and name in self.models:
             read = self._tokens()[: place + 1] if episode is self.current else episode.tokens
             known = episode.model_dump(include={"problem", "question", "answer", "family", "difficulty"})
-            return render(Episode(**known, position=place, tokens=read, thoughts=[]), style=False)
-        if place != episode.position:
-            return "<p>No thoughts were saved at this token; with a model they can be drawn.</p>"
-        return "<p>This question is not among its episodes.</p>"
+            return Episode(**known, position=place, tokens=read, thoughts=[])
+        if one is None and place != episode.position:
+            return "No thoughts were saved at this token; with a model they can be drawn."
+        return "This question is not among its episodes." if one is None else one
 
     def static_html(self, listed: int = 50) -> str:
         """Return HTML that needs no kernel: the problem in view, and a table of those the filter leaves."""
@@ -344,6 +387,15 @@ def _choice(options, **settings):
     choice = widgets.ToggleButtons(options=options, style={"button_width": "auto"}, **settings)
     choice.add_class("qs-choice")
     return choice
+
+
+def _number(name: str, value, least, most, kind=widgets.BoundedIntText, **settings):
+    layout = {"width": "150px" if settings else "130px"}
+    return kind(value=value, min=least, max=most, description=name, layout=layout, style=WIDE, **settings)
+
+
+def _words(name: str, value: str = "", **layout):
+    return widgets.Text(value=value, description=name, continuous_update=False, layout=layout, style=WIDE)
 
 
 def _button(name: str, act):
