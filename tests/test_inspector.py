@@ -162,7 +162,8 @@ def test_everything_is_said_in_words_and_numbers():
         "0.57",
         "semantic",
         "0.50",
-        "mixing weight 0.25",
+        "mixing weight",
+        "0.25",
         "helped (+1.00 nats)",
         "17 0.900",
         "without thoughts",
@@ -341,8 +342,34 @@ def test_a_thought_drawn_twice_is_written_out_once():
             episode(thoughts=[thought(), thought(answer="3"), thought(), thought(tokens=("<think>", " 8", "</think>"))])
         )
     ).text
-    assert "Thought 3word for word thought 1; mixing weight 0.25" in shown and shown.count("word for word") == 1
+    assert "Thought 3word for word thought 1170.250.57" in shown and shown.count("word for word") == 1
     assert shown.count("composite") == 3 and shown.count("after thought") == 4
+
+
+def test_controls_stand_on_two_lines():
+    model, tokenizer = tiny_quiet_star()
+    for inspector, names in (
+        (ThoughtInspector([episode()]), ["Filter", "Order", "Tokens", "Save"]),
+        (
+            ThoughtInspector({"a": [episode()], "b": [episode()]}, {"a": model}, tokenizer),
+            ["Filter", "Order", "Compare", "Tokens", "Draw", "Edit", "Own text", "Save"],
+        ),
+    ):
+        assert len(inspector.children) == 3 and inspector.children[-1] is inspector.view
+        assert sorted(inspector.panel.options) == sorted(names)
+        for name in names:
+            inspector.panel.value = name
+            assert inspector.line.children == (*inspector.groups[name], inspector.status)
+
+
+def test_a_thought_is_one_row_and_its_numbers_open_on_demand():
+    html = render(episode(thoughts=[thought(tokens=("<think>", " <9", "</think>")), thought(answer="3")]))
+    rows = [row.partition("</tr>")[0] for row in html.split("<tr>") if "<th scope='row'>Thought" in row]
+    assert len(rows) == 2 and all(row.count("<summary>") == 1 for row in rows)
+    closed = rows[0].partition("<summary>")[2].partition("</summary>")
+    assert parsed(f"<p>{closed[0]}</p>").text == "<think> <9</think>" and closed[0].count("background:rgba") == 3
+    assert "-1.25" in closed[2] and "semantic 0.50" in closed[2] and "-1.25" not in closed[0]
+    assert "<details><summary>Next token</summary>" in html and "<details open" not in html
 
 
 # What a closed inspector leaves behind ------------------------------------------------------------------------------

@@ -69,8 +69,9 @@ def answer_with(model, tokenizer, text, thoughts: list, position=None, answer=No
         document = answer_batch(tokenizer, [{"question": text, "answer": answer}])[0][0].tolist()
     (start, end, *_), device = thinking_ids(tokenizer), model.device
     tokens = pad(given, end, device=device)[None, None]  # (1, 1, K, T)
-    sampled = torch.arange(tokens.shape[-1], device=device).expand_as(tokens) > 0
     lengths, at = (torch.tensor(x, device=device) for x in ([[[len(ids) for ids in given]]], [[last]]))
+    place = torch.arange(tokens.shape[-1], device=device).expand_as(tokens)
+    sampled = (place > 0) & (place < lengths[..., None])
     drawn = Thoughts(tokens, tokens * 0.0, sampled, lengths, None, at, 1.0, (), start, end)
     ids = torch.tensor([document], device=device)
     settings = {"n_true": n_true, "true_logits": True, "forbid_true": tuple(model.config.hidden_ids)}

@@ -12,13 +12,13 @@ from .escape import safe_text, safe_token
 # of Okabe and Ito's palette, which colour-blind readers tell apart
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 PARTS = ("composite", "semantic", "syntactic", "predictive")
-COLUMNS = ("thought", "text, deeper in colour where less likely", "leads to", "mixing weight", "coherence")
+COLUMNS = ("thought", "text (unlikely tokens in colour)", "leads to", "mixing weight", "coherence")
 MOST_TOKENS, MOST_THOUGHTS = 256, 64
 STYLE = """<style>
 .qs-episode { color: var(--jp-ui-font-color1, inherit); font-size: 14px; line-height: 1.45; }
 .qs-episode h4, .qs-episode p, .qs-episode b, .qs-episode td { overflow-wrap: anywhere; unicode-bidi: isolate; }
-.qs-episode table { border-collapse: collapse; margin: 4px 0; }
-.qs-episode th, .qs-episode td { text-align: left; vertical-align: top; padding: 2px 6px; background: none;
+.qs-episode table { border-collapse: collapse; margin: 4px 0; font-size: 13px; }
+.qs-episode th, .qs-episode td { text-align: left; vertical-align: top; padding: 2px 4px; background: none;
   color: inherit; border: 1px solid rgba(128, 128, 128, 0.4); unicode-bidi: isolate; }
 .jp-OutputArea:has(.qs-live) .qs-twin { display: none; }
 .qs-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 24px; }
@@ -27,8 +27,10 @@ STYLE = """<style>
 .qs-episode h4 { margin: 10px 0 2px; font-size: 14px; }
 .qs-episode p { margin: 2px 0; }
 .qs-episode summary { cursor: pointer; overflow-wrap: anywhere; unicode-bidi: isolate; }
+.qs-episode th { font-size: 12px; }
 .qs-episode th[scope=row] { white-space: nowrap; }
 .qs-episode th:nth-child(2) { width: 100%; }
+.qs-episode td:nth-child(n+4):last-child { overflow-wrap: normal; }
 .qs-strip .widget-toggle-button { margin: 1px; padding: 0 5px; height: auto; font-family: monospace; }
 .qs-choice .mod-active { outline: 2px solid var(--jp-ui-font-color1, currentColor); outline-offset: -2px; \
 font-weight: bold; }
@@ -92,7 +94,7 @@ def _table(titles: Iterable[str], body: str) -> str:
 def heading(e: Episode) -> str:
     """Return the text of a problem and what is known of it before a model has read it."""
     read = " ".join(safe_token(t) for t in e.tokens[-MOST_TOKENS:])
-    facts = [f"problem {e.problem}", *([f"family {safe_text(e.family)}"] if e.family else [])]
+    facts = [f"problem {e.problem}", *([f"<span>family {safe_text(e.family)}</span>"] if e.family else [])]
     facts += [f"difficulty {e.difficulty}"] if e.difficulty else []
     return (
         f"<h4>{safe_text(e.question)}</h4><details><summary>{', '.join(facts)}; text read up to token {e.position}"
@@ -101,7 +103,7 @@ def heading(e: Episode) -> str:
 
 
 def _answers(e: Episode) -> str:
-    facts = [f"stage {safe_text(e.stage)}"] if e.stage else []
+    facts = [f"<span>stage {safe_text(e.stage)}</span>"] if e.stage else []
     if not e.thoughts:
         return f"<p>{'; '.join([*facts, 'No thoughts have been drawn here.'])}</p>"
     facts += [f"truth: <b>{'not known' if e.answer is None else safe_text(e.answer)}</b>"]
@@ -124,7 +126,7 @@ def _effect(utility: float) -> str:
 def _thought(number: int, t: Thought, first: int, gain: bool) -> str:
     words = f"word for word thought {first:d}"
     if first == number:
-        numbers = " ".join(f"{safe_token(x)}&nbsp;<i>{_nats(p)}</i>" for x, p in _shown(t))
+        numbers = " ".join(f"{safe_token(x)} <i>{_nats(p)}</i>" for x, p in _shown(t))
         facts = [f"{name} {t.coherence[name]:.2f}" for name in PARTS if name in t.coherence]
         facts += [f"reward {_nats(t.reward)}, advantage {_nats(t.advantage)}"] if t.reward or t.advantage else []
         words = (
@@ -170,7 +172,7 @@ def _edited(number: int, before, after) -> str:
 
 
 def _likeliest(top: list[tuple[str, float]]) -> str:
-    return ", ".join(f"{safe_token(token)}&nbsp;{p:.3f}" for token, p in top)
+    return ", ".join(f"{safe_token(token)} <i>{p:.3f}</i>" for token, p in top)
 
 
 def _predictions(e: Episode, thoughts: list[Thought]) -> str:

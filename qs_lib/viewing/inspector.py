@@ -7,7 +7,7 @@ import ipywidgets as widgets
 from IPython.display import display
 
 from ..errors import WorkbookError
-from ..evaluation.episodes import STEPS, Episode, read_episodes, text_tokens, think_at
+from ..evaluation.episodes import Episode, read_episodes, text_tokens, think_at
 from ..files import outputs_root, write_bytes
 from .edit import MOST_CHARACTERS, Answered, answer_with, plain_words
 from .escape import safe_option, safe_text
@@ -29,6 +29,7 @@ SORTS = {
     "most different answers first": lambda e: -len({t.answer for t in e.thoughts}),
 }
 NOTHING = ""  # beside the first checkpoint; None would leave its button unmarked
+DRAWN = {"num_thoughts": 4, "thought_length": 28, "thought_temperature": 1.0}  # without a model's configuration
 WIDE = {"description_width": "initial"}
 
 
@@ -88,7 +89,7 @@ class ThoughtInspector(widgets.VBox):
     def _make_controls(self) -> None:
         others = [(safe_option(name), name) for name in list(self.sets)[1:]]
         self.filter, self.sort, self.strip = _choice(list(FILTERS)), _choice(list(SORTS)), _choice([])
-        self.index, self.token = _number("Problem", 1, 1, 1), _number("Token", 0, 0, 0)
+        self.index, self.token = _field("Problem", value=1, min=1, max=1), _field("Token", max=0)
         self.strip.add_class("qs-strip")
         self.strip.layout.flex = "1 1 400px"  # leaves room for a button on its line
         chosen = others[0][1] if others else NOTHING
@@ -96,7 +97,7 @@ class ThoughtInspector(widgets.VBox):
         self.count, self.view, self.status = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.previous = _button("Previous", lambda: self.step(-1))
         self.next = _button("Next", lambda: self.step(1))
-        self.file = _words("File name", value="thoughts.html")
+        self.file = _field("File name", widgets.Text, "300px", value="thoughts.html")
         self.save = _button("Save as HTML", self._act(self._save))
         acts = {"filter": self._choose, "sort": self._choose, "index": self._open, "token": self._move}
         for name, act in (acts | {"strip": self._click, "beside": self._show}).items():
@@ -104,34 +105,36 @@ class ThoughtInspector(widgets.VBox):
 
     def _make_live_controls(self) -> None:
         settings = getattr(next(iter(self.models.values()), None), "config", None)
-        number, length = getattr(settings, "num_thoughts", 4), getattr(settings, "thought_length", 28)
-        heat = getattr(settings, "thought_temperature", 1.0)
-        self.thoughts, self.length = _number("Thoughts", number, 1, 32), _number("Longest", length, 3, 256)
-        self.temperature = _number("Temperature", heat, 0, 5, widgets.BoundedFloatText, step=0.1)
-        self.seed = _number("Seed", 0, 0, 2**31 - 1)
+        number, length, heat = (getattr(settings, n, v) for n, v in DRAWN.items())
+        self.thoughts = _field("Thoughts", value=number, min=1, max=32)
+        self.length = _field("Longest", value=length, min=3, max=256)
+        self.temperature = _field("Temperature", widgets.BoundedFloatText, "150px", value=heat, max=5, step=0.1)
+        self.seed = _field("Seed", max=2**31 - 1)
         self.draw = _button("Draw thoughts here", self._act(self.think))
-        self.bar = widgets.IntProgress(layout={"width": "100px", "display": "none"})
-        self.edited, self.words = _choice([]), _words("in plain words", flex="1 1 300px")
+        self.edited, self.words = _choice([]), _field("in plain words", widgets.Text, "350px")
         self.answer = _button("Answer with it", self._act(self.edit))
         self.edited.observe(self._spell, "value")
-        self.own_text, self.own_truth = _words("Your text", flex="1 1 300px"), _words("What follows, if known")
+        self.own_text = _field("Your text", widgets.Text, "45%")
+        self.own_truth = _field("What follows, if known", widgets.Text, "300px")
         self.read_own = _button("Read this text", self._act(self._read_own))
 
     def _rows(self) -> list:
-        groups = {"Filter": (self.filter,), "Order": (self.sort,), "Compare": (self.beside,)}
-        groups |= {"Tokens": (self.strip, self.draw)[: 1 + bool(self.models)]}
-        groups["Draw"] = (self.thoughts, self.length, self.temperature, self.seed, self.draw)
-        groups |= {"Edit": (self.edited, self.words, self.answer), "Save": (self.file, self.save)}
-        groups["Own text"] = (self.own_text, self.own_truth, self.read_own)
-        left_out = ([] if self.models else ["Draw", "Edit", "Own text"]) + ["Compare"] * (len(self.sets) < 2)
-        self.groups = {name: controls for name, controls in groups.items() if name not in left_out}
+        live = bool(self.models)
+        groups = {"Filter": (self.filter,), "Order": (self.sort,)}
+        groups |= {"Compare": (self.beside,)} if len(self.sets) > 1 else {}
+        groups["Tokens"] = (self.strip, self.draw)[: 1 + live]
+        if live:
+            groups["Draw"] = (self.thoughts, self.length, self.temperature, self.seed, self.draw)
+            groups["Edit"] = (self.edited, self.words, self.answer)
+            groups["Own text"] = (self.own_text, self.own_truth, self.read_own)
+        self.groups = groups | {"Save": (self.file, self.save)}
         self.panel, self.line = _choice(list(self.groups)), _row()
         self.panel.observe(self._group, "value")
         self._group()
         return [_row(self.previous, self.index, self.next, self.count, self.token, self.panel), self.line, self.view]
 
     def _group(self, change=None) -> None:
-        self.status.value, self.line.children = "", (*self.groups[self.panel.value], self.bar, self.status)
+        self.status.value, self.line.children = "", (*self.groups[self.panel.value], self.status)
 
     def step(self, by: int) -> None:
         """Move by so many problems, inside the list."""
@@ -149,16 +152,14 @@ class ThoughtInspector(widgets.VBox):
         self._check_reading()
         settings = {"num_thoughts": self.thoughts.value, "thought_length": self.length.value, "seed": seed}
         settings |= {"temperature": self.temperature.value, "answer": self.current.answer, "scale": self.scale}
-        self.bar.max, drawn = len(names) * len(STEPS), []
-        for turn, name in enumerate(names):
+        drawn = []
+        for name in names:
 
-            def tell(done, of, what, turn=turn, name=name):
-                self.bar.value = turn * of + done
-                self._say(f"{name} {what}".strip())
+            def tell(done, of, what, name=name):
+                self._say(f"{name} {what} ({done} of {of})".strip())
 
-            stage = f"{name} live, temperature {self.temperature.value:g}, seed {seed}".strip()
-            alike = settings | {"progress": tell, "stage": stage}
-            drawn.append(think_at(self.models[name], self.tokenizer, question, place, **alike))
+            settings["stage"] = f"{name} live, temperature {self.temperature.value:g}, seed {seed}".strip()
+            drawn.append(think_at(self.models[name], self.tokenizer, question, place, progress=tell, **settings))
         shared = {"problem": self.current.problem, "family": self.current.family, "difficulty": self.current.difficulty}
         for name, episode in zip(names, drawn, strict=True):
             self.found[name][question, place] = episode.model_copy(update=shared)
@@ -185,7 +186,7 @@ class ThoughtInspector(widgets.VBox):
         both = [self._drawn[name, number].tokens, self.words.value]
         made = answer_with(self.models[name], self.tokenizer, where[0], both, where[1], self.current.answer)
         self.edits[name, *where] = (number, *made)
-        self._say("")
+        self._say("")  # no error any more
         self._show()
         return made
 
@@ -208,13 +209,13 @@ class ThoughtInspector(widgets.VBox):
         """Return what a button calls. It has nowhere to show a traceback, so what goes wrong is said in a sentence."""
 
         def act():
-            self.bar.layout.display = None
+            self.draw.disabled = True  # a second click would wait and draw again
             try:
                 do()
             except (ValueError, NotImplementedError, OSError) as error:
                 self._say(str(error))
             finally:
-                self.bar.layout.display, self.bar.value = "none", 0
+                self.draw.disabled = False
 
         return act
 
@@ -349,13 +350,13 @@ class ThoughtInspector(widgets.VBox):
     def save_html(self, path: str | Path, most: int = 200) -> Path:
         """Write a page that opens anywhere, offline: the view, a table, the first ``most`` problems of the filter."""
         body = "<hr>".join(self._compared(e, e.position) for e in self.shown[:most])
-        page = (
+        whole = (
             "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Thoughts</title>"
             f"<meta name='color-scheme' content='light dark'>{STYLE}</head>"
             f"<body style='font-family:sans-serif'><h1>Thoughts</h1>{self.current_html()}<hr>"
             f"<h2>Problems</h2>{overview(self.shown, most)}{body}</body></html>"
         )
-        write_bytes(Path(path), page.encode())
+        write_bytes(Path(path), whole.encode())
         return Path(path)
 
     def __repr__(self):
@@ -389,13 +390,8 @@ def _choice(options, **settings):
     return choice
 
 
-def _number(name: str, value, least, most, kind=widgets.BoundedIntText, **settings):
-    layout = {"width": "150px" if settings else "130px"}
-    return kind(value=value, min=least, max=most, description=name, layout=layout, style=WIDE, **settings)
-
-
-def _words(name: str, value: str = "", **layout):
-    return widgets.Text(value=value, description=name, continuous_update=False, layout=layout, style=WIDE)
+def _field(name: str, kind=widgets.BoundedIntText, width="130px", **settings):
+    return kind(description=name, layout={"width": width}, style=WIDE, continuous_update=False, **settings)
 
 
 def _button(name: str, act):

@@ -25,8 +25,8 @@ def expect():
 
 
 def inspector_of(page):
-    """The inspector's live widget: the box that holds the button which saves."""
-    box = page.locator(".widget-vbox", has=page.get_by_role("button", name="Save as HTML")).last
+    """The inspector's live widget."""
+    box = page.locator(".widget-vbox.qs-live").last
     box.wait_for(timeout=60_000)
     box.scroll_into_view_if_needed()
     return box
@@ -44,12 +44,29 @@ def number(box, name):
     return box.get_by_label(name, exact=True)
 
 
+def fits(page, box, view):
+    """Whether two lines of controls and four thoughts of each of two checkpoints stand on 1,400 x 1,000 pixels."""
+    size = page.viewport_size
+    page.set_viewport_size({"width": 1400, "height": 1000})
+    box.evaluate("e => e.scrollIntoView()")
+    first, shown = box.bounding_box(), view.get_by_role("rowheader", name="Thought 4", exact=True).all()
+    assert len(shown) == 2 and view.bounding_box()["y"] - first["y"] < 80
+    last = max(row.bounding_box()["y"] + row.bounding_box()["height"] for row in shown)
+    assert last < 950, last
+    wide = view.evaluate(
+        "e => [...e.querySelectorAll('*')].filter(x => x.scrollWidth > x.clientWidth + 1 && x.clientWidth)"
+    )
+    assert not wide, wide
+    page.set_viewport_size(size)
+
+
 def test_by_mouse(open_lab, expect, shot):
     page = open_lab(NOTEBOOK)
     box = inspector_of(page)
     view = view_of(box)
     expect(view).to_contain_text("Thought 1")
     shot("04-opened", box)
+    fits(page, box, view)
     button(box, "all").click()
     expect(box).to_contain_text("1 of 80")
     button(box, "Next").click()
@@ -59,10 +76,12 @@ def test_by_mouse(open_lab, expect, shot):
     expect(box).to_contain_text("1 of 6")
     button(box, "all").click()
     before = view.inner_text()
+    button(box, "Order").click()
     button(box, "hardest first").click()
     expect(view).not_to_have_text(before)
     button(box, "as chosen").click()
     expect(view).to_contain_text("ana rides 3 hours")
+    button(box, "Tokens").click()
     button(box, "5 at").click()
     expect(number(box, "Token")).to_have_value("5")
     expect(view).to_contain_text("No thoughts have been drawn here")
@@ -73,9 +92,11 @@ def test_by_mouse(open_lab, expect, shot):
     left, right = (h.bounding_box() for h in view.locator("h3").all())
     assert left["y"] == right["y"] and left["x"] < right["x"], "two checkpoints stand side by side"
     shot("04-two-checkpoints", box)
+    button(box, "Compare").click()
     button(box, "nothing").click()
     expect(view.locator("h3")).to_have_text(["after RL"])
     expect(button(box, "nothing")).to_have_class(re.compile("mod-active"))
+    button(box, "Draw").click()
     number(box, "Thoughts").fill("2")
     number(box, "Thoughts").press("Enter")
     number(box, "Temperature").fill("2")
@@ -83,14 +104,29 @@ def test_by_mouse(open_lab, expect, shot):
     button(box, "Draw thoughts here").click()
     expect(view).to_contain_text("temperature 2")
     assert "Thought 2" in view.inner_text() and "Thought 3" not in view.inner_text()
+    button(box, "Edit").click()
+    number(box, "in plain words").fill("step 9 - 2 = 7")
+    number(box, "in plain words").press("Tab")
+    button(box, "Answer with it").click()
+    expect(view).to_contain_text("Thought 1 edited: the answer")
+    expect(view).to_contain_text("<think> <step> 9 - 2 = 7 </think>")
+    number(box, "in plain words").fill("zorp")
+    number(box, "in plain words").press("Tab")
+    button(box, "Answer with it").click()
+    expect(box).to_contain_text("does not know the word 'zorp'")
+    expect(view).to_contain_text("<think> <step> 9 - 2 = 7 </think>")
+    shot("04-edited", box)
+    button(box, "Own text").click()
     number(box, "Your text").fill("ana has 3 cups . ana finds 4 . how many cups has ana ?")
     number(box, "Your text").press("Tab")
     button(box, "Read this text").click()
     expect(box).to_contain_text("81 of 81")
+    button(box, "Draw").click()
     button(box, "Draw thoughts here").click()
     expect(view).to_contain_text("truth: not known", timeout=60_000)
     assert "nats" not in view.inner_text()
     shot("04-own-text", box)
+    button(box, "Save").click()
     button(box, "Save as HTML").click()
     expect(box).to_contain_text("inspector/thoughts.html")
     assert not page.watch.dialogs and not page.watch.errors and not page.watch.requests, vars(page.watch)
@@ -114,7 +150,7 @@ def test_by_keyboard_alone(open_lab, expect, shot):
     button(box, "all").focus()  # from here on only keys
     page.keyboard.press("Enter")
     expect(box).to_contain_text("1 of 80")
-    tab_to("Next")
+    tab_to("Next", "Shift+Tab")
     page.keyboard.press("Enter")
     expect(box).to_contain_text("2 of 80")
     page.keyboard.press("Space")
@@ -126,20 +162,26 @@ def test_by_keyboard_alone(open_lab, expect, shot):
     page.keyboard.type("40")
     page.keyboard.press("Enter")
     expect(box).to_contain_text("40 of 80")
-    tab_to("most hurt", "Shift+Tab")
+    tab_to("most hurt")
     page.keyboard.press("Space")
     expect(box).to_contain_text("1 of 6")
+    tab_to("Order", "Shift+Tab")
+    page.keyboard.press("Enter")
     tab_to("hardest first")
     page.keyboard.press("Enter")
-    tab_to("Token")
+    tab_to("Token", "Shift+Tab")
     expect(box).to_contain_text("1 of 6")
     was = int(number(box, "Token").input_value())
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
     expect(view).to_contain_text(f"text read up to token {was - 2}")
+    tab_to("Compare")
+    page.keyboard.press("Enter")
     tab_to("nothing")
     page.keyboard.press("Enter")
     expect(view.locator("h3")).to_have_text(["after RL"])
+    tab_to("Draw", "Shift+Tab")
+    page.keyboard.press("Enter")
     tab_to("Thoughts")
     page.keyboard.press("Control+a")
     page.keyboard.type("3")
@@ -147,6 +189,16 @@ def test_by_keyboard_alone(open_lab, expect, shot):
     page.keyboard.press("Enter")
     expect(view).to_contain_text("Thought 3", timeout=60_000)
     assert "Thought 4" not in view.inner_text()
+    tab_to("Edit", "Shift+Tab")
+    page.keyboard.press("Enter")
+    tab_to("in plain words")
+    page.keyboard.press("Control+a")
+    page.keyboard.type("step 9 - 2 = 7")
+    tab_to("Answer with it")
+    page.keyboard.press("Space")
+    expect(view).to_contain_text("Thought 1 edited: the answer")
+    tab_to("Own text", "Shift+Tab")
+    page.keyboard.press("Enter")
     tab_to("Your text")
     page.keyboard.type("ben has 9 nuts . ben sells 2 . how many nuts has ben ?")
     tab_to("What follows, if known")
@@ -154,9 +206,13 @@ def test_by_keyboard_alone(open_lab, expect, shot):
     tab_to("Read this text")
     page.keyboard.press("Space")
     expect(box).to_contain_text("81 of 81")
-    tab_to("Draw thoughts here", "Shift+Tab")
+    tab_to("Draw", "Shift+Tab")
+    page.keyboard.press("Enter")
+    tab_to("Draw thoughts here")
     page.keyboard.press("Space")
     expect(view).to_contain_text("truth: 7", timeout=60_000)
+    tab_to("Save", "Shift+Tab")
+    page.keyboard.press("Enter")
     tab_to("Save as HTML")
     page.keyboard.press("Enter")
     expect(box).to_contain_text("inspector/thoughts.html")
@@ -180,6 +236,8 @@ def test_axe_finds_nothing_serious(theme, open_lab, axe, shot):
     page.evaluate("() => { document.body.style.height = '100vh'; document.body.style.overflow = 'visible' }")
     page.add_script_tag(path=axe)
     box.evaluate("e => e.id = 'qs-inspector'")
+    button(box, "Tokens").click()
+    box.evaluate("e => e.querySelectorAll('details').forEach(d => { d.open = true })")
     # a fault of each kind that counts, to see that axe looks here
     faults = "<div id='qs-fault'><button></button><span style='color:#777;background:#888'>pale</span></div>"
     box.evaluate("(e, faults) => e.insertAdjacentHTML('beforeend', faults)", faults)
@@ -326,7 +384,7 @@ def readable(page, shot, name):
     page.wait_for_timeout(1500)
     shot(name)
     text = cell.locator(".jp-OutputArea").inner_text()
-    for part in ("Thought 1", "composite", "Next token", "mixing weight", "after RL", "baked"):
+    for part in ("Thought 1", "coherence", "Next token", "mixing weight", "after RL", "baked"):
         assert part in text, part
 
 
@@ -350,7 +408,7 @@ def test_readable_in_html_offline(page, tmp_path, workbook, environment, shot):
     page.context.set_offline(True)
     page.goto((tmp_path / "04_parallel_thoughts.html").as_uri())
     text = page.locator("body").inner_text()
-    for part in ("Thought 1", "composite", "Next token", "thoughts disagree: 6 of 80 problems"):
+    for part in ("Thought 1", "coherence", "Next token", "thoughts disagree: 6 of 80 problems"):
         assert part in text, part
     page.locator(".qs-episode").first.scroll_into_view_if_needed()
     shot("04-nbconvert")
@@ -365,6 +423,7 @@ def test_as_an_app(page, workbook, environment, expect, shot):
         box = inspector_of(page)
         button(box, "Next").click()
         expect(box).to_contain_text("2 of 80")
+        button(box, "Draw").click()
         button(box, "Draw thoughts here").click()
         expect(view_of(box)).to_contain_text("seed 0", timeout=60_000)
         shot("app", box)
