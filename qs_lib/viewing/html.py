@@ -12,7 +12,6 @@ from .escape import safe_text, safe_token
 # of Okabe and Ito's palette, which colour-blind readers tell apart
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 PARTS = ("composite", "semantic", "syntactic", "predictive")
-COLUMNS = ("thought", "text (unlikely tokens in colour)", "leads to", "mixing weight", "coherence")
 MOST_TOKENS, MOST_THOUGHTS = 256, 64
 STYLE = """<style>
 .qs-episode { color: var(--jp-ui-font-color1, inherit); font-size: 14px; line-height: 1.45; }
@@ -70,7 +69,8 @@ def render(episode: Episode, style: bool = True, title: bool = True, edit=None) 
     """
     thoughts = episode.thoughts[:MOST_THOUGHTS]
     first = {(*t.tokens, t.answer): k for k, t in reversed(list(enumerate(thoughts, 1)))}
-    titles, known = list(COLUMNS), episode.answer is not None
+    known = episode.answer is not None
+    titles = ["thought", "text (unlikely tokens in colour)", "leads to", "mixing weight", "coherence"]
     titles += ["gain (nats)"] if known else []
     rows = [_thought(k, t, first[(*t.tokens, t.answer)], known) for k, t in enumerate(thoughts, 1)]
     body = (heading(episode) if title else "") + _answers(episode) + (_edited(*edit) if edit else "")
