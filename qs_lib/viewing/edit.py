@@ -1,4 +1,4 @@
-"""A thought in words of one's own: what a model answers with it, and how likely the truth becomes."""
+"""A thought in words of one's own: what a model answers with it. And where in a text a model is unsure."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from ..data.batches import answer_batch
 from ..data.tokens import PLAIN_WORDS, encode_reply, mark, marker_spellings, pad, thinking_ids
 from ..errors import WorkbookError
 from ..evaluation.coherence import utility
-from ..evaluation.episodes import ANSWER_LENGTH, Thought, _checked, answers_alone
+from ..evaluation.episodes import ANSWER_LENGTH, Thought, answers_alone, checked_context
 from ..thoughts.generate import Thoughts
 from ..thoughts.rescore import rescore_thoughts
 
@@ -62,7 +62,7 @@ def answer_with(model, tokenizer, text, thoughts: list, position=None, answer=No
         else [i for x in t for i in tokenizer.encode(x, add_special_tokens=False)]
         for t in thoughts
     ]
-    context = _checked(model, tokenizer, text, position, max(map(len, given)) + ANSWER_LENGTH)
+    context = checked_context(model, tokenizer, text, position, max(map(len, given)) + ANSWER_LENGTH)
     last, document = len(context) - 1 if position is None else position, context
     left = len(context) - 1 - last  # tokens of the text that follow
     if answer:
@@ -87,3 +87,16 @@ def answer_with(model, tokenizer, text, thoughts: list, position=None, answer=No
         found["next_tokens"] = [(tokenizer.decode([i]), round(math.exp(p), 4)) for p, i in top]
         made.append(Answered(tokens=[tokenizer.decode([i]) for i in own], **found))
     return made
+
+
+@torch.no_grad()
+def entropies(model, tokenizer, text: str) -> list[float]:
+    """Return the entropy (nats) of the plain prediction after each token of a text, thinking tokens left out.
+
+    Raises ``WorkbookError`` as ``think_at`` does.
+    """
+    ids = checked_context(model, tokenizer, text, None, 0)
+    logits = model.lm(torch.tensor([ids], device=model.device)).logits[0].float()
+    logits[:, list(model.config.hidden_ids)] = -torch.inf
+    log_probs = logits.log_softmax(-1)
+    return (-(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1)).tolist()

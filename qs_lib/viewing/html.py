@@ -30,6 +30,7 @@ STYLE = """<style>
 .qs-episode th[scope=row] { white-space: nowrap; }
 .qs-episode th:nth-child(2) { width: 100%; }
 .qs-episode td:nth-child(n+4):last-child { overflow-wrap: normal; }
+.qs-choice .widget-toggle-button { padding: 0 8px; }
 .qs-strip .widget-toggle-button { margin: 1px; padding: 0 5px; height: auto; font-family: monospace; }
 .qs-choice .mod-active { outline: 2px solid var(--jp-ui-font-color1, currentColor); outline-offset: -2px; \
 font-weight: bold; }
@@ -37,9 +38,15 @@ font-weight: bold; }
 </style>"""
 
 
-def shade(strength: float) -> str:
-    """Return the orange of the palette with an opacity of ``strength`` (0 to 1), for CSS."""
-    return f"rgba({int(ORANGE[1:3], 16)},{int(ORANGE[3:5], 16)},{int(ORANGE[5:], 16)},{strength:.2f})"
+def shade(strength: float, colour: str = ORANGE) -> str:
+    """Return a colour of the palette with an opacity of ``strength`` (0 to 1), for CSS."""
+    return f"rgba({int(colour[1:3], 16)},{int(colour[3:5], 16)},{int(colour[5:], 16)},{strength:.2f})"
+
+
+def heat(values: dict[int, float], what: str) -> dict[int, str]:
+    """Return the colour of each value, half opaque for the largest one. It is orange, and blue for a ``gain`` above 0."""
+    most = max(map(abs, values.values()), default=0.0) or 1.0
+    return {i: shade(abs(v) / most / 2, BLUE if what == "gain" and v > 0 else ORANGE) for i, v in values.items()}
 
 
 def helped(episode: Episode) -> float:
@@ -91,19 +98,33 @@ def _table(titles: Iterable[str], body: str) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def heading(e: Episode) -> str:
-    """Return the text of a problem and what is known of it before a model has read it."""
-    read = " ".join(safe_token(t) for t in e.tokens[-MOST_TOKENS:])
+def heat_map(tokens: list[str], what: str, values: dict[int, float]) -> str:
+    """Return a text as HTML, each token with the colour and the number of its value (nats of ``what``, by place)."""
+    words, colours = [], heat(values, what)
+    for i, token in list(enumerate(tokens))[-MOST_TOKENS:]:
+        colour, number = colours.get(i, "none"), f" <i>{_nats(values[i])}</i>" if i in values else ""
+        words.append(f"<span style='background:{colour}'>{safe_token(token)}{number}</span>")
+    return f"{safe_text(what)} after each token (nats): {' '.join(words)}"
+
+
+def heading(e: Episode, read: str = "") -> str:
+    """Return the text of a problem and what is known of it before a model has read it.
+
+    ``read``: its tokens as HTML, to be shown at once in place of the plain ones that open on demand.
+    """
+    opened = " open" if read else ""
+    read = read or " ".join(safe_token(t) for t in e.tokens[-MOST_TOKENS:])
     facts = [f"problem {e.problem}", *([f"<span>family {safe_text(e.family)}</span>"] if e.family else [])]
     facts += [f"difficulty {e.difficulty}"] if e.difficulty else []
     return (
-        f"<h4>{safe_text(e.question)}</h4><details><summary>{', '.join(facts)}; text read up to token {e.position}"
+        f"<h4>{safe_text(e.question)}</h4><details{opened}><summary>{', '.join(facts)}; text read up to token {e.position}"
         f"</summary><p>{read}</p></details>"
     )
 
 
 def _answers(e: Episode) -> str:
     facts = [f"<span>stage {safe_text(e.stage)}</span>"] if e.stage else []
+    facts += [f"step {e.step:,d}"] if e.step is not None else []
     if not e.thoughts:
         return f"<p>{'; '.join([*facts, 'No thoughts have been drawn here.'])}</p>"
     facts += [f"truth: <b>{'not known' if e.answer is None else safe_text(e.answer)}</b>"]
