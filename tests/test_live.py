@@ -23,7 +23,7 @@ from qs_lib.evaluation.episodes import (
     text_tokens,
     think_at,
 )
-from qs_lib.viewing.edit import answer_with, plain_words, thought_ids
+from qs_lib.viewing.edit import answer_with, entropies, plain_words, thought_ids
 from qs_lib.viewing.inspector import ThoughtInspector
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,7 +169,7 @@ def test_the_inspector_draws_at_the_chosen_token():
     assert "0 &lt;" in inspector.view.value.replace("&lt;bos", "0 &lt;") and len(inspector.strip.options) == last + 1
     inspector.draw.click()
     assert inspector.view.value.count("tokens of thought") == 2 and "drawn with seed 0" in inspector.status.value
-    assert inspector.seed.value == 1 and not inspector.draw.disabled
+    assert inspector.seed.value == 1 and inspector.bar.value == 0 and not inspector.draw.disabled
     assert "seed 0" in inspector.view.value
     before = inspector.view.value
     inspector.draw.click()
@@ -386,6 +386,69 @@ def test_each_of_two_models_answers_with_its_own_thought():
         )[1]
     )
     assert inspector.view.value.index("edited") > inspector.view.value.index("<h3>two</h3>")
+
+
+# Where the model is unsure, and what it is now beside steps of its training -------------------------------------------
+
+
+def test_entropy_is_that_of_plain_passes():
+    text = problems()[0]["question"]
+    ids, found = encode_context(TOKENIZER, text), entropies(MODEL, TOKENIZER, text)
+    assert len(found) == len(ids)
+    for place in (0, 3, len(ids) - 1):
+        with torch.no_grad():
+            logits = MODEL.lm(torch.tensor([ids[: place + 1]])).logits[0, -1].double()
+        kept = [i for i in range(len(logits)) if i not in MODEL.config.hidden_ids]
+        chances = (logits[kept] - logits[kept].logsumexp(0)).exp()
+        assert found[place] == pytest.approx(-(chances * chances.log()).sum().item(), abs=1e-5)
+    with pytest.raises(WorkbookError, match="at least one word"):
+        entropies(MODEL, TOKENIZER, " ")
+
+
+def test_tokens_have_the_colour_of_the_models_entropy():
+    inspector = live_inspector()
+    inspector.panel.value = "Tokens"
+    known = entropies(MODEL, TOKENIZER, inspector.current.question)
+    assert all(f"<i>{value:.2f}</i>" in inspector.view.value for value in known)
+    place = known.index(max(known))
+    assert f"button:nth-child({place + 1}) {{ background: rgba(213,94,0,0.50) }}" in inspector.count.value
+    inspector.token.value = place
+    inspector.draw.click()
+    assert f"text read up to token {place}" in inspector.view.value and "Thought 2" in inspector.view.value
+    inspector.colour.value = "gain"
+    gain = inspector.found[""][inspector.current.question, place]
+    assert f"<i>{sum(t.utility for t in gain.thoughts) / 2:.2f}</i>" in inspector.view.value
+    assert "entropy" not in inspector.view.value
+
+
+def test_a_model_draws_beside_the_steps_of_its_training():
+    steps = [saved(p, seed=s).model_copy(update={"step": s}) for s in (0, 5) for p in problems()[:2]]
+    inspector = ThoughtInspector(steps, MODEL, TOKENIZER)
+    assert [label for label, _ in inspector.front.options] == ["step 0", "step 5", "now"]
+    assert (inspector.front.value, inspector.beside.value) == ("step 0", "step 5") and not inspector.edited.options
+    inspector.panel.value = "Tokens"
+    assert "entropy of now after each token" in inspector.view.value
+    inspector.next.click()
+    inspector.draw.click()
+    assert inspector.front.value == "now" and inspector.current.question == problems()[1]["question"]
+    assert inspector.found["now"][inspector.current.question, inspector.current.position].step is None
+    assert "<h3>now</h3>" in inspector.view.value and "<h3>step 5</h3>" in inspector.view.value
+    assert inspector.found["step 0"][inspector.current.question, inspector.current.position] == steps[1]
+    inspector.search.value = inspector.words.value.split()[0]
+    assert len(inspector.shown) >= 1, "what was drawn here is searched too"
+    inspector.read("ana has 3 cups")
+    assert inspector.index.value == 3 and len(inspector.think()) == 1
+
+
+def test_the_bar_fills_while_thoughts_are_drawn():
+    inspector = ThoughtInspector({"one": [saved(problems()[0])]}, {"one": MODEL, "two": MODEL}, TOKENIZER)
+    inspector.thoughts.value, seen = 2, []
+    inspector.bar.observe(lambda change: seen.append((change.new, inspector.bar.layout.visibility)), "value")
+    for group in ("Tokens", "Draw"):
+        assert inspector.bar in inspector.groups[group] and inspector.draw in inspector.groups[group]
+    assert inspector.bar.layout.visibility == "hidden"
+    inspector.draw.click()
+    assert seen == [*((n, "visible") for n in range(1, 11)), (0, "hidden")] and inspector.bar.max == 10
 
 
 def test_nothing_to_edit_is_said():

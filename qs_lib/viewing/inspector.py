@@ -89,7 +89,7 @@ class ThoughtInspector(widgets.VBox):
         self.strip.add_class("qs-strip")
         self.strip.layout.flex = "1 1 400px"  # leaves room for a button on its line
         self.strip.add_class(f"qs-{id(self)}")  # for the colours of its tokens
-        self.colour = choice(["entropy", "gain"][not self.models :], description="colour by", layout={"flex": "none"})
+        self.colour = choice(["entropy", "gain"][not self.models :], description="colour by", layout={"width": "max-content"})
         last = [name for name, episodes in self.steps.items() if any(e.thoughts for e in episodes)][-1:]
         chosen = next(iter(last if several else [name for _, name in others]), NOTHING)
         self.beside = choice([("nothing", NOTHING), *others], value=chosen)
