@@ -246,6 +246,12 @@ def notebook_of(source: str, path: Path) -> str:
     return path.name
 
 
+def save_notebook(page):
+    """Else JupyterLab asks before its page is left."""
+    page.evaluate("() => { window.jupyterapp.commands.execute('docmanager:save') }")
+    page.wait_for_timeout(2000)
+
+
 @pytest.fixture
 def steps(environment):
     """The cell that makes three steps of training, each of six problems, with the pocket model beside them."""
@@ -294,11 +300,13 @@ def test_steps_heat_map_search_and_a_view_opened_again_by_mouse(open_lab, workbo
     expect(view).to_contain_text("gain after each token (nats)")
     shot("heat-map-gain", box)
     again = steps + line.replace("...", "steps, model, tokenizer")
+    save_notebook(page)
     page = open_lab(notebook_of(again, workbook / "again.ipynb"))
     box = inspector_of(page)
     expect(number(box, "Search")).to_have_value("MILES")
     assert view_of(box).inner_text() == told, "the line opens the same view"
     assert not page.watch.dialogs and not page.watch.errors and not page.watch.requests, vars(page.watch)
+    save_notebook(page)
     page.context.set_offline(True)
     page.goto((Path(environment["QS_OUTPUTS"]) / "inspector" / "thoughts.html").as_uri())
     assert page.locator("h3").all_inner_texts()[:2] == ["step 40", "step 20"] and "miles" in page.inner_text("body")
@@ -528,8 +536,7 @@ def test_readable_after_a_restart_and_without_a_kernel(open_lab, workbook, shot)
     page.wait_for_function(IDLE, timeout=60_000)
     assert box.is_visible()
     readable(page, shot, "04-after-restart")
-    page.evaluate("() => { window.jupyterapp.commands.execute('docmanager:save') }")
-    page.wait_for_timeout(2000)
+    save_notebook(page)
     page = open_lab(NOTEBOOK, run=False)  # another kernel, which knows nothing of the widget
     readable(page, shot, "04-reopened")
     assert page.locator(".qs-twin").last.is_visible()
