@@ -16,7 +16,7 @@ from tiny import tiny_quiet_star
 from qs_lib.errors import WorkbookError
 from qs_lib.evaluation.episodes import Episode, Thought, read_episodes
 from qs_lib.viewing.escape import safe_label, safe_line, safe_option, safe_text, safe_token
-from qs_lib.viewing.html import MOST_THOUGHTS, MOST_TOKENS, disagree, heat, heat_map, helped, overview, render, right
+from qs_lib.viewing.html import MOST_THOUGHTS, MOST_TOKENS, coloured, disagree, heat, helped, overview, render, right
 from qs_lib.viewing.inspector import FILTERS, RESTORED, SORTS, ThoughtInspector
 from qs_lib.viewing.pick import has
 
@@ -472,20 +472,20 @@ def test_search_looks_into_problems_and_thoughts():
 
 def test_colours_of_a_text_by_hand():
     # the largest is half opaque, others in proportion: 2/4/2 and 1/4/2
-    assert heat({0: 4.0, 3: 2.0, 5: 0.0}, "entropy") == {
+    assert heat("entropy", {0: 4.0, 3: 2.0, 5: 0.0}) == {
         0: "rgba(213,94,0,0.50)",
         3: "rgba(213,94,0,0.25)",
         5: "rgba(213,94,0,0.00)",
     }
-    assert heat({1: 1.0, 2: -4.0}, "gain") == {1: "rgba(0,114,178,0.12)", 2: "rgba(213,94,0,0.50)"}
-    assert heat({}, "gain") == {} and heat({0: 0.0}, "entropy") == {0: "rgba(213,94,0,0.00)"}
-    html = heat_map(["<b>", " x", "y"], "gain", {0: -2.0, 1: 1.0})
+    assert heat("gain", {1: 1.0, 2: -4.0}) == {1: "rgba(0,114,178,0.12)", 2: "rgba(213,94,0,0.50)"}
+    assert heat("gain", {}) == {} and heat("entropy", {0: 0.0}) == {0: "rgba(213,94,0,0.00)"}
+    html = coloured(["<b>", " x", "y"], "gain", {0: -2.0, 1: 1.0})
     assert html == (
         "gain after each token (nats): <span style='background:rgba(213,94,0,0.50)'>&lt;b&gt; <i>-2.00</i></span> "
         "<span style='background:rgba(0,114,178,0.25)'>\u2423x <i>1.00</i></span> <span style='background:none'>y</span>"
     )
     for text in HOSTILE:
-        assert parsed(f"<p>{heat_map([text], text, {0: 1.0})}</p>").seen <= {"p", "span", "span style", "i"}
+        assert parsed(f"<p>{coloured([text], text, {0: 1.0})}</p>").seen <= {"p", "span", "span style", "i"}
 
 
 def test_tokens_have_the_gain_of_the_thoughts_that_were_drawn_there():
@@ -549,6 +549,11 @@ def test_a_view_that_is_not_of_these_episodes_is_one_sentence(view, sentence):
     with pytest.raises(WorkbookError, match=sentence) as error:
         ThoughtInspector(of_training(), view=view)
     assert "\n" not in str(error.value) and len(str(error.value)) < 200 and not registered()
+
+
+def test_dots_that_were_left_in_a_copied_line_are_named():
+    with pytest.raises(WorkbookError, match="put your own episodes"):
+        ThoughtInspector(..., view={"index": 1})
 
 
 def test_the_page_that_is_saved_begins_with_the_view_and_is_escaped(tmp_path):

@@ -429,7 +429,10 @@ def test_a_model_draws_beside_the_steps_of_its_training():
     inspector.panel.value = "Tokens"
     assert "entropy of now after each token" in inspector.view.value
     inspector.next.click()
+    inspector.search.value = "".join(steps[1].thoughts[0].tokens[1:2]).upper()
+    inspector.step(9)
     inspector.draw.click()
+    assert inspector.search.value == "", "what it is now has no thought to be found by"
     assert inspector.front.value == "now" and inspector.current.question == problems()[1]["question"]
     assert inspector.found["now"][inspector.current.question, inspector.current.position].step is None
     assert "<h3>now</h3>" in inspector.view.value and "<h3>step 5</h3>" in inspector.view.value

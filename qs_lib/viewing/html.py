@@ -43,7 +43,7 @@ def shade(strength: float, colour: str = ORANGE) -> str:
     return f"rgba({int(colour[1:3], 16)},{int(colour[3:5], 16)},{int(colour[5:], 16)},{strength:.2f})"
 
 
-def heat(values: dict[int, float], what: str) -> dict[int, str]:
+def heat(what: str, values: dict[int, float]) -> dict[int, str]:
     """Return the colour of each value, half opaque for the largest one. It is orange, and blue for a ``gain`` above 0."""
     most = max(map(abs, values.values()), default=0.0) or 1.0
     return {i: shade(abs(v) / most / 2, BLUE if what == "gain" and v > 0 else ORANGE) for i, v in values.items()}
@@ -98,9 +98,9 @@ def _table(titles: Iterable[str], body: str) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def heat_map(tokens: list[str], what: str, values: dict[int, float]) -> str:
+def coloured(tokens: list[str], what: str, values: dict[int, float]) -> str:
     """Return a text as HTML, each token with the colour and the number of its value (nats of ``what``, by place)."""
-    words, colours = [], heat(values, what)
+    words, colours = [], heat(what, values)
     for i, token in list(enumerate(tokens))[-MOST_TOKENS:]:
         colour, number = colours.get(i, "none"), f" <i>{_nats(values[i])}</i>" if i in values else ""
         words.append(f"<span style='background:{colour}'>{safe_token(token)}{number}</span>")

@@ -9,13 +9,13 @@ from IPython.display import display
 from traitlets import TraitError
 
 from ..errors import WorkbookError
-from ..evaluation.episodes import STEPS, Episode, read_episodes, text_tokens, think_at
+from ..evaluation.episodes import STEPS, Episode, text_tokens, think_at
 from ..files import outputs_root, write_bytes
 from .controls import button, choice, field, row, status, with_parts
 from .edit import MOST_CHARACTERS, Answered, answer_with, entropies, plain_words
 from .escape import safe_option, safe_text
-from .html import MOST_TOKENS, STYLE, heading, heat, heat_map, helped, overview, page, render, spacing
-from .pick import FILTERS, SORTS, by_step, has, without_thoughts
+from .html import MOST_TOKENS, STYLE, coloured, heading, heat, helped, overview, page, render, spacing
+from .pick import FILTERS, SORTS, by_step, episodes_of, has, without_thoughts
 
 NOTHING = ""  # beside the first checkpoint; None would leave its button unmarked
 DRAWN = {"num_thoughts": 4, "thought_length": 28, "thought_temperature": 1.0}  # without a model's configuration
@@ -47,7 +47,7 @@ class ThoughtInspector(widgets.VBox):
         self.tokenizer, self.scale = tokenizer, scale
         self.sets, self.models, self.steps = {}, {}, {}
         for name in dict.fromkeys([*named, *models]):
-            one = by_step(_episodes(named.get(name, ())), name, name in models)
+            one = by_step(episodes_of(named.get(name, ())), name, name in models)
             self.sets, self.steps = self.sets | one, self.steps or one  # what can be shown, and stand in front
             self.models |= {list(one)[-1]: models[name]} if name in models else {}
         if not next(iter(self.sets.values())) and not self.models:
@@ -81,7 +81,7 @@ class ThoughtInspector(widgets.VBox):
         others = [labels[name] for name in list(self.sets)[1 - several :]]
         self.front = choice([labels[name] for name in self.steps])
         self.filter, self.sort, self.strip = choice(list(FILTERS)), choice(list(SORTS)), choice([])
-        self.search = field("Search", widgets.Text, "300px", placeholder="in problems and thoughts")
+        self.search = field("Search", widgets.Text, "260px", placeholder="in problems and thoughts")
         self.index, self.token = (
             field("Problem", width="120px", value=1, min=1, max=1),
             field("Token", width="105px", max=0),
@@ -89,7 +89,9 @@ class ThoughtInspector(widgets.VBox):
         self.strip.add_class("qs-strip")
         self.strip.layout.flex = "1 1 400px"  # leaves room for a button on its line
         self.strip.add_class(f"qs-{id(self)}")  # for the colours of its tokens
-        self.colour = choice(["entropy", "gain"][not self.models :], description="colour by", layout={"width": "max-content"})
+        self.colour = choice(
+            ["entropy", "gain"][not self.models :], description="colour by", layout={"width": "max-content"}
+        )
         last = [name for name, episodes in self.steps.items() if any(e.thoughts for e in episodes)][-1:]
         chosen = next(iter(last if several else [name for _, name in others]), NOTHING)
         self.beside = choice([("nothing", NOTHING), *others], value=chosen)
@@ -170,15 +172,17 @@ class ThoughtInspector(widgets.VBox):
         for name, episode in zip(names, drawn, strict=True):
             self.found[name][question, place] = episode.model_copy(update=shared)
             self.edits.pop((name, question, place), None)
-        self._say(f"drawn with seed {seed}; the next draw takes another")
+        self._say(f"drawn with seed {seed}; next: seed {seed + 1}")
         self.seed.value += 1
         self._show()
         return drawn
 
     def _drawing(self) -> list[str]:
         """The names in view that have a model. Where all are steps of the past, what it is now comes to the front."""
-        if not any(n in self.models for n in self._names()):
-            self.front.value = next((n for n in self.steps if n in self.models), self.front.value)
+        own = next((n for n in self.steps if n in self.models), None)
+        if own is not None and not any(n in self.models for n in self._names()):
+            self._take_all()
+            self.front.value = own
         return [n for n in self._names() if n in self.models]
 
     def _check_reading(self) -> None:
@@ -213,10 +217,13 @@ class ThoughtInspector(widgets.VBox):
         self._drawing()
         known = {"problem": len(self.episodes), "question": text, "answer": truth or None, "family": "own text"}
         self.episodes.append(Episode(**known, position=len(tokens) - 1, tokens=tokens, thoughts=[]))
+        self._take_all()
+        self._choose(place=len(self.episodes))
+
+    def _take_all(self) -> None:
         self._busy = True
         self.filter.value, self.sort.value, self.search.value = "all", "as chosen", ""
         self._busy = False
-        self._choose(place=len(self.episodes))
 
     def _act(self, do):
         """Return what a button calls. It has nowhere to show a traceback, so what goes wrong is said in a sentence."""
@@ -303,18 +310,12 @@ class ThoughtInspector(widgets.VBox):
         place = self.index.value
         self.previous.disabled, self.next.disabled = place <= 1, place >= len(self.shown)
         self._offer()
-        self._paint(status(f"{place if self.shown else 0} of {len(self.shown)}"))
-        self.view.value, self.link.value = self.current_html(), self.view_line()
-
-    def _paint(self, count: str) -> None:
-        """Say where one is, and give the tokens to choose from their colours. Their numbers are in the view."""
-        what, values = self._heat()
         before = self.strip.options[0][1] - 1 if self.strip.options else 0
-        rules = [
-            f".qs-{id(self)} button:nth-child({i - before}) {{ background: {c} }}"
-            for i, c in heat(values, what).items()
-        ]
+        rule = f".qs-{id(self)} button:nth-child(%d) {{ background: %s }}"  # the numbers are in the view
+        rules = [rule % (i - before, colour) for i, colour in heat(*self._heat()).items()]
+        count = status(f"{place if self.shown else 0} of {len(self.shown)}")
         self.count.value = f"{count}<style>{' '.join(rules)}</style>"
+        self.view.value, self.link.value = self.current_html(), self.view_line()
 
     def _heat(self) -> tuple[str, dict[int, float]]:
         """What the tokens of the problem in view are coloured by while they are shown, and its values (nats) by place."""
@@ -380,7 +381,7 @@ class ThoughtInspector(widgets.VBox):
         names = self._names()
         ones = [self._one(episode, self.found[name].get((episode.question, place)), name, place) for name in names]
         what, values = self._heat() if episode is self.current else ("", {})
-        read = heat_map(self._tokens(), what, values) if values else ""
+        read = coloured(self._tokens(), what, values) if values else ""
         title = next((heading(one, read) for one in ones if isinstance(one, Episode)), "")
         parts = []
         for name, one in zip(names, ones, strict=True):
@@ -443,7 +444,3 @@ class ThoughtInspector(widgets.VBox):
         if self._repr_mimebundle_ is not None:  # not closed
             display(self._repr_mimebundle_(), raw=True)
         display({"text/html": self.static_html(), "text/plain": f"{self!r} as it was when shown"}, raw=True)
-
-
-def _episodes(source) -> list[Episode]:
-    return read_episodes(source) if isinstance(source, (str, Path)) else list(source)

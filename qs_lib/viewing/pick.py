@@ -1,6 +1,9 @@
 """Which episodes the inspector shows, in which order: by filter, by search, by step of training."""
 
-from ..evaluation.episodes import Episode
+from pathlib import Path
+
+from ..errors import WorkbookError
+from ..evaluation.episodes import Episode, read_episodes
 from .html import disagree, helped, right, spacing, wrong
 
 FILTERS = {
@@ -18,6 +21,13 @@ SORTS = {
     "hardest first": lambda e: -e.difficulty,
     "most different answers first": lambda e: -len({t.answer for t in e.thoughts}),
 }
+
+
+def episodes_of(source) -> list[Episode]:
+    """Return the episodes of a list or a file. Raises ``WorkbookError`` for the dots of a copied line."""
+    if source is ...:
+        raise WorkbookError("a copied line has three dots: put your own episodes, model and tokenizer in their place")
+    return read_episodes(source) if isinstance(source, (str, Path)) else list(source)
 
 
 def mean_coherence(episode: Episode) -> float:
