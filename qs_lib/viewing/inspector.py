@@ -81,7 +81,7 @@ class ThoughtInspector(widgets.VBox):
         others = [labels[name] for name in list(self.sets)[1 - several :]]
         self.front = choice([labels[name] for name in self.steps])
         self.filter, self.sort, self.strip = choice(list(FILTERS)), choice(list(SORTS)), choice([])
-        self.search = field("Search", widgets.Text, "260px", placeholder="in problems and thoughts")
+        self.search = field("Search", widgets.Text, "240px", placeholder="in problems and thoughts")
         self.index, self.token = (
             field("Problem", width="120px", value=1, min=1, max=1),
             field("Token", width="105px", max=0),
