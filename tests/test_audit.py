@@ -31,9 +31,9 @@ SAFE_CALLS = {
     "_nats",
     "_shade",
     "shade",
-    "_bar",
     "len",
-    "_coherence",
+    "_words",
+    "_likeliest",
     "current_html",
 }
 SAFE_NAMES = {  # file -> names that hold such results
@@ -55,9 +55,11 @@ SAFE_NAMES = {  # file -> names that hold such results
         "k",
         "left_out",
         "heading",
-        "effect",
+        "moved",
+        "colour",
+        "opened",
     },
-    "inspector.py": {"body", "title", "STYLE", "place", "listed", "part"},
+    "inspector.py": {"body", "title", "STYLE", "place", "listed", "part", "count", "searched"},
 }
 
 

@@ -1,6 +1,8 @@
 """The inspector shows what the model wrote and nothing that it wrote can act; it moves, filters, compares and saves."""
 
+import ast
 import gc
+import json
 import time
 import unicodedata
 import weakref
@@ -12,10 +14,11 @@ from ipywidgets import Widget, widgets
 from tiny import tiny_quiet_star
 
 from qs_lib.errors import WorkbookError
-from qs_lib.evaluation.episodes import Episode, Thought
+from qs_lib.evaluation.episodes import Episode, Thought, read_episodes
 from qs_lib.viewing.escape import safe_label, safe_line, safe_option, safe_text, safe_token
-from qs_lib.viewing.html import MOST_THOUGHTS, MOST_TOKENS, disagree, helped, overview, render, right
-from qs_lib.viewing.inspector import FILTERS, SORTS, ThoughtInspector
+from qs_lib.viewing.html import MOST_THOUGHTS, MOST_TOKENS, coloured, disagree, heat, helped, overview, render, right
+from qs_lib.viewing.inspector import FILTERS, RESTORED, SORTS, ThoughtInspector
+from qs_lib.viewing.pick import has
 
 
 def thought(utility=1.0, answer="17", tokens=("<think>", " 9", "</think>")):
@@ -162,7 +165,8 @@ def test_everything_is_said_in_words_and_numbers():
         "0.57",
         "semantic",
         "0.50",
-        "mixing weight 0.25",
+        "mixing weight",
+        "0.25",
         "helped (+1.00 nats)",
         "17 0.900",
         "without thoughts",
@@ -264,11 +268,11 @@ def test_saved_from_the_button(tmp_path, monkeypatch):
     ):
         inspector.file.value = given
         inspector.save.click()
-        assert (tmp_path / "inspector" / name).is_file() and f"inspector/{name}" in inspector.saved.value
+        assert (tmp_path / "inspector" / name).is_file() and f"inspector/{name}" in inspector.status.value
     assert [p.name for p in tmp_path.iterdir()] == ["inspector"] and not (tmp_path.parent / "x_b_.html").exists()
     monkeypatch.setenv("QS_OUTPUTS", str(tmp_path / "inspector" / "x"))
     inspector.save.click()
-    assert "saved as" not in inspector.saved.value and inspector.saved.value
+    assert "saved as" not in inspector.status.value and inspector.status.value
 
 
 def test_moving_and_choosing():
@@ -324,6 +328,20 @@ def test_reads_a_file_and_refuses_nothing(tmp_path):
         ThoughtInspector([])
 
 
+@pytest.mark.parametrize("text", ["a\u2028b\u2029c\x85d\x0be\rf\ng", "\ud800", "\udfff\ud800"])
+def test_an_episode_of_any_text_is_read_as_it_was_written(tmp_path, text):
+    one, path = episode(question=text, thoughts=[thought(answer=text)]), tmp_path / "episodes.jsonl"
+    plain = not any("\ud800" <= c <= "\udfff" for c in text)  # else it can only be written with escapes
+    line = one.model_dump_json() if plain else json.dumps(one.model_dump())
+    path.write_bytes(f"{line}\n{line}\r\n".encode())
+    assert read_episodes(path) == [one, one]
+    path.write_bytes(b"")
+    assert read_episodes(path) == []
+    path.write_bytes(f"{line}\n{'[' * 100_000}".encode())
+    with pytest.raises(WorkbookError, match="episodes.jsonl:2 is not an episode"):
+        read_episodes(path)
+
+
 def test_ten_thousand_episodes_open_and_move_quickly():
     episodes = [episode(i) for i in range(10_000)]
     started = time.process_time()
@@ -341,8 +359,209 @@ def test_a_thought_drawn_twice_is_written_out_once():
             episode(thoughts=[thought(), thought(answer="3"), thought(), thought(tokens=("<think>", " 8", "</think>"))])
         )
     ).text
-    assert "Thought 3word for word thought 1; mixing weight 0.25" in shown and shown.count("word for word") == 1
+    assert "Thought 3word for word thought 1170.250.57" in shown and shown.count("word for word") == 1
     assert shown.count("composite") == 3 and shown.count("after thought") == 4
+
+
+def test_controls_stand_on_two_lines():
+    model, tokenizer = tiny_quiet_star()
+    for inspector, names in (
+        (ThoughtInspector([episode()]), ["Filter", "Order", "Tokens", "Save"]),
+        (ThoughtInspector(of_training()), ["Filter", "Order", "Steps", "Compare", "Tokens", "Save"]),
+        (
+            ThoughtInspector({"a": [episode()], "b": [episode()]}, {"a": model}, tokenizer),
+            ["Filter", "Order", "Compare", "Tokens", "Draw", "Edit", "Own text", "Save"],
+        ),
+    ):
+        assert len(inspector.children) == 3 and inspector.children[-1] is inspector.view
+        assert sorted(inspector.panel.options) == sorted(names)
+        for name in names:
+            inspector.panel.value = name
+            assert inspector.line.children == (*inspector.groups[name], inspector.status)
+
+
+def test_a_thought_is_one_row_and_its_numbers_open_on_demand():
+    html = render(episode(thoughts=[thought(tokens=("<think>", " <9", "</think>")), thought(answer="3")]))
+    rows = [row.partition("</tr>")[0] for row in html.split("<tr>") if "<th scope='row'>Thought" in row]
+    assert len(rows) == 2 and all(row.count("<summary>") == 1 for row in rows)
+    closed = rows[0].partition("<summary>")[2].partition("</summary>")
+    assert parsed(f"<p>{closed[0]}</p>").text == "<think> <9</think>" and closed[0].count("background:rgba") == 3
+    assert "-1.25" in closed[2] and "semantic 0.50" in closed[2] and "-1.25" not in closed[0]
+    assert "<details><summary>Next token</summary>" in html and "<details open" not in html
+
+
+# Steps of training, search, colours, a view that is opened again ------------------------------------------------------
+
+
+def of_training(steps=(100, 0, 20)):
+    """Two problems at each step: the first is right from step 20 on, the second never."""
+    return [
+        episode(n, "17" if n == 0 and s >= 20 else "3", [thought(s / 50 - 1)] * 2, step=s, stage="RL")
+        for s in steps
+        for n in (0, 1)
+    ]
+
+
+def test_training_is_gone_through_step_by_step():
+    inspector = ThoughtInspector(of_training())
+    labels = [label for label, _ in inspector.front.options]
+    assert labels == ["step 0", "step 20", "step 100"] and inspector.groups["Steps"] == (inspector.front,)
+    assert (inspector.front.value, inspector.beside.value) == ("step 0", "step 100"), "before and after, side by side"
+    shown = inspector.view.value
+    assert shown.index("<h3>step 0</h3>") < shown.index("-1.00 nats") < shown.index("<h3>step 100</h3>")
+    assert "(+1.00 nats)" in shown and "stage RL</span>; step 100; truth" in shown
+    inspector.next.click()
+    inspector.token.value = 1
+    inspector.front.value, inspector.beside.value = "step 20", "step 0"
+    shown = inspector.view.value
+    assert inspector.current.problem == 1 and inspector.token.value == 1, "problem and token stay"
+    assert shown.index("<h3>step 20</h3>") < shown.index("<h3>step 0</h3>") and "step 100" not in shown
+    inspector.front.value = "step 0"
+    assert inspector.view.value.count("<h3>") == 1, "one step beside itself is shown once"
+    assert "<h3>step 0</h3>" in inspector.static_html()
+
+
+def test_a_filter_is_that_of_the_step_in_front():
+    inspector = ThoughtInspector(of_training())
+    inspector.filter.value = "wrong"
+    inspector.index.value = 2
+    counts = []
+    for inspector.front.value in ("step 20", "step 100", "step 0"):
+        counts.append((len(inspector.shown), inspector.current.problem, inspector.current.step))
+    assert counts == [(1, 1, 20), (1, 1, 100), (2, 1, 0)]
+    inspector.index.value, inspector.front.value = 1, "step 100"
+    assert inspector.current.problem == 1, "the one in view is right there: the first that is not"
+
+
+def test_steps_of_one_of_several_names_and_one_step_alone():
+    inspector = ThoughtInspector({"run <b>": of_training(), "baked": [episode(0)]})
+    assert [label for label, _ in inspector.front.options] == [f"step {s} of run <b>" for s in (0, 20, 100)]
+    assert [label for label, _ in inspector.beside.options][-1] == "baked" and len(inspector.beside.options) == 5
+    assert "step 0 of run &lt;b&gt;" in inspector.view.value
+    alone = ThoughtInspector(of_training((20,)))
+    assert "Steps" not in alone.groups and "<h3>" not in alone.view.value and "step 20; truth" in alone.view.value
+    others = ThoughtInspector({"baked": [episode(0)], "run": of_training()})
+    assert "Steps" not in others.groups and others.beside.value == "step 0 of run"
+
+
+def test_search_looks_into_problems_and_thoughts():
+    episodes = [
+        episode(0, question="Ana has cups"),
+        episode(1, thoughts=[thought(tokens=("<think>", "step", "9", "</think>"))]),
+        episode(2, thoughts=[thought(tokens=("<think>", " STEP", " 9.5", "</think>"))], question="ben <b>has</b> ?"),
+    ]
+    inspector = ThoughtInspector(episodes)
+    found = {}
+    for inspector.search.value in ("", "ANA", "step 9", "Step 9.5", "</B>", ".", "zorp", "9.5\nben"):
+        found[inspector.search.value] = [e.problem for e in inspector.shown]
+    assert found == {
+        "": [0, 1, 2],
+        "ANA": [0],
+        "step 9": [1, 2],
+        "Step 9.5": [2],
+        "</B>": [2],
+        ".": [2],
+        "zorp": [],
+        "9.5\nben": [],
+    }
+    inspector.search.value = "<b>zorp"
+    assert "No problem matches &quot;all&quot; and has &quot;&lt;b&gt;zorp&quot;" in inspector.view.value
+    inspector.search.value, inspector.filter.value = "step", "most hurt"
+    assert inspector.current is None and not has(episode(), "step")
+
+
+def test_colours_of_a_text_by_hand():
+    # the largest is half opaque, others in proportion: 2/4/2 and 1/4/2
+    assert heat("entropy", {0: 4.0, 3: 2.0, 5: 0.0}) == {
+        0: "rgba(213,94,0,0.50)",
+        3: "rgba(213,94,0,0.25)",
+        5: "rgba(213,94,0,0.00)",
+    }
+    assert heat("gain", {1: 1.0, 2: -4.0}) == {1: "rgba(0,114,178,0.12)", 2: "rgba(213,94,0,0.50)"}
+    assert heat("gain", {}) == {} and heat("entropy", {0: 0.0}) == {0: "rgba(213,94,0,0.00)"}
+    html = coloured(["<b>", " x", "y"], "gain", {0: -2.0, 1: 1.0})
+    assert html == (
+        "gain after each token (nats): <span style='background:rgba(213,94,0,0.50)'>&lt;b&gt; <i>-2.00</i></span> "
+        "<span style='background:rgba(0,114,178,0.25)'>\u2423x <i>1.00</i></span> <span style='background:none'>y</span>"
+    )
+    for text in HOSTILE:
+        assert parsed(f"<p>{coloured([text], text, {0: 1.0})}</p>").seen <= {"p", "span", "span style", "i"}
+
+
+def test_tokens_have_the_gain_of_the_thoughts_that_were_drawn_there():
+    early = episode(0, position=1, tokens=["how", "many"], thoughts=[thought(-2.0)])
+    inspector = ThoughtInspector([episode(0, position=2), early])
+    assert inspector.colour.options == ("gain",), "entropy needs a model"
+    assert "rgba(0,114,178" not in inspector.view.value + inspector.count.value
+    inspector.panel.value = "Tokens"
+    html = "many <i>-2.00</i></span> <span style='background:rgba(0,114,178,0.25)'>? <i>1.00</i>"
+    assert html in inspector.view.value and html in inspector.static_html() and "<details open>" in inspector.view.value
+    rules = inspector.count.value.partition("<style>")[2]
+    assert "nth-child(2) { background: rgba(213,94,0,0.50) }" in rules and "nth-child(1)" not in rules
+    assert "nth-child(3) { background: rgba(0,114,178,0.25) }" in rules
+    assert rules.split()[0].removeprefix(".") in inspector.strip._dom_classes
+    inspector.panel.value = "Filter"
+    assert "<i>-2.00</i></span>" not in inspector.view.value
+
+
+def test_a_view_is_opened_again_from_its_line():
+    inspector = ThoughtInspector(of_training())
+    changes = {"front": "step 20", "filter": "wrong", "sort": "hardest first", "search": "Many"}
+    changes |= {"beside": "", "index": 1, "token": 2}
+    for name, value in changes.items():
+        getattr(inspector, name).value = value
+    line = inspector.view_line()
+    assert line == inspector.link.value and inspector.link in inspector.groups["Save"]
+    call = ast.parse(line, mode="eval").body
+    assert ast.unparse(call.func) == "qs.ThoughtInspector" and call.args[0].value is ...
+    view = ast.literal_eval(call.keywords[0].value)
+    assert view == changes and tuple(view) == RESTORED
+    again = ThoughtInspector(of_training(), view=view)
+    assert again.current_html() == inspector.current_html() and again.static_html() == inspector.static_html()
+    assert again.view_line() == line
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_hostile_search_is_in_the_line_as_text(text):
+    inspector = ThoughtInspector({"": [episode(0, question=text)], text or "x": [episode(0, question=text)]})
+    inspector.search.value = text[:1000]
+    line = inspector.view_line()
+    assert line.isascii() and line.isprintable() and "No problem" not in inspector.view.value
+    view = ast.literal_eval(ast.parse(line, mode="eval").body.keywords[0].value)
+    assert view["search"] == text[:1000] and view["beside"] == (text or "x")
+
+
+@pytest.mark.parametrize(
+    ("view", "sentence"),
+    [
+        ({"colour": "gain"}, "a view has no 'colour', only front, filter"),
+        ({1: 2}, "a view has no 1"),
+        ({"filter": "worst"}, "the view's filter 'worst' is not"),
+        ({"front": "step 7"}, "the view's front 'step 7' is not"),
+        ({"index": 9}, "the view's index 9 is not"),
+        ({"index": "x"}, "the view's index 'x' is not"),
+        ({"search": None}, "the view's search None is not"),
+        ({"search": "zorp", "index": 2}, "the view's index 2 is not"),
+    ],
+)
+def test_a_view_that_is_not_of_these_episodes_is_one_sentence(view, sentence):
+    Widget.close_all()
+    with pytest.raises(WorkbookError, match=sentence) as error:
+        ThoughtInspector(of_training(), view=view)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200 and not registered()
+
+
+def test_dots_that_were_left_in_a_copied_line_are_named():
+    with pytest.raises(WorkbookError, match="put your own episodes"):
+        ThoughtInspector(..., view={"index": 1})
+
+
+def test_the_page_that_is_saved_begins_with_the_view_and_is_escaped(tmp_path):
+    inspector = ThoughtInspector({"<script>": of_training()}, view={"front": "step 20 of <script>", "search": "how"})
+    inspector.panel.value = "Tokens"
+    page = inspector.save_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert inspector.current_html() in page and "<script" not in page and "http" not in page
+    assert "step 20 of &lt;script&gt;" in page and parsed(page.partition("<body")[2].partition(">")[2][:-14])
 
 
 # What a closed inspector leaves behind ------------------------------------------------------------------------------

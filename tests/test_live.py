@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import problems, tiny_lm, tiny_quiet_star
 
 import qs_lib as qs
+from qs_lib.data.batches import answer_batch
 from qs_lib.data.tokens import encode_context
+from qs_lib.errors import WorkbookError
 from qs_lib.evaluation.accuracy import answer_of, replies
 from qs_lib.evaluation.episodes import (
     STEPS,
@@ -20,8 +23,10 @@ from qs_lib.evaluation.episodes import (
     text_tokens,
     think_at,
 )
+from qs_lib.viewing.edit import answer_with, entropies, plain_words, thought_ids
 from qs_lib.viewing.inspector import ThoughtInspector
 
+ROOT = Path(__file__).resolve().parents[1]
 MODEL, TOKENIZER = tiny_quiet_star()
 SETTINGS = {"num_thoughts": 3, "thought_length": 8}
 
@@ -230,6 +235,229 @@ def test_errors_of_a_draw_are_shown_and_leave_the_inspector_working():
     inspector = ThoughtInspector([foreign], MODEL, TOKENIZER)
     inspector.draw.click()
     assert "reads this text otherwise" in inspector.status.value
+
+
+# A thought that was edited ------------------------------------------------------------------------------------------
+
+
+def plain_answer(model, tokenizer, question, words, answer):
+    """Answer, probability of the truth and five likeliest next tokens by plain passes over the text and a thought."""
+    body = [tokenizer.convert_tokens_to_ids(w) for w in words]
+    before = encode_context(tokenizer, question) + body
+    truth = answer_batch(tokenizer, [{"question": question, "answer": answer}])[0][0].tolist()
+    truth = truth[len(before) - len(body) :][:4]
+
+    def log_probs(ids):
+        logits = model.lm(torch.tensor([ids])).logits[0].float()
+        logits[:, model.config.hidden_ids] = -torch.inf
+        return logits.log_softmax(-1)
+
+    with torch.no_grad():
+        after = log_probs(before + truth)
+        probability = sum(after[len(before) - 1 + i, token] for i, token in enumerate(truth)).exp().item()
+        values, top = log_probs(before)[-1].exp().topk(5)
+        written = []
+        while len(written) < 6 and tokenizer.eos_token_id not in written:
+            written.append(log_probs(before + written)[-1].argmax().item())
+    written = [i for i in written if i != tokenizer.eos_token_id]
+    return answer_of(tokenizer, written), probability, [tokenizer.decode([i]) for i in top], values.tolist()
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_an_edited_thought_is_read_as_plain_passes_read_it(number):
+    problem = problems()[number]
+    words = "parts 3 step 9 - 4 = 5"
+    made = answer_with(MODEL, TOKENIZER, problem["question"], [words, "9"], answer=problem["answer"])
+    ids = (["<think>", "<mece>", "3", "<step>", "9", "-", "4", "=", "5", "</think>"], ["<think>", "9", "</think>"])
+    for one, tokens in zip(made, ids, strict=True):
+        assert one.tokens == tokens
+        answer, truth, top, values = plain_answer(MODEL, TOKENIZER, problem["question"], tokens, problem["answer"])
+        assert one.answer == answer and one.truth == pytest.approx(truth, rel=1e-4)
+        assert [t for t, _ in one.next_tokens] == top
+        assert [p for _, p in one.next_tokens] == pytest.approx(values, abs=1e-4)
+
+
+@pytest.mark.parametrize("position", [None, 4])
+def test_a_thought_that_nobody_edited_is_the_one_that_was_drawn(position):
+    problem = problems()[0]
+    settings = {"position": position, "answer": problem["answer"]}
+    drawn = think_at(MODEL, TOKENIZER, problem["question"], **settings, **SETTINGS)
+    made = answer_with(MODEL, TOKENIZER, problem["question"], [t.tokens for t in drawn.thoughts], **settings)
+    for one, own in zip(made, drawn.thoughts, strict=True):
+        assert (one.tokens, one.answer, one.next_tokens) == (own.tokens, own.answer, own.next_tokens)
+        assert one.utility == pytest.approx(own.utility, abs=1e-4)
+        assert one.logprobs == pytest.approx(own.logprobs, abs=1e-3) or len(own.tokens) == 8  # closed by force
+
+
+def test_without_a_truth_there_is_no_probability_of_it():
+    one = answer_with(MODEL, TOKENIZER, "ana has 3 cups", ["3"])[0]
+    assert one.truth is None and one.utility is None and one.answer
+
+
+def test_the_committed_model_follows_a_number_that_is_changed():
+    model, tokenizer = qs.load_run("")
+    saved = qs.read_episodes(ROOT / "outputs" / "pocket" / "06_anti_theater" / "episodes.jsonl")
+    moved = 0
+    for one in saved[:8]:
+        own = one.thoughts[0]
+        words = plain_words(" ".join(own.tokens)).split()
+        same, other = answer_with(
+            model, tokenizer, one.question, [" ".join(words), " ".join([*words[:-1], "7"])], one.position, one.answer
+        )
+        assert (same.tokens, same.answer, same.next_tokens) == (own.tokens, own.answer, own.next_tokens)
+        assert same.utility == pytest.approx(own.utility, abs=1e-3)
+        moved += other.answer != same.answer and other.truth < same.truth
+    assert moved >= 1
+
+
+def test_words_become_thinking_tokens_and_back():
+    text = "<think><step> 7 - 3 = 4<falsify>4 </think>"
+    assert plain_words(text) == "step 7 - 3 = 4 refute 4" == plain_words("think step 7 - 3 = 4 refute 4 done")
+    ids = thought_ids(TOKENIZER, text)
+    assert ids == thought_ids(TOKENIZER, plain_words(text))
+    assert TOKENIZER.convert_ids_to_tokens(ids)[:3] == ["<think>", "<step>", "7"]
+
+
+BAD_THOUGHTS = [
+    ("", "is empty"),
+    ("  ", "is empty"),
+    ("<think></think>", "is empty"),
+    ("9 " * 600, "tokens and the model reads"),
+    ("9" * 1_000_000, "1,000,000 characters"),
+    ("9 zorp", "does not know the word 'zorp'"),
+    ("9 <eos> 9", "does not know the word '<eos>'"),
+    ("9 \ud800 zorp", "does not know the word 'zorp'"),
+    ("9 done 9", "opens and closes once"),
+]
+
+
+@pytest.mark.parametrize(("text", "sentence"), BAD_THOUGHTS)
+def test_a_thought_that_cannot_be_read_is_one_sentence(text, sentence):
+    with pytest.raises(WorkbookError, match=sentence) as error:
+        answer_with(MODEL, TOKENIZER, "ana has 3 cups", [text])
+    assert len(str(error.value)) < 200 and "\n" not in str(error.value)
+
+
+def test_the_inspector_edits_a_thought():
+    inspector = live_inspector()
+    inspector.panel.value = "Edit"
+    assert inspector.line.children[:3] == (inspector.edited, inspector.words, inspector.answer)
+    assert [label for label, _ in inspector.edited.options] == ["1", "2", "3"]
+    inspector.edited.value = ("", 2)
+    tokens = inspector.current.thoughts[1].tokens
+    assert inspector.words.value == plain_words(" ".join(tokens))
+    before = inspector.view.value
+    for text, sentence in BAD_THOUGHTS[:3]:
+        inspector.words.value = text
+        inspector.answer.click()
+        assert sentence in inspector.status.value and inspector.view.value == before and not inspector.edits
+    inspector.words.value = "step 9 - 4 = 5"
+    inspector.answer.click()
+    assert "Thought 2 edited: the answer" in inspector.view.value and "original" in inspector.view.value
+    assert "truth's probability" in inspector.view.value and inspector.words.value == "step 9 - 4 = 5"
+    original, edited = inspector.edit()
+    assert original.tokens == tokens and edited.tokens[1] == "<step>" and "is empty" not in inspector.status.value
+    inspector.next.click()
+    assert "edited" not in inspector.view.value
+    assert inspector.words.value == plain_words(" ".join(inspector.current.thoughts[0].tokens))
+    inspector.previous.click()
+    assert "Thought 2 edited" in inspector.view.value
+    inspector.draw.click()
+    assert "edited" not in inspector.view.value, "other thoughts stand there now"
+
+
+def test_each_of_two_models_answers_with_its_own_thought():
+    other = tiny_quiet_star(seed=1)[0]
+    inspector = ThoughtInspector({"one": [saved(problems()[0])]}, {"one": MODEL, "two": other}, TOKENIZER)
+    assert [label for label, _ in inspector.edited.options] == ["one 1", "one 2", "one 3"]
+    inspector.think()
+    assert len(inspector.edited.options) == 6
+    inspector.edited.value, inspector.words.value = ("two", 1), "9"
+    made = inspector.edit()[1]
+    question, answer = problems()[0]["question"], problems()[0]["answer"]
+    assert (
+        made
+        == answer_with(
+            other,
+            TOKENIZER,
+            question,
+            [inspector.found["two"][question, inspector.token.value].thoughts[0].tokens, "9"],
+            answer=answer,
+        )[1]
+    )
+    assert inspector.view.value.index("edited") > inspector.view.value.index("<h3>two</h3>")
+
+
+# Where the model is unsure, and what it is now beside steps of its training -------------------------------------------
+
+
+def test_entropy_is_that_of_plain_passes():
+    text = problems()[0]["question"]
+    ids, found = encode_context(TOKENIZER, text), entropies(MODEL, TOKENIZER, text)
+    assert len(found) == len(ids)
+    for place in (0, 3, len(ids) - 1):
+        with torch.no_grad():
+            logits = MODEL.lm(torch.tensor([ids[: place + 1]])).logits[0, -1].double()
+        kept = [i for i in range(len(logits)) if i not in MODEL.config.hidden_ids]
+        chances = (logits[kept] - logits[kept].logsumexp(0)).exp()
+        assert found[place] == pytest.approx(-(chances * chances.log()).sum().item(), abs=1e-5)
+    with pytest.raises(WorkbookError, match="at least one word"):
+        entropies(MODEL, TOKENIZER, " ")
+
+
+def test_tokens_have_the_colour_of_the_models_entropy():
+    inspector = live_inspector()
+    inspector.panel.value = "Tokens"
+    known = entropies(MODEL, TOKENIZER, inspector.current.question)
+    assert all(f"<i>{value:.2f}</i>" in inspector.view.value for value in known)
+    place = known.index(max(known))
+    assert f"button:nth-child({place + 1}) {{ background: rgba(213,94,0,0.50) }}" in inspector.count.value
+    inspector.token.value = place
+    inspector.draw.click()
+    assert f"text read up to token {place}" in inspector.view.value and "Thought 2" in inspector.view.value
+    inspector.colour.value = "gain"
+    gain = inspector.found[""][inspector.current.question, place]
+    assert f"<i>{sum(t.utility for t in gain.thoughts) / 2:.2f}</i>" in inspector.view.value
+    assert "entropy" not in inspector.view.value
+
+
+def test_a_model_draws_beside_the_steps_of_its_training():
+    steps = [saved(p, seed=s).model_copy(update={"step": s}) for s in (0, 5) for p in problems()[:2]]
+    inspector = ThoughtInspector(steps, MODEL, TOKENIZER)
+    assert [label for label, _ in inspector.front.options] == ["step 0", "step 5", "now"]
+    assert (inspector.front.value, inspector.beside.value) == ("step 0", "step 5") and not inspector.edited.options
+    inspector.panel.value = "Tokens"
+    assert "entropy of now after each token" in inspector.view.value
+    inspector.next.click()
+    inspector.search.value = "".join(steps[1].thoughts[0].tokens[1:2]).upper()
+    inspector.step(9)
+    inspector.draw.click()
+    assert inspector.search.value == "", "what it is now has no thought to be found by"
+    assert inspector.front.value == "now" and inspector.current.question == problems()[1]["question"]
+    assert inspector.found["now"][inspector.current.question, inspector.current.position].step is None
+    assert "<h3>now</h3>" in inspector.view.value and "<h3>step 5</h3>" in inspector.view.value
+    assert inspector.found["step 0"][inspector.current.question, inspector.current.position] == steps[1]
+    inspector.search.value = inspector.words.value.split()[0]
+    assert len(inspector.shown) >= 1, "what was drawn here is searched too"
+    inspector.read("ana has 3 cups")
+    assert inspector.index.value == 3 and len(inspector.think()) == 1
+
+
+def test_the_bar_fills_while_thoughts_are_drawn():
+    inspector = ThoughtInspector({"one": [saved(problems()[0])]}, {"one": MODEL, "two": MODEL}, TOKENIZER)
+    inspector.thoughts.value, seen = 2, []
+    inspector.bar.observe(lambda change: seen.append((change.new, inspector.bar.layout.visibility)), "value")
+    for group in ("Tokens", "Draw"):
+        assert inspector.bar in inspector.groups[group] and inspector.draw in inspector.groups[group]
+    assert inspector.bar.layout.visibility == "hidden"
+    inspector.draw.click()
+    assert seen == [*((n, "visible") for n in range(1, 11)), (0, "hidden")] and inspector.bar.max == 10
+
+
+def test_nothing_to_edit_is_said():
+    inspector = ThoughtInspector(model=MODEL, tokenizer=TOKENIZER)
+    inspector.answer.click()
+    assert "no thought to edit" in inspector.status.value
 
 
 def test_drawing_is_what_the_sampler_draws():

@@ -1,5 +1,6 @@
 """Thoughts as records (``episodes.jsonl``): drawn after questions or at any token, scored, and answered with."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +69,12 @@ class Episode(BaseModel):
 def read_episodes(path: str | Path) -> list[Episode]:
     """Return the episodes of a JSON-lines file. Raises ``WorkbookError`` naming the line that does not hold one."""
     episodes = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            episodes.append(Episode.model_validate_json(line))
-        except ValueError as error:
-            raise WorkbookError(f"{path}:{number} is not an episode: {str(error).splitlines()[0]}") from None
+    with Path(path).open(encoding="utf-8", newline="\n") as lines:  # splitlines() would also break at U+2028
+        for number, line in enumerate(lines, 1):
+            try:
+                episodes.append(Episode.model_validate(json.loads(line)))  # pydantic's reader refuses lone surrogates
+            except (ValueError, RecursionError) as error:
+                raise WorkbookError(f"{path}:{number} is not an episode: {str(error).splitlines()[0]}") from None
     return episodes
 
 
@@ -247,7 +249,7 @@ def think_at(
     Raises ``WorkbookError`` for another kind of model, an empty or too long text and a position outside it.
     """
     budget = Budget(**budget)
-    context = _checked(model, tokenizer, text, position, budget.thought_length + ANSWER_LENGTH)
+    context = checked_context(model, tokenizer, text, position, budget.thought_length + ANSWER_LENGTH)
     last = len(context) - 1 if position is None else position
     at_end, document = last == len(context) - 1, context
     if answer:
@@ -268,8 +270,11 @@ def think_at(
     return made
 
 
-def _checked(model, tokenizer, text, position, room) -> list[int]:
-    """Return the ids of the text, after a look at everything that a user can get wrong."""
+def checked_context(model, tokenizer, text, position, room) -> list[int]:
+    """Return the ids of a text that has ``room`` for so many tokens more, after a look at all that a user gets wrong.
+
+    Raises ``WorkbookError`` as ``think_at`` does.
+    """
     if not isinstance(model, QuietStarForCausalLM):
         wrap = "wrap the model with its from_base(model, tokenizer)"
         raise WorkbookError(f"thoughts are drawn by a QuietStarForCausalLM: {wrap}")

@@ -16,29 +16,37 @@ MOST_TOKENS, MOST_THOUGHTS = 256, 64
 STYLE = """<style>
 .qs-episode { color: var(--jp-ui-font-color1, inherit); font-size: 14px; line-height: 1.45; }
 .qs-episode h4, .qs-episode p, .qs-episode b, .qs-episode td { overflow-wrap: anywhere; unicode-bidi: isolate; }
-.qs-episode table { border-collapse: collapse; margin: 4px 0; }
-.qs-episode th, .qs-episode td { text-align: left; vertical-align: top; padding: 2px 8px; background: none;
+.qs-episode table { border-collapse: collapse; margin: 4px 0; font-size: 13px; }
+.qs-episode th, .qs-episode td { text-align: left; vertical-align: top; padding: 2px 4px; background: none;
   color: inherit; border: 1px solid rgba(128, 128, 128, 0.4); unicode-bidi: isolate; }
-.qs-episode .tokens td { text-align: center; font-family: monospace; padding: 1px 3px; white-space: pre; }
 .jp-OutputArea:has(.qs-live) .qs-twin { display: none; }
-.qs-episode .predictions th, .qs-episode .predictions td, .qs-episode .tokens th { white-space: nowrap; }
-.qs-episode .scroll { overflow-x: auto; max-width: 100%; }
-.qs-episode .track { display: inline-block; width: 80px; height: 9px; border: 1px solid currentColor; }
 .qs-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 24px; }
 .qs-pair > div { min-width: 0; }
-.qs-episode .bar { display: block; height: 100%; background: BLUE; }
+.qs-pair h3 { margin: 8px 0 2px; font-size: 15px; }
 .qs-episode h4 { margin: 10px 0 2px; font-size: 14px; }
 .qs-episode p { margin: 2px 0; }
+.qs-episode summary { cursor: pointer; overflow-wrap: anywhere; unicode-bidi: isolate; }
+.qs-episode th { font-size: 12px; }
+.qs-episode th[scope=row] { white-space: nowrap; }
+.qs-episode th:nth-child(2) { width: 100%; }
+.qs-episode td:nth-child(n+4):last-child { overflow-wrap: normal; }
+.qs-choice .widget-toggle-button { padding: 0 8px; }
 .qs-strip .widget-toggle-button { margin: 1px; padding: 0 5px; height: auto; font-family: monospace; }
 .qs-choice .mod-active { outline: 2px solid var(--jp-ui-font-color1, currentColor); outline-offset: -2px; \
 font-weight: bold; }
-.qs-strip > div { max-height: 168px; overflow-y: auto; padding: 2px; }
-</style>""".replace("BLUE", BLUE)
+.qs-strip > div { max-height: 64px; overflow-y: auto; padding: 2px; }
+</style>"""
 
 
-def shade(strength: float) -> str:
-    """Return the orange of the palette with an opacity of ``strength`` (0 to 1), for CSS."""
-    return f"rgba({int(ORANGE[1:3], 16)},{int(ORANGE[3:5], 16)},{int(ORANGE[5:], 16)},{strength:.2f})"
+def shade(strength: float, colour: str = ORANGE) -> str:
+    """Return a colour of the palette with an opacity of ``strength`` (0 to 1), for CSS."""
+    return f"rgba({int(colour[1:3], 16)},{int(colour[3:5], 16)},{int(colour[5:], 16)},{strength:.2f})"
+
+
+def heat(what: str, values: dict[int, float]) -> dict[int, str]:
+    """Return the colour of each value, half opaque for the largest one. It is orange, and blue for a ``gain`` above 0."""
+    most = max(map(abs, values.values()), default=0.0) or 1.0
+    return {i: shade(abs(v) / most / 2, BLUE if what == "gain" and v > 0 else ORANGE) for i, v in values.items()}
 
 
 def helped(episode: Episode) -> float:
@@ -61,18 +69,26 @@ def disagree(episode: Episode) -> bool:
     return len({t.answer for t in episode.thoughts}) > 1
 
 
-def render(episode: Episode, style: bool = True) -> str:
-    """Return one problem: its text, its answers, every thought token by token with its scores, the predictions."""
+def render(episode: Episode, style: bool = True, title: bool = True, edit=None) -> str:
+    """Return one problem: its answers, a row for every thought, and what opens on demand.
+
+    ``title``: its text too. ``edit``: number, original and edited thought (two ``Answered``) to set side by side.
+    """
     thoughts = episode.thoughts[:MOST_THOUGHTS]
     first = {(*t.tokens, t.answer): k for k, t in reversed(list(enumerate(thoughts, 1)))}
-    shown = [_thought(k, t, first[(*t.tokens, t.answer)]) for k, t in enumerate(thoughts, 1)]
+    known = episode.answer is not None
+    titles = ["thought", "text (unlikely tokens in colour)", "leads to", "mixing weight", "coherence"]
+    titles += ["gain (nats)"] if known else []
+    rows = [_thought(k, t, first[(*t.tokens, t.answer)], known) for k, t in enumerate(thoughts, 1)]
+    body = (heading(episode) if title else "") + _answers(episode) + (_edited(*edit) if edit else "")
+    body += _table(titles, "".join(rows)) if rows else ""
     if len(episode.thoughts) > len(thoughts):
-        shown.append(f"<p>{len(episode.thoughts) - len(thoughts)} more thoughts are not shown.</p>")
-    body = _heading(episode) + "".join(shown) + _predictions(episode, thoughts)
-    return (STYLE if style else "") + _page(body)
+        body += f"<p>{len(episode.thoughts) - len(thoughts)} more thoughts are not shown.</p>"
+    return (STYLE if style else "") + page(body + _predictions(episode, thoughts))
 
 
-def _page(body: str) -> str:
+def page(body: str) -> str:
+    """Return HTML as a part of the page that the style reaches."""
     return f"<div class='qs-episode tex2jax_ignore mathjax_ignore'>{body}</div>"
 
 
@@ -82,21 +98,41 @@ def _table(titles: Iterable[str], body: str) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _heading(e: Episode) -> str:
-    read = " ".join(safe_token(t) for t in e.tokens[-MOST_TOKENS:])
-    named = [f"{n} {safe_text(v)}" for n, v in (("stage", e.stage), ("family", e.family)) if v]
-    facts = [f"problem {e.problem}", *named, *([f"difficulty {e.difficulty}"] if e.difficulty else [])]
-    heading = f"<h4>{safe_text(e.question)}</h4><p>{', '.join(facts)}</p>"
-    heading += f"<details><summary>text read up to token {e.position}</summary><p>{read}</p></details>"
+def coloured(tokens: list[str], what: str, values: dict[int, float]) -> str:
+    """Return a text as HTML, each token with the colour and the number of its value (nats of ``what``, by place)."""
+    words, colours = [], heat(what, values)
+    for i, token in list(enumerate(tokens))[-MOST_TOKENS:]:
+        colour, number = colours.get(i, "none"), f" <i>{_nats(values[i])}</i>" if i in values else ""
+        words.append(f"<span style='background:{colour}'>{safe_token(token)}{number}</span>")
+    return f"{safe_text(what)} after each token (nats): {' '.join(words)}"
+
+
+def heading(e: Episode, read: str = "") -> str:
+    """Return the text of a problem and what is known of it before a model has read it.
+
+    ``read``: its tokens as HTML, to be shown at once in place of the plain ones that open on demand.
+    """
+    opened = " open" if read else ""
+    read = read or " ".join(safe_token(t) for t in e.tokens[-MOST_TOKENS:])
+    facts = [f"problem {e.problem}", *([f"<span>family {safe_text(e.family)}</span>"] if e.family else [])]
+    facts += [f"difficulty {e.difficulty}"] if e.difficulty else []
+    return (
+        f"<h4>{safe_text(e.question)}</h4><details{opened}><summary>{', '.join(facts)}; text read up to token {e.position}"
+        f"</summary><p>{read}</p></details>"
+    )
+
+
+def _answers(e: Episode) -> str:
+    facts = [f"<span>stage {safe_text(e.stage)}</span>"] if e.stage else []
+    facts += [f"step {e.step:,d}"] if e.step is not None else []
     if not e.thoughts:
-        return f"{heading}<p>No thoughts have been drawn here.</p>"
-    heading += f"<p>truth: <b>{'not known' if e.answer is None else safe_text(e.answer)}</b></p>"
-    heading += f"<p>The thoughts {_effect(helped(e))} on average.</p>" if e.answer is not None else ""
-    answers = ""
+        return f"<p>{'; '.join([*facts, 'No thoughts have been drawn here.'])}</p>"
+    facts += [f"truth: <b>{'not known' if e.answer is None else safe_text(e.answer)}</b>"]
     for name, given in (("without thoughts", e.answer_without), ("with thoughts", e.answer_with)):
-        answers += f"<tr><th scope='row'>{name}</th><td>{safe_text(given) or '(nothing)'}</td>"
-        answers += f"<td>{_outcome(given, e.answer)}</td></tr>"
-    return heading + _table(("answer", "written", "outcome"), answers)
+        outcome = "" if e.answer is None else f" ({_outcome(given, e.answer)})"
+        facts += [f"{name} <b>{safe_text(given) or '(nothing)'}</b>" + outcome]
+    facts += [] if e.answer is None else [f"the thoughts {_effect(helped(e))} on average"]
+    return f"<p>{'; '.join(facts)}</p>"
 
 
 def _outcome(given: str, truth: str | None) -> str:
@@ -108,43 +144,56 @@ def _effect(utility: float) -> str:
     return f"{effect} ({fixed(utility, 2, signed=True)} nats)"
 
 
-def _thought(number: int, t: Thought, first: int) -> str:
-    if first < number:
-        return f"<h4>Thought {number}</h4><p>word for word thought {first:d}; mixing weight {t.weight:.2f}</p>"
-    shown = list(zip(t.tokens, t.logprobs, strict=False))[:MOST_TOKENS]
-    words = "".join(f"<td style='background:{_shade(x)}'>{safe_token(token)}</td>" for token, x in shown)
-    numbers = "".join(f"<td>{_nats(x)}</td>" for _, x in shown)
-    cut = f"<p>{len(t.tokens) - len(shown)} more tokens are not shown.</p>" if len(t.tokens) > len(shown) else ""
-    facts = [f"the thought {_effect(t.utility)}"] if t.utility is not None else []
-    facts += [f"leads to <b>{safe_token(t.answer)}</b>", f"mixing weight {t.weight:.2f}"]
-    if t.reward or t.advantage:
-        facts.append(f"reward {_nats(t.reward)}, advantage {_nats(t.advantage)}")
-    return (
-        f"<h4>Thought {number}</h4><p>{'; '.join(facts)}</p>"
-        f"<div class='scroll' tabindex='0' role='group' aria-label='tokens of thought {number}'>"
-        f"<table class='tokens'><tbody><tr><th scope='row'>token</th>{words}</tr>"
-        f"<tr><th scope='row'>log-prob</th>{numbers}</tr></tbody></table></div>{cut}{_coherence(t.coherence)}"
-    )
+def _thought(number: int, t: Thought, first: int, gain: bool) -> str:
+    words = f"word for word thought {first:d}"
+    if first == number:
+        numbers = " ".join(f"{safe_token(x)} <i>{_nats(p)}</i>" for x, p in _shown(t))
+        facts = [f"{name} {t.coherence[name]:.2f}" for name in PARTS if name in t.coherence]
+        facts += [f"reward {_nats(t.reward)}, advantage {_nats(t.advantage)}"] if t.reward or t.advantage else []
+        words = (
+            f"<details><summary>{_words(t)}</summary><p role='group' aria-label='tokens of thought {number}'>"
+            f"log-probs: {numbers}</p><p>{', '.join(facts)}</p></details>"
+        )
+    numbers = [t.weight, t.coherence.get("composite")]
+    rows = "".join(f"<td>{'' if x is None else _nats(x)}</td>" for x in numbers)
+    rows += "<td>" + fixed(t.utility or 0.0, 2, signed=True) + "</td>" if gain else ""
+    return f"<tr><th scope='row'>Thought {number}</th><td>{words}</td><td><b>{safe_token(t.answer)}</b></td>{rows}</tr>"
 
 
-def _shade(log_prob: float) -> str:
-    return shade(min(0.5, max(0.0, -log_prob) * 0.2))
+def _shown(t: Thought) -> list[tuple[str, float]]:
+    return list(zip(t.tokens, t.logprobs, strict=False))[:MOST_TOKENS]
+
+
+def _words(t: Thought) -> str:
+    """The thought as running text, each token in the colour of its surprise."""
+    spans, left = [], len(t.tokens) - len(_shown(t))
+    for token, p in _shown(t):
+        colour = shade(min(0.5, max(0.0, -p) * 0.2))
+        spans.append(f"<span style='background:{colour}'>{safe_text(token, 200)}</span>")
+    return spacing(t.tokens).join(spans) + (f" ({left} more tokens are not shown)" if left else "")
+
+
+def spacing(tokens: list[str]) -> str:
+    """Return what stands between tokens in a text: nothing where they bring their own spaces."""
+    return "" if any(t.startswith(" ") for t in tokens) else " "
 
 
 def _nats(value: float) -> str:
     return fixed(value, 2)
 
 
-def _coherence(scores: dict[str, float]) -> str:
-    rows = ""
-    for name in (name for name in PARTS if name in scores):
-        rows += f"<tr><th scope='row'>{name}</th><td>{scores[name]:.2f}</td><td>{_bar(scores[name])}</td></tr>"
-    return _table(("coherence", "0 to 1", "bar"), rows) if scores else ""
+def _edited(number: int, before, after) -> str:
+    titles = ["alone", "text", "leads to", *["truth's probability"] * (before.truth is not None)]
+    rows, moved = "", "stays the same" if before.answer == after.answer else "moves"
+    for name, t in (("original", before), ("edited", after)):
+        rows += f"<tr><th scope='row'>{name}</th><td>{_words(t)}<br>next: {_likeliest(t.next_tokens[:4])}</td>"
+        rows += f"<td><b>{safe_token(t.answer)}</b></td>" + ("" if t.truth is None else f"<td>{t.truth:.3f}</td>")
+        rows += "</tr>"
+    return f"<p><b>Thought {number:d} edited: the answer {moved}.</b></p>" + _table(titles, rows)
 
 
-def _bar(share: float) -> str:
-    percent = 100 * min(1.0, max(0.0, share))
-    return f"<span class='track' aria-hidden='true'><span class='bar' style='width:{percent:.0f}%'></span></span>"
+def _likeliest(top: list[tuple[str, float]]) -> str:
+    return ", ".join(f"{safe_token(token)} <i>{p:.3f}</i>" for token, p in top)
 
 
 def _predictions(e: Episode, thoughts: list[Thought]) -> str:
@@ -153,14 +202,10 @@ def _predictions(e: Episode, thoughts: list[Thought]) -> str:
     rows += [("mixed", None, e.mixed_tokens)]
     body = ""
     for name, weight, top in (row for row in rows if row[2]):
-        body += f"<tr><th scope='row'>{name}</th><td>{'' if weight is None else f'{weight:.2f} {_bar(weight)}'}</td>"
-        body += "".join(f"<td>{safe_token(token)} {p:.3f}</td>" for token, p in top[:5]) + "</tr>"
-    head = (
-        "<h4>Next token</h4><div class='scroll' tabindex='0' role='group' aria-label='next token'>"
-        "<table class='predictions'><thead><tr><th scope='col'>prediction</th><th scope='col'>mixing weight</th>"
-        "<th scope='colgroup' colspan='5'>likeliest tokens with their probabilities</th></tr></thead>"
-    )
-    return f"{head}<tbody>{body}</tbody></table></div>" if body else ""
+        body += f"<tr><th scope='row'>{name}</th><td>{_likeliest(top[:5])}</td>"
+        body += f"<td>{'' if weight is None else f'{weight:.2f}'}</td></tr>"
+    titles = ("prediction", "likeliest tokens with their probabilities", "mixing weight")
+    return "<details><summary>Next token</summary>" + _table(titles, body) + "</details>" if body else ""
 
 
 def overview(episodes: Iterable[Episode], limit: int = 50) -> str:
@@ -175,4 +220,4 @@ def overview(episodes: Iterable[Episode], limit: int = 50) -> str:
     )
     titles = ("no.", "question", "truth", "without", "with thoughts", "outcome", "mean utility (nats)")
     rest = f"<p>and {len(episodes) - limit} more</p>" if len(episodes) > limit else ""
-    return _page(_table(titles, rows) + rest)
+    return page(_table(titles, rows) + rest)

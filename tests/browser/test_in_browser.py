@@ -5,11 +5,13 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import nbformat
 import pytest
 from drive import IDLE, free_port, serve
-from hostile import HOSTILE
+from hostile import HIT, HOSTILE
 
 from qs_lib.evaluation.episodes import Episode, Thought
 from qs_lib.viewing.escape import safe_text
@@ -25,8 +27,8 @@ def expect():
 
 
 def inspector_of(page):
-    """The inspector's live widget: the box that holds the button which saves."""
-    box = page.locator(".widget-vbox", has=page.get_by_role("button", name="Save as HTML")).last
+    """The inspector's live widget."""
+    box = page.locator(".widget-vbox.qs-live").last
     box.wait_for(timeout=60_000)
     box.scroll_into_view_if_needed()
     return box
@@ -44,12 +46,29 @@ def number(box, name):
     return box.get_by_label(name, exact=True)
 
 
+def fits(page, box, view):
+    """Whether two lines of controls and four thoughts of each of two checkpoints stand on 1,400 x 1,000 pixels."""
+    size = page.viewport_size
+    page.set_viewport_size({"width": 1400, "height": 1000})
+    box.evaluate("e => e.scrollIntoView()")
+    first, shown = box.bounding_box(), view.get_by_role("rowheader", name="Thought 4", exact=True).all()
+    assert len(shown) == 2 and view.bounding_box()["y"] - first["y"] < 80
+    last = max(row.bounding_box()["y"] + row.bounding_box()["height"] for row in shown)
+    assert last < 950, last
+    wide = view.evaluate(
+        "e => [...e.querySelectorAll('*')].filter(x => x.scrollWidth > x.clientWidth + 1 && x.clientWidth)"
+    )
+    assert not wide, wide
+    page.set_viewport_size(size)
+
+
 def test_by_mouse(open_lab, expect, shot):
     page = open_lab(NOTEBOOK)
     box = inspector_of(page)
     view = view_of(box)
     expect(view).to_contain_text("Thought 1")
     shot("04-opened", box)
+    fits(page, box, view)
     button(box, "all").click()
     expect(box).to_contain_text("1 of 80")
     button(box, "Next").click()
@@ -59,23 +78,27 @@ def test_by_mouse(open_lab, expect, shot):
     expect(box).to_contain_text("1 of 6")
     button(box, "all").click()
     before = view.inner_text()
+    button(box, "Order").click()
     button(box, "hardest first").click()
     expect(view).not_to_have_text(before)
     button(box, "as chosen").click()
     expect(view).to_contain_text("ana rides 3 hours")
+    button(box, "Tokens").click()
     button(box, "5 at").click()
     expect(number(box, "Token")).to_have_value("5")
     expect(view).to_contain_text("No thoughts have been drawn here")
     button(box, "Draw thoughts here").click()
-    expect(box).to_contain_text("the next draw takes another", timeout=60_000)
+    expect(box).to_contain_text("; next: seed", timeout=60_000)
     expect(view.locator("h3")).to_have_text(["after RL", "baked"])
     expect(view).to_contain_text("truth: 3 miles . how")
     left, right = (h.bounding_box() for h in view.locator("h3").all())
     assert left["y"] == right["y"] and left["x"] < right["x"], "two checkpoints stand side by side"
     shot("04-two-checkpoints", box)
+    button(box, "Compare").click()
     button(box, "nothing").click()
     expect(view.locator("h3")).to_have_text(["after RL"])
     expect(button(box, "nothing")).to_have_class(re.compile("mod-active"))
+    button(box, "Draw").click()
     number(box, "Thoughts").fill("2")
     number(box, "Thoughts").press("Enter")
     number(box, "Temperature").fill("2")
@@ -83,17 +106,43 @@ def test_by_mouse(open_lab, expect, shot):
     button(box, "Draw thoughts here").click()
     expect(view).to_contain_text("temperature 2")
     assert "Thought 2" in view.inner_text() and "Thought 3" not in view.inner_text()
+    button(box, "Edit").click()
+    number(box, "in plain words").fill("step 9 - 2 = 7")
+    number(box, "in plain words").press("Tab")
+    button(box, "Answer with it").click()
+    expect(view).to_contain_text("Thought 1 edited: the answer")
+    expect(view).to_contain_text("<think> <step> 9 - 2 = 7 </think>")
+    number(box, "in plain words").fill("zorp")
+    number(box, "in plain words").press("Tab")
+    button(box, "Answer with it").click()
+    expect(box).to_contain_text("does not know the word 'zorp'")
+    expect(view).to_contain_text("<think> <step> 9 - 2 = 7 </think>")
+    shot("04-edited", box)
+    button(box, "Own text").click()
     number(box, "Your text").fill("ana has 3 cups . ana finds 4 . how many cups has ana ?")
     number(box, "Your text").press("Tab")
     button(box, "Read this text").click()
     expect(box).to_contain_text("81 of 81")
+    button(box, "Draw").click()
     button(box, "Draw thoughts here").click()
     expect(view).to_contain_text("truth: not known", timeout=60_000)
     assert "nats" not in view.inner_text()
     shot("04-own-text", box)
+    button(box, "Save").click()
     button(box, "Save as HTML").click()
     expect(box).to_contain_text("inspector/thoughts.html")
     assert not page.watch.dialogs and not page.watch.errors and not page.watch.requests, vars(page.watch)
+
+
+def tabs_to(page, name: str, key: str = "Tab", most: int = 80):
+    """Press a key until the control of that name has the focus."""
+    focused = "() => [document.activeElement.innerText || '', document.activeElement.labels?.[0]?.innerText || '']"
+    for _ in range(most):
+        text, label = (t.strip() for t in page.evaluate(focused))
+        if name in (text, label):
+            return
+        page.keyboard.press(key)
+    raise AssertionError(f"{name} cannot be reached with {key}")
 
 
 def test_by_keyboard_alone(open_lab, expect, shot):
@@ -101,20 +150,11 @@ def test_by_keyboard_alone(open_lab, expect, shot):
     cells = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets.length")
     box = inspector_of(page)
     view = view_of(box)
-    focused = "() => [document.activeElement.innerText || '', document.activeElement.labels?.[0]?.innerText || '']"
-
-    def tab_to(name: str, key: str = "Tab", most: int = 80):
-        for _ in range(most):
-            text, label = (t.strip() for t in page.evaluate(focused))
-            if name in (text, label):
-                return
-            page.keyboard.press(key)
-        raise AssertionError(f"{name} cannot be reached with {key}")
-
+    tab_to = partial(tabs_to, page)
     button(box, "all").focus()  # from here on only keys
     page.keyboard.press("Enter")
     expect(box).to_contain_text("1 of 80")
-    tab_to("Next")
+    tab_to("Next", "Shift+Tab")
     page.keyboard.press("Enter")
     expect(box).to_contain_text("2 of 80")
     page.keyboard.press("Space")
@@ -126,20 +166,26 @@ def test_by_keyboard_alone(open_lab, expect, shot):
     page.keyboard.type("40")
     page.keyboard.press("Enter")
     expect(box).to_contain_text("40 of 80")
-    tab_to("most hurt", "Shift+Tab")
+    tab_to("most hurt")
     page.keyboard.press("Space")
     expect(box).to_contain_text("1 of 6")
+    tab_to("Order", "Shift+Tab")
+    page.keyboard.press("Enter")
     tab_to("hardest first")
     page.keyboard.press("Enter")
-    tab_to("Token")
+    tab_to("Token", "Shift+Tab")
     expect(box).to_contain_text("1 of 6")
     was = int(number(box, "Token").input_value())
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
     expect(view).to_contain_text(f"text read up to token {was - 2}")
+    tab_to("Compare")
+    page.keyboard.press("Enter")
     tab_to("nothing")
     page.keyboard.press("Enter")
     expect(view.locator("h3")).to_have_text(["after RL"])
+    tab_to("Draw", "Shift+Tab")
+    page.keyboard.press("Enter")
     tab_to("Thoughts")
     page.keyboard.press("Control+a")
     page.keyboard.type("3")
@@ -147,6 +193,16 @@ def test_by_keyboard_alone(open_lab, expect, shot):
     page.keyboard.press("Enter")
     expect(view).to_contain_text("Thought 3", timeout=60_000)
     assert "Thought 4" not in view.inner_text()
+    tab_to("Edit", "Shift+Tab")
+    page.keyboard.press("Enter")
+    tab_to("in plain words")
+    page.keyboard.press("Control+a")
+    page.keyboard.type("step 9 - 2 = 7")
+    tab_to("Answer with it")
+    page.keyboard.press("Space")
+    expect(view).to_contain_text("Thought 1 edited: the answer")
+    tab_to("Own text", "Shift+Tab")
+    page.keyboard.press("Enter")
     tab_to("Your text")
     page.keyboard.type("ben has 9 nuts . ben sells 2 . how many nuts has ben ?")
     tab_to("What follows, if known")
@@ -154,15 +210,177 @@ def test_by_keyboard_alone(open_lab, expect, shot):
     tab_to("Read this text")
     page.keyboard.press("Space")
     expect(box).to_contain_text("81 of 81")
-    tab_to("Draw thoughts here", "Shift+Tab")
+    tab_to("Draw", "Shift+Tab")
+    page.keyboard.press("Enter")
+    tab_to("Draw thoughts here")
     page.keyboard.press("Space")
     expect(view).to_contain_text("truth: 7", timeout=60_000)
+    tab_to("Save", "Shift+Tab")
+    page.keyboard.press("Enter")
     tab_to("Save as HTML")
     page.keyboard.press("Enter")
     expect(box).to_contain_text("inspector/thoughts.html")
     shot("04-by-keyboard", box)
     now = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets.length")
     assert now == cells, "no key has reached the notebook"
+
+
+STEPS = """
+import qs_lib as qs
+model, tokenizer = qs.load_run("")
+saved = qs.read_episodes({path!r})[:6]
+steps = [
+    e.model_copy(update={{"step": 20 * n, "stage": "training", "thoughts": e.thoughts[: 2 * n]}})
+    for n in (1, 2, 3)
+    for e in saved
+]
+"""
+INSPECTED = "qs.ThoughtInspector(steps, model, tokenizer)"
+
+
+def notebook_of(source: str, path: Path) -> str:
+    """Write a notebook of one cell, and return its name."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, path)
+    return path.name
+
+
+def save_notebook(page):
+    """Else JupyterLab asks before its page is left."""
+    page.evaluate("() => { window.jupyterapp.commands.execute('docmanager:save') }")
+    page.wait_for_timeout(2000)
+
+
+@pytest.fixture
+def steps(environment):
+    """The cell that makes three steps of training, each of six problems, with the pocket model beside them."""
+    root = Path(__file__).resolve().parents[2] / "outputs"
+    made = STEPS.format(path=str(root / "pocket" / "06_anti_theater" / "episodes.jsonl"))
+    return f"import os\nos.environ['QS_OUTPUTS'] = {str(root)!r}{made}os.environ['QS_OUTPUTS'] = {environment['QS_OUTPUTS']!r}\n"
+
+
+def test_steps_heat_map_search_and_a_view_opened_again_by_mouse(open_lab, workbook, environment, steps, expect, shot):
+    page = open_lab(notebook_of(steps + INSPECTED, workbook / "steps.ipynb"))
+    box = inspector_of(page)
+    view = view_of(box)
+    expect(view.locator("h3")).to_have_text(["step 20", "step 60"])
+    button(box, "Steps").click()
+    button(box, "step 40").click()
+    expect(view.locator("h3")).to_have_text(["step 40", "step 60"])
+    expect(view.get_by_role("rowheader", name="Thought 4", exact=True)).to_have_count(2)
+    button(box, "Compare").click()
+    button(box, "step 20").click()
+    expect(view.locator("h3")).to_have_text(["step 40", "step 20"])
+    shot("steps", box)
+    button(box, "Filter").click()
+    number(box, "Search").fill("SCHOOL")
+    number(box, "Search").press("Enter")
+    expect(box).to_contain_text("0 of 0")
+    expect(view).to_contain_text("No problem matches")
+    number(box, "Search").fill("MILES")
+    number(box, "Search").press("Enter")
+    expect(view).to_contain_text("miles")
+    button(box, "Save").click()
+    line, told = number(box, "Line that restores this view").input_value(), view.inner_text()
+    button(box, "Save as HTML").click()
+    expect(box).to_contain_text("inspector/thoughts.html")
+    button(box, "Tokens").click()
+    expect(view).to_contain_text("entropy of now after each token")
+    strip = box.locator(".qs-strip").get_by_role("button")
+    colours = strip.evaluate_all("all => all.map(e => getComputedStyle(e).backgroundColor)")
+    assert colours.count("rgba(213, 94, 0, 0.5)") == 1 and len(set(colours)) > 3, colours
+    shot("heat-map", box)
+    strip.nth(5).click()
+    expect(number(box, "Token")).to_have_value("5")
+    button(box, "Draw thoughts here").click()
+    expect(box).to_contain_text("; next: seed", timeout=60_000)
+    expect(view.locator("h3")).to_have_text(["now", "step 20"])
+    button(box, "gain").click()
+    expect(view).to_contain_text("gain after each token (nats)")
+    shot("heat-map-gain", box)
+    again = steps + line.replace("...", "steps, model, tokenizer")
+    save_notebook(page)
+    page = open_lab(notebook_of(again, workbook / "again.ipynb"))
+    box = inspector_of(page)
+    expect(number(box, "Search")).to_have_value("MILES")
+    assert view_of(box).inner_text() == told, "the line opens the same view"
+    assert not page.watch.dialogs and not page.watch.errors and not page.watch.requests, vars(page.watch)
+    save_notebook(page)
+    page.context.set_offline(True)
+    page.goto((Path(environment["QS_OUTPUTS"]) / "inspector" / "thoughts.html").as_uri())
+    assert page.locator("h3").all_inner_texts()[:2] == ["step 40", "step 20"] and "miles" in page.inner_text("body")
+    page.context.set_offline(False)
+
+
+def test_steps_heat_map_search_and_save_by_keyboard(open_lab, workbook, steps, expect):
+    page = open_lab(notebook_of(steps + INSPECTED, workbook / "keys.ipynb"))
+    box = inspector_of(page)
+    view, tab_to = view_of(box), partial(tabs_to, page)
+    button(box, "Filter").focus()  # from here on only keys
+    tab_to("Search")
+    page.keyboard.type("miles")
+    page.keyboard.press("Enter")
+    expect(view).to_contain_text("miles")
+    tab_to("Steps", "Shift+Tab")
+    page.keyboard.press("Enter")
+    for name in ("step 40", "step 60"):
+        tab_to(name)
+        page.keyboard.press("Space")
+        expect(view.locator("h3").first).to_have_text(name)
+    tab_to("Compare", "Shift+Tab")
+    page.keyboard.press("Enter")
+    tab_to("step 20")
+    page.keyboard.press("Enter")
+    expect(view.locator("h3")).to_have_text(["step 60", "step 20"])
+    tab_to("Tokens", "Shift+Tab")
+    page.keyboard.press("Enter")
+    expect(view).to_contain_text("entropy of now after each token")
+    tab_to(box.locator(".qs-strip").get_by_role("button").nth(4).inner_text())
+    page.keyboard.press("Enter")
+    expect(number(box, "Token")).to_have_value("4")
+    tab_to("gain")
+    page.keyboard.press("Space")
+    tab_to("Draw thoughts here")
+    page.keyboard.press("Enter")
+    expect(view.locator("h3")).to_have_text(["now", "step 20"], timeout=60_000)
+    expect(view).to_contain_text("gain after each token (nats)")
+    tab_to("Save", "Shift+Tab")
+    page.keyboard.press("Enter")
+    tab_to("Line that restores this view")
+    page.keyboard.press("Control+a")
+    chosen = "() => document.activeElement.value.slice(document.activeElement.selectionStart)"
+    assert page.evaluate(chosen).startswith("qs.ThoughtInspector(..., view={'front': 'now', ")
+    assert not page.watch.dialogs and not page.watch.errors and not page.watch.requests, vars(page.watch)
+
+
+def test_hostile_text_that_is_typed(open_lab, workbook, steps, expect):
+    page = open_lab(notebook_of(steps + "qs.ThoughtInspector(saved, model, tokenizer)", workbook / "typed.ipynb"))
+    box = inspector_of(page)
+    typed = [text for text in HOSTILE if (HIT in text or "\x1b" in text or "\u202e" in text) and len(text) < 1000]
+    assert len(typed) > 30
+    for panel, name, act, said in (
+        ("Filter", "Search", None, "No problem matches"),
+        ("Edit", "in plain words", "Answer with it", "does not know the word"),
+        ("Own text", "Your text", "Read this text", "of"),
+    ):
+        button(box, panel).click()
+        for text in typed:
+            number(box, name).fill(text)
+            number(box, name).press("Enter")
+            if act:
+                button(box, act).click()
+            expect(box).to_contain_text(said)
+            harmless(page)
+        if not act:
+            number(box, name).fill("")
+            number(box, name).press("Enter")
+            expect(box).to_contain_text("1 of 6")
+    expect(box).to_contain_text(f"{6 + len(typed)} of {6 + len(typed)}")
+    assert box.locator("script, img, iframe, svg, form, object, embed, link, meta, base, video").count() == 0
+
+
+PANELS = ("Filter", "Order", "Steps", "Compare", "Draw", "Edit", "Own text", "Save", "Tokens")
 
 
 @pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
@@ -180,19 +398,27 @@ def test_axe_finds_nothing_serious(theme, open_lab, axe, shot):
     page.evaluate("() => { document.body.style.height = '100vh'; document.body.style.overflow = 'visible' }")
     page.add_script_tag(path=axe)
     box.evaluate("e => e.id = 'qs-inspector'")
+    button(box, "Tokens").click()
+    box.evaluate("e => e.querySelectorAll('details').forEach(d => { d.open = true })")
     # a fault of each kind that counts, to see that axe looks here
     faults = "<div id='qs-fault'><button></button><span style='color:#777;background:#888'>pale</span></div>"
     box.evaluate("(e, faults) => e.insertAdjacentHTML('beforeend', faults)", faults)
     found = page.evaluate("() => axe.run('#qs-inspector')")
     assert {"button-name", "color-contrast"} <= {v["id"] for v in found["violations"]}
     page.evaluate("() => document.getElementById('qs-fault').remove()")
-    found = page.evaluate("() => axe.run('#qs-inspector')")
-    serious = [
-        (v["id"], [n["html"][:200] for n in v["nodes"][:3]])
-        for v in found["violations"]
-        if v["impact"] in ("serious", "critical")
-    ]
-    assert not serious and len(found["passes"]) >= 10, json.dumps(serious, indent=1)
+    panels = [name for name in PANELS if button(box, name).count()]
+    assert len(panels) >= 8 and panels[-1] == "Tokens"  # the last one is looked at more closely
+    for name in panels:
+        button(box, name).click()
+        page.wait_for_timeout(300)
+        box.evaluate("e => e.querySelectorAll('details').forEach(d => { d.open = true })")
+        found = page.evaluate("() => axe.run('#qs-inspector')")
+        serious = [
+            (name, v["id"], [n["html"][:200] for n in v["nodes"][:3]])
+            for v in found["violations"]
+            if v["impact"] in ("serious", "critical")
+        ]
+        assert not serious and len(found["passes"]) >= 10, json.dumps(serious, indent=1)
     unsure = [n["html"] for v in found["incomplete"] if v["id"] == "color-contrast" for n in v["nodes"]]
     measured = [n for v in found["passes"] if v["id"] == "color-contrast" for n in v["nodes"]]
     assert len(measured) > 300 and len(unsure) < 30, (len(measured), unsure[:10])
@@ -239,10 +465,7 @@ def test_hostile_text_in_the_widget(open_lab, workbook, expect, shot):
         "qs.ThoughtInspector({'<img src=x onerror=window.qsHit=1>': episodes, "
         "'</button><script>window.qsHit=1</script>': episodes})"
     )
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, workbook / "hostile.ipynb")
-    page = open_lab("hostile.ipynb")
+    page = open_lab(notebook_of(source, workbook / "hostile.ipynb"))
     box = inspector_of(page)
     view = view_of(box)
     for place, shown in enumerate(SHOWN, 1):
@@ -313,8 +536,7 @@ def test_readable_after_a_restart_and_without_a_kernel(open_lab, workbook, shot)
     page.wait_for_function(IDLE, timeout=60_000)
     assert box.is_visible()
     readable(page, shot, "04-after-restart")
-    page.evaluate("() => { window.jupyterapp.commands.execute('docmanager:save') }")
-    page.wait_for_timeout(2000)
+    save_notebook(page)
     page = open_lab(NOTEBOOK, run=False)  # another kernel, which knows nothing of the widget
     readable(page, shot, "04-reopened")
     assert page.locator(".qs-twin").last.is_visible()
@@ -326,7 +548,7 @@ def readable(page, shot, name):
     page.wait_for_timeout(1500)
     shot(name)
     text = cell.locator(".jp-OutputArea").inner_text()
-    for part in ("Thought 1", "composite", "Next token", "mixing weight", "after RL", "baked"):
+    for part in ("Thought 1", "coherence", "Next token", "mixing weight", "after RL", "baked"):
         assert part in text, part
 
 
@@ -350,7 +572,7 @@ def test_readable_in_html_offline(page, tmp_path, workbook, environment, shot):
     page.context.set_offline(True)
     page.goto((tmp_path / "04_parallel_thoughts.html").as_uri())
     text = page.locator("body").inner_text()
-    for part in ("Thought 1", "composite", "Next token", "thoughts disagree: 6 of 80 problems"):
+    for part in ("Thought 1", "coherence", "Next token", "thoughts disagree: 6 of 80 problems"):
         assert part in text, part
     page.locator(".qs-episode").first.scroll_into_view_if_needed()
     shot("04-nbconvert")
@@ -365,6 +587,7 @@ def test_as_an_app(page, workbook, environment, expect, shot):
         box = inspector_of(page)
         button(box, "Next").click()
         expect(box).to_contain_text("2 of 80")
+        button(box, "Draw").click()
         button(box, "Draw thoughts here").click()
         expect(view_of(box)).to_contain_text("seed 0", timeout=60_000)
         shot("app", box)
