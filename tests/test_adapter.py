@@ -6,9 +6,9 @@ from tiny import tiny_lm
 
 peft = pytest.importorskip("peft")
 
-from qs_lib.data.tokens import thinking_ids  # noqa: E402
-from qs_lib.thoughts.generate import generate_thoughts  # noqa: E402
-from qs_lib.training import adapter, loop  # noqa: E402
+from qs_lib.data.tokens import thinking_ids
+from qs_lib.thoughts.generate import generate_thoughts
+from qs_lib.training import adapter, loop
 
 
 def adapted(monkeypatch, fast, architecture="llama", tied=True):
