@@ -1,5 +1,10 @@
 """Quiet-STaR workbook: teach a language model to think before it speaks, and find out whether the thinking helps."""
 
+import os
+
+# Read when torch is loaded. Threads that wait for one whose core another program has soon sleep in place of spinning.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 from .champion import load_champion
 from .data.batches import difficult_positions, thought_length
 from .data.problems import load_problems

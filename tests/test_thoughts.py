@@ -127,6 +127,10 @@ def check(model, ids, mask, positions, **options):
     with torch.no_grad():
         expected = naive.rescore(model, ids, thoughts, mask, forbid_true=(THINK, END))
         result = rescore_thoughts(model, ids, thoughts, mask, forbid_true=(THINK, END), true_logits=True)
+        less = rescore_thoughts(model, ids, thoughts, mask, forbid_true=(THINK, END), true_logits=True, after=False)
+    for name in ("thought_logprobs", "base_logprobs", "base_full", "base_hidden"):
+        close(getattr(less, name), getattr(result, name), 1e-5, name)
+    assert less.true_logprobs is less.true_full is less.thought_hidden is None
     close(thoughts.logprobs, expected["thought_logprobs"], 2e-5, relative=0)
     close(thoughts.hidden, expected["thought_hidden"][..., 0, :], 1e-4)
     for name, value in expected.items():

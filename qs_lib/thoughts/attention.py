@@ -316,4 +316,4 @@ class LanguageHead:
         if self.cap is not None:
             logits = torch.tanh(logits / self.cap) * self.cap
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return logits if forbid is None else logits.index_fill(-1, forbid, -math.inf)
+        return logits if forbid is None else logits.index_fill_(-1, forbid, -math.inf)  # ours alone

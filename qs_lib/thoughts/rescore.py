@@ -30,15 +30,16 @@ class Rescored:
     ``thought_hidden`` (batch, P, N, n_true, hidden), ``base_hidden`` (batch, P, n_true, hidden): the states that
     predict them. ``true_full`` (batch, P, N, n_true, V), ``base_full`` (batch, P, n_true, V): log-softmax from those
     states, or None. Index 0 of these four is filled wherever there is a thought, even when no true token follows.
+    Without ``after``, ``thought_entropy``, ``true_logprobs``, ``thought_hidden`` and ``true_full`` are None.
     """
 
     thought_logprobs: torch.Tensor
-    thought_entropy: torch.Tensor
-    true_logprobs: torch.Tensor
+    thought_entropy: torch.Tensor | None
+    true_logprobs: torch.Tensor | None
     base_logprobs: torch.Tensor
     valid: torch.Tensor
     true: torch.Tensor
-    thought_hidden: torch.Tensor
+    thought_hidden: torch.Tensor | None
     base_hidden: torch.Tensor
     true_full: torch.Tensor | None = None
     base_full: torch.Tensor | None = None
@@ -117,7 +118,7 @@ class _Layout(NamedTuple):
     exists: torch.Tensor
 
 
-def _layout(rows, thoughts, n_true):
+def _layout(rows, thoughts, n_true, after_thoughts):
     device, (number, longest) = rows.ids.device, thoughts.tokens.shape[2:]
     width, limit = rows.ids.shape[1], rows.position + 1
     ahead = (rows.lengths[rows.row] - limit).clamp(max=n_true)
@@ -133,7 +134,8 @@ def _layout(rows, thoughts, n_true):
     after = column - length.unsqueeze(1)
     written, given = tokens[:, column.clamp(max=longest - 1)], true[unit].gather(1, after.clamp(0, n_true - 1))
     text_real = torch.arange(width, device=device) < read[used].unsqueeze(1)
-    own, own_real = torch.where(after < 0, written, given), after < fed[unit].unsqueeze(1)
+    last = fed[unit].unsqueeze(1) if after_thoughts else -1  # nothing then needs the state of </think>
+    own, own_real = torch.where(after < 0, written, given), after < last
     packed = Packed(rows.ids[used], text_real, line[unit], limit[unit], own, own_real)
     place = (rows.slot.unsqueeze(1) * number + torch.arange(number, device=device)).flatten()
     return _Layout(packed, line, limit, unit, length, place, true, step < ahead.unsqueeze(1))
@@ -152,12 +154,15 @@ def _flat_states(model, packed):
     return states.tensor_split([int(packed.text_real.sum())])
 
 
-def rescore_thoughts(model, input_ids, thoughts, attention_mask=None, n_true=4, forbid_true=(), true_logits=False):
+def rescore_thoughts(
+    model, input_ids, thoughts, attention_mask=None, n_true=4, forbid_true=(), true_logits=False, after=True
+):
     """Score given thoughts, and the next ``n_true`` true tokens with and without them. Returns ``Rescored``.
 
     ``input_ids``, ``attention_mask`` (batch, length): as given to ``generate_thoughts``. ``forbid_true``: ids that
     cannot be predicted as text. Their logits are -inf in ``true_logprobs``, ``base_logprobs``, ``true_full`` and
-    ``base_full``. ``true_logits``: also return the full log-softmax. Dropout is off, so that the log-probs are those
+    ``base_full``. ``true_logits``: also return the full log-softmax. ``after`` False leaves out what follows the
+    thoughts, and their entropy: a reference model is asked for neither. Dropout is off, so that the log-probs are those
     of the policy that sampled.
 
     One pass reads prefix rows, thoughts and true tokens without padding. Its memory grows linearly with the number of
@@ -169,7 +174,7 @@ def rescore_thoughts(model, input_ids, thoughts, attention_mask=None, n_true=4, 
     if n_true < 1:
         raise ValueError("n_true must be at least 1.")
     rows = align_rows(model.device, input_ids, attention_mask, thoughts.positions)
-    head, layout = LanguageHead(model), _layout(rows, thoughts, n_true)
+    head, layout = LanguageHead(model), _layout(rows, thoughts, n_true, after)
     forbid, forbid_true = (forbidden(ids, head.size, model.device) for ids in (thoughts.forbid, forbid_true))
     text_states, own_states = _flat_states(model, layout.packed)
     counts = (real.sum(1) for real in (layout.packed.text_real, layout.packed.own_real))
@@ -178,13 +183,14 @@ def rescore_thoughts(model, input_ids, thoughts, attention_mask=None, n_true=4, 
     # The state before each sampled token.
     stream, step = thoughts.sampled.flatten(0, 2)[layout.place].nonzero(as_tuple=True)
     before, target = own_states[own_start[stream] + step - 1], layout.packed.own[stream, step]
-    logprob, entropy = target_scores(head, before, target, thoughts.temperature, forbid, entropy=True)
+    logprob, entropy = target_scores(head, before, target, thoughts.temperature, forbid, entropy=after)
     sampled = partial(_scattered, shape, layout.place[stream] * shape[3] + step)
     look_ahead = partial(_look_ahead, head, forbid_true, true_logits)
     start, exists, true = own_start + layout.length - 1, layout.exists[unit], layout.true[unit]
-    thought_hidden, true_logprobs, true_full = look_ahead(own_states, start, exists, true, layout.place, shape[:3])
+    states = own_states, start, exists, true, layout.place, shape[:3]
+    thought_hidden, true_logprobs, true_full = look_ahead(*states) if after else (None, None, None)
     start, exists, true = text_start[layout.line] + layout.limit - 1, layout.exists, layout.true
     base_hidden, base_logprobs, base_full = look_ahead(text_states, start, exists, true, rows.slot, slots)
-    logprobs = sampled(logprob), sampled(entropy), true_logprobs, base_logprobs
+    logprobs = sampled(logprob), sampled(entropy) if after else None, true_logprobs, base_logprobs
     valid, true = (_scattered(slots, rows.slot, x) for x in (exists, true))
     return Rescored(*logprobs, valid, true, thought_hidden, base_hidden, true_full, base_full)

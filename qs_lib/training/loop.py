@@ -55,6 +55,8 @@ def add_adapter(model, tokenizer, rank: int):
     """
     try:
         from peft import LoraConfig, get_peft_model
+
+        from . import adapter
     except ImportError:
         raise ImportError("lora_rank needs peft: install it with `pip install peft`, or train all weights") from None
     ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
@@ -62,7 +64,7 @@ def add_adapter(model, tokenizer, rank: int):
         ends = {id(model.get_input_embeddings())}  # peft gives the tied head the same rows
     rows = {name: thinking_ids(tokenizer) for name, module in model.named_modules() if id(module) in ends}
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", trainable_token_indices=rows)
-    return get_peft_model(model, config).train(model.training)
+    return adapter.hasten(get_peft_model(model, config)).train(model.training)
 
 
 @contextmanager

@@ -374,7 +374,7 @@ def reference_kls(model, reference, scored, rescore, ids, mask, thoughts) -> dic
     there = thoughts.positions >= 0
     valid, units = scored.valid[there], int(there.sum())
     with torch.no_grad(), frozen(reference) as lm:
-        ref = rescore(lm, ids, thoughts, mask)
+        ref = rescore(lm, ids, thoughts, mask, after=False)
         first = LanguageHead(lm)(ref.base_hidden[..., 0, :]).log_softmax(-1)
     kl = sampled_kl(scored.thought_logprobs[there], ref.thought_logprobs[there])
     drift = (forward_kl(scored.base_full, ref.base_full)[there] * valid).sum() / valid.sum().clamp_min(1)
