@@ -93,10 +93,11 @@ def test_the_library_does_not_grow_further_beyond_its_aim_and_says_that_it_is_be
     """The aim of 10,200 lines is not reached: the bound holds what there is, and CONTRIBUTING names the aim till then.
 
     11,300 lines were the house. Templates, differences, the arms of a pretrained model and the training doctor came on top,
-    then imitation and what the arms say (the bound was 12,700 before these).
+    then imitation and what the arms say (the bound was 12,700 before these), then the theater zoo, the inspector of training
+    steps and what makes an adapter fast (it was 12,870).
     """
     total = sum(house.lines(FILES).values())
-    assert total <= 12_870
+    assert total <= 14_600
     assert total < house.AIM or f"aim is {house.AIM:,} lines: not reached" in CONTRIBUTING
 
 
