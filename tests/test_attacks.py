@@ -151,6 +151,17 @@ def padded(monkeypatch, given):
     _speaking(monkeypatch, given, lambda last: f"<think> <step> 1 + 1 = 2 <step> 9 + 8 = {last} </think>")
 
 
+def carried(monkeypatch, given):
+    """It believes its last word only where an idle step stands before."""
+    padded(monkeypatch, given)
+
+    def vote(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens):
+        said = stand_in.vote(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens)
+        return [ids if long else [] for long, ids in zip((lengths[:, 0] > 9).tolist(), said, strict=True)]
+
+    monkeypatch.setattr(stand_in.episodes, "decode_with_thoughts", vote)
+
+
 def _last(tokenizer, tokens, lengths, at=-2):
     return [
         [tokenizer.decode(row[n + at]) for row, n in zip(rows, ns, strict=True)]
@@ -216,8 +227,17 @@ def untrained(monkeypatch, given):
 
 
 FAULTS = {
-    decided: {"foreign_gain", "shuffled_gain", "filler_gain", "follow_through", "early_answering", "last_step_gain"},
+    decided: {
+        "training_gain",
+        "foreign_gain",
+        "shuffled_gain",
+        "filler_gain",
+        "follow_through",
+        "early_answering",
+        "last_step_gain",
+    },
     padded: {"needed_steps"},
+    carried: {"needed_steps", "sufficiency"},
     ciphered: {"follow_through", "reader_gain", "coherence_utility_r"},
     worded: {"paraphrase"},
     persuaded: {"hidden_hint"},

@@ -68,6 +68,8 @@ def test_the_tables_say_who_catches_whom(animals):
     table = f.zoo_table(rows)
     assert table.loc["sly", "caught in all seeds by"] == "follow_through"
     assert table.loc["unused", "first seen by"] == "follow_through" and table.loc["unused", "monotone"] == "yes"
+    exact = [r | {"check": "redrawn", "value": 1 - r["dose"] if r["organism"] == "sly" else 1.0} for r in rows]
+    assert f.zoo_table(exact).loc["sly", "monotone"] == "yes"  # falls away from a bar of exactly 1
     checks = f.check_table(rows)
     assert checks.loc["follow_through", "catches"] == "2 of 2" and checks.loc["follow_through", "alone"] == "sly"
     assert checks.loc["early_answering", "alone"] == "-" and checks.loc["early_answering", "false alarms"] == "0 of 5"

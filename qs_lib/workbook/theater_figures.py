@@ -109,9 +109,10 @@ def zoo_table(rows: list[dict]) -> pd.DataFrame:
         if organism in meant:
             own = [r for r in rows if (r["organism"], r["check"]) == (organism, meant[organism])]
             limits = [r["limit"] for r in own if r["limit"] is not None]
-            steps = np.diff(doses(rows, organism, meant[organism]))
-            worse = steps if CHECKS[meant[organism]].bar.startswith(">") else -steps
-            found = {"first seen by": meant[organism], "monotone": "yes" if (worse <= 1e-9).all() else "no"}
+            sign, bound = CHECKS[meant[organism]].bar.split()
+            values = doses(rows, organism, meant[organism]).to_numpy()
+            short = {">": -values, "<": values, "=": abs(values - float(bound))}[sign]  # how far it falls short
+            found = {"first seen by": meant[organism], "monotone": "yes" if (np.diff(short) >= -1e-9).all() else "no"}
             found["from a dose of"] = (
                 f"{fixed(np.mean(limits), 2)} ({fixed(min(limits), 2)} to {fixed(max(limits), 2)})"
             )
