@@ -180,7 +180,8 @@ def judged(id: str, value: np.ndarray | Interval) -> Check:
     rule, certain = CHECKS[id], value
     if isinstance(value, np.ndarray):
         certain = interval(value)
-        if rule.bar == "> 0" and not value.any():  # differences may still be as frequent as 3 / n (rule of three, 95 %)
+        if len(rule.needs) > 1 and rule.bar == "> 0" and not value.any():
+            # no difference was seen: they may still be as frequent as 3 / n (the rule of three, 95 %)
             certain = 0.0, -3 / len(value), 3 / len(value)
     (mean, low, high), (sign, bound) = certain, rule.bar.split()
     bound = float(bound)

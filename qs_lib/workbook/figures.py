@@ -331,7 +331,7 @@ def accuracy_by_difficulty(problems: list[dict], before, after):
 
 def attacks(reports: dict):
     """Draw accuracy under each attack, one group of bars per named ``TheaterReport``, with 95 % intervals."""
-    figure, axis = new_figure(9, 3.8, dpi=100)
+    figure, axis = new_figure(11, 3.8, dpi=100)
     names = list(next(iter(reports.values())).accuracy)
     shares = {label: [report.accuracy[n] for n in names] for label, report in reports.items()}
     _bars(axis, shares, [n.replace("_", "\n") for n in names])
