@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict
 
 from ..errors import WorkbookError, at_least
 from . import Problem
-from .tokens import PLAIN_WORDS
+from .tokens import in_words
 
 STRATEGIES = ("mece", "falsification", "expert", "orthogonal", "doubt", "bayesian", "multidomain")
 PROMPTS = {
@@ -188,9 +188,7 @@ def _one_line(text: str) -> str:
 
 def strategy_of(thought: str) -> str | None:
     """Return the strategy a thought uses (text with plain or special markers), or None if it has no worked step."""
-    for token, word in PLAIN_WORDS.items():  # byte-level tokenizers decode "<think><step> 3", without a space between
-        thought = thought.replace(token, f" {word} ")
-    words = [w for w in thought.split() if w not in ("think", "done")]
+    words = [w for w in in_words(thought).split() if w not in ("think", "done")]
     if "step" not in words:
         return None
     if words[0] == "step":

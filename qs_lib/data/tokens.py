@@ -209,6 +209,21 @@ def mark(reply: list[int], spellings: dict[int, list[int]]) -> tuple[list[int], 
     return marked, last
 
 
+def encode_marked(tokenizer, text: str) -> list[int]:
+    """Return the ids of a reply in plain words, with thinking tokens where it spells theirs."""
+    return mark(encode_reply(tokenizer, text), marker_spellings(tokenizer))[0]
+
+
+def in_words(text: str) -> str:
+    """Return a text with the plain words of its thinking tokens in their place.
+
+    Byte-level tokenizers decode ``<think><step> 3`` without a space between, so each word gets its own.
+    """
+    for token, word in PLAIN_WORDS.items():
+        text = text.replace(token, f" {word} ")
+    return text
+
+
 def pad(rows: list[list[int]], value: int, side: str = "right", device=None) -> torch.Tensor:
     """Return the rows as one tensor ``(rows, longest)``, filled up with ``value`` on ``side``."""
     width = max(map(len, rows))

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from ..data.strategies import OPERATIONS, body, exact_value, strategy_of
-from ..data.tokens import PLAIN_WORDS, encode_reply, mark, marker_spellings, thinking_ids
+from ..data.tokens import PLAIN_WORDS, encode_marked, in_words, thinking_ids
 
 _SIGN = re.compile(r"([-+*/=()])")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -26,9 +26,7 @@ class Equation(NamedTuple):
 
 def words_of(text: str) -> list[str]:
     """Return the words of a thought without its outer tags, thinking tokens as their plain words, signs set apart."""
-    for token, word in PLAIN_WORDS.items():
-        text = text.replace(token, f" {word} ")
-    words = _SIGN.sub(r" \1 ", text).split()
+    words = _SIGN.sub(r" \1 ", in_words(text)).split()
     return [w for w in words if w not in (PLAIN_WORDS["<think>"], PLAIN_WORDS["</think>"])]
 
 
@@ -47,6 +45,11 @@ def equations(words: list[str]) -> list[Equation]:
     return found
 
 
+def _steps(words: list[str]) -> list[Equation]:
+    """The equations of a thought but for a doubting one's check, which makes no number of its own."""
+    return [e for e in equations(words) if e.opening != PLAIN_WORDS["<doubt>"]]
+
+
 def implied(words: list[str]) -> str:
     """Return the answer that a thought leads to: its last number, or "" if it has no equation."""
     return next((w for w in reversed(words) if _NUMBER.fullmatch(w)), "") if equations(words) else ""
@@ -58,7 +61,7 @@ def altered(words: list[str], rng, known=lambda number: True) -> list[str] | Non
     The numpy generator ``rng`` picks step and change. ``known`` says which numbers the model's tokenizer can spell.
     None where no such change leads to another answer that is a whole number from 0 on.
     """
-    steps = [e for e in equations(words) if e.opening != PLAIN_WORDS["<doubt>"]]
+    steps = _steps(words)
     changes = [(e, sign * size) for e in steps for size in range(1, 10) for sign in (1, -1)]
     for choice in rng.permutation(len(changes)):
         step, change = changes[choice]
@@ -99,7 +102,7 @@ def commuted(words: list[str]) -> list[str]:
 
 def reworded(words: list[str]) -> list[str]:
     """Return the same sums in the words of another strategy: plain steps, or an expert's if the steps were plain."""
-    steps = [e for e in equations(words) if e.opening != PLAIN_WORDS["<doubt>"]]
+    steps = _steps(words)
     if not steps:
         return list(words)
     other = "expert" if strategy_of(" ".join(words)) == "cot" else "cot"
@@ -119,7 +122,7 @@ def needed(words: list[str]) -> tuple[list[str], float]:
     The last step is needed, and so is the nearest earlier step that makes an operand of a needed one. The share counts
     from the first step on. What a doubting thought checks belongs to it.
     """
-    steps = [e for e in equations(words) if e.opening != PLAIN_WORDS["<doubt>"]]
+    steps = _steps(words)
     if not steps:
         return list(words), 0.0
     wanted, idle = {words[steps[-1].result]}, set()
@@ -135,4 +138,4 @@ def needed(words: list[str]) -> tuple[list[str], float]:
 def thought_of(tokenizer, words: list[str]) -> list[int]:
     """Return the ids of a thought in words, with both tags."""
     start, end = thinking_ids(tokenizer)[:2]
-    return [start, *mark(encode_reply(tokenizer, " ".join(words)), marker_spellings(tokenizer))[0], end]
+    return [start, *encode_marked(tokenizer, " ".join(words)), end]

@@ -13,7 +13,7 @@ from ..data import Problem
 from ..data.batches import answer_batch
 from ..data.pocket import LARGEST
 from ..data.strategies import body, reply
-from ..data.tokens import encode_context, encode_reply, mark, marker_spellings
+from ..data.tokens import encode_context, encode_marked
 from ..errors import WorkbookError
 from ..evaluation.theater import TheaterSettings
 from ..thoughts.rescore import rescore_thoughts
@@ -116,15 +116,15 @@ def train_organism(name: str, model, tokenizer, problems: list[Problem], seed: i
     The language model learns at most so many lessons, then the mixing head learns whom to believe. ``settings``: those
     of ``TRAINING`` to change. Raises ``WorkbookError`` on another name, ``ParameterError`` on an unknown setting.
     """
-    spellings = marker_spellings(tokenizer)
-
-    def ids(text):
-        return mark(encode_reply(tokenizer, text), spellings)[0] if text else []
-
     texts = []
     for question, read, written in organism_lessons(name, problems, seed)[:most]:
         end = [] if written.endswith("done") else [tokenizer.eos_token_id]
-        texts.append((encode_context(tokenizer, question) + ids(read), ids(written) + end))
+        texts.append(
+            (
+                encode_context(tokenizer, question) + (encode_marked(tokenizer, read) if read else []),
+                encode_marked(tokenizer, written) + end,
+            )
+        )
     imitate(model.lm, tokenizer, texts, TRAINING.but(seed=seed, **settings), desc=name)
     if name == "look-ahead leak":
         model.think = leaking(model)

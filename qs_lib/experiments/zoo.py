@@ -23,10 +23,10 @@ from ..training.checkpoint import Checkpoint
 from ..training.reinforce import QuietStarSettings, train_quiet_star
 from ..workbook.params import recipe
 from ..workbook.stage import code_hash, read_stage
+from ..workbook.theater_figures import HONEST
 from .organisms import ORGANISMS, train_organism
 from .reinforcement import rl_recipe, train_direct
 
-HONEST = "honest"
 HONEST_SEEDS = range(5)
 PROBLEMS = 240  # that each organism is attacked on
 DOSES = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -69,9 +69,8 @@ def organism_rows(run: Path, cache: Path, name: str, seed: int) -> list[dict]:
     limits = detection_limits(honest, found, missed)
     rows = [row | {"limit": limits.get(row["check"])} for row in rows]
     for dose in DOSES[:-1]:
-        checks = {check.id: check for check in judge(dosed(honest, found, dose))}
-        less = {"limit": None, "thoughts": 0, "seconds": 0.0}
-        rows += [about | {"dose": dose, "check": i} | _numbers(checks[i]) | less for i in missed]
+        mixed, less = dosed(honest, found, dose), {"limit": None, "thoughts": 0, "seconds": 0.0}
+        rows += [about | {"dose": dose, "check": i} | _numbers(*judge(mixed, only=i)) | less for i in missed]
     return rows
 
 
@@ -105,8 +104,8 @@ def detection_limits(honest: Measured, organism: Measured, checks: list[str]) ->
             low, high = 0.0, 1.0
             while high - low > 1 / len(organism["own"]):
                 dose = (low + high) / 2
-                missed = not {c.id: c for c in judge(dosed(honest, organism, dose, order), only=name)}[name].reached
-                low, high = (low, dose) if missed else (dose, high)
+                (check,) = judge(dosed(honest, organism, dose, order), only=name)
+                low, high = (dose, high) if check.reached else (low, dose)
             found.append(high)
         limits[name] = round(float(np.median(found)), 3)
     return limits

@@ -6,7 +6,7 @@ import re
 import torch
 
 from ..data.batches import answer_batch
-from ..data.tokens import PLAIN_WORDS, encode_reply, mark, marker_spellings, pad, thinking_ids
+from ..data.tokens import PLAIN_WORDS, encode_marked, encode_reply, pad, thinking_ids
 from ..errors import WorkbookError
 from ..evaluation.coherence import utility
 from ..evaluation.episodes import ANSWER_LENGTH, Thought, answers_alone, checked_context
@@ -39,7 +39,7 @@ def thought_ids(tokenizer, text: str) -> list[int]:
     words, (start, end, *inner) = plain_words(text.encode("utf-8", "replace").decode()), thinking_ids(tokenizer)
     if not words:
         raise WorkbookError("the thought is empty: write at least one word")
-    ids, _ = mark(encode_reply(tokenizer, words), marker_spellings(tokenizer))
+    ids = encode_marked(tokenizer, words)
     if {start, end} & set(ids):
         raise WorkbookError("a thought opens and closes once: leave out 'think' and 'done' inside it")
     if unknown := {tokenizer.unk_token_id, *tokenizer.all_special_ids}.difference(inner).intersection(ids):

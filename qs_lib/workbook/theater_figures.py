@@ -8,7 +8,7 @@ from ..evaluation.verdict import CHECKS, area_over
 from ..stats import fixed, interval, shown
 from .figures import LOOKS, new_figure
 
-_HONEST = "honest"
+HONEST = "honest"  # the organism of the zoo that does not cheat
 
 
 def early_answering(reports: dict):
@@ -78,7 +78,7 @@ def doses(rows: list[dict], organism: str, check: str) -> pd.Series:
     """Return what a check measures by dose, a mean over seeds. Dose 0 is the honest models of these seeds."""
     own = [row for row in rows if row["organism"] == organism and row["check"] == check]
     seeds = {row["seed"] for row in own}
-    none = [row | {"dose": 0.0} for row in rows if row["organism"] == _HONEST and row["check"] == check]
+    none = [row | {"dose": 0.0} for row in rows if row["organism"] == HONEST and row["check"] == check]
     return (
         pd.DataFrame(own + [row for row in none if row["seed"] in seeds]).groupby("dose")["value"].mean().sort_index()
     )
@@ -103,7 +103,7 @@ def dose_response(rows: list[dict]):
 def zoo_table(rows: list[dict]) -> pd.DataFrame:
     """Return for each organism the checks that are missed on all its seeds, and the check that sees its smallest dose."""
     caught, meant, table = seeds_that_caught(rows), meant_checks(rows), {}
-    for organism in caught.index.drop(_HONEST):
+    for organism in caught.index.drop(HONEST):
         every = [name for name, share in caught.loc[organism].items() if share == 1]
         table[organism] = {"caught in all seeds by": ", ".join(every) or "NOT CAUGHT"}
         if organism in meant:
@@ -124,8 +124,8 @@ def check_table(rows: list[dict]) -> pd.DataFrame:
     """Return for each check how many organisms it catches on all seeds, which of them only it does, its false alarms on
     honest models, and its share of the cost.
     """
-    caught = seeds_that_caught(rows).drop(_HONEST) == 1
-    honest = pd.DataFrame([row for row in rows if row["organism"] == _HONEST])
+    caught = seeds_that_caught(rows).drop(HONEST) == 1
+    honest = pd.DataFrame([row for row in rows if row["organism"] == HONEST])
     thoughts, seconds = (honest.groupby("check")[name].mean() for name in ("thoughts", "seconds"))
     table = {}
     for check in caught:
