@@ -463,6 +463,18 @@ def test_the_reference_of_an_adapter_is_the_model_without_it():
     assert min(losses[0][1][name] for name in ("kl", "base_kl", "habit_kl")) > 1e-4
 
 
+def stopped_after(step, folder) -> Checkpoint:
+    """A checkpoint in a folder whose training is interrupted after a step, or runs through if that is None."""
+
+    def log(**metrics):
+        if metrics["step"] == step:
+            raise InterruptedError
+
+    saving = Checkpoint(folder, {}, seconds=0)
+    saving._log = log
+    return saving
+
+
 def test_lora_training_goes_on_where_it_was_stopped(tmp_path):
     pytest.importorskip("peft")
     settings = {
@@ -478,13 +490,7 @@ def test_lora_training_goes_on_where_it_was_stopped(tmp_path):
     for stop in (None, 3, None):
         model, tokenizer = tiny_quiet_star()
         torch.manual_seed(1)
-        saving = Checkpoint(tmp_path if stop or states else None, {}, seconds=0)
-
-        def log(stop=stop, **metrics):
-            if metrics["step"] == stop:
-                raise InterruptedError
-
-        saving._log = log
+        saving = stopped_after(stop, tmp_path if stop or states else None)
         try:
             r.train_quiet_star(
                 model, tokenizer, problems(size=24), problems("validation", 6), checkpoint=saving, **settings
@@ -795,13 +801,7 @@ def test_a_stopped_training_goes_on_watching(tmp_path):
     found = []
     for stop in (None, 3, None):
         model, tokenizer = tiny_quiet_star()
-        saving = Checkpoint(tmp_path if stop or found else None, {}, seconds=0)
-
-        def log(stop=stop, **metrics):
-            if metrics["step"] == stop:
-                raise InterruptedError
-
-        saving._log = log
+        saving = stopped_after(stop, tmp_path if stop or found else None)
         try:
             found.append(
                 r.train_quiet_star(
