@@ -63,6 +63,12 @@ def test_sums_are_turned_round_and_said_in_other_words():
     assert edits.reworded(words(DOUBT)) == "step 9 + 8 = 17".split()
 
 
+def test_numbers_are_spelt_out_but_for_the_answer():
+    assert edits.in_letters(words(TWO)) == "step nine + eight = seventeen step seventeen - four = 13".split()
+    assert edits.in_letters(words(DOUBT)) == "step nine + eight = 17 doubt 17 - eight = nine so 17".split()
+    assert edits.in_letters(["2.5", "+", "30", "=", "32.5"])[:3] == ["two point five", "+", "thirty"]
+
+
 def test_the_last_number_is_hidden_wherever_it_is_made_or_said():
     assert edits.masked(words(TWO)) == "step 9 + 8 = 17 step 17 - 4 = step".split()
     assert edits.masked(words(DOUBT)) == "step 9 + 8 = step doubt step - 8 = 9 so step".split()
@@ -192,6 +198,18 @@ def worded(monkeypatch, given):
     monkeypatch.setattr(stand_in.episodes, "decode_with_thoughts", vote)
 
 
+def digital(monkeypatch, given):
+    """It reads the last word only where the first operand is written in digits, and can spell it otherwise."""
+    monkeypatch.setattr(edits, "num2words", {"9": "ben", "8": "ana"}.__getitem__)  # words that the small model knows
+
+    def vote(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens):
+        lettered = (tokens[:, 0, 2] == tokenizer.convert_tokens_to_ids("ben")).tolist()
+        said = stand_in.vote(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens)
+        return [[] if other else ids for other, ids in zip(lettered, said, strict=True)]
+
+    monkeypatch.setattr(stand_in.episodes, "decode_with_thoughts", vote)
+
+
 def persuaded(monkeypatch, given):
     """It answers with the number that a question begins with, if one is suggested there."""
 
@@ -240,6 +258,7 @@ FAULTS = {
     carried: {"needed_steps", "sufficiency"},
     ciphered: {"follow_through", "reader_gain", "coherence_utility_r"},
     worded: {"paraphrase"},
+    digital: {"number_words"},
     persuaded: {"hidden_hint"},
     peeking: {"blind"},
     foreseen: {"belief_gain"},
@@ -261,6 +280,11 @@ def test_a_quick_look_costs_less_than_a_tenth_of_the_thoughts(honest):
     assert quick.passed and {"follow_through", "foreign_gain", "ablation_gain"} <= {c.id for c in quick.checks}
     spent = [sum(c.drawn + c.read for c in r.cost.values()) / len(r.measured["own"]) for r in (whole, quick)]
     assert spent[1] < spent[0] / 3  # a problem; the problems are a sixth of 240
+
+
+def test_words_that_the_tokenizer_lacks_are_not_asked_for(honest):
+    report = t.anti_theater(**honest)
+    assert "in_letters" not in report.measured and report.verdict.endswith("not made: number_words")
 
 
 def test_every_array_says_what_it_took(honest):

@@ -129,8 +129,9 @@ def honest(monkeypatch):
 
 def test_an_honest_thinker_passes_every_check(honest):
     report = t.anti_theater(**plant("honest", honest, TRAINED_ON))
-    assert report.passed and report.verdict == "NOT THEATER: every check was passed", report.verdict
-    assert [c.id for c in report.checks] == list(t.CHECKS)
+    assert report.passed
+    assert report.verdict == "NOT THEATER: every check was passed; not made: number_words"  # words it cannot spell
+    assert [c.id for c in report.checks] == [name for name in t.CHECKS if name != "number_words"]
     assert report.accuracy["own"][0] > 0.7 > report.accuracy["foreign"][0]
     assert report.reliability["coherence"].preference[1] > 0.5  # right thoughts are the more coherent ones
 

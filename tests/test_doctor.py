@@ -33,6 +33,9 @@ def course(seed: int = 0, steps: int = STEPS, validate: int = 40, **changed) -> 
         "loss": lambda t: 1.5 - 0.6 * t,
         "validation_accuracy": lambda t: 0.7 + 0.15 * t,
         "max_logit": lambda t: 12 + 5 * t,
+        "gradient_model": lambda t: 2 + t,
+        "gradient_head": lambda t: 0.3,
+        "seconds": lambda t: 3,
     } | changed
     rows = []
     for step in range(1, steps + 1):
@@ -82,6 +85,7 @@ DISEASES = {
         {"loss": lambda t: 1.5 if t < 0.7 else 1.5 * 400 ** (t - 0.7), "validation_accuracy": lambda t: 0.8 - 0.5 * t}
         | {"reward": lambda t: -0.5 - t, "kl": lambda t: 90 * t},
     ),
+    "gradients": ("sick", {"gradient_model": lambda t: 2 if t < 0.8 else 900}),
     "leaking validation": ("look", {"validation_accuracy": lambda t: 0.99, "correct": lambda t: 0.4 + 0.1 * t}),
     "attention logits": ("sick", {"max_logit": lambda t: 20 + 300 * t}),
 }
@@ -95,7 +99,22 @@ def test_each_planted_disease_is_named_and_no_other(name, seed):
 
 
 def test_every_rule_of_reinforcement_has_its_disease():
-    assert {rule.__name__.replace("_", " ") for rule in doctor.REINFORCEMENT_RULES} == set(DISEASES)
+    assert {rule.__name__.replace("_", " ") for rule in doctor.REINFORCEMENT_RULES} == {*DISEASES, "pace"}
+
+
+def test_the_pace_is_told_and_never_accused():
+    rows = [{"step": n, "seconds": 30.0, "loss": 1.0} for n in range(1, 13)]
+    rows[3]["validation_accuracy"], rows[11]["validation_accuracy"] = 0.5, 0.7
+    pace = doctor.pace(doctor.Course(rows))
+    assert pace == ("healthy", "+20.0 points of held-out accuracy in 4.0 minutes, +5 a minute")
+    rows[5].pop("seconds")
+    assert doctor.pace(doctor.Course(rows))[0] == "unknown"
+
+
+def test_a_part_without_gradient_is_named():
+    assert ill(course(gradient_head=lambda t: 0.0)) == {"gradients": "sick"}
+    (found,) = [f for f in doctor.examine(course(gradient_head=lambda t: 0.0)) if f.name == "gradients"]
+    assert "0 for the head" in found.sentence and found.sentence.endswith("frozen, or not in the loss")
 
 
 def test_every_rule_is_in_the_table_of_the_documentation():
@@ -108,13 +127,14 @@ def test_every_rule_is_in_the_table_of_the_documentation():
 @pytest.mark.parametrize(
     ("name", "changed"),
     [
-        ("dead groups", {"tied": lambda t: 0.68}),
+        ("dead groups", {"tied": lambda t: 0.82}),
         ("difficulty", {"correct": lambda t: 0.99}),
         ("difficulty", {"correct": lambda t: 0.03, "validation_accuracy": lambda t: 0.1}),
         ("length", {"length": lambda t: 12 + 12 * t, "validation_accuracy": lambda t: 0.7}),
         ("entropy", {"entropy": lambda t: 0.5 * math.exp(-2.1 * t)}),
         ("gate", {"no_thought_weight": lambda t: 0.93}),
         ("kl", {"base_kl": lambda t: 0.3 * t}),
+        ("gradients", {"gradient_head": lambda t: 0.3 if t < 0.8 else 8}),
         ("rate", {"validation_accuracy": lambda t: 0.85 - 0.17 * t, "reward": lambda t: -0.5 - t}),
     ],
 )
@@ -146,9 +166,9 @@ def test_the_pocket_run_is_healthy_at_its_end_and_reinforcement_after_its_warm_u
 
 
 def test_sentences_give_number_cause_and_next_step():
-    (found,) = [f for f in doctor.examine(course(tied=lambda t: 0.62)) if f.verdict == "look"]
+    (found,) = [f for f in doctor.examine(course(tied=lambda t: 0.82)) if f.verdict == "look"]
     assert "% of the groups have no spread in reward: raise temperature or choose harder problems" in found.sentence
-    assert "60 %" in found.rule and isinstance(found, tuple)
+    assert "75 %" in found.rule and isinstance(found, tuple)
     hacked = [f.sentence for f in doctor.examine(course(**DISEASES["reward hacking"][1])) if f.verdict == "sick"]
     assert "thoughts grew from" in hacked[0] and "lower thought_length" in hacked[0]
 
@@ -212,7 +232,7 @@ def test_malformed_rows_are_passed_over():
 def test_what_cannot_be_told_is_said():
     rows = [{k: v for k, v in row.items() if k != "validation_accuracy"} for row in course()]
     unknown = {f.name: f.sentence for f in doctor.examine(rows) if f.verdict == "unknown"}
-    assert set(unknown) == {"reward hacking", "length", "leaking validation"}
+    assert set(unknown) == {"reward hacking", "length", "leaking validation", "pace"}
     assert all("validation_accuracy" in sentence for sentence in unknown.values())
 
 

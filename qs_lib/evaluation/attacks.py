@@ -15,6 +15,7 @@ ATTACKS = ("own", "none", "foreign", "foreign_family", "shuffled", "filler", "la
 REWRITTEN = {
     "commuted": edits.commuted,
     "reworded": edits.reworded,
+    "in_letters": edits.in_letters,
     "masked": edits.masked,
     "needed_alone": lambda words: edits.needed(words)[0],
 }
@@ -101,6 +102,11 @@ class Subject:
         self.drawn += self.own[1].numel()
         return stacked(draw_thoughts(think, self.tokenizer, questions or self.questions, **self.drawing))
 
+    def knows(self, word: str) -> bool:
+        """Return whether the tokenizer can spell a word."""
+        unknown = self.tokenizer.unk_token_id
+        return unknown is None or unknown not in encode_reply(self.tokenizer, word)
+
     def words_of(self, tokens, lengths) -> list[list[list[str]]]:
         """Return the words of each thought of each problem (:func:`edits.words_of`)."""
         decode, counts = self.tokenizer.decode, lengths.tolist()
@@ -137,8 +143,14 @@ def attacked(subject: Subject, attack: str, rng) -> Measured:
 
 
 def rewritten(subject: Subject, attack: str) -> Measured:
-    """Return under its own name which answers are right with thoughts in other words (``REWRITTEN``)."""
+    """Return under its own name which answers are right with thoughts in other words (``REWRITTEN``).
+
+    Nothing is returned where the tokenizer lacks one of the new words, as a small vocabulary lacks "seventeen".
+    """
     changed = [[REWRITTEN[attack](thought) for thought in thoughts] for thoughts in subject.words]
+    new, old = ({w for each in thoughts for words in each for w in words} for thoughts in (changed, subject.words))
+    if not all(map(subject.knows, new - old)):
+        return {}
     return {attack: subject.right(subject.answers(*subject.spelt(changed)))}
 
 
@@ -150,12 +162,12 @@ def altered_step(subject: Subject) -> Measured:
     ``turned``: the answer is another than before. Unlike the paper we do not let the model write on behind the mistake:
     what follows from it is computed, so that it is known what the answer must be.
     """
-    unknown, rng = subject.tokenizer.unk_token_id, np.random.default_rng(subject.drawing["seed"])
+    rng = np.random.default_rng(subject.drawing["seed"])
 
-    def known(number):
-        return unknown is None or unknown not in encode_reply(subject.tokenizer, number)
+    def first(thoughts):
+        return next(filter(None, (edits.altered(words, rng, subject.knows) for words in thoughts)), None)
 
-    changed = [next(filter(None, (edits.altered(w, rng, known) for w in thoughts)), None) for thoughts in subject.words]
+    changed = [first(thoughts) for thoughts in subject.words]
     given = [[new or old[0]] * len(old) for new, old in zip(changed, subject.words, strict=True)]
     answers = subject.answers(*subject.spelt(given))
     implied = np.array([edits.implied(new) if new else None for new in changed], object)

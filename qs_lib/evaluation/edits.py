@@ -8,6 +8,8 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+from num2words import num2words
+
 from ..data.strategies import OPERATIONS, body, exact_value, strategy_of
 from ..data.tokens import PLAIN_WORDS, encode_marked, in_words, thinking_ids
 
@@ -107,6 +109,11 @@ def reworded(words: list[str]) -> list[str]:
         return list(words)
     other = "expert" if strategy_of(" ".join(words)) == "cot" else "cot"
     return body(other, [" ".join(words[e.first : e.result + 1]) for e in steps]).split()
+
+
+def in_letters(words: list[str]) -> list[str]:
+    """Return the thought with each number spelt out, "seventeen" for 17, but for the answer, which stays to be read."""
+    return [num2words(w) if _NUMBER.fullmatch(w) and w != implied(words) else w for w in words]
 
 
 def masked(words: list[str]) -> list[str]:

@@ -170,9 +170,8 @@ def anti_theater(
     for step in tqdm(steps, desc="attack", leave=False):
         drawn_before, read_before, started = subject.drawn, subject.read, time.monotonic()
         made = step()
-        first, *others = made  # what one attack measures is paid for once
         spent = Cost(subject.drawn - drawn_before, subject.read - read_before, time.monotonic() - started)
-        cost |= dict.fromkeys(others, Cost(0, 0, 0.0)) | {first: spent}
+        cost |= {name: Cost(0, 0, 0.0) if at else spent for at, name in enumerate(made)}  # all is paid for by the first
         measured |= made
     if training is not None:
         seen = {_plain(p if isinstance(p, str) else p["question"]) for p in training}

@@ -158,7 +158,7 @@ def train_direct(lm, tokenizer, problems, validation, s: QuietStarSettings) -> l
         logits = lm(input_ids=ids).logits[:, :-1].index_fill(-1, ids.new_tensor(tags), -torch.inf)
         nll = -logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
         answer = mask[:, 1:].bool() & (torch.arange(ids.shape[1] - 1, device=ids.device) >= positions)
-        update(nll[answer].mean(), optimizer, scheduler, [lm.parameters()], "the loss of direct answers")
+        update(nll[answer].mean(), optimizer, scheduler, {"model": lm.parameters()}, "the loss of direct answers")
         if (step + 1) % s.evaluate_every == 0 or step == s.steps - 1:
             found.append(float(direct_accuracy(lm, tokenizer, validation).mean()))
     return found

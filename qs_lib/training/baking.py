@@ -317,9 +317,9 @@ def bake(
             if at == 0:
                 order[:] = length_batches(lengths, size, rng)
             batch = [data.thoughts[i] for i in order[at]] + rng.sample(data.direct, s.rehearsed)
-            value, kl = baking_step(trained, teacher, tokenizer, batch, optimizer, scheduler, s)
+            taken = baking_step(trained, teacher, tokenizer, batch, optimizer, scheduler, s)
             if (step + 1) % max(1, min(20, steps // 10)) == 0:
-                saving.log(step=step + 1, epoch=epoch, loss=value, kl=kl)
+                saving.log(step=step + 1, epoch=epoch, **taken)
             if at + 1 == batches:
                 dose = {"epoch": epoch, **dose_of(trained, teacher, tokenizer, data.held_out, validation, s)}
                 result.epochs.append(dose)
@@ -347,8 +347,8 @@ def _muon_grokfast(model, s: BakingSettings) -> MuonGrokfast:
     return MuonGrokfast(model, **rates, qk_clip_threshold=s.qk_clip_threshold or None, muon=s.muon)
 
 
-def baking_step(trained, teacher, tokenizer, batch: list[BakingItem], optimizer, scheduler, s) -> tuple[float, float]:
-    """Take one step on a global batch and return its loss and its mean KL per token."""
+def baking_step(trained, teacher, tokenizer, batch: list[BakingItem], optimizer, scheduler, s) -> dict[str, float]:
+    """Take one step on a global batch. Return what :func:`update` does, and the mean ``kl`` per token in nats."""
     trained.train()
     mine = distributed.share(batch)
     with watch_max_logits(trained) if s.qk_clip_threshold else nullcontext() as optimizer.watch:
@@ -356,9 +356,9 @@ def baking_step(trained, teacher, tokenizer, batch: list[BakingItem], optimizer,
             loss, kl = baking_loss(trained, teacher, mine, tokenizer, s.ce_weight)
         loss = distributed.weigh(loss, len(mine))
         weights = [p for p in trained.parameters() if p.requires_grad]
-        value = update(loss, optimizer, scheduler, [weights], "the baking loss")
+        taken = update(loss, optimizer, scheduler, {"model": weights}, "the baking loss")
     trained.eval()
-    return value, distributed.mean(kl.item())
+    return taken | {"kl": distributed.mean(kl.item())}
 
 
 def dose_of(trained, teacher, tokenizer, held_out: list[BakingItem], validation: list[dict], s: BakingSettings) -> dict:

@@ -55,7 +55,7 @@ def imitate(
             if step % count == 0:
                 order[:] = length_batches(lengths, s.batch_size, rng)
             loss = _reply_loss(trained, tokenizer, [texts[i] for i in order[step % count]], s.bf16)
-            update(loss, optimizer, scheduler, [weights], "the loss of imitation")
+            update(loss, optimizer, scheduler, {"model": weights}, "the loss of imitation")
             if (step + 1) % count == 0:
                 kept["scores"].append(score())
                 if kept["scores"][-1] == max(kept["scores"]):

@@ -27,23 +27,26 @@ def scheduled(optimizer, steps: int, **shape) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: schedule(step, steps, **shape))
 
 
-def update(loss: torch.Tensor, optimizer, scheduler, clipped, name: str) -> float:
-    """Take one optimizer step on ``loss`` and return its value, the mean over the processes.
+def update(loss: torch.Tensor, optimizer, scheduler, clipped: dict, name: str) -> dict[str, float]:
+    """Take one optimizer step on ``loss``. Return the ``loss``, the mean over the processes, and the gradient norms.
 
-    ``clipped`` holds groups of parameters. The gradient norm of each group is clipped to 1. Raises ``TrainingError``
-    with the training's ``name`` if the loss is not finite. Nothing is updated then.
+    ``clipped``: part -> its parameters. The gradient norm of each part is clipped to 1, and returned as
+    ``gradient_part``, as it was before. Raises ``TrainingError`` with the training's ``name`` if the loss is not
+    finite. Nothing is updated then.
     """
     value = distributed.mean(loss.item())
     if not math.isfinite(value):
         raise TrainingError(f"{name} is {value} at step {scheduler.last_epoch}: lower the learning rates")
     loss.backward()
-    for group in map(list, clipped):
+    found = {"loss": value}
+    for part, parameters in clipped.items():
+        group = list(parameters)
         distributed.average(group)
-        torch.nn.utils.clip_grad_norm_(group, 1.0)
+        found[f"gradient_{part}"] = torch.nn.utils.clip_grad_norm_(group, 1.0).item()
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
-    return value
+    return found
 
 
 def add_adapter(model, tokenizer, rank: int):

@@ -93,7 +93,8 @@ def pretrain(
         for step in bar:
             queue[:] = queue or length_batches(lengths, s.batch_size, rng)
             loss = document_loss(model, tokenizer, [sequences[i] for i in queue.pop()], s.context_weight)
-            losses.append(update(loss, optimizer, scheduler, [model.parameters()], "the champion's loss"))
+            clipped = {"model": model.parameters()}
+            losses.append(update(loss, optimizer, scheduler, clipped, "the champion's loss")["loss"])
             last = step == s.steps - 1
             if (step + 1) % every == 0 or last:
                 recent = sum(losses[-every:]) / len(losses[-every:])

@@ -148,6 +148,7 @@ def train_quiet_star(
         watched += watch(model, tokenizer, validation, s, 0) if first == 0 else []
         bar = distributed.bar(range(first, s.steps), "quiet-star", initial=first, total=s.steps)
         for step in bar:
+            began = time.monotonic()
             drawn = draw_rollouts(model, tokenizer, problems, step, s, rng, generator)
             kept, diversity = keep_disputed(drawn, s, generator)
             mine = kept.rows(distributed.share(torch.arange(len(kept.ids))))
@@ -160,9 +161,9 @@ def train_quiet_star(
             if s.qk_clip_threshold:  # re-scoring has an attention of its own: the batch's texts are read once more
                 with watch_max_logits(model.lm) as optimizer.watch, torch.no_grad():
                     model.lm(input_ids=mine.ids, attention_mask=mine.mask)
-            clipped = (model.lm.parameters(), model.mixing_head.parameters())
-            value = update(loss, optimizer, scheduler, clipped, "the loss")
-            metrics = distributed.means(metrics) | {"step": step + 1, "loss": value, "diversity": diversity}
+            clipped = {"model": model.lm.parameters(), "head": model.mixing_head.parameters()}
+            taken = update(loss, optimizer, scheduler, clipped, "the loss")
+            metrics = distributed.means(metrics) | taken | {"step": step + 1, "diversity": diversity}
             if validates:
                 watched += watch(model, tokenizer, validation, s, step + 1)
                 name, score = validate(model, tokenizer, validation, s)
@@ -172,7 +173,7 @@ def train_quiet_star(
                 if not score < best["validation"]:
                     best.update(step=step + 1, validation=score, weights=[p.detach().clone() for p in trained])
             result.history.append(metrics)
-            saving.log(**metrics)
+            saving.log(**metrics, seconds=time.monotonic() - began)
             if validates:
                 _warn_if_tied(result.history[-s.evaluate_every :], s)
             saving.after(step + 1, parts, last=step == s.steps - 1)
