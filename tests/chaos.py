@@ -116,6 +116,7 @@ def run(training, folder: Path) -> None:
     with open(folder / "metrics.jsonl", "w") as metrics:
 
         def log(**line):
+            line.pop("seconds", None)  # the one number that a second run need not repeat
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from qs_lib.evaluation.episodes import Episode, Thought
-from qs_lib.viewing import doctor
+from qs_lib.viewing import doctor, rules
 
 POCKET = Path(__file__).resolve().parents[1] / "outputs" / "pocket"
 STEPS = 200
@@ -99,16 +99,16 @@ def test_each_planted_disease_is_named_and_no_other(name, seed):
 
 
 def test_every_rule_of_reinforcement_has_its_disease():
-    assert {rule.__name__.replace("_", " ") for rule in doctor.REINFORCEMENT_RULES} == {*DISEASES, "pace"}
+    assert {rule.__name__.replace("_", " ") for rule in rules.REINFORCEMENT_RULES} == {*DISEASES, "pace"}
 
 
 def test_the_pace_is_told_and_never_accused():
     rows = [{"step": n, "seconds": 30.0, "loss": 1.0} for n in range(1, 13)]
     rows[3]["validation_accuracy"], rows[11]["validation_accuracy"] = 0.5, 0.7
-    pace = doctor.pace(doctor.Course(rows))
+    pace = rules.pace(rules.Course(rows))
     assert pace == ("healthy", "+20.0 points of held-out accuracy in 4.0 minutes, +5 a minute")
     rows[5].pop("seconds")
-    assert doctor.pace(doctor.Course(rows))[0] == "unknown"
+    assert rules.pace(rules.Course(rows))[0] == "unknown"
 
 
 def test_a_part_without_gradient_is_named():
@@ -120,8 +120,8 @@ def test_a_part_without_gradient_is_named():
 def test_every_rule_is_in_the_table_of_the_documentation():
     table = (POCKET.parents[1] / "docs" / "METHODS.md").read_text("utf-8").partition("| rule | look | sick | why |")[2]
     named = {line.split("|")[1].partition("(")[0].strip() for line in table.splitlines()[2:] if line.startswith("|")}
-    rules = {*doctor.REINFORCEMENT_RULES, *doctor.BAKING_RULES, *doctor.PRETRAINING_RULES}
-    assert named == {rule.__name__.replace("_", " ") for rule in rules}
+    known = {*rules.REINFORCEMENT_RULES, *rules.BAKING_RULES, *rules.PRETRAINING_RULES}
+    assert named == {rule.__name__.replace("_", " ") for rule in known}
 
 
 @pytest.mark.parametrize(
