@@ -329,11 +329,11 @@ def accuracy_by_difficulty(problems: list[dict], before, after):
     return figure
 
 
-def attacks(reports: dict):
-    """Draw accuracy under each attack, one group of bars per named ``TheaterReport``, with 95 % intervals."""
+def attacks(accuracies: dict):
+    """Draw the accuracies of named models under each attack (``TheaterReport.accuracy``), with 95 % intervals."""
     figure, axis = new_figure(11, 3.8, dpi=100)
-    names = list(next(iter(reports.values())).accuracy)
-    shares = {label: [report.accuracy[n] for n in names] for label, report in reports.items()}
+    names = list(next(iter(accuracies.values())))
+    shares = {label: [own[n] for n in names] for label, own in accuracies.items()}
     _bars(axis, shares, [n.replace("_", "\n") for n in names])
     _finish(axis, xlabel="thoughts the model is given", ylabel="accuracy (share)", ylim=(0, 1.02))
     return figure
