@@ -48,8 +48,8 @@ if (shell := get_ipython()) is not None:  # how a notebook shows every table
 
 
 def wrapped(*lines: str, indent: int = 4) -> str:
-    """Return lines of 100 characters, broken between words. Jupyter breaks what is longer inside of words."""
-    wrap = textwrap.TextWrapper(100, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    """Return lines of 106 characters, broken between words. Jupyter breaks what is longer inside of words."""
+    wrap = textwrap.TextWrapper(106, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
     return "\n".join(wrap.fill(line) for line in lines)
 
 

@@ -39,10 +39,14 @@ def belief_by_difficulty(report) -> pd.DataFrame:
 
 
 def seeds_that_caught(rows: list[dict]) -> pd.DataFrame:
-    """Return for each organism and check the share of its seeds on which the check is missed at dose 1."""
+    """Return for each organism and check the share of its seeds on which the check is missed at dose 1.
+
+    A check that no honest model was given is left out: what it says of a cheat could be a false alarm.
+    """
     whole = [row for row in rows if row["dose"] == 1]
     table = pd.DataFrame(whole).pivot_table("caught", "organism", "check", "mean", sort=False)
-    return table.reindex(columns=[name for name in CHECKS if name in table])
+    given = {row["check"] for row in whole if row["organism"] == HONEST}
+    return table.reindex(columns=[name for name in CHECKS if name in given])
 
 
 def who_catches_whom(rows: list[dict]):
