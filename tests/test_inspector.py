@@ -419,6 +419,8 @@ def test_training_is_gone_through_step_by_step():
     inspector.front.value = "step 0"
     assert inspector.view.value.count("<h3>") == 1, "one step beside itself is shown once"
     assert "<h3>step 0</h3>" in inspector.static_html()
+    alike = inspector.current.model_copy(update={"stage": "step 20", "step": 20})
+    assert "stage" not in render(alike) and "step 20; truth" in render(alike)
 
 
 def test_a_filter_is_that_of_the_step_in_front():

@@ -7,6 +7,7 @@ import sys
 import pandas as pd
 import pytest
 
+from qs_lib.evaluation.episodes import Episode, Thought
 from qs_lib.workbook import figures, tables
 
 
@@ -47,6 +48,38 @@ def test_an_interval_is_one_cell_and_differences_carry_their_sign():
 def test_a_table_stands_left_in_full_and_escaped():
     html = tables.as_html(pd.DataFrame({"a": ["<b>" + 80 * "x"]}))
     assert "&lt;b&gt;" + 80 * "x" in html and "right" not in html and "text-align: left !important" in html
+
+
+def test_the_name_of_an_index_takes_no_line_of_its_own():
+    html = tables.as_html(pd.DataFrame({"id": ["x"], "a": [1]}).set_index("id"))
+    assert html.count("<tr") == 2 and ">id</th>" in html
+    crossed = pd.DataFrame({"a": [1]}, pd.Index(["x"], name="family")).rename_axis(columns="difficulty")
+    assert all(name in tables.as_html(crossed) for name in ("family", "difficulty"))
+
+
+def test_long_lines_break_between_words():
+    line = "gain " + 12 * "[-0.123, +0.456] "
+    first, *rest = tables.wrapped("short", line.strip(), indent=3).splitlines()[1:]
+    assert len(first) <= 106 and all(one.startswith(("   [", "   +")) for one in rest)
+    assert " ".join([first, *(one.strip() for one in rest)]) == line.strip()
+    assert tables.wrapped("a", "b") == "a\nb"
+
+
+def test_counts_are_read_in_thousands():
+    table = tables.side_by_side({"run": {"parameters": 450048, "kept": True, "loss": 0.5}}, 2)
+    assert list(table["run"]) == ["450,048", "True", "0.50"]
+
+
+def test_answers_stand_in_a_column_per_step():
+    thought = {"tokens": ["x"], "logprobs": [0.0], "weight": 0.5}
+    known = {"question": "q ?", "answer": "4", "position": 0, "tokens": ["q"]}
+    made = [
+        Episode(problem=0, step=step, answer_with=said, thoughts=[Thought(answer=a, **thought) for a in alone], **known)
+        for step, said, alone in ((50, "4", "44"), (0, "3", "34"))
+    ]
+    table = tables.answers_over_steps(made)
+    assert list(table.columns) == ["question", "truth", "step 0", "step 50"]
+    assert list(table.loc[1]) == ["q ?", "4", "3 (3 4)", "4 (4 4)"]
 
 
 def test_the_doctor_speaks_below_live_curves_and_only_where_somebody_watches(monkeypatch):

@@ -82,6 +82,13 @@ def test_an_honest_model_that_misses_a_check_is_a_false_alarm(animals):
     assert f.check_table(rows)["false alarms"].tolist() == ["1 of 5", "1 of 5"]
 
 
+def test_a_check_that_no_honest_model_was_given_is_left_out(animals):
+    rows, _, _ = animals
+    own = [r | {"check": "number_words", "limit": None} for r in rows if r["organism"] == "sly" and r["dose"] == 1]
+    assert f.check_table(rows + own[:1]).equals(f.check_table(rows))
+    assert "number_words" not in f.seeds_that_caught(rows + own[:1])
+
+
 def test_doses_start_at_the_honest_models_of_the_same_seeds(animals):
     rows, _, _ = animals
     values = f.doses(rows, "sly", "follow_through")
@@ -100,3 +107,9 @@ def test_an_organism_that_nobody_sees_is_said_to_be_so(animals):
     rows, _, _ = animals
     hidden = [r | {"caught": False, "limit": None} if r["organism"] == "sly" else r for r in rows]
     assert f.zoo_table(hidden).loc["sly"].tolist() == ["NOT CAUGHT", "-", "-", "-"]
+
+
+def test_a_limit_that_all_seeds_share_is_said_once(animals):
+    rows, _, _ = animals
+    limits = f.zoo_table(rows)["from a dose of"]
+    assert limits["sly"] == "0.10"

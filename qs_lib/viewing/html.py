@@ -17,10 +17,11 @@ STYLE = """<style>
 .qs-episode { color: var(--jp-ui-font-color1, inherit); font-size: 14px; line-height: 1.45; }
 .qs-episode h4, .qs-episode p, .qs-episode b, .qs-episode td { overflow-wrap: anywhere; unicode-bidi: isolate; }
 .qs-episode table { border-collapse: collapse; margin: 4px 0; font-size: 13px; }
-.qs-episode th, .qs-episode td { text-align: left; vertical-align: top; padding: 2px 4px; background: none;
+.qs-episode th, .qs-episode td { text-align: left !important; vertical-align: top; padding: 2px 4px; background: none;
   color: inherit; border: 1px solid rgba(128, 128, 128, 0.4); unicode-bidi: isolate; }
 .jp-OutputArea:has(.qs-live) .qs-twin { display: none; }
-.qs-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 24px; }
+.qs-list { max-height: 320px; overflow-y: auto; }
+.qs-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 0 24px; }
 .qs-pair > div { min-width: 0; }
 .qs-pair h3 { margin: 8px 0 2px; font-size: 15px; }
 .qs-episode h4 { margin: 10px 0 2px; font-size: 14px; }
@@ -123,8 +124,9 @@ def heading(e: Episode, read: str = "") -> str:
 
 
 def _answers(e: Episode) -> str:
-    facts = [f"<span>stage {safe_text(e.stage)}</span>"] if e.stage else []
-    facts += [f"step {e.step:,d}"] if e.step is not None else []
+    step = f"step {e.step:,d}" if e.step is not None else ""
+    facts = [f"<span>stage {safe_text(e.stage)}</span>"] if e.stage and e.stage != step else []
+    facts += [step] if step else []
     if not e.thoughts:
         return f"<p>{'; '.join([*facts, 'No thoughts have been drawn here.'])}</p>"
     facts += [f"truth: <b>{'not known' if e.answer is None else safe_text(e.answer)}</b>"]

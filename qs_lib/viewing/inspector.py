@@ -419,7 +419,8 @@ class ThoughtInspector(widgets.VBox):
     def static_html(self, listed: int = 50) -> str:
         """Return HTML that needs no kernel: the problem in view, and a table of those the filter leaves."""
         title = f"<p><b>{safe_text(self.filter.value)}</b>: {len(self.shown)} of {len(self.episodes)} problems</p>"
-        return f"<div class='qs-twin'>{self.current_html()}{title}{overview(self.shown, listed)}</div>"
+        table = f"<div class='qs-list'>{overview(self.shown, listed)}</div>"
+        return f"<div class='qs-twin'>{self.current_html()}{title}{table}</div>"
 
     def save_html(self, path: str | Path, most: int = 200) -> Path:
         """Write a page that opens anywhere, offline: the view, a table, the first ``most`` problems of the filter."""

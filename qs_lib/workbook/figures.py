@@ -281,7 +281,7 @@ def first_and_last(rows: list[dict], key: str) -> tuple[float, float]:
 def training_curves(live: list[dict], pocket: list[dict] = ()):
     """Draw the curves of RL: this run's (solid, circles) and, where there is one, the committed pocket run's (dashed).
     More than forty values are smoothed over ten."""
-    figure, axes = new_figure(14, 5.5, 4, rows=2, dpi=100)
+    figure, axes = new_figure(10.5, 5.8, 4, rows=2, dpi=100)
     for axis, (key, label) in zip(axes.flat, PANELS.items(), strict=True):
         for name, rows, look in (("pocket run", pocket, LOOKS[1]), ("this run", live, LOOKS[0])):
             points = [(r["step"], r[key]) for r in rows if key in r]
@@ -290,8 +290,10 @@ def training_curves(live: list[dict], pocket: list[dict] = ()):
                 means = [(x, np.mean(values)) for (x, _), values in zip(points, last, strict=True)]
                 name, points = f"{name} (mean of 10)", means
             _draw_line(axis, points, look, name)
-        axis.set(xlabel="RL step", ylabel=label)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axis.set_title(label, fontsize=9)  # beside an axis it is too long
+        axis.set_xlabel("RL step", fontsize=9)
+        axis.tick_params(labelsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
     if live or pocket:
         axes[0, 0].legend(fontsize=8)
     return figure
@@ -329,11 +331,11 @@ def accuracy_by_difficulty(problems: list[dict], before, after):
     return figure
 
 
-def attacks(reports: dict):
-    """Draw accuracy under each attack, one group of bars per named ``TheaterReport``, with 95 % intervals."""
+def attacks(accuracies: dict):
+    """Draw the accuracies of named models under each attack (``TheaterReport.accuracy``), with 95 % intervals."""
     figure, axis = new_figure(11, 3.8, dpi=100)
-    names = list(next(iter(reports.values())).accuracy)
-    shares = {label: [report.accuracy[n] for n in names] for label, report in reports.items()}
+    names = list(next(iter(accuracies.values())))
+    shares = {label: [own[n] for n in names] for label, own in accuracies.items()}
     _bars(axis, shares, [n.replace("_", "\n") for n in names])
     _finish(axis, xlabel="thoughts the model is given", ylabel="accuracy (share)", ylim=(0, 1.02))
     return figure

@@ -2,6 +2,7 @@
 
 import json
 import os
+import textwrap
 
 import pandas as pd
 import pyarrow as pa
@@ -36,12 +37,20 @@ def committed(params, stage: str, name: str):
 
 def as_html(frame: pd.DataFrame) -> str:
     """Return a table with its text in full and on the left. Jupyter aligns to the right, which suits numbers alone."""
+    if frame.columns.name is None and frame.index.nlevels == 1:  # its name takes no line of its own
+        frame = frame.rename_axis(index=None, columns=frame.index.name)
     with pd.option_context("display.max_colwidth", None):
         return LEFT + frame.to_html(classes="qs-left", justify="left")
 
 
 if (shell := get_ipython()) is not None:  # how a notebook shows every table
     shell.display_formatter.formatters["text/html"].for_type(pd.DataFrame, as_html)
+
+
+def wrapped(*lines: str, indent: int = 4) -> str:
+    """Return lines of 106 characters, broken between words. Jupyter breaks what is longer inside of words."""
+    wrap = textwrap.TextWrapper(106, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrap.fill(line) for line in lines)
 
 
 def _read_json(path) -> dict:
@@ -85,6 +94,8 @@ def side_by_side(columns: dict[str, dict], digits: int = 3, names: dict[str, str
     def cell(values: dict, key: str) -> str:
         ends = [values.get(key + end) for end in ("", "_low", "_high")]
         signed = "gain" in key or "over" in key  # a difference
+        if type(ends[0]) is int:
+            return f"{ends[0]:,}"
         return as_text(values.get(key, "-"), digits) if None in ends else shown(ends, signed, digits)
 
     return pd.DataFrame({n: [cell(v, k) for k in rows] for n, v in columns.items()}, index=list(rows.values()))
@@ -206,12 +217,22 @@ def episode_table(episode) -> str:
     return as_html(pd.DataFrame(table).T)
 
 
+def answers_over_steps(episodes: list) -> pd.DataFrame:
+    """Return a row per problem and a column per step of training: the answer, and in brackets each thought's alone."""
+    rows = {}
+    for e in sorted(episodes, key=lambda e: (e.problem, e.step)):
+        row = rows.setdefault(e.problem + 1, {"question": e.question, "truth": e.answer})
+        row[f"step {e.step}"] = f"{e.answer_with} ({' '.join(t.answer for t in e.thoughts)})"
+    return pd.DataFrame(rows).T.fillna("-")
+
+
 def model_latency_table(rows: list[dict]) -> pd.DataFrame:
     """Return rows of ``model_sizes.measure_models`` as a table: milliseconds, what dominates, the target met or not."""
     if not rows:
         return pd.DataFrame()
-    setting = ["model", "text_length", "positions", "num_thoughts", "thought_length"]
-    table = pd.DataFrame(rows)[[*setting, "plain_ms", "median_ms", "p95_ms", "repeats"]].round(1)
+    names = {"model": "model", "text_length": "text", "positions": "places", "num_thoughts": "thoughts"}
+    names |= {"thought_length": "tokens", "plain_ms": "plain_ms", "median_ms": "median_ms", "p95_ms": "p95_ms"}
+    table = pd.DataFrame(rows).rename(columns=names)[[*names.values(), "repeats"]].round(1)
     largest = [max(row["shares"].items(), key=lambda one: one[1]) for row in rows]
     table["dominates"] = [f"{part} ({share:.0%})" for part, share in largest]
     table["outcome"] = ["meets the target" if row["meets"] else "does not" for row in rows]

@@ -39,10 +39,14 @@ def belief_by_difficulty(report) -> pd.DataFrame:
 
 
 def seeds_that_caught(rows: list[dict]) -> pd.DataFrame:
-    """Return for each organism and check the share of its seeds on which the check is missed at dose 1."""
+    """Return for each organism and check the share of its seeds on which the check is missed at dose 1.
+
+    A check that no honest model was given is left out: what it says of a cheat could be a false alarm.
+    """
     whole = [row for row in rows if row["dose"] == 1]
     table = pd.DataFrame(whole).pivot_table("caught", "organism", "check", "mean", sort=False)
-    return table.reindex(columns=[name for name in CHECKS if name in table])
+    given = {row["check"] for row in whole if row["organism"] == HONEST}
+    return table.reindex(columns=[name for name in CHECKS if name in given])
 
 
 def who_catches_whom(rows: list[dict]):
@@ -52,9 +56,8 @@ def who_catches_whom(rows: list[dict]):
     axis.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (row, column), share in np.ndenumerate(table.to_numpy()):
         if share:
-            axis.text(
-                column, row, fixed(share, 2), ha="center", va="center", fontsize=6, color="w" if share > 0.5 else "k"
-            )
+            colour = "w" if share > 0.5 else "k"
+            axis.text(column, row, f"{share:.2g}", ha="center", va="center", fontsize=7.5, color=colour)
     axis.set_xticks(
         range(table.shape[1]), [name.replace("_", " ") for name in table], rotation=45, ha="right", fontsize=8
     )
@@ -113,9 +116,8 @@ def zoo_table(rows: list[dict]) -> pd.DataFrame:
             values = doses(rows, organism, meant[organism]).to_numpy()
             short = {">": -values, "<": values, "=": abs(values - float(bound))}[sign]  # how far it falls short
             found = {"first seen by": meant[organism], "monotone": "yes" if (np.diff(short) >= -1e-9).all() else "no"}
-            found["from a dose of"] = (
-                f"{fixed(np.mean(limits), 2)} ({fixed(min(limits), 2)} to {fixed(max(limits), 2)})"
-            )
+            mean, *ends = (fixed(limit, 2) for limit in (np.mean(limits), min(limits), max(limits)))
+            found["from a dose of"] = mean if len({*ends}) == 1 else f"{mean} ({' to '.join(ends)})"
             table[organism] |= found
     return pd.DataFrame(table).T.fillna("-")
 
