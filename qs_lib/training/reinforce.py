@@ -61,6 +61,8 @@ class QuietStarSettings(Settings):
     objective: Literal["signed", "positive", "paper"] = "positive"  # advantages used, see `advantages`
     think_at: Literal["question", "difficult", "uncertain", "random", "every"] = "question"  # see `think_where`
     num_positions: int = Field(8, ge=1)  # difficult, uncertain or random tokens per text
+    text_share: float = Field(0.0, ge=0, lt=1)  # share of a step's texts that are whole ones with thoughts inside
+    text_at: Literal["difficult", "uncertain", "random", "every"] = "random"  # where in these, see `think_where`
     adaptive_length: bool = False  # thoughts of a fifth of the text's tokens, 10 to 20, at most thought_length
     pg_weight: float = Field(1.0, ge=0)  # weight of the REINFORCE term
     nll_weight: float = Field(0.5, ge=0)  # weight of the mixture's negative log-likelihood
@@ -73,6 +75,12 @@ class QuietStarSettings(Settings):
     evaluate_every: int = Field(50, ge=1)  # steps between validations
     seed: int = Field(0, ge=0, lt=2**32)  # every random draw derives from it
     _rates_move = model_validator(mode="after")(rates_move)
+
+    @property
+    def inside(self) -> "QuietStarSettings":
+        """The settings of the whole texts of a step (``text_share``)."""
+        texts = max(1, round(self.text_share * self.batch_size))
+        return self.but(think_at=self.text_at, batch_size=texts, over=1, text_share=0.0)
 
 
 @dataclass
@@ -109,7 +117,7 @@ class Rollouts(NamedTuple):
 
 # Its documentation makes it longer than sixty lines: the loop stays in one piece, to be read as the algorithm.
 def train_quiet_star(
-    model, tokenizer, problems, validation, settings: QuietStarSettings | None = None, checkpoint=None, **changed
+    model, tokenizer, problems, validation, settings: QuietStarSettings | None = None, checkpoint=None, texts=(), **changed
 ) -> TrainingResult:
     """Train a :class:`QuietStarForCausalLM` in place. The weights that did best on validation are kept.
 
@@ -131,6 +139,7 @@ def train_quiet_star(
     problems, validation = list(problems), list(validation)
     if not problems or not validation:
         raise WorkbookError("training needs at least one training and one validation problem")
+    texts = list(texts) or problems
     problems = within_band(model, tokenizer, problems, s)
     started, rng, generator = time.monotonic(), random.Random(s.seed), torch.Generator().manual_seed(s.seed)
     result, episodes, watched, best = TrainingResult(), [], [], {"step": 0, "validation": float("nan")}
@@ -154,6 +163,11 @@ def train_quiet_star(
             mine = kept.rows(distributed.share(torch.arange(len(kept.ids))))
             with torch.autocast(model.device.type, torch.bfloat16, enabled=s.bf16):
                 loss, metrics, credit = quiet_star_loss(model, reference, tokenizer, *mine[1:], s)
+            if s.text_share:
+                inside = draw_rollouts(model, tokenizer, texts, step, s.inside, rng, generator)
+                other, found, _ = quiet_star_loss(model, reference, tokenizer, *inside[1:], s.inside)
+                loss = (1 - s.text_share) * loss + s.text_share * other
+                metrics |= {f"text_{name}": value for name, value in found.items()}
             validates = (step + 1) % s.evaluate_every == 0 or step == s.steps - 1
             if validates and loss.isfinite():
                 found = first_groups(model, tokenizer, mine, credit, s, f"step {step + 1}")
@@ -162,6 +176,7 @@ def train_quiet_star(
                 with watch_max_logits(model.lm) as optimizer.watch, torch.no_grad():
                     model.lm(input_ids=mine.ids, attention_mask=mine.mask)
             clipped = {"model": model.lm.parameters(), "head": model.mixing_head.parameters()}
+            clipped["gain_head"] = model.gain_head.parameters()
             taken = update(loss, optimizer, scheduler, clipped, "the loss")
             metrics = distributed.means(metrics) | taken | {"step": step + 1, "diversity": diversity}
             if validates:
@@ -221,7 +236,8 @@ def prepared(model, lm, tokenizer, s: QuietStarSettings):
     whole = lm if s.head_lr else model
     optimizer = MuonGrokfast(whole, **rates, **tokens, muon=s.muon, qk_clip_threshold=s.qk_clip_threshold or None)
     if s.head_lr:
-        head = [(f"mixing_head.{name}", p) for name, p in model.mixing_head.named_parameters()]
+        heads = {"mixing_head": model.mixing_head, "gain_head": model.gain_head}
+        head = [(f"{name}.{part}", p) for name, module in heads.items() for part, p in module.named_parameters()]
         optimizer.add_param_group({"name": "adamw", "params": head, "lr": s.head_lr})
     model.eval()
     return reference, optimizer
@@ -337,7 +353,11 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
     loss = s.pg_weight * reinforce + s.nll_weight * nll
     if s.thought_nll_weight:
         loss = loss + s.thought_nll_weight * alone
-    parts = {"reward": rewards.mean(), "nll": nll, "thought_nll": alone, "correct": correct.mean()}
+    told = scored.base_logprobs[there][:, 0]
+    gains = (model.mix_truth(scored, weights)[there][:, 0] - told).detach().clamp(REWARD_FLOOR, -REWARD_FLOOR)
+    guess = model.expected_gain(scored.base_hidden[there][:, 0].detach())
+    loss = loss + torch.nn.functional.huber_loss(guess, gains)  # of the gain head alone
+    parts = {"reward": rewards.mean(), "gain": gains.mean(), "nll": nll, "thought_nll": alone, "correct": correct.mean()}
     parts |= {"no_thought_weight": weights[there][:, 0, 0].mean(), "length": thoughts.lengths[there].float().mean()}
     parts["entropy"] = scored.thought_entropy.sum() / thoughts.sampled.sum().clamp_min(1)
     parts["tied"] = (rewards.amax(-1) - rewards.amin(-1) < 1e-4).float().mean()
