@@ -12,10 +12,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
-from .data.batches import highest
 from .data.tokens import thinking_ids
 from .errors import ParameterError, WorkbookError, at_least
-from .mixing import MixingHead, ZeroLinear, mix_hidden, mix_log_probs
+from .mixing import GainHead, MixingHead, ZeroLinear, mix_hidden, mix_log_probs
 from .settings import unknown_name
 from .thoughts.attention import LanguageHead, backbone
 from .thoughts.fallback import check_room, masked_states, new_cache, padded_states
@@ -77,8 +76,7 @@ class QuietStarConfig(PreTrainedConfig):
 
 
 class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
-    """Think before predicting. ``lm`` is the wrapped causal language model, ``mixing_head`` weighs its thoughts, and
-    ``gain_head`` guesses before any is drawn what it would gain.
+    """Think before predicting. ``lm`` is the wrapped language model, ``mixing_head`` weighs thoughts (``gain_head``: guesses).
 
     ``forward`` returns next-token logits. With ``think=False`` they are the wrapped model's. Else they are, at each
     position kept by ``logits_to_keep`` (all if 0), log-probs mixed from ``num_thoughts`` thoughts drawn there and the
@@ -99,8 +97,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: QuietStarConfig, lm=None):
         super().__init__(config)
         self.lm = lm if lm is not None else AutoModelForCausalLM.from_config(config.text_config)
-        width = LanguageHead(self.lm).width
-        self.mixing_head, self.gain_head = MixingHead(width), ZeroLinear(width, 1)
+        self.mixing_head, self.gain_head = (head(LanguageHead(self.lm).width) for head in (MixingHead, GainHead))
         self.post_init()
 
     @classmethod
@@ -269,21 +266,6 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             name = type(self.lm).__name__
             raise WorkbookError(f"{name} cannot read on from a {type(cache).__name__}() exactly: use a ThinkingCache")
         return masked_states(base, input_ids, attention_mask, position_ids, cache)
-
-    def expected_gain(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what a thought is expected to gain at the next token, in nats (...), from last hidden states (...,
-        hidden) without one. Thinking with ``think_at`` trains it on gains that were measured.
-        """
-        return self.gain_head(hidden.to(self.gain_head.weight.dtype)).squeeze(-1)
-
-    @torch.no_grad()
-    def places_to_think(self, input_ids, attention_mask=None, count: int = 8) -> torch.LongTensor:
-        """Return the ``count`` positions (batch, count), in order, at which a thought is expected to gain most.
-
-        Nothing is drawn for it, and no later token is read. Rows with fewer positions are filled with -1.
-        """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return highest(self.expected_gain(self.read(input_ids, mask))[:, :-1], mask, count)
 
     def branch_weights(self, base, thought, weights: str = "head") -> torch.Tensor:
         """Return weights (..., 1 + K) from hidden states base (..., hidden) and thought (..., K, hidden).
