@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..champion import load_champion
 from ..data.batches import text_of
 from ..data.pocket import stories
 from ..data.strategies import body, reply
@@ -135,13 +136,15 @@ def anywhere(run: Path, folder: Path, seeds) -> None:
     def once(settings: dict, seed: int, checkpoint) -> dict:
         model, tokenizer, data = _load(run, START)
         result = train_anywhere(model, tokenizer, data, settings, seed, checkpoint)
+        model.save_pretrained(folder / ".anywhere" / f"{settings['objective']}-{seed}")
         before, _ = baseline(run, START, settings["thought_length"], seed)
         after, _ = measured(model, tokenizer, data, "head", settings["thought_length"], seed)
         row = {"accuracy": after.mixed.mean(), "baseline": before.mixed.mean()}
         row |= named("gain", interval(after.mixed - before.mixed)) | {"training_seconds": result.seconds}
         numbers, kept = measured_anywhere(model, tokenizer, data, seed)
         scale = fit_scale(model, tokenizer, data["validation"][:240], **BUDGET, seed=seed)
-        given = {"scale": scale, "training": data["train"] + data["validation"], "seed": seed}
+        given = {"scale": scale, "training": data["train"] + data["validation"], "before": _load(run, START)[0]}
+        given |= {"reader": load_champion(str(run / "01_token_setup" / "champion"))[0], "seed": seed}
         report = anti_theater(model, tokenizer, data["test"][:240], **BUDGET, **given, max_new_tokens=6)
         row |= {"checks": len(report.checks), "checks_reached": len(report.checks) - len(report.missed)}
         if seed == min(seeds) and settings == arms["ours"]:
