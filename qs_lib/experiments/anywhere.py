@@ -11,7 +11,14 @@ from ..data.batches import text_of
 from ..data.pocket import stories
 from ..data.strategies import body, reply
 from ..data.tokens import encode, encode_context, encode_marked
-from ..evaluation.likelihood import log_likelihood_gain, plain_log_likelihood, text_log_likelihood, with_temperature
+from ..evaluation.accuracy import longest_answer
+from ..evaluation.likelihood import (
+    CONTROLS,
+    log_likelihood_gain,
+    plain_log_likelihood,
+    text_log_likelihood,
+    with_temperature,
+)
 from ..evaluation.theater import anti_theater, fit_scale
 from ..evaluation.where import area_under_curve, chosen, foreseen, gain_by_share
 from ..files import write_bytes
@@ -21,12 +28,13 @@ from ..training.imitation import imitate
 from ..training.reinforce import QuietStarSettings, RunningText, train_quiet_star
 from ..workbook.stage import read_stage, stage_digest
 from .arms import repeat
-from .reinforcement import TRAINED_WITH, _load, baseline, measured, rl_recipe
+from .reinforcement import TRAINED_WITH, baseline, loaded, measured, rl_recipe
 
 START = "03_baking/baked"
 OBJECTIVES = {"ours": {}, "rlp": {"objective": "rlp", "kl_coefficient": 0.0, "base_kl": 0.0}}
 RECIPE = {"num_positions": 8, "steps": 80, "over": 2, "head_lr": 0.01, "evaluate_every": 40}
 STORIES = 3000  # that are read in training
+ATTACKED = 240  # questions that anti-theater attacks
 TESTED = 120  # texts of each kind that are measured, at every token
 LESSONS = BakingSettings(epochs=1, batch_size=32, muon_lr=6e-3, adamw_lr=2e-3)
 KINDS = ("stories", "answers", "solutions")
@@ -101,7 +109,7 @@ def measured_anywhere(model, tokenizer, data: dict, seed: int) -> tuple[dict, di
     row, kept = {}, {}
     for kind in KINDS:
         scores, guesses, texts = text_gains(model, tokenizer, data, kind, seed)
-        for control in ("without", "temperature", "foreign", "filler"):
+        for control in CONTROLS:
             found = log_likelihood_gain(scores, control=control)
             row |= named(f"{kind}_over_{control}", found["all"])
             row |= named(f"{kind}_over_{control}_hardest", found["hardest"])
@@ -131,43 +139,55 @@ def example(tokenizer, text, at: int, scores: dict, guesses: dict) -> dict:
 
 
 def anywhere(run: Path, folder: Path, seeds) -> None:
-    """Train questions and running text together, ours and RLP's objective, and write ``anywhere.csv``, a row a run."""
+    """Train questions and running text together, ours and RLP's objective, and write ``anywhere.csv``, a row a run.
+
+    The first seed's stories go to ``anywhere.json``, models to ``.anywhere``, and the scoreboard's two numbers beside.
+    """
 
     def once(settings: dict, seed: int, checkpoint) -> dict:
-        model, tokenizer, data = _load(run, START)
-        result = train_anywhere(model, tokenizer, data, settings, seed, checkpoint)
-        model.save_pretrained(folder / ".anywhere" / f"{settings['objective']}-{seed}")
-        before, _ = baseline(run, START, settings["thought_length"], seed)
-        after, _ = measured(model, tokenizer, data, "head", settings["thought_length"], seed)
-        row = {"accuracy": after.mixed.mean(), "baseline": before.mixed.mean()}
-        row |= named("gain", interval(after.mixed - before.mixed)) | {"training_seconds": result.seconds}
-        numbers, kept = measured_anywhere(model, tokenizer, data, seed)
-        scale = fit_scale(model, tokenizer, data["validation"][:240], **BUDGET, seed=seed)
-        given = {"scale": scale, "training": data["train"] + data["validation"], "before": _load(run, START)[0]}
-        given |= {"reader": load_champion(str(run / "01_token_setup" / "champion"))[0], "seed": seed}
-        report = anti_theater(model, tokenizer, data["test"][:240], **BUDGET, **given, max_new_tokens=6)
-        row |= {"checks": len(report.checks), "checks_reached": len(report.checks) - len(report.missed)}
-        if seed == min(seeds) and settings == arms["ours"]:
+        row, kept = trained_and_measured(run, folder, settings, seed, checkpoint)
+        if (settings, seed) == (arms["ours"], seeds[0]):
             write_bytes(folder / "anywhere.json", (json.dumps(kept) + "\n").encode())
-        rounded = {
-            k: [round(float(x), 5) for x in v] if isinstance(v, list) else round(float(v), 5)
-            for k, v in (row | numbers).items()
-        }
-        rounded["text_gains"] = [round(h["text_gain"], 4) for h in result.history]
-        return rounded | {
-            "missed": " ".join(report.missed),
-            "data": stage_digest(read_stage(run / "03_baking")[0])[:12],
-        }
+        return row
 
     arms = {name: rl_recipe() | RECIPE | changed for name, changed in OBJECTIVES.items()}
     rows = repeat(folder / "anywhere.csv", arms, seeds, once, TRAINED_WITH)
     ours = [row for row in rows if row["arm"] == "ours"]
-    if len(ours) < 2:
-        return
-    held = [min(row["stories_over_without"], row["answers_over_without"]) for row in ours]
-    controls = ("without", "temperature", "foreign", "filler")
-    hard = [min(row[f"stories_over_{control}_hardest"] for control in controls) for row in ours]
-    for name, values in (("anywhere_nll", held), ("hard_nll", hard)):
-        value, low, high = seed_interval(values)
-        record = {"value": value, "low": low, "high": high, "seeds": len(values), "command": "make evidence X=anywhere"}
-        write_bytes(folder / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
+    worst = {
+        "anywhere_nll": [min(row[f"{kind}_over_without"] for kind in ("stories", "answers")) for row in ours],
+        "hard_nll": [min(row[f"stories_over_{control}_hardest"] for control in CONTROLS) for row in ours],
+    }
+    for name, values in worst.items():
+        if len(values) > 1:
+            value, low, high = seed_interval(values)
+            record = {"value": value, "low": low, "high": high, "seeds": len(values)}
+            record["command"] = "make evidence X=anywhere"
+            write_bytes(folder / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
+
+
+def trained_and_measured(run: Path, folder: Path, settings: dict, seed: int, checkpoint) -> tuple[dict, dict]:
+    """Train once from the run's baked model. Return a row's numbers, and what ``measured_anywhere`` keeps."""
+    model, tokenizer, data = loaded(run, START)
+    result = train_anywhere(model, tokenizer, data, settings, seed, checkpoint)
+    model.save_pretrained(folder / ".anywhere" / f"{settings['objective']}-{seed}")
+    before, _ = baseline(run, START, settings["thought_length"], seed)
+    after, _ = measured(model, tokenizer, data, "head", settings["thought_length"], seed)
+    row = {"accuracy": after.mixed.mean(), "baseline": before.mixed.mean()}
+    row |= named("gain", interval(after.mixed - before.mixed)) | {"training_seconds": result.seconds}
+    numbers, kept = measured_anywhere(model, tokenizer, data, seed)
+    row = {k: [round(float(x), 5) for x in np.atleast_1d(v)] for k, v in (row | numbers).items()}
+    row = {k: v if k.endswith("_shares") else v[0] for k, v in row.items()}
+    report = theater_report(run, model, tokenizer, data, seed)
+    row |= {"checks": len(report.checks), "checks_reached": len(report.checks) - len(report.missed)}
+    row |= {"missed": " ".join(report.missed), "text_gains": [round(h["text_gain"], 4) for h in result.history]}
+    return row | {"data": stage_digest(read_stage(run / "03_baking")[0])[:12]}, kept
+
+
+def theater_report(run: Path, model, tokenizer, data: dict, seed: int):
+    """Return the ``TheaterReport`` of a model, with the baked one before it and the champion as its reader."""
+    before, reader = loaded(run, START)[0], load_champion(str(run / "01_token_setup" / "champion"))[0]
+    scale = fit_scale(model, tokenizer, data["validation"][:ATTACKED], **BUDGET, seed=seed)
+    known = {"scale": scale, "training": data["train"] + data["validation"], "before": before, "reader": reader}
+    test = data["test"][:ATTACKED]
+    longest = longest_answer(tokenizer, test)
+    return anti_theater(model, tokenizer, test, **BUDGET, **known, seed=seed, max_new_tokens=longest)

@@ -14,7 +14,7 @@ GUESSES = {
     "entropy": "entropy of the plain prediction",
     "rule": "a fixed rule: after `has`",
 }
-CONTROLS = {
+LABELS = {
     "without": "the plain prediction",
     "temperature": "one fitted temperature",
     "foreign": "another text's thoughts",
@@ -29,7 +29,7 @@ def over_controls(rows: list[dict], arm: str = "ours") -> pd.DataFrame:
     The last columns hold the tenth of tokens that the plain model finds hardest.
     """
     mine, table = [row for row in rows if row["arm"] == arm], {}
-    for control, label in CONTROLS.items():
+    for control, label in LABELS.items():
         table[label] = {}
         for part, suffix in (("", ""), (", hardest tenth", "_hardest")):
             for kind in ("stories", "answers", "solutions"):
@@ -69,7 +69,7 @@ def areas(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(table).rename_axis("area under the curve")
 
 
-def pace(rows: list[dict]) -> pd.DataFrame:
+def objectives(rows: list[dict]) -> pd.DataFrame:
     """Return for each arm what it ends at, and its gain on stories for a thousand steps and for an hour of training."""
     table = {}
     for arm in dict.fromkeys(row["arm"] for row in rows):
