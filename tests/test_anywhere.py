@@ -1,5 +1,6 @@
 """Thoughts inside running text: the stories, where a thought pays, and one training for questions and texts."""
 
+import json
 import re
 
 import numpy as np
@@ -15,6 +16,7 @@ from qs_lib.experiments import anywhere
 from qs_lib.thoughts.generate import generate_thoughts
 from qs_lib.thoughts.rescore import rescore_thoughts
 from qs_lib.training import reinforce as r
+from qs_lib.workbook import anywhere_figures as figures
 
 TOLD = pocket.stories("train", 60)
 CHANGES = {**dict.fromkeys(pocket.GAINS, 1), **dict.fromkeys(pocket.LOSSES, -1)}
@@ -212,3 +214,48 @@ def test_a_story_is_kept_token_by_token():
     words = encode(tokenizer, *texts[1]).ids
     assert kept["words"] == tokenizer.convert_ids_to_tokens(words)[2:]
     assert len(kept["plain"]) == len(kept["gain"]) == len(words) - 2 and sum(kept["thinks"]) == round(len(words) / 10)
+
+
+def row(arm: str, seed: int, gain: float) -> dict:
+    kinds = [
+        f"{kind}_over_{control}{part}"
+        for kind in anywhere.KINDS
+        for control in figures.LABELS
+        for part in ("", "_hardest")
+    ]
+    numbers = dict.fromkeys(kinds, gain) | {f"{guess}_area": 0.9 for guess in figures.GUESSES}
+    numbers |= {f"{guess}_shares": [gain * share for share in where.SHARES] for guess in figures.GUESSES}
+    about = {"arm": arm, "seed": seed, "settings": {"steps": 50}, "training_seconds": 1800.0, "gain": 0.1}
+    return about | numbers | {"checks": 20.0, "checks_reached": 19.0}
+
+
+def test_tables_say_what_the_rows_say():
+    rows = [row("ours", 0, 0.04), row("ours", 1, 0.06), row("rlp", 0, 0.01), row("rlp", 1, 0.01)]
+    table = figures.over_controls(rows)
+    # mean .05, standard error .01, Student's t of one degree of freedom 12.706
+    assert table.loc["stories", "the plain prediction"] == "+0.050 [-0.077, +0.177]" and table.shape == (6, 4)
+    beside = figures.objectives(rows)
+    assert beside.loc["the same for 1,000 steps", "rlp"].startswith("+0.200")
+    assert beside.loc["the same for an hour", "rlp"].startswith("+0.020")
+    assert beside.loc["theater checks reached", "ours"] == "19/20 19/20"
+    assert figures.areas(rows).loc["the gain head", "ours"] == "0.900 [0.900, 0.900]"
+    lines = figures.where_it_pays(rows).axes[0].lines
+    assert lines[0].get_ydata()[-1] == pytest.approx(0.05) and lines[-1].get_ydata()[-1] == pytest.approx(0.05)
+
+
+def test_a_story_on_the_screen_is_only_text():
+    story = {"words": ["<script>", "20"], "plain": [-9.0, 0.0], "gain": [0.0, 1.26], "thinks": [False, True]}
+    shown = figures.story_html(story)
+    assert "<script>" not in shown and "&lt;script&gt;" in shown
+    assert ",1.00)" in shown and "<sub>+1.3</sub>" in shown and shown.count("border:2px") == 1
+
+
+def test_the_scoreboards_numbers_are_the_worst_of_each_seed(monkeypatch, tmp_path):
+    rows = [row("ours", 0, 0.04) | {"solutions_over_without": -0.02}, row("ours", 1, 0.06), row("rlp", 0, -9.0)]
+    monkeypatch.setattr(anywhere, "repeat", lambda *_: rows)
+    anywhere.anywhere(tmp_path, tmp_path, [0, 1])
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("anywhere_nll", "hard_nll")}
+    assert found["anywhere_nll"]["value"] == pytest.approx((-0.02 + 0.06) / 2) and found["anywhere_nll"]["seeds"] == 2
+    assert (
+        found["hard_nll"]["value"] == pytest.approx(0.05) and found["hard_nll"]["command"] == "make evidence X=anywhere"
+    )

@@ -141,7 +141,8 @@ def example(tokenizer, text, at: int, scores: dict, guesses: dict) -> dict:
 def anywhere(run: Path, folder: Path, seeds) -> None:
     """Train questions and running text together, ours and RLP's objective, and write ``anywhere.csv``, a row a run.
 
-    The first seed's stories go to ``anywhere.json``, models to ``.anywhere``, and the scoreboard's two numbers beside.
+    The first seed's stories go to ``anywhere.json``, models to ``.anywhere``, and the scoreboard's two numbers beside:
+    each is the worst of the kinds of text, or of the controls.
     """
 
     def once(settings: dict, seed: int, checkpoint) -> dict:
@@ -154,7 +155,7 @@ def anywhere(run: Path, folder: Path, seeds) -> None:
     rows = repeat(folder / "anywhere.csv", arms, seeds, once, TRAINED_WITH)
     ours = [row for row in rows if row["arm"] == "ours"]
     worst = {
-        "anywhere_nll": [min(row[f"{kind}_over_without"] for kind in ("stories", "answers")) for row in ours],
+        "anywhere_nll": [min(row[f"{kind}_over_without"] for kind in KINDS) for row in ours],
         "hard_nll": [min(row[f"stories_over_{control}_hardest"] for control in CONTROLS) for row in ours],
     }
     for name, values in worst.items():
