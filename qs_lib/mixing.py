@@ -45,6 +45,19 @@ class ZeroLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
+class GainHead(ZeroLinear):
+    """Guess, before any thought is drawn, what thinking gains at the next token, in nats. It starts at 0.
+
+    ``forward``: last hidden states without a thought (..., hidden) -> (...). It learns from gains that were measured.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, 1)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden.to(self.weight.dtype)).squeeze(-1)
+
+
 def mix_log_probs(weights: torch.Tensor, base: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
     """Return log sum_k w_k p_k, the log of the weighted mean of probabilities, computed in log space.
 

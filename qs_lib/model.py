@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple
 
 from .data.tokens import thinking_ids
 from .errors import ParameterError, WorkbookError, at_least
-from .mixing import MixingHead, ZeroLinear, mix_hidden, mix_log_probs
+from .mixing import GainHead, MixingHead, ZeroLinear, mix_hidden, mix_log_probs
 from .settings import unknown_name
 from .thoughts.attention import LanguageHead, backbone
 from .thoughts.fallback import check_room, masked_states, new_cache, padded_states
@@ -76,7 +76,7 @@ class QuietStarConfig(PreTrainedConfig):
 
 
 class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
-    """Think before predicting. ``lm`` is the wrapped causal language model, ``mixing_head`` weighs its thoughts.
+    """Think before predicting. ``lm`` is the wrapped language model, ``mixing_head`` weighs thoughts (``gain_head``: guesses).
 
     ``forward`` returns next-token logits. With ``think=False`` they are the wrapped model's. Else they are, at each
     position kept by ``logits_to_keep`` (all if 0), log-probs mixed from ``num_thoughts`` thoughts drawn there and the
@@ -91,12 +91,13 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _tied_weights_keys = {}
-    _keep_in_fp32_modules_strict = ["mixing_head"]
+    _keep_in_fp32_modules_strict = ["mixing_head", "gain_head"]
+    _keys_to_ignore_on_load_missing = [r"gain_head\."]  # models of before had none: at zero it expects no gain
 
     def __init__(self, config: QuietStarConfig, lm=None):
         super().__init__(config)
         self.lm = lm if lm is not None else AutoModelForCausalLM.from_config(config.text_config)
-        self.mixing_head = MixingHead(LanguageHead(self.lm).width)
+        self.mixing_head, self.gain_head = (head(LanguageHead(self.lm).width) for head in (MixingHead, GainHead))
         self.post_init()
 
     @classmethod
@@ -127,7 +128,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             **settings,
         )
         model = cls(config, lm=lm)
-        model.mixing_head.to(lm.device)
+        model.mixing_head.to(lm.device), model.gain_head.to(lm.device)
         return model.eval()
 
     @property

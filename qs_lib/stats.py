@@ -39,7 +39,7 @@ def correlation(x, y, seed: int = 0, resamples: int = 1000, within: bool = False
     x, y = np.asarray(x, float), np.asarray(y, float)
     if within:
         x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
-    return pearson(x, y), *_middle([pearson(x[i], y[i]) for i in _resampled(len(x), seed, resamples)])
+    return pearson(x, y), *_middle([pearson(x[i], y[i]) for i in resampled(len(x), seed, resamples)])
 
 
 def reliability(score, right, bins: int = 10, seed: int = 0, resamples: int = 1000) -> Reliability:
@@ -57,7 +57,7 @@ def reliability(score, right, bins: int = 10, seed: int = 0, resamples: int = 10
     both = (right[:, :, None] > right[:, None, :]).astype(float)  # pairs of a right and a wrong thought
     gap = score[:, :, None] - score[:, None, :]
     wins, pairs = (both * ((gap > 0) + 0.5 * (gap == 0))).sum((1, 2)), both.sum((1, 2))  # (problems,)
-    times = np.stack([np.bincount(i, minlength=len(score)) for i in _resampled(len(score), seed, resamples)])
+    times = np.stack([np.bincount(i, minlength=len(score)) for i in resampled(len(score), seed, resamples)])
     count, total, hits = times @ sums  # each (resamples, bins)
     errors = np.abs(total - hits).sum(1) / score.size
     with np.errstate(invalid="ignore"):
@@ -85,7 +85,8 @@ def votes(weights, answers: list[list[str]]) -> np.ndarray:
     return np.minimum((agree * np.asarray(weights, float)[:, None]).sum(-1), 1.0)
 
 
-def _resampled(problems: int, seed: int, resamples: int) -> np.ndarray:
+def resampled(problems: int, seed: int, resamples: int) -> np.ndarray:
+    """Return indices (resamples, problems) of bootstraps over problems."""
     return np.random.default_rng(seed).integers(0, problems, (resamples, problems))
 
 
@@ -102,7 +103,7 @@ def interval(values, seed: int = 0, resamples: int = 2000) -> Interval:
     """
     values = np.asarray(values, dtype=float)
     values = values.reshape(len(values), -1).mean(1)
-    means = values[_resampled(len(values), seed, resamples)].mean(1)
+    means = values[resampled(len(values), seed, resamples)].mean(1)
     ends = ((1 - 0.95) / 2, 0.975)  # not quite 0.025: committed numbers are to the bit
     return float(values.mean()), *_middle(means, ends)
 

@@ -41,6 +41,7 @@ def trained(champion, ranks=(2, 3), **settings):
     settings = {"num_thoughts": 3, "thought_length": 6, "n_true": 2, "thought_temperature": 0.7} | settings
     model = qs.QuietStarForCausalLM.from_base(lm, tokenizer, **settings)
     torch.nn.init.constant_(model.mixing_head.gate.bias, 0.4)
+    torch.nn.init.constant_(model.gain_head.weight, 0.25)
     torch.nn.init.normal_(model.mixing_head.score.weight, generator=torch.Generator().manual_seed(0))
     return model, tokenizer
 
@@ -64,6 +65,7 @@ def test_a_run_comes_back_as_it_was_trained(champion, tmp_path):
     assert (found - expected).abs().max() < 0.01 * (before - expected).abs().max()
     for name, weight in model.lm.named_parameters():
         assert (again.lm.get_parameter(name) - weight).norm() <= 0.006 * weight.norm(), name
+    assert torch.equal(again.gain_head.weight, model.gain_head.weight)
     for name, weight in model.mixing_head.state_dict().items():
         assert torch.equal(again.mixing_head.state_dict()[name], weight.bfloat16().float()), name
     assert again.config.to_dict() == model.config.to_dict() and not again.training

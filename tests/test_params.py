@@ -212,7 +212,7 @@ def test_the_trainings_of_python_are_those_of_the_notebooks():
     """``qs.train_quiet_star(...)`` and ``qs.bake(...)`` take their defaults from the same classes."""
     assert QuietStarSettings().objective == "positive" == NOTEBOOKS["05_rl"].model_fields["objective"].default
     for training in (qs.train_quiet_star, qs.bake):
-        own = {"settings", "checkpoint", "optimizer", "on_epoch", "prompts", "changed"}
+        own = {"settings", "checkpoint", "optimizer", "on_epoch", "prompts", "running", "changed"}
         optional = {n for n, p in inspect.signature(training).parameters.items() if p.default is not p.empty}
         assert optional <= own and len(inspect.signature(training).parameters) <= 11
 

@@ -21,6 +21,7 @@ from qs_lib.thoughts.attention import recompute_layers
 from qs_lib.thoughts.generate import generate_thoughts
 from qs_lib.thoughts.rescore import rescore_thoughts
 from qs_lib.training import reinforce as r
+from qs_lib.training import watching
 from qs_lib.training.baking import BakingSettings
 from qs_lib.training.checkpoint import Checkpoint
 from qs_lib.training.loop import add_adapter
@@ -778,8 +779,8 @@ def test_watching_held_out_problems_changes_no_bit_of_the_training(where, monkey
     (seen, weights, drawn), (unseen, same, also) = runs
     assert seen.history == unseen.history and seen.episodes == unseen.episodes and drawn[0] == also[0]
     assert all(torch.equal(value, same[name]) for name, value in weights.items())
-    assert unseen.watched == [] and [e.step for e in seen.watched[:: r.RECORDED]] == [0, 2, 4, 5]
-    for n in range(r.RECORDED):
+    assert unseen.watched == [] and [e.step for e in seen.watched[:: watching.RECORDED]] == [0, 2, 4, 5]
+    for n in range(watching.RECORDED):
         own = [e for e in seen.watched if e.problem == n]
         assert {(e.question, e.answer) for e in own} == {tuple(held_out[n][k] for k in ("question", "answer"))}
         assert len({e.position for e in own}) == 1 and all(e.position == len(e.tokens) - 1 for e in own)
@@ -812,4 +813,4 @@ def test_a_stopped_training_goes_on_watching(tmp_path):
             )
         except InterruptedError:
             assert stop
-    assert found[0].watched == found[1].watched and len(found[0].watched) == 4 * r.RECORDED
+    assert found[0].watched == found[1].watched and len(found[0].watched) == 4 * watching.RECORDED

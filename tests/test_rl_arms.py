@@ -14,13 +14,13 @@ from qs_lib.workbook.stage import read_stage, stage_digest
 @pytest.fixture
 def few(monkeypatch):
     """The committed models, and eight problems of each split."""
-    whole = reinforcement._load
+    whole = reinforcement.loaded
 
     def load(run, start):
         model, tokenizer, data = whole(run, start)
         return model, tokenizer, {split: problems[:8] for split, problems in data.items()}
 
-    monkeypatch.setattr(reinforcement, "_load", load)
+    monkeypatch.setattr(reinforcement, "loaded", load)
     monkeypatch.setattr(reinforcement, "seed_run", lambda run, seed, stages: run)
     reinforcement.baseline.cache_clear()
     yield reinforcement.rl_recipe() | {"steps": 2, "batch_size": 4, "evaluate_every": 1}

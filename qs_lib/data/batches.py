@@ -22,7 +22,12 @@ def answer_batch(tokenizer, problems: list[Problem], device=None):
 
 
 def text_of(problem: Problem) -> tuple[str, str]:
-    """Return a whole text: a question and its worked solution in plain words, or its answer where no work is known."""
+    """Return a whole text: a question and its worked solution in plain words, or its answer where no work is known.
+
+    A story (``pocket.stories``) is its opening and how it goes on.
+    """
+    if "story" in problem:
+        return problem["question"], problem["story"]
     return problem["question"], reply("cot" if problem["steps"] else None, problem)
 
 
@@ -48,7 +53,7 @@ def think_where(lm, tokenizer, problems: list[Problem], where: str = "question",
         return ids, mask, None
     if where == "random":
         drawn = torch.rand(mask[:, 1:].shape, generator=generator)  # on the CPU: the same on every device
-        return ids, mask, _highest(drawn.to(mask.device), mask, count)
+        return ids, mask, highest(drawn.to(mask.device), mask, count)
     by = {"difficult": "log_prob", "uncertain": "entropy"}.get(where)
     if by is None:
         raise WorkbookError(f"think at {where!r}: it must be 'question', 'difficult', 'uncertain', 'random' or 'every'")
@@ -93,10 +98,10 @@ def difficult_positions(logits, input_ids, attention_mask=None, count: int = 8, 
         hardness = -log_probs.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     else:
         raise ValueError(f"by is {by!r}; it must be 'entropy' or 'log_prob'")
-    return _highest(hardness, torch.ones_like(input_ids) if attention_mask is None else attention_mask, count)
+    return highest(hardness, torch.ones_like(input_ids) if attention_mask is None else attention_mask, count)
 
 
-def _highest(values: torch.Tensor, mask: torch.Tensor, count: int) -> torch.LongTensor:
+def highest(values: torch.Tensor, mask: torch.Tensor, count: int) -> torch.LongTensor:
     """Return the places ``(batch, count)``, in order, of a row's highest values whose token is read and followed."""
     values = values.masked_fill(~(mask[:, :-1].bool() & mask[:, 1:].bool()), -torch.inf)
     best, past = values.topk(min(count, values.shape[1]), dim=1), values.shape[1]

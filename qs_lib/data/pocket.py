@@ -183,6 +183,49 @@ def generate(split: str, size: int, seed: int = 0, distinct: bool = True) -> lis
     return problems
 
 
+def _told(rng: random.Random) -> tuple[str, list[tuple[str, list[str]]]]:
+    """Draw a story: how it opens, and for each result that it states the text up to it and the equations behind it."""
+    name, item, total = rng.choice(NAMES), rng.choice(ITEMS), rng.randint(1, 15)
+    opening, parts = f"{name} has {total} {item} .", []
+    for n in rng.sample([1, 2, 3], 3):
+        told, changes, left = _history(rng, name, total, n)
+        parts.append((f"{told} now {name} has", _walk(total, *changes)))
+        total = left
+        if rng.random() < 0.3 and 2 <= total <= LARGEST // 3:  # the story goes on with another, who has more
+            name, times = rng.choice([other for other in NAMES if other != name]), rng.randint(2, 3)
+            parts.append((f"{name} has {times} times as many . {name} has", _walk(total, ("*", times))))
+            total *= times
+            if total > 20:
+                break
+    return opening, [(text, steps, item) for text, steps in parts]
+
+
+def stories(split: str, size: int, seed: int = 0) -> list[Problem]:
+    """Draw ``size`` different stories of one split that state results in passing, none of them asked for.
+
+    A record's ``question`` is how the story opens, ``story`` how it goes on, and ``results`` has for each result the
+    text before it, the number, and the equations behind it. Raises ``WorkbookError`` if there are too few.
+    """
+    rng, found, seen, misses = random.Random(f"{seed}-{split}-stories"), [], set(), 0
+    while len(found) < size:
+        opening, parts = _told(rng)
+        text, results = opening, []
+        for before, steps, item in parts:
+            text = f"{text} {before}"
+            results.append({"before": text, "answer": steps[-1].split()[-1], "steps": steps})
+            text = f"{text} {results[-1]['answer']} {item} ."
+        if split_of(text) != split or text in seen:
+            misses += 1
+            if misses > 20_000:
+                raise WorkbookError(f"the pocket task has fewer than {size} different {split} stories; ask for fewer")
+            continue
+        seen.add(text)
+        misses = 0
+        record = {"question": opening, "story": text[len(opening) + 1 :], "results": results}
+        found.append(record | {"difficulty": max(len(r["steps"]) for r in results), "family": "story"})
+    return found
+
+
 def word_tokenizer(extra_words: list[str]):
     """Return a word-level tokenizer over the task's closed vocabulary and ``extra_words`` (prompts, marker words)."""
     words = [*map(str, range(LARGEST + 21)), *"+ - * / =".split(), *TEMPLATE_WORDS, *NAMES, *ITEMS, *COLOURS]

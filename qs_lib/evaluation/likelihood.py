@@ -63,7 +63,7 @@ def fitted(validation: np.ndarray) -> int:
 def text_log_likelihood(
     model, tokenizer, texts, positions: int = 8, batch_size: int = 32, controls: bool = False, **budget
 ) -> dict[str, np.ndarray]:
-    """Return next-token log-probs of held-out texts at evenly spaced ``positions``, without and with thoughts.
+    """Return next-token log-probs of held-out texts at evenly spaced ``positions`` (0: all), without and with thoughts.
 
     ``texts``: (context, continuation) pairs, read as plain documents. The arrays (texts, positions) are in nats, nan
     past the end of a short text: ``without`` (no thoughts), ``with`` (mixed by the head) and ``alone`` (all thoughts
@@ -72,7 +72,7 @@ def text_log_likelihood(
     """
     budget, out = Budget(**budget), {}
     generator = budget.generator()
-    for ids, mask, at in _placed(tokenizer, texts, positions, batch_size, model.device):
+    for ids, mask, at in placed(tokenizer, texts, positions, batch_size, model.device):
         thoughts = model.think(ids, mask, at, generator, **budget.drawing, with_hidden=False)
         found = _predicted(model, ids, mask, thoughts)
         if controls:
@@ -80,6 +80,7 @@ def text_log_likelihood(
             foreign = replace(thoughts.map(lambda tensor: tensor.roll(1, 0)), positions=thoughts.positions)
             for name, changed in (("foreign", foreign), ("filler", replace(thoughts, tokens=filler))):
                 found[name] = _predicted(model, ids, mask, changed)["with"]
+            found["foreign"].masked_fill_(at.roll(1, 0) < 0, torch.nan)  # the other text ends before
         for name, value in found.items():
             out.setdefault(name, []).append(value.cpu())
     return {name: torch.cat(values).numpy() for name, values in out.items()}
@@ -89,20 +90,28 @@ def text_log_likelihood(
 def plain_log_likelihood(model, tokenizer, texts, positions: int = 8, batch_size: int = 32) -> np.ndarray:
     """Return the same places' log-probs without thoughts at each sharpening, (sharpenings, texts, positions)."""
     out = []
-    for ids, mask, at in _placed(tokenizer, texts, positions, batch_size, model.device):
+    for ids, mask, at in placed(tokenizer, texts, positions, batch_size, model.device):
         hidden = model.read(ids, mask)
-        plain = model.visible_log_probs(hidden.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])))
+        places = at.clamp_min(0).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        plain = model.visible_log_probs(hidden.gather(1, places))
         true = ids.gather(1, at + 1).unsqueeze(-1)
         found = torch.stack([(plain / s).log_softmax(-1).gather(-1, true).squeeze(-1) for s in SHARPENINGS])
-        out.append(found.masked_fill(mask.gather(1, at + 1) == 0, torch.nan).cpu())
+        out.append(found.masked_fill((mask.gather(1, at + 1) == 0) | (at < 0), torch.nan).cpu())
     return torch.cat(out, 1).numpy()
 
 
-def _placed(tokenizer, texts, positions: int, batch_size: int, device):
-    """Yield batches of texts, ids and mask (B, L), and evenly spaced places in each (B, positions)."""
+def placed(tokenizer, texts, positions: int, batch_size: int, device):
+    """Yield batches of texts, ids and mask (B, L), and evenly spaced places in each (B, positions).
+
+    With ``positions`` 0 these are all but the first and the last token. Shorter texts are filled with -1.
+    """
+    longest = 0 if positions else max(len(encode(tokenizer, *t).ids) for t in texts)
     for i in tqdm(range(0, len(texts), batch_size), desc="log-likelihood", leave=False):
         rows = [encode(tokenizer, *t).ids[: tokenizer.model_max_length] for t in texts[i : i + batch_size]]
-        at = [np.linspace(1, len(r) - 2, positions).round().astype(int).tolist() for r in rows]
+        if positions:
+            at = [np.linspace(1, len(r) - 2, positions).round().astype(int).tolist() for r in rows]
+        else:
+            at = [[*range(1, len(r) - 1), *[-1] * (longest - len(r))] for r in rows]
         yield *padded(tokenizer, rows, device), torch.tensor(at, device=device)
 
 

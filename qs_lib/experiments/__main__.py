@@ -11,7 +11,7 @@ import torch
 from ..files import find_run, run_folder
 from ..workbook.params import check_variant
 from ..workbook.run import exit_code
-from . import baking, chain, grokking, real_model, reinforcement, zoo
+from . import anywhere, baking, chain, grokking, real_model, reinforcement, zoo
 
 EXPERIMENTS = {
     "baking": baking.baking,
@@ -21,6 +21,7 @@ EXPERIMENTS = {
     "look_ahead": reinforcement.look_ahead,
     "rl": reinforcement.reinforcement,
     "zoo": zoo.zoo,
+    "anywhere": anywhere.anywhere,
 }
 
 

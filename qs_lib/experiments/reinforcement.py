@@ -67,7 +67,7 @@ def rl_recipe(variant: str = "pocket") -> dict:
 @lru_cache(maxsize=4)
 def baseline(run: Path, start: str, length: int, seed: int):
     """Return what a start model does before any training, with all its thoughts weighted alike: :func:`measured`."""
-    return measured(*_load(run, start), "thoughts", length, seed)
+    return measured(*loaded(run, start), "thoughts", length, seed)
 
 
 def measured(model, tokenizer, data, weights: str, length: int, seed: int):
@@ -84,7 +84,8 @@ def measured(model, tokenizer, data, weights: str, length: int, seed: int):
     return found, likely | {f"{name} fitted": test[name][fitted(validation[name])] for name in test}
 
 
-def _load(run: Path, start: str):
+def loaded(run: Path, start: str):
+    """Return a start model of a run without trained thoughts, its tokenizer, and the problems by split."""
     _, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))  # half-baked models come without one
     eighth = start == EIGHTH
     lm = copy.deepcopy(eighth_baked(run)) if eighth else AutoModelForCausalLM.from_pretrained(run / start).eval()
@@ -120,7 +121,7 @@ def train_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | No
     start, think = settings.get("start", "03_baking/baked"), settings.get("think", True)
     s = QuietStarSettings(**{k: v for k, v in settings.items() if k not in ("start", "think")}, seed=seed)
     before, likely = baseline(run, start, s.thought_length, seed)
-    model, tokenizer, data = _load(run, start)
+    model, tokenizer, data = loaded(run, start)
     if not think:
         validation = train_direct(model.lm, tokenizer, data["train"], data["validation"], s)
         after = direct_accuracy(model.lm, tokenizer, data["test"])

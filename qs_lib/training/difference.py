@@ -14,7 +14,7 @@ from ..files import REPOSITORY, atomic_write, find_run, to_json
 from ..model import THINKING_SETTINGS, QuietStarForCausalLM
 
 _WEIGHTS, _RECORD = "difference.safetensors", "difference.json"
-HEAD = "mixing_head."
+HEADS = ("mixing_head.", "gain_head.")
 
 
 def load_run(name: str = "", device: str | None = None):
@@ -82,7 +82,7 @@ def save_difference(folder, model, tokenizer, champion: str, rank: int = 24) -> 
         left, right = _factors(change, rank)
         tensors |= {f"{name}.left": left, f"{name}.right": right}
         worst = max(worst, ((change - left.double() @ right.double()).norm() / change.norm()).item())
-    tensors |= {HEAD + n: w.cpu().bfloat16() for n, w in model.mixing_head.state_dict().items()}
+    tensors |= {n: w.cpu().bfloat16() for n, w in model.state_dict().items() if n.startswith(HEADS)}
     record = {"champion": champion, "chat_template": bool(tokenizer.chat_template), "rank": rank}
     record |= {"largest_error": worst, "settings": {key: getattr(model.config, key) for key in THINKING_SETTINGS}}
     with atomic_write(Path(folder)) as temporary:
@@ -94,7 +94,7 @@ def save_difference(folder, model, tokenizer, champion: str, rank: int = 24) -> 
 
 @torch.no_grad()
 def _put(model, tensors: dict, ids: list[int]) -> None:
-    """Put the stored changes on the champion inside ``model``, and the stored head beside it."""
+    """Put the stored changes on the champion inside ``model``, and the stored heads beside it."""
     weights, device = dict(model.lm.named_parameters()), model.device
     for name, weight in weights.items():
         if name in tensors:
@@ -102,8 +102,9 @@ def _put(model, tensors: dict, ids: list[int]) -> None:
         if f"{name}.left" in tensors:
             left, right = (tensors[f"{name}.{side}"].to(device, torch.float32) for side in ("left", "right"))
             weight += left @ right
-    head = {name.removeprefix(HEAD): w for name, w in tensors.items() if name.startswith(HEAD)}
-    model.mixing_head.load_state_dict(head)
+    for name, weight in model.state_dict().items():
+        if name.startswith(HEADS[0]) or name in tensors and name.startswith(HEADS):  # older files have no gain head
+            weight.copy_(tensors[name])
 
 
 def _factors(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,18 +8,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from ..data.batches import answer_batch, curriculum, disagreement, text_of, think_where
+from ..data.batches import curriculum, disagreement, think_where
 from ..data.batches import thought_length as deserved_length
 from ..data.tokens import thinking_ids
 from ..errors import ParameterError, WorkbookError
 from ..evaluation.accuracy import accuracy_with_thoughts, answer_of
 from ..evaluation.coherence import utility
-from ..evaluation.episodes import Episode, record
-from ..evaluation.likelihood import text_log_likelihood
+from ..evaluation.episodes import Episode
 from ..settings import Settings, rates_move
 from ..thoughts.attention import LanguageHead
 from ..thoughts.generate import Thoughts, generate_thoughts
@@ -29,10 +27,11 @@ from .checkpoint import Checkpoint
 from .loop import forward_kl, frozen, scheduled, training, update
 from .optim import MuonGrokfast
 from .qk_clip import largest_logit, watch_max_logits
+from .watching import first_groups, validate, watch
 
 PAPER_TEMPERATURE = 3.0
+SLOW = 0.999  # share of its weights that RLP's slow average keeps, each step (arXiv 2510.01265 §3)
 REWARD_FLOOR = -6.0  # nats; one thought that makes the truth impossible would drown all others
-RECORDED = 4  # groups of thoughts kept as episodes at each validation, and held-out problems watched
 
 
 class QuietStarSettings(Settings):
@@ -58,7 +57,7 @@ class QuietStarSettings(Settings):
     gradient_checkpointing: bool = False  # run layers again in the backward pass in place of keeping what they computed
     bf16: bool = False  # train under autocast to bfloat16; the weights stay float32
     reward: Literal["likelihood", "probability", "correct"] = "likelihood"  # gain in nats, p(truth), or 1 if right
-    objective: Literal["signed", "positive", "paper"] = "positive"  # advantages used, see `advantages`
+    objective: Literal["signed", "positive", "paper", "rlp"] = "positive"  # advantages used, see `advantages`
     think_at: Literal["question", "difficult", "uncertain", "random", "every"] = "question"  # see `think_where`
     num_positions: int = Field(8, ge=1)  # difficult, uncertain or random tokens per text
     adaptive_length: bool = False  # thoughts of a fifth of the text's tokens, 10 to 20, at most thought_length
@@ -75,12 +74,29 @@ class QuietStarSettings(Settings):
     _rates_move = model_validator(mode="after")(rates_move)
 
 
+@dataclass(frozen=True)
+class RunningText:
+    """Whole ``texts`` (records as ``text_of`` takes them) that are trained on beside questions, with thoughts inside.
+
+    ``share``: theirs of each step's batch and of its loss. ``at``: where in them, see ``think_where``. With them the
+    last weights are kept: accuracy after questions does not tell what texts gained since.
+    """
+
+    texts: list[dict]
+    share: float = 0.4
+    at: str = "random"
+
+    def settings(self, s: QuietStarSettings) -> QuietStarSettings:
+        """Return the settings of a step's texts."""
+        return s.but(think_at=self.at, batch_size=max(1, round(self.share * s.batch_size)), over=1)
+
+
 @dataclass
 class TrainingResult:
     """What training did.
 
     ``history``: one dict per step. ``episodes``: some groups of thoughts that were trained on, before each validation.
-    ``watched``: thoughts on a few held-out problems, before the first step and at each validation (:func:`watch`).
+    ``watched``: thoughts on a few held-out problems, before the first step and at each validation (:func:`qs_lib.training.watching.watch`).
     ``best_step`` and ``best_validation``: the weights that were kept.
     """
 
@@ -109,7 +125,14 @@ class Rollouts(NamedTuple):
 
 # Its documentation makes it longer than sixty lines: the loop stays in one piece, to be read as the algorithm.
 def train_quiet_star(
-    model, tokenizer, problems, validation, settings: QuietStarSettings | None = None, checkpoint=None, **changed
+    model,
+    tokenizer,
+    problems,
+    validation,
+    settings: QuietStarSettings | None = None,
+    checkpoint=None,
+    running: RunningText | None = None,
+    **changed,
 ) -> TrainingResult:
     """Train a :class:`QuietStarForCausalLM` in place. The weights that did best on validation are kept.
 
@@ -128,6 +151,8 @@ def train_quiet_star(
     s = QuietStarSettings.of(settings, **changed)
     if s.pg_weight == s.nll_weight == s.thought_nll_weight == 0:
         raise ParameterError("pg_weight, nll_weight and thought_nll_weight are all 0: nothing would be trained")
+    if s.objective == "rlp" and (s.kl_coefficient or s.base_kl or s.lora_rank):
+        raise ParameterError("objective rlp has no KL and no adapter: set kl_coefficient, base_kl and lora_rank to 0")
     problems, validation = list(problems), list(validation)
     if not problems or not validation:
         raise WorkbookError("training needs at least one training and one validation problem")
@@ -154,6 +179,11 @@ def train_quiet_star(
             mine = kept.rows(distributed.share(torch.arange(len(kept.ids))))
             with torch.autocast(model.device.type, torch.bfloat16, enabled=s.bf16):
                 loss, metrics, credit = quiet_star_loss(model, reference, tokenizer, *mine[1:], s)
+            if running:
+                inside = draw_rollouts(model, tokenizer, running.texts, step, running.settings(s), rng, generator)
+                other, found, _ = quiet_star_loss(model, reference, tokenizer, *inside[1:], running.settings(s))
+                loss = (1 - running.share) * loss + running.share * other
+                metrics |= {f"text_{name}": value for name, value in found.items()}
             validates = (step + 1) % s.evaluate_every == 0 or step == s.steps - 1
             if validates and loss.isfinite():
                 found = first_groups(model, tokenizer, mine, credit, s, f"step {step + 1}")
@@ -162,7 +192,10 @@ def train_quiet_star(
                 with watch_max_logits(model.lm) as optimizer.watch, torch.no_grad():
                     model.lm(input_ids=mine.ids, attention_mask=mine.mask)
             clipped = {"model": model.lm.parameters(), "head": model.mixing_head.parameters()}
+            clipped["gain_head"] = model.gain_head.parameters()
             taken = update(loss, optimizer, scheduler, clipped, "the loss")
+            if s.objective == "rlp":
+                follow(reference, model.lm)
             metrics = distributed.means(metrics) | taken | {"step": step + 1, "diversity": diversity}
             if validates:
                 watched += watch(model, tokenizer, validation, s, step + 1)
@@ -170,7 +203,7 @@ def train_quiet_star(
                 with largest_logit(model.lm) as largest, torch.no_grad():
                     model.lm(input_ids=kept.ids, attention_mask=kept.mask)
                 metrics |= {name: score} | largest
-                if not score < best["validation"]:
+                if running or not score < best["validation"]:
                     best.update(step=step + 1, validation=score, weights=[p.detach().clone() for p in trained])
             result.history.append(metrics)
             saving.log(**metrics, seconds=time.monotonic() - began)
@@ -221,10 +254,18 @@ def prepared(model, lm, tokenizer, s: QuietStarSettings):
     whole = lm if s.head_lr else model
     optimizer = MuonGrokfast(whole, **rates, **tokens, muon=s.muon, qk_clip_threshold=s.qk_clip_threshold or None)
     if s.head_lr:
-        head = [(f"mixing_head.{name}", p) for name, p in model.mixing_head.named_parameters()]
+        heads = {"mixing_head": model.mixing_head, "gain_head": model.gain_head}
+        head = [(f"{name}.{part}", p) for name, module in heads.items() for part, p in module.named_parameters()]
         optimizer.add_param_group({"name": "adamw", "params": head, "lr": s.head_lr})
     model.eval()
     return reference, optimizer
+
+
+@torch.no_grad()
+def follow(slow, model) -> None:
+    """Move the slow average, in place, towards the model: ``SLOW`` of its weights stay."""
+    for old, new in zip(slow.parameters(), model.parameters(), strict=True):
+        old.lerp_(new, 1 - SLOW)
 
 
 def _warn_if_tied(rows: list[dict], s: QuietStarSettings) -> None:
@@ -271,11 +312,11 @@ def advantages(rewards: torch.Tensor, objective: str) -> torch.Tensor:
     the second term, and it leaves out the noise of the many ways to be wrong. ``paper`` (arXiv 2403.09629 §4.4): minus
     the mean of all K, positive part.
     """
-    centred = rewards - rewards.mean(-1, keepdim=True)
+    centred = rewards - rewards.mean(-1, keepdim=True)  # RLP's K / (K - 1) (r - mean) is ``signed`` too
     if objective != "paper":
         k = rewards.shape[-1]
         centred = centred * k / max(1, k - 1)
-    return centred if objective == "signed" else centred.clamp_min(0)
+    return centred if objective in ("signed", "rlp") else centred.clamp_min(0)
 
 
 def policy_gradient_loss(logprobs: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
@@ -293,6 +334,7 @@ def sampled_kl(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return (d.exp() - d - 1).sum(-1).mean()
 
 
+# Its documentation makes it longer than sixty lines: the loss is read beside its equation.
 def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, s: QuietStarSettings):
     """Return the loss of one batch of thoughts (arXiv 2403.09629 §4.4), its parts, and (reward, advantage), (U, K)
     each.
@@ -310,7 +352,10 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
     is 1 if the answer is right (``reward="correct"``, see :func:`judged_tokens`) and 0 if it is not. Unlike the paper's
     it does not pass through the mixing head, so it is not 0 while the gate is shut. ``reference``: a frozen model, a peft model that is read without its adapter, or None,
     which leaves both KLs out. With ``objective="paper"`` log-probs, entropy and KL of thoughts are those at temperature
-    3, whatever they were sampled at (appendix A).
+    3, whatever they were sampled at (appendix A). With ``objective="rlp"`` (arXiv 2510.01265, eq. 4 to 6) the reward is
+    the gain over what ``reference``, the slow average of the model, expects without a thought, and there is no KL. That
+    baseline is the same for all thoughts of a group, so it leaves their advantages alone but where the floor cuts in.
+    We keep the mixture's likelihood in the loss, which trains the gate, and do not clip ratios: every step draws anew.
     """
     if s.objective == "paper":
         thoughts = replace(thoughts, temperature=PAPER_TEMPERATURE)
@@ -320,7 +365,11 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
     judged = judged_tokens(tokenizer, ids, mask, thoughts.positions, s)[there] & valid
     likeliest = scored.true_full[there].argmax(-1) == scored.true[there].unsqueeze(1)  # (U, K, n_true)
     correct = (likeliest | ~judged.unsqueeze(1)).all(-1).float()
-    if s.reward == "likelihood":
+    if s.objective == "rlp":
+        with torch.no_grad():
+            plain = rescore(reference, ids, thoughts, mask, after=False).base_logprobs
+        rewards = utility(replace(scored, base_logprobs=plain))[there].detach().clamp_min(REWARD_FLOOR)
+    elif s.reward == "likelihood":
         rewards = utility(scored)[there].detach().clamp_min(REWARD_FLOOR)
     else:  # where no token exists its log-prob is 0
         rewards = correct if s.reward == "correct" else scored.true_logprobs[there].sum(-1).detach().exp()
@@ -333,16 +382,26 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
         return distributed.weigh((nll * discount * valid).sum() / predicted.clamp_min(1), predicted)
 
     reinforce = distributed.weigh(policy_gradient_loss(logprobs, advantage), units)
-    nll, alone = per_text(-model.mix_truth(scored, weights)[there]), per_text(-scored.true_logprobs[there].mean(1))
+    mixed = model.mix_truth(scored, weights)[there]
+    nll, alone = per_text(-mixed), per_text(-scored.true_logprobs[there].mean(1))
     loss = s.pg_weight * reinforce + s.nll_weight * nll
     if s.thought_nll_weight:
         loss = loss + s.thought_nll_weight * alone
-    parts = {"reward": rewards.mean(), "nll": nll, "thought_nll": alone, "correct": correct.mean()}
+    gains = (mixed - scored.base_logprobs[there])[:, 0].detach().clamp(REWARD_FLOOR, -REWARD_FLOOR)
+    guess = model.gain_head(scored.base_hidden[there][:, 0].detach())
+    loss = loss + torch.nn.functional.huber_loss(guess, gains)  # of the gain head alone
+    parts = {
+        "reward": rewards.mean(),
+        "gain": gains.mean(),
+        "nll": nll,
+        "thought_nll": alone,
+        "correct": correct.mean(),
+    }
     parts |= {"no_thought_weight": weights[there][:, 0, 0].mean(), "length": thoughts.lengths[there].float().mean()}
     parts["entropy"] = scored.thought_entropy.sum() / thoughts.sampled.sum().clamp_min(1)
     parts["tied"] = (rewards.amax(-1) - rewards.amin(-1) < 1e-4).float().mean()
     parts["signal"] = (advantage.abs().amax(-1) > 0.1).float().mean()
-    if reference is not None and (s.kl_coefficient or s.base_kl):
+    if reference is not None and s.objective != "rlp" and (s.kl_coefficient or s.base_kl):
         kls = reference_kls(model, reference, scored, rescore, ids, mask, thoughts)
         loss = loss + s.kl_coefficient * kls["kl"] + s.base_kl * (kls["base_kl"] + kls["habit_kl"])
         parts |= kls
@@ -382,61 +441,3 @@ def reference_kls(model, reference, scored, rescore, ids, mask, thoughts) -> dic
     habit = forward_kl(LanguageHead(model.lm)(scored.base_hidden[..., 0, :]).log_softmax(-1), first)[there].mean()
     over = {"kl": (kl, units), "base_kl": (drift, valid.sum()), "habit_kl": (habit, units)}
     return {name: distributed.weigh(value, count) for name, (value, count) in over.items()}
-
-
-def first_groups(model, tokenizer, batch: Rollouts, credit, s: QuietStarSettings, stage: str) -> list[Episode]:
-    """Record the first few texts' thoughts as episodes, with the reward and advantage they were trained on.
-
-    Of a text with several positions it takes the one whose rewards differ most. ``credit``: (reward, advantage), (U, K)
-    each.
-    """
-    there, found, at_end = (batch.thoughts.positions >= 0).nonzero(), [], s.think_at == "question"
-    for row, p in enumerate(batch.problems[:RECORDED]):
-        units = (there[:, 0] == row).nonzero().squeeze(1)
-        if not len(units):
-            continue
-        unit = units[(credit[0][units].amax(-1) - credit[0][units].amin(-1)).argmax()]
-        slot = there[unit, 1].item()
-        one = batch.thoughts.part(slice(row, row + 1), slice(slot, slot + 1))
-        document, at = batch.ids[row][batch.mask[row].bool()].tolist(), one.positions.item()
-        following = document[at + 1 :] if at_end else document[at + 1 : at + 1 + s.n_true]
-        answer = p["answer"] if at_end else answer_of(tokenizer, following) or None
-        about = {name: p[name] for name in ("question", "family", "difficulty")}
-        about |= {"problem": 0, "answer": answer, "stage": stage}
-        trained = [values[unit] for values in credit]
-        found.append(record(model, tokenizer, document, one, about, len(following), s.n_true, trained=trained))
-    return found
-
-
-@torch.no_grad()
-def watch(model, tokenizer, problems: list[dict], s: QuietStarSettings, step: int) -> list[dict]:
-    """Return thoughts on the first few problems as episodes (dicts) of a ``step``, after their questions.
-
-    Every step has the same problems and random numbers: what changes is the model. The generator is a new one, so that
-    training draws what it would have drawn unwatched.
-    """
-    budget, found = {name: getattr(s, name) for name in ("num_thoughts", "thought_length", "temperature")}, []
-    for n, p in enumerate(problems[:RECORDED]):
-        ids, mask, at = answer_batch(tokenizer, [p], model.device)
-        thoughts = model.think(ids, mask, at, torch.Generator().manual_seed(s.seed), **budget)
-        about = {name: p[name] for name in ("question", "answer", "family", "difficulty")}
-        about |= {"problem": n, "stage": f"step {step}", "step": step}
-        document, following = ids[0].tolist(), ids.shape[1] - at.item() - 1
-        found.append(record(model, tokenizer, document, thoughts, about, following, s.n_true).model_dump())
-    return found
-
-
-def validate(model, tokenizer, problems: list[dict], s: QuietStarSettings) -> tuple[str, float]:
-    """Return what training is judged by, as (name, value).
-
-    That is accuracy with thoughts after the question, or the mean log-likelihood of whole texts with thoughts inside,
-    in nats per token.
-    """
-    budget = {"num_thoughts": s.num_thoughts, "thought_length": s.thought_length}
-    budget |= {"temperature": s.temperature, "seed": s.seed}
-    if s.think_at == "question":
-        return "validation_accuracy", accuracy_with_thoughts(model, tokenizer, problems, **budget)[
-            "mixed"
-        ].mean().item()
-    likelihood = text_log_likelihood(model, tokenizer, [text_of(p) for p in problems], **budget)
-    return "validation_log_likelihood", float(np.nanmean(likelihood["with"]))
