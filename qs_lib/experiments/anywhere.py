@@ -141,8 +141,7 @@ def example(tokenizer, text, at: int, scores: dict, guesses: dict) -> dict:
 def anywhere(run: Path, folder: Path, seeds) -> None:
     """Train questions and running text together, ours and RLP's objective, and write ``anywhere.csv``, a row a run.
 
-    The first seed's stories go to ``anywhere.json``, models to ``.anywhere``, and the scoreboard's two numbers beside:
-    each is the worst of the kinds of text, or of the controls.
+    The first seed's stories go to ``anywhere.json``, models to ``.anywhere``, and the scoreboard's two numbers beside.
     """
 
     def once(settings: dict, seed: int, checkpoint) -> dict:
@@ -152,7 +151,11 @@ def anywhere(run: Path, folder: Path, seeds) -> None:
         return row
 
     arms = {name: rl_recipe() | RECIPE | changed for name, changed in OBJECTIVES.items()}
-    rows = repeat(folder / "anywhere.csv", arms, seeds, once, TRAINED_WITH)
+    write_numbers(folder, repeat(folder / "anywhere.csv", arms, seeds, once, TRAINED_WITH))
+
+
+def write_numbers(folder: Path, rows: list[dict]) -> None:
+    """Write the scoreboard's two numbers: each is the worst of a seed's kinds of text, or of its controls."""
     ours = [row for row in rows if row["arm"] == "ours"]
     worst = {
         "anywhere_nll": [min(row[f"{kind}_over_without"] for kind in KINDS) for row in ours],
