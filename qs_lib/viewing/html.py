@@ -3,6 +3,7 @@
 It reads well without its style, which GitHub drops, and says in words or numbers what it also says in colour.
 """
 
+import re
 from collections.abc import Iterable
 
 from ..evaluation.episodes import Episode, Thought
@@ -90,7 +91,12 @@ def render(episode: Episode, style: bool = True, title: bool = True, edit=None) 
 
 def page(body: str) -> str:
     """Return HTML as a part of the page that the style reaches."""
-    return f"<div class='qs-episode tex2jax_ignore mathjax_ignore'>{body}</div>"
+    return f"<div class='qs-episode tex2jax_ignore mathjax_ignore'>{left(body)}</div>"
+
+
+def left(html: str) -> str:
+    """Return HTML with the cells of its tables on the left, where nobody trusts a notebook and its style is dropped too."""
+    return re.sub(r"<(t[hd])\b", r"<\1 style='text-align: left'", html)
 
 
 def _table(titles: Iterable[str], body: str) -> str:

@@ -20,7 +20,7 @@ from ..files import find_run
 from ..stats import as_text, correlation, fixed, named, shown
 from ..training.baking import BakingItem
 from ..viewing.escape import safe_text, safe_token
-from ..viewing.html import shade
+from ..viewing.html import left, shade
 
 LEFT = "<style>.qs-left :is(th, td) {text-align: left !important}</style>"
 
@@ -40,7 +40,7 @@ def as_html(frame: pd.DataFrame) -> str:
     if frame.columns.name is None and frame.index.nlevels == 1:  # its name takes no line of its own
         frame = frame.rename_axis(index=None, columns=frame.index.name)
     with pd.option_context("display.max_colwidth", None):
-        return LEFT + frame.to_html(classes="qs-left", justify="left")
+        return LEFT + left(frame.to_html(classes="qs-left", justify="left"))
 
 
 if (shell := get_ipython()) is not None:  # how a notebook shows every table
@@ -48,8 +48,8 @@ if (shell := get_ipython()) is not None:  # how a notebook shows every table
 
 
 def wrapped(*lines: str, indent: int = 4) -> str:
-    """Return lines of 106 characters, broken between words. Jupyter breaks what is longer inside of words."""
-    wrap = textwrap.TextWrapper(106, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    """Return lines of 100 characters, broken between words. Jupyter breaks what is longer inside of words."""
+    wrap = textwrap.TextWrapper(100, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
     return "\n".join(wrap.fill(line) for line in lines)
 
 
@@ -193,7 +193,7 @@ def thoughts_html(thoughts: list[dict]) -> str:
             row += f"{shade(min(0.75, 0.25 * abs(x or 0)))}'>"
             row += f"{safe_token(token)}<br><small>{safe_text(note)}</small></span>"
         rows.append(row + "</td>")
-    return LEFT + f"<table class='qs-left'><tbody><tr>{'</tr><tr>'.join(rows)}</tr></tbody></table>"
+    return LEFT + left(f"<table class='qs-left'><tbody><tr>{'</tr><tr>'.join(rows)}</tr></tbody></table>")
 
 
 def thought_records(thoughts, tokenizer, row: int = 0, position: int = 0) -> list[dict]:
