@@ -96,7 +96,7 @@ def page(body: str) -> str:
 
 def left(html: str) -> str:
     """Return HTML with the cells of its tables on the left, where nobody trusts a notebook and its style is dropped too."""
-    return re.sub(r"<(t[hd])\b", r"<\1 style='text-align: left'", html)
+    return re.sub(r"<(td|th)\b(?! scope='row')", r"<\1 style='text-align: left'", html)
 
 
 def _table(titles: Iterable[str], body: str) -> str:
