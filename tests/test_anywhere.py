@@ -16,6 +16,7 @@ from qs_lib.experiments import anywhere
 from qs_lib.thoughts.generate import generate_thoughts
 from qs_lib.thoughts.rescore import rescore_thoughts
 from qs_lib.training import reinforce as r
+from qs_lib.viewing import html
 from qs_lib.workbook import anywhere_figures as figures
 
 TOLD = pocket.stories("train", 60)
@@ -244,8 +245,8 @@ def test_tables_say_what_the_rows_say():
 
 
 def test_a_story_on_the_screen_is_only_text():
-    story = {"words": ["<script>", "20"], "plain": [-9.0, 0.0], "gain": [0.0, 1.26], "thinks": [False, True]}
-    shown = figures.story_html(story)
+    told = {"words": ["<script>", "20"], "plain": [-9.0, 0.0], "gain": [0.0, 1.26], "thinks": [False, True]}
+    shown = html.telling(told)
     assert "<script>" not in shown and "&lt;script&gt;" in shown
     assert ",1.00)" in shown and "<sub>+1.3</sub>" in shown and shown.count("border:2px") == 1
 

@@ -8,6 +8,7 @@ import unicodedata
 import weakref
 from html.parser import HTMLParser
 
+import matplotlib.pyplot as plt
 import pytest
 from hostile import HOSTILE
 from ipywidgets import Widget, widgets
@@ -15,6 +16,7 @@ from tiny import tiny_quiet_star
 
 from qs_lib.errors import WorkbookError
 from qs_lib.evaluation.episodes import Episode, Thought, read_episodes
+from qs_lib.viewing import png
 from qs_lib.viewing.escape import safe_label, safe_line, safe_option, safe_text, safe_token
 from qs_lib.viewing.html import MOST_THOUGHTS, MOST_TOKENS, coloured, disagree, heat, helped, overview, render, right
 from qs_lib.viewing.inspector import FILTERS, RESTORED, SORTS, ThoughtInspector
@@ -615,3 +617,24 @@ def test_an_inspector_that_cannot_be_made_leaves_no_widget(monkeypatch, broken):
     with pytest.raises(ZeroDivisionError):
         ThoughtInspector([episode()])
     assert not registered()
+
+
+def test_a_view_is_saved_as_a_picture(tmp_path, monkeypatch):
+    """Surprising tokens are orange, sure ones are not, and dollar signs are no formulas."""
+    monkeypatch.setenv("QS_OUTPUTS", str(tmp_path))
+    shown = episode(question="a $x$ that \\frac{ costs $5 ?" + " long" * 80)
+    inspector = ThoughtInspector([shown])
+    inspector.file.value = "view.png"
+    inspector._save()
+    path = tmp_path / "inspector" / "view.png"
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and "view.png" in inspector.status.value
+
+    def orange(one) -> int:
+        pixels = plt.imread(png.save_png(one, tmp_path / "one.png"))
+        return int((pixels[..., 0] - pixels[..., 2] > 0.1).sum())
+
+    thoughts = {
+        p: [t.model_copy(update={"logprobs": [p] * len(t.tokens)}) for t in shown.thoughts] for p in (0.0, -2.0)
+    }
+    sure, unsure = (orange(shown.model_copy(update={"thoughts": thoughts[p]})) for p in (0.0, -2.0))
+    assert sure == 0 and unsure > 500

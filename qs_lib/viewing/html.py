@@ -14,6 +14,7 @@ from .escape import safe_text, safe_token
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 PARTS = ("composite", "semantic", "syntactic", "predictive")
 MOST_TOKENS, MOST_THOUGHTS = 256, 64
+HARD = 4.0  # nats at which a token of a story has its full colour
 STYLE = """<style>
 .qs-episode { color: var(--jp-ui-font-color1, inherit); font-size: 14px; line-height: 1.45; }
 .qs-episode h4, .qs-episode p, .qs-episode b, .qs-episode td { overflow-wrap: anywhere; unicode-bidi: isolate; }
@@ -91,7 +92,8 @@ def render(episode: Episode, style: bool = True, title: bool = True, edit=None) 
 
 def page(body: str) -> str:
     """Return HTML as a part of the page that the style reaches."""
-    return f"<div class='qs-episode tex2jax_ignore mathjax_ignore'>{left(body)}</div>"
+    body = left(body)
+    return f"<div class='qs-episode tex2jax_ignore mathjax_ignore'>{body}</div>"
 
 
 def left(html: str) -> str:
@@ -112,6 +114,20 @@ def coloured(tokens: list[str], what: str, values: dict[int, float]) -> str:
         colour, number = colours.get(i, "none"), f" <i>{_nats(values[i])}</i>" if i in values else ""
         words.append(f"<span style='background:{colour}'>{safe_token(token)}{number}</span>")
     return f"{safe_text(what)} after each token (nats): {' '.join(words)}"
+
+
+def telling(told: dict) -> str:
+    """Return a story as HTML: orange where the plain model finds a token hard, framed where the gain head thinks first.
+
+    ``told``: from ``experiments/anywhere.json``. A framed token says what the thought gained, in nats.
+    """
+    words = []
+    for word, plain, gain, thinks in zip(told["words"], told["plain"], told["gain"], told["thinks"], strict=True):
+        colour = shade(min(1.0, -plain / HARD)) + ";border:2px solid;border-radius:4px;padding:0 2px" * thinks
+        number = f"<sub>{gain:+.1f}</sub>" if thinks else ""
+        words.append(f"<span style='background:{colour}'>{safe_text(word, 40)}{number}</span>")
+    body = spacing(told["words"]).join(words)
+    return f"<p style='line-height:2.2'>{body}</p>"
 
 
 def heading(e: Episode, read: str = "") -> str:

@@ -16,6 +16,7 @@ from .edit import MOST_CHARACTERS, Answered, answer_with, entropies, plain_words
 from .escape import safe_option, safe_text
 from .html import MOST_TOKENS, STYLE, coloured, heading, heat, helped, overview, page, render, spacing
 from .pick import FILTERS, SORTS, by_step, episodes_of, has, without_thoughts
+from .png import save_png
 
 NOTHING = ""  # beside the first checkpoint; None would leave its button unmarked
 DRAWN = {"num_thoughts": 4, "thought_length": 28, "thought_temperature": 1.0}  # without a model's configuration
@@ -99,8 +100,8 @@ class ThoughtInspector(widgets.VBox):
         self.count.layout.margin = "2px 10px 2px 2px"
         self.previous = button("Previous", lambda: self.step(-1))
         self.next = button("Next", lambda: self.step(1))
-        self.file = field("File name", widgets.Text, "300px", value="thoughts.html")
-        self.save = button("Save as HTML", self._act(self._save))
+        self.file = field("File name (.html or .png)", widgets.Text, "300px", value="thoughts.html")
+        self.save = button("Save file", self._act(self._save))
         self.link = field("Line that restores this view", widgets.Text, "45%")
         acts = dict.fromkeys(("filter", "sort", "search"), self._choose) | {"front": self._advance}
         acts |= {"index": self._open, "token": self._move, "strip": self._click}
@@ -248,7 +249,8 @@ class ThoughtInspector(widgets.VBox):
         name = re.sub(r"[^\w.-]", "_", Path(self.file.value).name).lstrip(".") or "thoughts.html"
         folder = outputs_root() / "inspector"
         folder.mkdir(parents=True, exist_ok=True)
-        self.save_html(folder / name)
+        picture = name.endswith(".png") and self.current
+        save_png(self.current, folder / name) if picture else self.save_html(folder / name)
         self._say(f"saved as {folder.parent.name}/inspector/{name}")
 
     def _say(self, text: str) -> None:
@@ -419,8 +421,8 @@ class ThoughtInspector(widgets.VBox):
     def static_html(self, listed: int = 50) -> str:
         """Return HTML that needs no kernel: the problem in view, and a table of those the filter leaves."""
         title = f"<p><b>{safe_text(self.filter.value)}</b>: {len(self.shown)} of {len(self.episodes)} problems</p>"
-        table = f"<div class='qs-list'>{overview(self.shown, listed)}</div>"
-        return f"<div class='qs-twin'>{self.current_html()}{title}{table}</div>"
+        body = f"<div class='qs-list'>{overview(self.shown, listed)}</div>"
+        return f"<div class='qs-twin'>{self.current_html()}{title}{body}</div>"
 
     def save_html(self, path: str | Path, most: int = 200) -> Path:
         """Write a page that opens anywhere, offline: the view, a table, the first ``most`` problems of the filter."""

@@ -5,8 +5,6 @@ import pandas as pd
 
 from ..evaluation.where import SHARES
 from ..stats import seed_interval, shown
-from ..viewing.escape import safe_text
-from ..viewing.html import ORANGE, shade, spacing
 from .figures import LOOKS, new_figure
 
 GUESSES = {
@@ -20,7 +18,6 @@ LABELS = {
     "foreign": "another text's thoughts",
     "filler": "filler of equal length",
 }
-HARD = 4.0  # nats at which a token's colour is full
 
 
 def over_controls(rows: list[dict], arm: str = "ours") -> pd.DataFrame:
@@ -86,18 +83,3 @@ def objectives(rows: list[dict]) -> pd.DataFrame:
             "theater checks reached": " ".join(f"{row['checks_reached']:.0f}/{row['checks']:.0f}" for row in mine),
         }
     return pd.DataFrame(table)
-
-
-def story_html(story: dict) -> str:
-    """Return a story as HTML: orange where the plain model finds a token hard, framed where the gain head thinks first.
-
-    ``story``: from ``experiments/anywhere.json``. A framed token says what the thought gained, in nats.
-    """
-    words = []
-    for word, plain, gain, thinks in zip(story["words"], story["plain"], story["gain"], story["thinks"], strict=True):
-        frame = "border:2px solid;border-radius:4px;padding:0 2px;" * thinks
-        told = f"<sub>{gain:+.1f}</sub>" * thinks
-        words.append(
-            f"<span style='background:{shade(min(1.0, -plain / HARD), ORANGE)};{frame}'>{safe_text(word, 40)}{told}</span>"
-        )
-    return f"<p style='line-height:2.2'>{spacing(story['words']).join(words)}</p>"
