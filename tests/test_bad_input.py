@@ -285,7 +285,7 @@ CASES = {
     "negative seed": (lambda _: p.Baking.check({"run_name": "a", "seed": -1}), "seed=-1"),
     "unknown choice": (
         lambda _: p.Reinforce.check({"run_name": "a", "objective": "best"}),
-        "'signed', 'positive' or 'paper'",
+        "'signed', 'positive', 'paper' or 'rlp'",
     ),
     "no model listed": (lambda _: p.Latency.check({"run_name": "a", "random_models": []}), "random_models=[]"),
     "run name missing": (lambda _: p.Scoreboard.check({}), "parameter run_name is missing"),

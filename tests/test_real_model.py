@@ -190,7 +190,7 @@ def test_adamw_takes_all_and_the_head_has_a_rate_of_its_own():
     settings = QuietStarSettings(muon=False, adamw_lr=1e-4, head_lr=3e-3)
     _, optimizer = reinforce.prepared(model, model.lm, tokenizer, settings)
     groups = [(group["name"], group["lr"], len(group["params"])) for group in optimizer.param_groups]
-    head = len(list(model.mixing_head.parameters()))
+    head = len([*model.mixing_head.parameters(), *model.gain_head.parameters()])
     assert {name for name, *_ in groups} == {"adamw", "tokens"}
     assert max((lr, n) for name, lr, n in groups if name == "adamw") == (3e-3, head)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}

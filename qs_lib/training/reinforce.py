@@ -389,7 +389,7 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
         loss = loss + s.thought_nll_weight * alone
     gains = (mixed - scored.base_logprobs[there])[:, 0].detach().clamp(REWARD_FLOOR, -REWARD_FLOOR)
     guess = model.gain_head(scored.base_hidden[there][:, 0].detach())
-    loss = loss + torch.nn.functional.huber_loss(guess, gains)  # of the gain head alone
+    loss = loss + distributed.weigh(torch.nn.functional.huber_loss(guess, gains), units)  # of the gain head alone
     parts = {
         "reward": rewards.mean(),
         "gain": gains.mean(),
