@@ -164,40 +164,51 @@ def generate(split: str, size: int, seed: int = 0, distinct: bool = True) -> lis
 
     Questions differ if ``distinct``. Raises ``WorkbookError`` if there are too few different ones.
     """
-    rng, problems, seen, families = random.Random(f"{seed}-{split}"), [], set(), list(FAMILIES)
-    misses = 0  # in a row
-    while len(problems) < size:
-        family, n = families[len(problems) % 8], 1 + len(problems) // 8 % 3
-        strategy, draw = FAMILIES[family]
-        question, steps, lead = draw(rng, n)
-        if split_of(question) != split or (distinct and question in seen):
-            misses += 1
-            if misses > 20_000:
-                raise WorkbookError(f"the pocket task has fewer than {size} different {split} problems; ask for fewer")
-            continue
-        misses = 0
-        seen.add(question)
+    rng, families = random.Random(f"{seed}-{split}"), list(FAMILIES)
+
+    def draw(count: int) -> tuple[str, dict]:
+        family, n = families[count % 8], 1 + count // 8 % 3
+        strategy, drawn = FAMILIES[family]
+        question, steps, lead = drawn(rng, n)
         record = {"question": question, "answer": steps[-1].split()[-1], "steps": steps, "difficulty": n}
-        problems.append(record | {"family": family, "fits": [strategy], "lead": [str(x) for x in lead]})
+        return question, record | {"family": family, "fits": [strategy], "lead": [str(x) for x in lead]}
+
+    problems = _of_split(draw, split, size, "problems", distinct)
     rng.shuffle(problems)
     return problems
 
 
-def _told(rng: random.Random) -> tuple[str, list[tuple[str, list[str]]]]:
-    """Draw a story: how it opens, and for each result that it states the text up to it and the equations behind it."""
+def _of_split(draw, split: str, size: int, what: str, distinct: bool = True) -> list[dict]:
+    """Collect ``size`` records of a split. ``draw``: from the number collected so far a text, and its record."""
+    found, seen, misses = [], set(), 0  # misses in a row
+    while len(found) < size:
+        text, record = draw(len(found))
+        if split_of(text) != split or (distinct and text in seen):
+            misses += 1
+            if misses > 20_000:
+                raise WorkbookError(f"the pocket task has fewer than {size} different {split} {what}; ask for fewer")
+            continue
+        misses = 0
+        seen.add(text)
+        found.append(record)
+    return found
+
+
+def _told(rng: random.Random) -> tuple[str, list[tuple[str, list[str], str]]]:
+    """Draw a story: how it opens, and for each result the text up to it, the equations behind it, and of what it is."""
     name, item, total = rng.choice(NAMES), rng.choice(ITEMS), rng.randint(1, 15)
     opening, parts = f"{name} has {total} {item} .", []
     for n in rng.sample([1, 2, 3], 3):
         told, changes, left = _history(rng, name, total, n)
-        parts.append((f"{told} now {name} has", _walk(total, *changes)))
+        parts.append((f"{told} now {name} has", _walk(total, *changes), item))
         total = left
         if rng.random() < 0.3 and 2 <= total <= LARGEST // 3:  # the story goes on with another, who has more
             name, times = rng.choice([other for other in NAMES if other != name]), rng.randint(2, 3)
-            parts.append((f"{name} has {times} times as many . {name} has", _walk(total, ("*", times))))
+            parts.append((f"{name} has {times} times as many . {name} has", _walk(total, ("*", times)), item))
             total *= times
             if total > 20:
                 break
-    return opening, [(text, steps, item) for text, steps in parts]
+    return opening, parts
 
 
 def stories(split: str, size: int, seed: int = 0) -> list[Problem]:
@@ -206,24 +217,19 @@ def stories(split: str, size: int, seed: int = 0) -> list[Problem]:
     A record's ``question`` is how the story opens, ``story`` how it goes on, and ``results`` has for each result the
     text before it, the number, and the equations behind it. Raises ``WorkbookError`` if there are too few.
     """
-    rng, found, seen, misses = random.Random(f"{seed}-{split}-stories"), [], set(), 0
-    while len(found) < size:
+    rng = random.Random(f"{seed}-{split}-stories")
+
+    def draw(_) -> tuple[str, dict]:
         opening, parts = _told(rng)
         text, results = opening, []
         for before, steps, item in parts:
             text = f"{text} {before}"
             results.append({"before": text, "answer": steps[-1].split()[-1], "steps": steps})
             text = f"{text} {results[-1]['answer']} {item} ."
-        if split_of(text) != split or text in seen:
-            misses += 1
-            if misses > 20_000:
-                raise WorkbookError(f"the pocket task has fewer than {size} different {split} stories; ask for fewer")
-            continue
-        seen.add(text)
-        misses = 0
         record = {"question": opening, "story": text[len(opening) + 1 :], "results": results}
-        found.append(record | {"difficulty": max(len(r["steps"]) for r in results), "family": "story"})
-    return found
+        return text, record | {"difficulty": max(len(r["steps"]) for r in results), "family": "story"}
+
+    return _of_split(draw, split, size, "stories")
 
 
 def word_tokenizer(extra_words: list[str]):

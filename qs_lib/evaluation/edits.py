@@ -113,7 +113,8 @@ def reworded(words: list[str]) -> list[str]:
 
 def in_letters(words: list[str]) -> list[str]:
     """Return the thought with each number spelt out, "seventeen" for 17, but for the answer, which stays to be read."""
-    return [num2words(w) if _NUMBER.fullmatch(w) and w != implied(words) else w for w in words]
+    answer = implied(words)
+    return [num2words(w) if _NUMBER.fullmatch(w) and w != answer else w for w in words]
 
 
 def masked(words: list[str]) -> list[str]:

@@ -91,9 +91,7 @@ def plain_log_likelihood(model, tokenizer, texts, positions: int = 8, batch_size
     """Return the same places' log-probs without thoughts at each sharpening, (sharpenings, texts, positions)."""
     out = []
     for ids, mask, at in placed(tokenizer, texts, positions, batch_size, model.device):
-        hidden = model.read(ids, mask)
-        places = at.clamp_min(0).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-        plain = model.visible_log_probs(hidden.gather(1, places))
+        plain = model.visible_log_probs(states_at(model, ids, mask, at))
         true = ids.gather(1, at + 1).unsqueeze(-1)
         found = torch.stack([(plain / s).log_softmax(-1).gather(-1, true).squeeze(-1) for s in SHARPENINGS])
         out.append(found.masked_fill((mask.gather(1, at + 1) == 0) | (at < 0), torch.nan).cpu())
@@ -113,6 +111,12 @@ def placed(tokenizer, texts, positions: int, batch_size: int, device):
         else:
             at = [[*range(1, len(r) - 1), *[-1] * (longest - len(r))] for r in rows]
         yield *padded(tokenizer, rows, device), torch.tensor(at, device=device)
+
+
+def states_at(model, ids, mask, at) -> torch.Tensor:
+    """Return last hidden states without thoughts (B, positions, hidden) at places ``at``, those of the first for -1."""
+    hidden = model.read(ids, mask)
+    return hidden.gather(1, at.clamp_min(0).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 def _predicted(model, ids, mask, thoughts) -> dict[str, torch.Tensor]:

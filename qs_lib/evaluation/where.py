@@ -6,7 +6,7 @@ from scipy.stats import rankdata
 
 from ..data.batches import highest
 from ..stats import Interval, interval, resampled
-from .likelihood import placed
+from .likelihood import placed, states_at
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0)  # of the tokens of a text at which the model thinks
 PAYS = 0.1  # nats above which a thought counts as one that gains
@@ -31,8 +31,7 @@ def foreseen(model, tokenizer, texts, positions: int = 0, batch_size: int = 32) 
     """
     out = {"expected": [], "entropy": []}
     for ids, mask, at in placed(tokenizer, texts, positions, batch_size, model.device):
-        hidden = model.read(ids, mask)
-        hidden = hidden.gather(1, at.clamp_min(0).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        hidden = states_at(model, ids, mask, at)
         log_probs = model.visible_log_probs(hidden)
         found = {"expected": model.gain_head(hidden)}
         found["entropy"] = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1)

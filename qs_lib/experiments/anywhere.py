@@ -22,12 +22,14 @@ from ..evaluation.likelihood import (
 from ..evaluation.theater import anti_theater, fit_scale
 from ..evaluation.where import area_under_curve, chosen, foreseen, gain_by_share
 from ..files import write_bytes
-from ..stats import interval, named, seed_interval
-from ..training.baking import BakingSettings
+from ..stats import interval, named
 from ..training.imitation import imitate
 from ..training.reinforce import QuietStarSettings, RunningText, train_quiet_star
 from ..workbook.stage import read_stage, stage_digest
 from .arms import repeat
+from .findings import write_criterion
+from .organisms import TRAINING
+from .organisms import story as worked
 from .reinforcement import TRAINED_WITH, baseline, loaded, measured, rl_recipe
 
 START = "03_baking/baked"
@@ -36,7 +38,6 @@ RECIPE = {"num_positions": 8, "steps": 80, "over": 2, "head_lr": 0.01, "evaluate
 STORIES = 3000  # that are read in training
 ATTACKED = 240  # questions that anti-theater attacks
 TESTED = 120  # texts of each kind that are measured, at every token
-LESSONS = BakingSettings(epochs=1, batch_size=32, muon_lr=6e-3, adamw_lr=2e-3)
 KINDS = ("stories", "answers", "solutions")
 EXAMPLES = 3  # stories that are kept for the notebook, token by token
 BUDGET = {"num_thoughts": 4, "thought_length": 28, "temperature": 1.0}
@@ -55,7 +56,7 @@ def story_lessons(tokenizer, told: list[dict], problems: list[dict], seed: int =
             thought = f"think {body('cot', result['steps'], [])} done {result['answer']}"
             texts.append((encode_context(tokenizer, result["before"]), encode_marked(tokenizer, thought)))
     for p in rng.sample(problems, min(len(told), len(problems))):
-        thought = f"think {body((p['fits'] or ['cot'])[0], p['steps'], p['lead'])} done " * (rng.random() < 0.5)
+        thought = f"think {worked(p)} done " * (rng.random() < 0.5)
         texts.append(
             (encode_context(tokenizer, p["question"]), encode_marked(tokenizer, thought + reply(None, p)) + end)
         )
@@ -76,7 +77,11 @@ def train_anywhere(model, tokenizer, data: dict, settings: dict, seed: int, chec
     """
     told = stories("train", STORIES, seed)
     imitate(
-        model.lm, tokenizer, story_lessons(tokenizer, told, data["train"], seed), LESSONS.but(seed=seed), desc="stories"
+        model.lm,
+        tokenizer,
+        story_lessons(tokenizer, told, data["train"], seed),
+        TRAINING.but(seed=seed),
+        desc="stories",
     )
     answered = [p | {"steps": []} for p in data["train"][: STORIES // 2]]
     s = QuietStarSettings(**settings, seed=seed)
@@ -162,11 +167,7 @@ def write_numbers(folder: Path, rows: list[dict]) -> None:
         "hard_nll": [min(row[f"stories_over_{control}_hardest"] for control in CONTROLS) for row in ours],
     }
     for name, values in worst.items():
-        if len(values) > 1:
-            value, low, high = seed_interval(values)
-            record = {"value": value, "low": low, "high": high, "seeds": len(values)}
-            record["command"] = "make evidence X=anywhere"
-            write_bytes(folder / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
+        write_criterion(folder, name, values, "make evidence X=anywhere")
 
 
 def trained_and_measured(run: Path, folder: Path, settings: dict, seed: int, checkpoint) -> tuple[dict, dict]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -194,16 +195,18 @@ def depth_lines(rl: list[dict]) -> list[str]:
     return lines
 
 
+def write_criterion(folder: Path, name: str, values, command: str, note: str = "") -> None:
+    """Write ``name.json`` for the scoreboard: a mean over seeds with its interval, if there are two or more."""
+    if len(values) >= 2:
+        value, low, high = seed_interval(values)
+        record = {"value": value, "low": low, "high": high, "seeds": len(values), "command": command + note}
+        write_bytes(folder / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
+
+
 def for_scoreboard(folder: Path) -> None:
     """Write ``<id>.json`` (value, low, high, command) for the scoreboard's criteria that these experiments measure."""
     rl, ahead = read_rows(folder / "rl.csv"), read_rows(folder / "look_ahead.csv")
-
-    def write(name, values, command, note=""):
-        if len(values) >= 2:
-            value, low, high = seed_interval(values)
-            record = {"value": value, "low": low, "high": high, "seeds": len(values), "command": command + note}
-            write_bytes(folder / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
-
+    write = partial(write_criterion, folder)
     if ahead:
         command = "make evidence X=look_ahead"
         ratios, _, level = fewer_steps(ahead, "n_true 4", "n_true 1")
