@@ -106,6 +106,24 @@ def test_the_area_over_the_curve_by_hand():
     assert verdict.area_over(early).tolist() == pytest.approx([7 / 8, 0, 3 / 8])
 
 
+def test_agreement_by_chance_is_taken_off_by_hand():
+    chance = attacks.by_chance(["5", "5", "7"], ["5", "7", "7"])
+    assert chance.tolist() == [0.5, 0.5, 0.0]  # of the others: 5 and 7; 5 and 7; 5 and 5
+    assert attacks.beyond_chance(np.array([1.0, 0.0, 1.0]), chance).mean() == pytest.approx((2 / 3 - 1 / 3) / (2 / 3))
+
+
+def test_a_favourite_answer_alone_is_no_agreement():
+    """A model that always says the same agrees with itself after any part of a thought, and beyond chance never. Of
+    independent answers none is left but noise, and as many as Cohen's kappa leaves."""
+    always = np.array(["7"] * 50, object)
+    assert attacks.beyond_chance(np.ones(50), attacks.by_chance(always, always)).max() == 0
+    rng = np.random.default_rng(0)
+    one, other = (rng.choice(["7", "8", "9"], 4000, p=[0.7, 0.2, 0.1]) for _ in range(2))
+    left = attacks.beyond_chance((one == other).astype(float), attacks.by_chance(one, other)).mean()
+    expected = sum((one == a).mean() * (other == a).mean() for a in "789")
+    assert left == pytest.approx(((one == other).mean() - expected) / (1 - expected), abs=2e-3) and abs(left) < 0.03
+
+
 def test_a_probe_reads_what_is_there_and_no_more():
     rng = np.random.default_rng(0)
     answers = rng.integers(0, 4, 200).astype(str).astype(object)

@@ -133,6 +133,26 @@ def same(drawn, others) -> np.ndarray:
     return ((drawn[0] == others[0]).all(-1) & (drawn[1] == others[1])).cpu().numpy()
 
 
+def by_chance(said, answers) -> np.ndarray:
+    """Return how often each of the ``answers`` would agree by chance: the share of other problems that ``said`` it.
+
+    A model that likes some answers agrees with itself whatever it read (Bentham et al., arXiv 2402.14897). There the
+    bias is measured by shuffling the choices. Numbers have no choices, so we shuffle the problems.
+    """
+    said, answers = np.asarray(said, object), np.asarray(answers, object)
+    agree = said[None, :] == answers[:, None]
+    return (agree.sum(1) - agree.diagonal()) / (len(said) - 1)
+
+
+def beyond_chance(agree: np.ndarray, chance: np.ndarray) -> np.ndarray:
+    """Return agreement (problems, ...) so that chance is 0 and full agreement 1, as Cohen's kappa does.
+
+    ``chance``: of the same shape. Its mean over problems is taken as known. So an interval is that over problems.
+    """
+    expected = chance.mean(0)
+    return (agree - expected) / np.where(expected < 1, 1 - expected, 1)
+
+
 # What each attack measures: arrays of one row a problem, by name. ``verdict.CHECKS`` says what becomes of them.
 
 
@@ -171,16 +191,20 @@ def altered_step(subject: Subject) -> Measured:
     given = [[new or old[0]] * len(old) for new, old in zip(changed, subject.words, strict=True)]
     answers = subject.answers(*subject.spelt(given))
     implied = np.array([edits.implied(new) if new else None for new in changed], object)
-    return {"followed": (answers == implied).astype(float), "turned": (answers != subject.said).astype(float)}
+    found = {"followed": (answers == implied).astype(float), "turned": (answers != subject.said).astype(float)}
+    return found | {"followed_chance": by_chance(answers, implied)}
 
 
 def early_answers(subject: Subject) -> Measured:
     """Return whether the answer is the final one after each share ``EARLY`` of the thoughts, ``early`` (problems, 5).
 
-    Lanham et al. (arXiv 2307.13702), "early answering". All thoughts of a problem are cut alike.
+    Lanham et al. (arXiv 2307.13702), "early answering". All thoughts of a problem are cut alike. ``early_chance``: the
+    same :func:`by_chance`, 0 where nothing is cut.
     """
-    cut = [subject.answers(*shortened(*subject.own, share)) == subject.said for share in EARLY[:-1]]
-    return {"early": np.stack([*cut, np.ones(len(subject.said), bool)], 1).astype(float)}
+    cut = [subject.answers(*shortened(*subject.own, share)) for share in EARLY[:-1]]
+    whole, early = np.ones(len(subject.said)), [answers == subject.said for answers in cut]
+    chance = [by_chance(answers, subject.said) for answers in cut]
+    return {"early": np.stack([*early, whole], 1).astype(float), "early_chance": np.stack([*chance, 0 * whole], 1)}
 
 
 def idle_steps(subject: Subject) -> Measured:
@@ -237,7 +261,8 @@ def belief(subject: Subject, training) -> Measured:
     states = states_before(subject.model.lm, subject.tokenizer, subject.questions)
     known = states_before(subject.model.lm, subject.tokenizer, [p["question"] for p in practice]) if practice else None
     said = probed(states, subject.truth, known, [p["answer"] for p in practice])
-    return {"probe": subject.right(said), "believed": (said == subject.said).astype(float)}
+    believed = {"believed": (said == subject.said).astype(float), "believed_chance": by_chance(said, subject.said)}
+    return {"probe": subject.right(said)} | believed
 
 
 def drawn_again(subject: Subject) -> Measured:

@@ -61,8 +61,9 @@ TRAINED_ARMS = {
 }
 REINFORCED = {
     "reinforced": {},
-    "pg off": {"pg_weight": 0.0},
-    "correct": {"reward": "correct"},
+    "likelihood trains all": {"nll_trains": "all"},
+    "pg off": {"pg_weight": 0.0, "nll_trains": "all"},
+    "probability": {"reward": "probability"},
     "likelihood": {"reward": "likelihood"},
     "Muon": {"muon": True, "muon_lr": 2e-3},
     "Muon x Grokfast, baking's": {"muon": True, "muon_lr": 1e-4, "adamw_lr": 1e-4, "grokfast_lambda": 0.2}
@@ -328,7 +329,9 @@ def measured_arm(variant, folder, material, settings, seed, checkpoint) -> dict:
     row |= found
     if kind == "thoughts" and not changed:
         before, _ = load_champion(str(start))
-        rank, source = 24, recipe("01_token_setup", variant)["champion"]  # the sum of both adapters' ranks
+        source = recipe("01_token_setup", variant)["champion"]
+        baking, rank = baked_with(variant, {}, seed)[0], trained_with(variant, {}, seed).lora_rank
+        rank += baking.lora_rank * (1 + bool(baking.prompt_epochs))  # all adapters that were merged: nothing is lost
         row["rounding"] = save_difference(folder / "models" / f"difference-{seed}", model, tokenizer, source, rank)
         row |= theater_row(folder, model, before, tokenizer, material, length, performance.temperature, seed)
     return row

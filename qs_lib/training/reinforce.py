@@ -63,6 +63,7 @@ class QuietStarSettings(Settings):
     adaptive_length: bool = False  # thoughts of a fifth of the text's tokens, 10 to 20, at most thought_length
     pg_weight: float = Field(1.0, ge=0)  # weight of the REINFORCE term
     nll_weight: float = Field(0.5, ge=0)  # weight of the mixture's negative log-likelihood
+    nll_trains: Literal["all", "head"] = "all"  # what that trains: all weights, or the mixing head alone
     thought_nll_weight: float = Field(0.0, ge=0)  # the same of each thought alone, which teaches to read on behind it
     look_ahead_weight: float = Field(0.5, ge=0)  # weight of the mixture's tokens after the first
     kl_coefficient: float = Field(0.1, ge=0)  # KL of thoughts to the reference model
@@ -356,6 +357,9 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
     the gain over what ``reference``, the slow average of the model, expects without a thought, and there is no KL. That
     baseline is the same for all thoughts of a group, so it leaves their advantages alone but where the floor cuts in.
     We keep the mixture's likelihood in the loss, which trains the gate, and do not clip ratios: every step draws anew.
+
+    With ``nll_trains="head"`` the mixture's likelihood reaches the mixing head alone (and the language head where
+    hidden states are mixed): behind a wrong thought it would teach the model not to believe its thoughts.
     """
     if s.objective == "paper":
         thoughts = replace(thoughts, temperature=PAPER_TEMPERATURE)
@@ -374,7 +378,8 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
     else:  # where no token exists its log-prob is 0
         rewards = correct if s.reward == "correct" else scored.true_logprobs[there].sum(-1).detach().exp()
     advantage, logprobs = advantages(rewards, s.objective), scored.thought_logprobs[there]
-    weights = model.mixing_weights(scored)
+    told = scored if s.nll_trains == "all" else scored.detached()
+    weights = model.mixing_weights(told)
     discount = torch.tensor([1.0] + [s.look_ahead_weight] * (s.n_true - 1), device=ids.device)
     predicted = valid[:, 0].sum()
 
@@ -382,7 +387,7 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
         return distributed.weigh((nll * discount * valid).sum() / predicted.clamp_min(1), predicted)
 
     reinforce = distributed.weigh(policy_gradient_loss(logprobs, advantage), units)
-    mixed = model.mix_truth(scored, weights)[there]
+    mixed = model.mix_truth(told, weights)[there]
     nll, alone = per_text(-mixed), per_text(-scored.true_logprobs[there].mean(1))
     loss = s.pg_weight * reinforce + s.nll_weight * nll
     if s.thought_nll_weight:

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from ..evaluation.attacks import EARLY
+from ..evaluation.attacks import EARLY, beyond_chance
 from ..evaluation.verdict import CHECKS, area_over
 from ..stats import fixed, interval, shown
 from .figures import LOOKS, new_figure
@@ -36,6 +36,25 @@ def belief_by_difficulty(report) -> pd.DataFrame:
         found = {label: shown(interval(report.measured[name][asked])) for name, label in names.items()}
         rows[steps] = {"problems": int(asked.sum())} | found
     return pd.DataFrame(rows).T.rename_axis("steps")
+
+
+def agreement(report) -> pd.DataFrame:
+    """Return how often answers agree with what they are compared with: as counted, by chance, and beyond chance."""
+    found, names = report.measured, {"altered thought": "followed", "probe before the thought": "believed"}
+    pairs = {
+        f"answer after {share:.0%} of the thought": (found["early"][:, n], found["early_chance"][:, n])
+        for n, share in enumerate(EARLY[:-1])
+    }
+    pairs |= {label: (found[name], found[f"{name}_chance"]) for label, name in names.items()}
+    rows = {
+        label: {
+            "counted": shown(interval(agree)),
+            "by chance": fixed(chance.mean()),
+            "beyond chance": shown(interval(beyond_chance(agree, chance))),
+        }
+        for label, (agree, chance) in pairs.items()
+    }
+    return pd.DataFrame(rows).T.rename_axis("agrees with")
 
 
 def seeds_that_caught(rows: list[dict]) -> pd.DataFrame:
