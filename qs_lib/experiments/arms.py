@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..files import discard, lock_run, read_rows, write_rows
+from ..stats import Interval
 from ..training.checkpoint import Checkpoint
 from ..workbook.stage import code_hash, git_commit
 
@@ -50,12 +51,14 @@ def row_of(rows: list[dict], arm: str, seed: int, settings: dict, defaults: dict
     return None
 
 
-def verdict(plain, matched, verdicts: tuple[str, str, str, str]) -> str:
-    """Choose a verdict from two intervals (value, low, high): the gain over no filter, and over a momentum as slow.
+def verdict(against: dict[str, Interval], digits: int, verdicts: tuple[str, str, str, str]) -> str:
+    """Return the gains over each control and what they show. The last two are no filter and a momentum as slow.
 
     The ``verdicts`` are a gain over both, a gain over no filter alone, a loss, and nothing shown.
     """
     both, plain_only, loss, nothing = verdicts
-    if plain[1] > 0:
-        return both if matched[1] > 0 else plain_only
-    return loss if plain[2] < 0 else nothing
+    form = f"{{}} {{:+.{digits}f}} [{{:+.{digits}f}}, {{:+.{digits}f}}]".format
+    parts = [form(name, *found) for name, found in against.items()]
+    plain, matched = list(against.values())[-2:]
+    gained = both if matched[1] > 0 else plain_only
+    return f"{'; '.join(parts)}: {gained if plain[1] > 0 else loss if plain[2] < 0 else nothing}"

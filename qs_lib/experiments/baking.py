@@ -128,10 +128,8 @@ def optimizer_conclusion(rows: list[dict], key: str = "accuracy") -> str:
     against = {name: [100 * x for x in difference(rows, SUBJECT, name, key)] for name in LOWEST if name != SUBJECT}
     slower = "the filter helps, but no more than a slower momentum is shown to"
     verdicts = ("Grokfast helps", slower, "Grokfast hurts", "no gain from Grokfast is shown")
-    found = verdict(against["Muon"], against["Muon, matched momentum"], verdicts)
-    parts = [f"{name} {mean:+.1f} [{low:+.1f}, {high:+.1f}]" for name, (mean, low, high) in against.items()]
-    seeds = len(column(rows, SUBJECT, "seed"))
-    return f"{SUBJECT} minus its controls, points of {key} over {seeds} seeds: {'; '.join(parts)}: {found}."
+    seeds, found = len(column(rows, SUBJECT, "seed")), verdict(against, 1, verdicts)
+    return f"{SUBJECT} minus its controls, points of {key} over {seeds} seeds: {found}."
 
 
 def seeds_table(rows: list[dict]) -> pd.DataFrame:

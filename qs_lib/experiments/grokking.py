@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..stats import difference
+from ..stats import column, difference
 from .arms import repeat, verdict
 
 MODULUS = 47
@@ -98,10 +99,9 @@ def best_rows(rows: list[dict]) -> list[dict]:
     """
     best = []
     for name in methods():
-        own = [row for row in rows if row["arm"].startswith(f"{name}, rate")]
-        by_rate = {rate: [r for r in own if r["settings"]["lr"] == rate] for rate in {r["settings"]["lr"] for r in own}}
-        chosen = min(by_rate.values(), key=lambda group: sum(steps_needed(row) for row in group) / len(group))
-        best += [row | {"arm": name, "needed": steps_needed(row)} for row in chosen]
+        own = [row | {"needed": steps_needed(row)} for row in rows if row["arm"].startswith(f"{name}, rate")]
+        arm = min(dict.fromkeys(row["arm"] for row in own), key=lambda arm: np.mean(column(own, arm, "needed")))
+        best += [row | {"arm": name} for row in own if row["arm"] == arm]
     return best
 
 
@@ -113,19 +113,17 @@ def steps_needed(row: dict) -> int:
 def acceleration(rows: list[dict]) -> str:
     """Say whether the filter is faster than its controls, each at its own best rate (:func:`best_rows`)."""
     against = {name: difference(rows, name, FILTERED, "needed") for name in methods() if name != FILTERED}
-    parts = [f"{name} {mean:+.0f} [{low:+.0f}, {high:+.0f}]" for name, (mean, low, high) in against.items()]
     both, plain = "and not only as a slower momentum", "but no more than a slower momentum is shown to"
     verdicts = [f"the filter {words}" for words in (f"accelerates, {both}", f"accelerates, {plain}", "delays")]
-    verdicts.append("no acceleration by the filter is shown")
-    seeds, found = len({row["seed"] for row in rows}), verdict(*against.values(), verdicts)
-    return f"Steps to understand minus the filter's, over {seeds} seeds: {'; '.join(parts)}: {found}."
+    found = verdict(against, 0, (*verdicts, "no acceleration by the filter is shown"))
+    return f"Steps to understand minus the filter's, over {len({row['seed'] for row in rows})} seeds: {found}."
 
 
 def mean_curves(rows: list[dict]) -> dict[str, list[tuple[float, float]]]:
     """Return the validation accuracy of each method, and the plain one's in training, as (step, mean over seeds)."""
 
     def mean(arm, key):
-        own = [row for row in rows if row["arm"] == arm]
-        return [(s, sum(values) / len(own)) for s, *values in zip(own[0]["steps"], *(r[key] for r in own), strict=True)]
+        means = np.mean(column(rows, arm, key), 0).tolist()
+        return list(zip(column(rows, arm, "steps")[0], means, strict=True))
 
     return {"AdamW, training half": mean("AdamW", "train"), **{name: mean(name, "validation") for name in methods()}}

@@ -128,14 +128,7 @@ def task_of(name: str, data: str | Path) -> dict:
 
 
 def run_harness(
-    model,
-    tokenizer,
-    data,
-    tasks=TASKS,
-    think: bool = True,
-    limit: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
+    model, tokenizer, data, tasks=TASKS, think: bool = True, limit: int | None = None, batch_size=8, seed=0
 ) -> dict:
     """Return lm-eval's result dict for a loaded model on the problems in ``data``, the first ``limit`` of each task.
 

@@ -26,19 +26,7 @@ FORMAT_VERSION = 1
 CHECKPOINTS = ".checkpoint"
 CODE_CHANGED = "the code behind its numbers changed"
 # wings and files of the library that numbers depend on; see code_hash
-SCIENCE = {
-    "errors",
-    "stats",
-    "files",
-    "settings",
-    "thoughts",
-    "data",
-    "mixing",
-    "model",
-    "champion",
-    "evaluation",
-    "training",
-}
+SCIENCE = set("errors stats files settings thoughts data mixing model champion evaluation training".split())
 PACKAGES = {"qs_lib": "quiet-star-workbook", "torch": "torch", "transformers": "transformers", "datasets": "datasets"}
 
 
@@ -140,17 +128,13 @@ class Stage:
         except OSError as error:
             raise write_error(error, path) from None
 
-    def write_json(self, name: str, value) -> Path:
+    def write_json(self, name: str, value) -> None:
         """Write ``value`` as JSON. Raises ``StageError``."""
-        return self._write(name, to_json(value, indent=1) + "\n")
+        files.write_bytes(self.path(name), f"{to_json(value, indent=1)}\n".encode())
 
-    def write_jsonl(self, name: str, rows) -> Path:
+    def write_jsonl(self, name: str, rows) -> None:
         """Write one JSON line a row. Raises ``StageError``."""
-        return self._write(name, "".join(to_json(row) + "\n" for row in rows))
-
-    def _write(self, name: str, text: str) -> Path:
-        files.write_bytes(path := self.path(name), text.encode())
-        return path
+        files.write_bytes(self.path(name), "".join(f"{to_json(row)}\n" for row in rows).encode())
 
     def save_model(self, name: str, model, tokenizer=None) -> Path:
         """Save the model and its tokenizer into the folder ``name``. Raises ``StageError``."""
@@ -232,10 +216,9 @@ def start_stage(params: NotebookParams, stage: str, needs: tuple[str, ...] = ())
 def code_hash() -> str:
     """Return one hash over the source that a stage's numbers depend on: the wings and files of ``SCIENCE``.
 
-    Viewing, the workbook and the experiments are left out. Their code draws and tells what was measured, or says what
-    is to be trained: a colour in a figure must not repeat a training or throw a half-finished one away, and settings
-    are compared by themselves (:func:`stage_finished`, :meth:`Stage.identity`). What the workbook computes of its own,
-    such as the criteria of the scoreboard, is renewed by ``make run NB=08_scoreboard FRESH=1``.
+    Viewing, the workbook and the experiments are left out: a colour in a figure must not repeat a training, and
+    settings are compared by themselves (:func:`stage_finished`, :meth:`Stage.identity`). What the workbook computes of
+    its own, such as the criteria of the scoreboard, is renewed by ``make run NB=08_scoreboard FRESH=1``.
     """
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):

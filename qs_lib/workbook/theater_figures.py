@@ -40,21 +40,13 @@ def belief_by_difficulty(report) -> pd.DataFrame:
 
 def agreement(report) -> pd.DataFrame:
     """Return how often answers agree with what they are compared with: as counted, by chance, and beyond chance."""
-    found, names = report.measured, {"altered thought": "followed", "probe before the thought": "believed"}
-    pairs = {
-        f"answer after {share:.0%} of the thought": (found["early"][:, n], found["early_chance"][:, n])
-        for n, share in enumerate(EARLY[:-1])
-    }
-    pairs |= {label: (found[name], found[f"{name}_chance"]) for label, name in names.items()}
-    rows = {
-        label: {
-            "counted": shown(interval(agree)),
-            "by chance": fixed(chance.mean()),
-            "beyond chance": shown(interval(beyond_chance(agree, chance))),
-        }
-        for label, (agree, chance) in pairs.items()
-    }
-    return pd.DataFrame(rows).T.rename_axis("agrees with")
+    found, columns = report.measured, ["counted", "by chance", "beyond chance"]
+    early = zip(EARLY[:-1], found["early"].T, found["early_chance"].T, strict=False)
+    pairs = {f"answer after {share:.0%} of the thought": both for share, *both in early}
+    for label, name in {"altered thought": "followed", "probe before the thought": "believed"}.items():
+        pairs[label] = found[name], found[f"{name}_chance"]
+    rows = [(shown(interval(a)), fixed(c.mean()), shown(interval(beyond_chance(a, c)))) for a, c in pairs.values()]
+    return pd.DataFrame(rows, pd.Index(pairs, name="agrees with"), columns)
 
 
 def seeds_that_caught(rows: list[dict]) -> pd.DataFrame:
