@@ -53,9 +53,15 @@ def judge_claims(rows: list[dict]) -> list[str]:
     return said
 
 
-def _right(row: dict) -> np.ndarray:
+def over_problems(row: dict, control: dict) -> dict[str, str]:
+    """Return what ``row`` gains over ``control``, with four thoughts and with a greedy one, for reading."""
+    keys = ("right", "right_greedy")
+    return {key: shown(interval(_right(row, key) - _right(control, key)), True) for key in keys}
+
+
+def _right(row: dict, key: str = "right") -> np.ndarray:
     """Return whether a row's answers are right (problems,), 0 or 1."""
-    return np.array([int(x) for x in row["right"][1:]])
+    return np.array([int(x) for x in row[key][1:]])
 
 
 def by_kind(rows: list[dict], problems: list[dict]) -> pd.DataFrame:
