@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .errors import at_least
+from .errors import WorkbookError, at_least
 
 
 class MixingHead(nn.Module):
@@ -17,11 +17,17 @@ class MixingHead(nn.Module):
     The clip passes gradients straight through, so a gate at 0 can open. The head of Quiet-STaR (arXiv 2403.09629 §4.3)
     interpolates one thought with one unbounded weight. Ours stays a distribution, so that several thoughts can vote.
     ``forward``: base (..., hidden), thought (..., K, hidden) -> weights (..., 1 + K), which sum to 1.
+
+    With ``gate="place"`` v reads h_0 alone (0 stands for h_k). Then the place decides whether thoughts count, and what they
+    say decides which of them. Where a text has few places to think at, a gate that reads thoughts learns to doubt them.
     """
 
-    def __init__(self, hidden_size: int, width: int = 64):
+    def __init__(self, hidden_size: int, width: int = 64, gate: str = "thoughts"):
         super().__init__()
         at_least(1, hidden_size=hidden_size, width=width)
+        if gate not in ("thoughts", "place"):
+            raise WorkbookError(f"gate is {gate!r}; it must be 'thoughts' or 'place'")
+        self.by_place = gate == "place"
         self.features = nn.Linear(2 * hidden_size, width)
         self.score = ZeroLinear(width, 1)
         self.gate = ZeroLinear(width, 1)
@@ -32,6 +38,9 @@ class MixingHead(nn.Module):
         with torch.autocast(both.device.type, enabled=False):  # in bfloat16 a gate just opening leaves 1 - g at 1
             features = torch.nn.functional.gelu(self.features(both))
             attention = self.score(features).squeeze(-1).softmax(-1)
+            if self.by_place:
+                alone = torch.cat([base, torch.zeros_like(base)], -1).to(dtype)
+                features = torch.nn.functional.gelu(self.features(alone)).unsqueeze(-2)
             gate = self.gate(features).squeeze(-1).mean(-1, keepdim=True)
         gate = gate.clamp(0, 1).detach() + (gate - gate.detach())  # exact forward: the second term is 0
         return torch.cat([1 - gate, gate * attention], -1)

@@ -22,7 +22,7 @@ from .thoughts.generate import generate_thoughts
 from .thoughts.rescore import target_scores
 
 _STATES = ("output_hidden_states", "output_attentions")
-THINKING_SETTINGS = ("think", "num_thoughts", "thought_length", "thought_temperature", "n_true", "mixing")
+THINKING_SETTINGS = ("think", "num_thoughts", "thought_length", "thought_temperature", "n_true", "mixing", "gate")
 _NEVER = -30.0  # the log-prob of a thinking token as text, where a finite number is needed
 
 
@@ -32,8 +32,8 @@ class QuietStarConfig(PreTrainedConfig):
     ``think``: whether thoughts are on by default. At a position ``num_thoughts`` are drawn, at ``thought_temperature``
     (0: greedy) and of at most ``thought_length`` tokens, both tags counted. Each helps to predict ``n_true`` tokens.
     ``mixing``: ``"log_probs"`` (the mean of the predicted probabilities) or ``"hidden"`` (of the hidden states before
-    the output head). ``hidden_ids``: tokens never written into visible text (the thinking tokens).
-    Raises ``WorkbookError`` for another ``mixing``.
+    the output head). ``gate``: what opens it, the ``"thoughts"`` or the ``"place"`` (:class:`qs_lib.mixing.MixingHead`).
+    ``hidden_ids``: tokens never written as text (the thinking tokens). Raises ``WorkbookError`` for another ``mixing``.
     """
 
     model_type = "quietstar"
@@ -46,6 +46,7 @@ class QuietStarConfig(PreTrainedConfig):
     thought_temperature: float = 1.0
     n_true: int = 4
     mixing: str = "log_probs"
+    gate: str = "thoughts"
     hidden_ids: list[int] | None = None
     think_token_id: int | None = None
     end_think_token_id: int | None = None
@@ -97,7 +98,8 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: QuietStarConfig, lm=None):
         super().__init__(config)
         self.lm = lm if lm is not None else AutoModelForCausalLM.from_config(config.text_config)
-        self.mixing_head, self.gain_head = (head(LanguageHead(self.lm).width) for head in (MixingHead, GainHead))
+        self.mixing_head = MixingHead(LanguageHead(self.lm).width, gate=config.gate)
+        self.gain_head = GainHead(LanguageHead(self.lm).width)
         self.post_init()
 
     @classmethod
@@ -331,12 +333,10 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         """Take one step of cached generation: read the new tokens in all streams, think where it is time, mix."""
         state = cache if isinstance(cache, ThinkingCache) else ThinkingCache(input_ids, attention_mask)
         if state is not cache and cache.get_seq_length():
-            advice = "leave the cache out, or generate with think=False"
-            raise WorkbookError(f"thinking cannot go on from a {type(cache).__name__} that it did not fill: {advice}")
+            raise _unknown(f"a {type(cache).__name__} that it did not fill")
         if state.started:
             state.append(input_ids, attention_mask)
-        more_text = input_ids.shape[1] > 1  # not a token just written
-        if not state.started or state.age >= self.config.n_true or more_text:
+        if not state.started or state.age >= self.config.n_true or input_ids.shape[1] > 1:  # more than a token written
             last = torch.full((len(state.ids), 1), state.ids.shape[1] - 1, device=state.ids.device)
             last = last.masked_fill(state.mask[:, -1:] == 0, -1)  # a piece of the prompt may be all padding
             thoughts = self.think(state.ids, state.mask, last)

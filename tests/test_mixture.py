@@ -12,6 +12,7 @@ from tiny import problems, tiny_quiet_star
 import qs_lib as qs
 from qs_lib.data.batches import answer_batch
 from qs_lib.data.tokens import encode, encode_context
+from qs_lib.errors import WorkbookError
 from qs_lib.evaluation import accuracy, episodes, likelihood
 from qs_lib.mixing import MixingHead, mix_hidden, mix_log_probs
 
@@ -135,6 +136,31 @@ def test_the_clip_of_the_gate_is_exact():
         weights[:, 1:].sum().backward()
         assert head.gate.bias.grad == 5
         head.gate.bias.grad = None
+
+
+def test_a_gate_by_place_weighs_all_thoughts_alike_whatever_they_say():
+    """It is the gate of h_0 with 0 beside it, by hand. Which thought counts is still a matter of what they say."""
+    torch.manual_seed(0)
+    head = MixingHead(8, gate="place")
+    for weight in (head.gate.weight, head.score.weight):
+        torch.nn.init.normal_(weight, std=0.3)
+    torch.nn.init.constant_(head.gate.bias, 0.5)
+    base, one, other = torch.randn(8), torch.randn(2, 8), torch.randn(2, 8)
+    by_hand = head.gate(torch.nn.functional.gelu(head.features(torch.cat([base, torch.zeros(8)]))))
+    weights, others = head(base, one), head(base, other)
+    assert 0 < by_hand < 1 and weights[0].item() == others[0].item() == pytest.approx(1 - by_hand.item())
+    assert weights[1].item() != pytest.approx(weights[2].item()) and weights[1].item() != pytest.approx(
+        others[1].item()
+    )
+    with pytest.raises(WorkbookError, match="gate is 'both'"):
+        MixingHead(8, gate="both")
+
+
+def test_the_gate_is_a_setting_that_is_saved_with_the_model(tmp_path):
+    model, tokenizer = tiny_quiet_star(gate="place")
+    model.save_pretrained(tmp_path)
+    again = qs.QuietStarForCausalLM.from_pretrained(tmp_path)
+    assert again.mixing_head.by_place and not tiny_quiet_star()[0].mixing_head.by_place
 
 
 # Both forms, from training to every evaluation, against plain passes that share nothing with the library.

@@ -22,6 +22,7 @@ from ..evaluation.likelihood import (
 from ..evaluation.theater import anti_theater, fit_scale
 from ..evaluation.where import area_under_curve, chosen, foreseen, gain_by_share
 from ..files import write_bytes
+from ..model import QuietStarForCausalLM
 from ..stats import interval, named
 from ..training.imitation import imitate
 from ..training.reinforce import QuietStarSettings, RunningText, train_quiet_star
@@ -34,8 +35,9 @@ from .reinforcement import TRAINED_WITH, baseline, loaded, measured, rl_recipe
 
 START = "03_baking/baked"
 OBJECTIVES = {"ours": {}, "rlp": {"objective": "rlp", "kl_coefficient": 0.0, "base_kl": 0.0}}
-RECIPE = {"num_positions": 8, "steps": 80, "over": 2, "head_lr": 0.01, "evaluate_every": 40}
-STORIES = 3000  # that are read in training
+RECIPE = {"num_positions": 8, "steps": 120, "over": 2, "head_lr": 0.003, "evaluate_every": 60}
+GATE, TEXT_SHARE = "place", 0.5  # what opens the gate, and the part of the loss that is running text
+STORIES, ANSWERS, SOLUTIONS = 3000, 500, 1000  # texts that are read in training
 ATTACKED = 240  # questions that anti-theater attacks
 TESTED = 120  # texts of each kind that are measured, at every token
 KINDS = ("stories", "answers", "solutions")
@@ -73,7 +75,7 @@ def held_out(kind: str, problems: list[dict], split: str = "test") -> list[tuple
 def train_anywhere(model, tokenizer, data: dict, settings: dict, seed: int, checkpoint=None):
     """Teach a baked ``QuietStarForCausalLM`` to think before results of stories too, then reinforce both, in place.
 
-    ``data``: problems by split. Running text in training is stories and, half as many, questions with their answers.
+    ``data``: problems by split. Running text in training is stories, questions with answers, and worked solutions.
     """
     told = stories("train", STORIES, seed)
     imitate(
@@ -83,9 +85,10 @@ def train_anywhere(model, tokenizer, data: dict, settings: dict, seed: int, chec
         TRAINING.but(seed=seed),
         desc="stories",
     )
-    answered = [p | {"steps": []} for p in data["train"][: STORIES // 2]]
+    answered = [p | {"steps": []} for p in data["train"][:ANSWERS]]
+    solved = data["train"][ANSWERS : ANSWERS + SOLUTIONS]
     s = QuietStarSettings(**settings, seed=seed)
-    running = RunningText(told + answered)
+    running = RunningText(told + answered + solved, TEXT_SHARE)
     return train_quiet_star(model, tokenizer, data["train"], data["validation"], s, checkpoint, running)
 
 
@@ -172,7 +175,8 @@ def write_numbers(folder: Path, rows: list[dict]) -> None:
 
 def trained_and_measured(run: Path, folder: Path, settings: dict, seed: int, checkpoint) -> tuple[dict, dict]:
     """Train once from the run's baked model. Return a row's numbers, and what ``measured_anywhere`` keeps."""
-    model, tokenizer, data = loaded(run, START)
+    plain, tokenizer, data = loaded(run, START)
+    model = QuietStarForCausalLM.from_base(plain.lm, tokenizer, gate=GATE)
     result = train_anywhere(model, tokenizer, data, settings, seed, checkpoint)
     model.save_pretrained(folder / ".anywhere" / f"{settings['objective']}-{seed}")
     before, _ = baseline(run, START, settings["thought_length"], seed)
