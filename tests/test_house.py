@@ -98,7 +98,7 @@ def test_the_library_does_not_grow_further_beyond_its_aim_and_says_that_it_is_be
     then agreement beyond chance and a gate by place (it was 15,250).
     """
     total = sum(house.lines(FILES).values())
-    assert total <= 15_280
+    assert total <= 15_270
     assert total < house.AIM or f"aim is {house.AIM:,} lines: not reached" in CONTRIBUTING
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from IPython.display import Pretty, display
 from matplotlib.ticker import MaxNLocator
 
@@ -76,11 +77,11 @@ def _spread(intervals) -> np.ndarray:
     return np.maximum([mean - low, high - mean], 0)
 
 
-def _finish(axis, grid: bool = False, **labels) -> None:
+def _finish(axis, grid: bool = False, legend: dict | None = None, **labels) -> None:
     axis.set(**labels)
     if grid:
         axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, **legend or {})
 
 
 def idea():
@@ -150,8 +151,7 @@ def sweep_panels(rows: list[dict], x: str, ys: list[str], parameters: list[str])
             shape = LOOKS[(i + i // 4) % 4]  # neighbours differ in colour, dash and marker, and so do sixteen lines
             look = shape._replace(colour=LOOKS[i % 4].colour)
             points = [(r[x], r[y]) for r in group if isinstance(r.get(y), (int, float))]
-            places = list(dict.fromkeys(place for place, _ in points))
-            means = [(here, np.mean([value for place, value in points if place == here])) for here in places]
+            means = list(pd.DataFrame(points).groupby(0, sort=False)[1].mean().items()) if points else []
             _draw_line(axis, means, look, safe_label(name) or "mean")
             axis.plot([p for p, _ in points], [value for _, value in points], ".", color=look.colour, ms=3, alpha=0.6)
         _finish(axis, grid=True, xlabel=safe_label(x), ylabel=safe_label(y))
@@ -180,8 +180,7 @@ def difficulty_shares(splits: dict[str, list[int]]):
     shares = {name: [np.mean([min(d, 9) == n for d in ds]) for n in levels] for name, ds in splits.items()}
     _bars(axis, shares, [f"{n} or more" if n == 9 else str(n) for n in levels])
     axis.set(xlabel="difficulty (worked steps)", ylabel="share of the split's problems")
-    axis.set_ylim(0, 1.25 * axis.get_ylim()[1])
-    axis.legend(fontsize=8, ncol=3, loc="upper right")
+    _finish(axis, legend={"ncol": 3, "loc": "upper right"}, ylim=(0, 1.25 * axis.get_ylim()[1]))
     return figure
 
 
@@ -215,8 +214,7 @@ def diagonal_mask(seen, queries: list[str], keys: list[str]):
     seen = np.asarray(seen, float)
     figure, axis = new_figure(0.3 * len(keys) + 1.6, 0.3 * len(queries) + 1.2)
     axis.imshow(seen, cmap="Blues", vmin=0, vmax=1.6)
-    for i, j in np.argwhere(seen > 0):
-        axis.plot(j, i, "o", ms=3, color="black")
+    axis.plot(*np.nonzero(seen > 0)[::-1], "o", ms=3, color="black")
     axis.set_xticks(range(len(keys)), [safe_label(x) for x in keys], rotation=90, fontsize=7, family="monospace")
     axis.set_yticks(range(len(queries)), [safe_label(x) for x in queries], fontsize=7, family="monospace")
     axis.set(xlabel="key (token that is read): text, or position.thought.token", ylabel="query (token that reads)")
@@ -247,10 +245,9 @@ def hard_positions(tokens: list[str], entropy: list[float], chosen: list[int]):
     """Draw the entropy of the next-token prediction after each token. The chosen positions are hatched and marked."""
     figure, axis = new_figure(max(7.0, 0.24 * len(tokens)), 3.2)
     picked = np.isin(np.arange(len(tokens)), chosen)
-    bars = axis.bar(range(len(tokens)), entropy, color=np.where(picked, ORANGE, GREY), edgecolor="white")
-    for at in np.flatnonzero(picked):
-        bars[at].set_hatch("//")
-        axis.plot(at, entropy[at], "v", color="black", ms=5)
+    looks = {"color": np.where(picked, ORANGE, GREY), "hatch": np.where(picked, "//", ""), "edgecolor": "white"}
+    axis.bar(range(len(tokens)), entropy, **looks)
+    axis.plot(np.flatnonzero(picked), np.array(entropy)[picked], "v", color="black", ms=5)
     axis.set_xticks(range(len(tokens)), [safe_label(x) for x in tokens], rotation=90, fontsize=7)
     axis.set(xlabel="token after which the model predicts (marked: think here)", ylabel="entropy (nats)")
     return figure
@@ -286,9 +283,8 @@ def training_curves(live: list[dict], pocket: list[dict] = ()):
         for name, rows, look in (("pocket run", pocket, LOOKS[1]), ("this run", live, LOOKS[0])):
             points = [(r["step"], r[key]) for r in rows if key in r]
             if len(points) > 40:
-                last = ([value for _, value in points[max(0, i - 9) : i + 1]] for i in range(len(points)))
-                means = [(x, np.mean(values)) for (x, _), values in zip(points, last, strict=True)]
-                name, points = f"{name} (mean of 10)", means
+                means = pd.Series(dict(points)).rolling(10, min_periods=1).mean()
+                name, points = f"{name} (mean of 10)", list(means.items())
             _draw_line(axis, points, look, name)
         axis.set_title(label, fontsize=9)  # beside an axis it is too long
         axis.set_xlabel("RL step", fontsize=9)
@@ -380,10 +376,11 @@ def model_latency(rows: list[dict], target_ms: float):
     right, what each setting of the longest text is made of (shares of the median)."""
     figure, (left, right) = new_figure(12, 4.2, 2, dpi=100)
     models, longest = list(dict.fromkeys(r["model"] for r in rows)), max(r["text_length"] for r in rows)
+    setting = "{positions}x{num_thoughts}x{thought_length}".format_map
     for model, look in zip(models, LOOKS, strict=False):
         own = [r for r in rows if r["model"] == model]
         _median_to_p95(left, range(len(own)), own, look, f"{model} parameters")
-    names = [f"L{r['text_length']} {_setting(r)}" for r in rows if r["model"] == models[0]]
+    names = [f"L{r['text_length']} {setting(r)}" for r in rows if r["model"] == models[0]]
     left.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
     left.axhline(target_ms, color="black", ls="--", lw=1, label=f"target {target_ms:g} ms")
     _finish(left, yscale="log", ylabel="forward pass (ms)", xlabel="text length, positions x thoughts x tokens")
@@ -394,15 +391,11 @@ def model_latency(rows: list[dict], target_ms: float):
         share = np.array([r["shares"][part] for r in shown])
         right.barh(places, share, left=below, color=colour, hatch=hatch, edgecolor="black", lw=0.5, label=part)
         below += share
-    right.set_yticks(places, [f"{r['model']} {_setting(r)}" for r in shown], fontsize=8)
+    right.set_yticks(places, [f"{r['model']} {setting(r)}" for r in shown], fontsize=8)
     right.invert_yaxis()
     right.set(xlabel=f"share of the median, text of {longest} tokens", xlim=(0, 1))
     right.legend(fontsize=8, ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
-
-
-def _setting(row: dict) -> str:
-    return f"{row['positions']}x{row['num_thoughts']}x{row['thought_length']}"
 
 
 def ladder(steps: dict[str, tuple]):

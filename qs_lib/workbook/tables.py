@@ -1,7 +1,6 @@
 """What notebooks show besides figures: numbers gathered into rows, thoughts as HTML, files read back."""
 
 import json
-import os
 import textwrap
 
 import pandas as pd
@@ -16,7 +15,7 @@ from ..errors import UpstreamError
 from ..evaluation.accuracy import answer_of, replies
 from ..evaluation.episodes import by_problem
 from ..evaluation.theater import CHECKS, TheaterReport
-from ..files import find_run
+from ..files import atomic_write, find_run
 from ..stats import as_text, correlation, fixed, named, shown
 from ..training.baking import BakingItem
 from ..viewing.escape import safe_text, safe_token
@@ -77,10 +76,9 @@ def committed_path(name: str):
 
 
 def write_parquet(stage, name: str, rows: list[dict]) -> None:
-    """Write rows into the stage's folder, aside first and then renamed, like all that a stage writes."""
-    aside = stage.path(f".{name}.tmp")
-    pq.write_table(pa.Table.from_pylist(list(rows)), aside)
-    os.replace(aside, stage.path(name))
+    """Write rows into the stage's folder, whole or not at all. Raises ``StageError``."""
+    with atomic_write(stage.path(name)) as temporary:
+        pq.write_table(pa.Table.from_pylist(list(rows)), temporary)
 
 
 def side_by_side(columns: dict[str, dict], digits: int = 3, names: dict[str, str] | None = None) -> pd.DataFrame:
@@ -170,10 +168,9 @@ def reply_rows(
 
 def strategy_use(rows: list[dict]) -> dict[str, dict[str, float]]:
     """Return family -> strategy -> share of the family's replies (:func:`reply_rows`) that use it."""
-    columns, used = ["cot", *(s for s in PROMPTS if s != "cot"), "none"], {}
-    for row in sorted(rows, key=lambda row: row["family"]):
-        used.setdefault(row["family"], []).append(row["strategy"])
-    return {family: {c: own.count(c) / len(own) for c in columns} for family, own in used.items()}
+    columns, frame = ["cot", *(s for s in PROMPTS if s != "cot"), "none"], pd.DataFrame(rows)
+    shares = pd.crosstab(frame["family"], frame["strategy"], normalize="index")
+    return shares.reindex(columns=columns, fill_value=0.0).to_dict("index")
 
 
 def thoughts_html(thoughts: list[dict]) -> str:
