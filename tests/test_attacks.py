@@ -7,6 +7,8 @@ import torch
 
 from qs_lib.evaluation import attacks, belief, edits, verdict
 from qs_lib.evaluation import theater as t
+from qs_lib.stats import interval, shown
+from qs_lib.workbook import theater_figures
 
 honest = stand_in.honest
 TWO = "<think> <step> 9 + 8 = 17 <step> 17 - 4 = 13 </think>"
@@ -298,6 +300,16 @@ def test_a_quick_look_costs_less_than_a_tenth_of_the_thoughts(honest):
     assert quick.passed and {"follow_through", "foreign_gain", "ablation_gain"} <= {c.id for c in quick.checks}
     spent = [sum(c.drawn + c.read for c in r.cost.values()) / len(r.measured["own"]) for r in (whole, quick)]
     assert spent[1] < spent[0] / 3  # a problem; the problems are a sixth of 240
+
+
+def test_the_table_of_agreement_has_what_was_measured(honest):
+    report = t.anti_theater(**honest)
+    table, followed = theater_figures.agreement(report), report.measured["followed"]
+    assert len(table) == 6 and table.loc["altered thought", "counted"] == shown(interval(followed))
+    chance = report.measured["early_chance"][:, 1].mean()
+    beyond = (report.measured["early"][:, 1].mean() - chance) / (1 - chance)
+    row = table.loc["answer after 25% of the thought"]
+    assert row["by chance"] == f"{chance:.3f}" and row["beyond chance"].startswith(f"{beyond:.3f}")
 
 
 def test_words_that_the_tokenizer_lacks_are_not_asked_for(honest):

@@ -157,7 +157,7 @@ def test_a_gate_by_place_weighs_all_thoughts_alike_whatever_they_say():
 
 
 def test_the_gate_is_a_setting_that_is_saved_with_the_model(tmp_path):
-    model, tokenizer = tiny_quiet_star(gate="place")
+    model, _ = tiny_quiet_star(gate="place")
     model.save_pretrained(tmp_path)
     again = qs.QuietStarForCausalLM.from_pretrained(tmp_path)
     assert again.mixing_head.by_place and not tiny_quiet_star()[0].mixing_head.by_place
