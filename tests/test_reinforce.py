@@ -372,11 +372,13 @@ def test_options_train_and_say_what_they_did(settings):
     assert any(not torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_tensorboard_gets_what_the_log_gets(tmp_path):
+def test_tensorboard_gets_what_the_log_gets(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     from qs_lib.workbook.tracking import tensorboard
 
     lines = []
+    assert tensorboard(print, tmp_path) is print  # not asked for
+    monkeypatch.setenv("QS_TENSORBOARD", "1")
     log = tensorboard(lambda **m: lines.append(m), tmp_path)
     log(step=1, reward=0.5, note="text")
     log(step=3, reward=1.5)
@@ -391,6 +393,7 @@ def test_without_tensorboard_one_sentence_says_how_to_get_it(tmp_path, monkeypat
     from qs_lib.errors import WorkbookError
     from qs_lib.workbook.tracking import tensorboard
 
+    monkeypatch.setenv("QS_TENSORBOARD", "1")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(WorkbookError, match="pip install tensorboard"):
         tensorboard(print, tmp_path)

@@ -169,7 +169,6 @@ class Reinforce(NotebookParams, QuietStarSettings):
     mixing: Literal["log_probs", "hidden"] = "log_probs"
     eval_problems: int = Field(24, ge=2)
     test_problems: int = Field(24, ge=2)
-    tensorboard: bool = False
 
 
 class AntiTheater(NotebookParams):

@@ -10,12 +10,14 @@ from ..evaluation.episodes import Episode
 def tensorboard(log, folder: str | Path):
     """Return a function that passes metrics on to ``log`` and writes their numbers as scalars at ``metrics["step"]``.
 
-    Raises ``WorkbookError`` if the tensorboard package is missing.
+    Without ``QS_TENSORBOARD`` in the environment it is ``log``. Raises ``WorkbookError`` if the package is missing.
     """
+    if not os.environ.get("QS_TENSORBOARD"):
+        return log
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise WorkbookError("tensorboard=True needs TensorBoard: `pip install tensorboard`, or leave it off") from None
+        raise WorkbookError("QS_TENSORBOARD needs TensorBoard: `pip install tensorboard`, or unset it") from None
     writer = SummaryWriter(folder)
 
     def both(**metrics):
