@@ -26,7 +26,8 @@ FORMAT_VERSION = 1
 CHECKPOINTS = ".checkpoint"
 CODE_CHANGED = "the code behind its numbers changed"
 # wings and files of the library that numbers depend on; see code_hash
-SCIENCE = set("errors stats files settings thoughts data mixing model champion evaluation training".split())
+SCIENCE = {"errors", "stats", "files", "settings", "thoughts", "data"}
+SCIENCE |= {"mixing", "model", "champion", "evaluation", "training"}
 PACKAGES = {"qs_lib": "quiet-star-workbook", "torch": "torch", "transformers": "transformers", "datasets": "datasets"}
 
 
