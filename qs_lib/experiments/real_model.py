@@ -137,8 +137,8 @@ def control_arm(variant, material, kind, rates, seed):
     """
     s, values = baked_with(variant, {}, seed)
     worked, unseen = lessons_of(material, values, s)
-    steps = trained_with(variant, {}, seed).steps
-    s = s.but(epochs=s.epochs + s.prompt_epochs + -(-steps * s.batch_size // (len(worked) + len(unseen))))
+    rl = trained_with(variant, {}, seed)
+    s = s.but(epochs=s.epochs + s.prompt_epochs + -(-rl.steps * rl.batch_size // (len(worked) + len(unseen))))
     untrained, tokenizer = champion(variant)
     thought = filler(tokenizer, mean_length(tokenizer, worked)) if kind == "filler" else []
     plain = [encode(tokenizer, p["question"], reply(None, p)) for p in [*worked, *unseen]]
