@@ -1,5 +1,7 @@
 """The mixing head, which weighs the plain prediction and each thought's, and the mixture of them."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -20,6 +22,7 @@ class MixingHead(nn.Module):
 
     With ``gate="place"`` v reads h_0 alone (0 stands for h_k). Then the place decides whether thoughts count, and what they
     say decides which of them. Where a text has few places to think at, a gate that reads thoughts learns to doubt them.
+    At an end of the clip, gradients outwards stop: places where thoughts always help would drive v up everywhere.
     """
 
     def __init__(self, hidden_size: int, width: int = 64, gate: str = "thoughts"):
@@ -42,8 +45,15 @@ class MixingHead(nn.Module):
                 alone = torch.cat([base, torch.zeros_like(base)], -1).to(dtype)
                 features = torch.nn.functional.gelu(self.features(alone)).unsqueeze(-2)
             gate = self.gate(features).squeeze(-1).mean(-1, keepdim=True)
+        if self.by_place and gate.requires_grad:
+            gate.register_hook(partial(_inward, gate.detach()))
         gate = gate.clamp(0, 1).detach() + (gate - gate.detach())  # exact forward: the second term is 0
         return torch.cat([1 - gate, gate * attention], -1)
+
+
+def _inward(gate: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return a gate's gradient, 0 where a step against it leads out of [0, 1]."""
+    return gradient.masked_fill((gate >= 1) & (gradient < 0) | (gate <= 0) & (gradient > 0), 0)
 
 
 class ZeroLinear(nn.Linear):

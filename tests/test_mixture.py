@@ -10,6 +10,7 @@ import torch
 from tiny import problems, tiny_quiet_star
 
 import qs_lib as qs
+from qs_lib import mixing
 from qs_lib.data.batches import answer_batch
 from qs_lib.data.tokens import encode, encode_context
 from qs_lib.errors import WorkbookError
@@ -154,6 +155,38 @@ def test_a_gate_by_place_weighs_all_thoughts_alike_whatever_they_say():
     )
     with pytest.raises(WorkbookError, match="gate is 'both'"):
         MixingHead(8, gate="both")
+
+
+def test_a_gate_by_place_is_not_pushed_past_an_end_of_its_clip():
+    """By hand: a gradient passes at an end of the clip only if a step against it leads inwards."""
+    base, thought = torch.randn(5, 8), torch.randn(5, 2, 8)
+    for bias, opens, shuts in ((-0.5, 1, 0), (0.0, 1, 0), (0.4, 1, 1), (1.0, 0, 1), (2.5, 0, 1)):
+        for sign, passes in ((-1, opens), (1, shuts)):  # descent on -weight opens the gate
+            head = MixingHead(8, gate="place")
+            torch.nn.init.constant_(head.gate.bias, bias)
+            (sign * head(base, thought)[:, 1:].sum()).backward()
+            assert head.gate.bias.grad == sign * passes * 5, (bias, sign)
+
+
+@pytest.mark.parametrize("planted", (False, True))
+def test_places_where_thoughts_always_help_do_not_open_the_gate_elsewhere(planted, monkeypatch):
+    """Planted: gradients that pass the clip everywhere. Then the few other places stay open."""
+    if planted:
+        monkeypatch.setattr(mixing, "_inward", lambda gate, gradient: gradient)
+    torch.manual_seed(0)
+    helped = torch.arange(64) % 16 > 0  # most places
+    base = torch.randn(8) + 0.3 * torch.randn(64, 8) + 0.5 * torch.where(helped, 1.0, -1.0)[:, None] * torch.randn(8)
+    plain = torch.where(helped, 0.2, 0.9).log()
+    after = torch.where(helped, 0.9, 0.2).log()[:, None].expand(-1, 2)
+    head = MixingHead(8, gate="place")
+    optimizer = torch.optim.Adam(head.parameters(), 3e-3)
+    for _ in range(300):
+        gain = mix_log_probs(head(base, torch.zeros(64, 2, 8)), plain, after) - plain
+        optimizer.zero_grad()
+        (-gain.mean()).backward()
+        optimizer.step()
+    assert gain[helped].mean() > 1.3  # ln 4.5 = 1.50 at most
+    assert (gain[~helped].mean() > -0.01) != planted
 
 
 def test_the_gate_is_a_setting_that_is_saved_with_the_model(tmp_path):

@@ -32,9 +32,8 @@ def foreseen(model, tokenizer, texts, positions: int = 0, batch_size: int = 32) 
     out = {"expected": [], "entropy": []}
     for ids, mask, at in placed(tokenizer, texts, positions, batch_size, model.device):
         hidden = states_at(model, ids, mask, at)
-        log_probs = model.visible_log_probs(hidden)
         found = {"expected": model.gain_head(hidden)}
-        found["entropy"] = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1)
+        found["entropy"] = torch.special.entr(model.visible_log_probs(hidden).exp()).sum(-1)
         for name, values in found.items():
             out[name].append(values.masked_fill(at < 0, torch.nan).cpu())
     return {name: torch.cat(values).numpy() for name, values in out.items()}

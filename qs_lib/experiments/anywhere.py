@@ -128,10 +128,8 @@ def measured_anywhere(model, tokenizer, data: dict, seed: int) -> tuple[dict, di
             row |= named(f"{guess}_area", area_under_curve(values, gain))
             row[f"{guess}_shares"] = [r["value"] for r in gain_by_share(gain, values)]
         random_share = gain * chosen(np.random.default_rng(seed).random(gain.shape) + 0 * gain, 0.1)
-        row |= named(
-            "tenth_over_random",
-            interval(np.nanmean(np.where(chosen(guesses["expected"], 0.1), gain, 0.0) - random_share, 1)),
-        )
+        over_random = np.where(chosen(guesses["expected"], 0.1), gain, 0.0) - random_share
+        row |= named("tenth_over_random", interval(np.nanmean(over_random, 1)))
         kept = {"stories": [example(tokenizer, t, i, scores, guesses) for i, t in enumerate(texts[:EXAMPLES])]}
     return row, kept
 

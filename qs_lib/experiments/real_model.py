@@ -26,13 +26,7 @@ from ..data.tokens import (
     thinking_ids,
 )
 from ..errors import UpstreamError
-from ..evaluation.accuracy import (
-    Performance,
-    accuracy_with_thoughts,
-    direct_accuracy,
-    longest_answer,
-    measure,
-)
+from ..evaluation.accuracy import Performance, accuracy_with_thoughts, direct_accuracy, longest_answer, measure
 from ..evaluation.episodes import answers_with
 from ..evaluation.theater import anti_theater, fit_scale
 from ..files import to_json, write_bytes, write_rows
@@ -234,7 +228,7 @@ def reinforce_arm(variant, material, start: Path, changed: dict, seed: int, chec
     s = trained_with(variant, changed, seed)
     lm, tokenizer = load_champion(str(start))
     budget = {"num_thoughts": s.num_thoughts, "thought_length": s.thought_length, "n_true": s.n_true}
-    model = QuietStarForCausalLM.from_base(lm, tokenizer, **budget)
+    model = QuietStarForCausalLM.from_base(lm, tokenizer, **budget, gate=s.gate)
     validation = material["validation"][: recipe("05_rl", variant)["eval_problems"]]
     result = train_quiet_star(model, tokenizer, material["train"], validation, s, checkpoint)
     seen = [h["validation_accuracy"] for h in result.history if "validation_accuracy" in h]

@@ -63,7 +63,7 @@ class QuietStarSettings(Settings):
     adaptive_length: bool = False  # thoughts of a fifth of the text's tokens, 10 to 20, at most thought_length
     pg_weight: float = Field(1.0, ge=0)  # weight of the REINFORCE term
     nll_weight: float = Field(0.5, ge=0)  # weight of the mixture's negative log-likelihood
-    nll_trains: Literal["all", "head"] = "all"  # what that trains: all weights, or the mixing head alone
+    nll_trains: Literal["all", "head"] = "all"  # what that trains: all weights, or the mixing head alone, see `gate`
     thought_nll_weight: float = Field(0.0, ge=0)  # the same of each thought alone, which teaches to read on behind it
     look_ahead_weight: float = Field(0.5, ge=0)  # weight of the mixture's tokens after the first
     kl_coefficient: float = Field(0.1, ge=0)  # KL of thoughts to the reference model
@@ -73,6 +73,11 @@ class QuietStarSettings(Settings):
     evaluate_every: int = Field(50, ge=1)  # steps between validations
     seed: int = Field(0, ge=0, lt=2**32)  # every random draw derives from it
     _rates_move = model_validator(mode="after")(rates_move)
+
+    @property
+    def gate(self) -> str:
+        """What should open the model's gate: where likelihood trains the mixing head alone, the place."""
+        return "place" if self.nll_trains == "head" else "thoughts"
 
 
 @dataclass(frozen=True)
@@ -395,15 +400,9 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
     gains = (mixed - scored.base_logprobs[there])[:, 0].detach().clamp(REWARD_FLOOR, -REWARD_FLOOR)
     guess = model.gain_head(scored.base_hidden[there][:, 0].detach())
     loss = loss + distributed.weigh(torch.nn.functional.huber_loss(guess, gains), units)  # of the gain head alone
-    parts = {
-        "reward": rewards.mean(),
-        "gain": gains.mean(),
-        "nll": nll,
-        "thought_nll": alone,
-        "correct": correct.mean(),
-    }
+    parts = {"reward": rewards.mean(), "gain": gains.mean(), "correct": correct.mean(), "nll": nll}
     parts |= {"no_thought_weight": weights[there][:, 0, 0].mean(), "length": thoughts.lengths[there].float().mean()}
-    parts["entropy"] = scored.thought_entropy.sum() / thoughts.sampled.sum().clamp_min(1)
+    parts |= {"thought_nll": alone, "entropy": scored.thought_entropy.sum() / thoughts.sampled.sum().clamp_min(1)}
     parts["tied"] = (rewards.amax(-1) - rewards.amin(-1) < 1e-4).float().mean()
     parts["signal"] = (advantage.abs().amax(-1) > 0.1).float().mean()
     if reference is not None and s.objective != "rlp" and (s.kl_coefficient or s.base_kl):

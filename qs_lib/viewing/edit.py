@@ -98,5 +98,4 @@ def entropies(model, tokenizer, text: str) -> list[float]:
     ids = checked_context(model, tokenizer, text, None, 0)
     logits = model.lm(torch.tensor([ids], device=model.device)).logits[0].float()
     logits[:, list(model.config.hidden_ids)] = -torch.inf
-    log_probs = logits.log_softmax(-1)
-    return (-(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1)).tolist()
+    return torch.special.entr(logits.softmax(-1)).sum(-1).tolist()
