@@ -1,5 +1,8 @@
 """An adapter's layers give peft's own numbers, gradients included, without its copies."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tiny import tiny_lm
@@ -7,6 +10,7 @@ from tiny import tiny_lm
 peft = pytest.importorskip("peft")
 
 from qs_lib.data.tokens import thinking_ids
+from qs_lib.files import REPOSITORY
 from qs_lib.thoughts.generate import generate_thoughts
 from qs_lib.training import adapter, loop
 
@@ -68,3 +72,12 @@ def test_the_rows_of_the_vocabulary_are_not_copied(monkeypatch):
     with torch.autograd.profiler.profile(record_shapes=True) as profile:
         model(torch.arange(4, 16)[None]).logits.logsumexp(-1).sum().backward()
     assert not [e.name for e in profile.function_events if "copy" in e.name and whole in e.input_shapes]
+
+
+def test_the_benchmark_of_an_adapter_runs():
+    """It calls inner parts of the trainings by name, so a change there would break it unseen."""
+    command = [sys.executable, str(REPOSITORY / "tests" / "benchmarks" / "bench_adapter.py"), "pocket"]
+    command += ["--problems", "1", "--thoughts", "2", "--repeats", "1"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=280, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr[-800:]
+    assert "one step of reinforcement" in done.stdout

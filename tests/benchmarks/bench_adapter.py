@@ -86,7 +86,7 @@ def reinforcement(model, tokenizer, problems, given, flops):
             rng, generator = random.Random(0), torch.Generator().manual_seed(0)
             rolled = drawn[turn] = reinforce.draw_rollouts(model, tokenizer, problems, 0, s, rng, generator)
             loss, *_ = reinforce.quiet_star_loss(model, reference, tokenizer, *rolled[1:], s)
-            loop.update(loss, optimizer, scheduler, [model.parameters()], "the loss")
+            loop.update(loss, optimizer, scheduler, {"model": model.parameters()}, "the loss")
 
         for name in ("before", "now") * (given.repeats + 1):
             take(lm, name)
@@ -125,7 +125,8 @@ def bake(model, tokenizer, problems, given, flops):
 
 
 def latency(model, given, size, speed):
-    ids = torch.randint(9, 4000, (1, 64), generator=torch.Generator().manual_seed(0))
+    words = min(4000, model.lm.get_input_embeddings().weight.shape[0] - 8)
+    ids = torch.randint(9, words, (1, 64), generator=torch.Generator().manual_seed(0))
     for length in (10, 20):
         times = []
         for _ in range(given.repeats + 2):
