@@ -132,26 +132,6 @@ def test_a_thought_alone_is_taught_though_the_gate_is_shut():
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.mixing_head.parameters())
 
 
-def test_the_mixtures_likelihood_trains_the_head_alone_if_asked():
-    """The same loss and the same gradient of the head, none of the language model."""
-    model, tokenizer = tiny_quiet_star()
-    with torch.no_grad():
-        model.mixing_head.gate.bias.fill_(0.6)
-    ids, mask, thoughts = batch(model, tokenizer)
-    off = {"pg_weight": 0.0, "kl_coefficient": 0.0, "base_kl": 0.0, "n_true": 3}
-    losses, heads = [], []
-    for trains in ("all", "head"):
-        model.zero_grad(set_to_none=True)
-        loss, _, _ = loss_of(model, None, tokenizer, ids, mask, thoughts, nll_trains=trains, **off)
-        loss.backward()
-        losses.append(loss.item())
-        heads.append(torch.cat([p.grad.flatten() for p in model.mixing_head.parameters()]))
-        reached = any(p.grad is not None and p.grad.abs().max() > 0 for p in model.lm.parameters())
-        assert reached == (trains == "all")
-    assert losses[0] == losses[1] and heads[0].abs().max() > 0
-    torch.testing.assert_close(heads[0], heads[1])
-
-
 def test_loss_parts_against_a_plain_recomputation(monkeypatch):
     """Reward and REINFORCE term again from plain forward passes over text + thought + truth, one thought at a time."""
     monkeypatch.setattr(r, "REWARD_FLOOR", -1e9)

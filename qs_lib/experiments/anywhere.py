@@ -24,6 +24,7 @@ from ..evaluation.where import area_under_curve, chosen, foreseen, gain_by_share
 from ..files import write_bytes
 from ..model import QuietStarForCausalLM
 from ..stats import interval, named
+from ..training.heads import fit_mixing_head
 from ..training.imitation import imitate
 from ..training.reinforce import QuietStarSettings, RunningText, train_quiet_star
 from ..workbook.stage import read_stage, stage_digest
@@ -38,6 +39,7 @@ OBJECTIVES = {"ours": {}, "rlp": {"objective": "rlp", "kl_coefficient": 0.0, "ba
 RECIPE = {"num_positions": 8, "steps": 120, "over": 2, "head_lr": 0.003, "evaluate_every": 60}
 GATE, TEXT_SHARE = "place", 0.5  # what opens the gate, and the part of the loss that is running text
 STORIES, ANSWERS, SOLUTIONS = 3000, 500, 1000  # texts that are read in training
+FITTED_TO = 900, 300, 600, 600  # the same, and questions, to whose thoughts the mixing head is fitted in the end
 ATTACKED = 240  # questions that anti-theater attacks
 TESTED = 120  # texts of each kind that are measured, at every token
 KINDS = ("stories", "answers", "solutions")
@@ -77,19 +79,24 @@ def train_anywhere(model, tokenizer, data: dict, settings: dict, seed: int, chec
 
     ``data``: problems by split. Running text in training is stories, questions with answers, and worked solutions.
     """
-    told = stories("train", STORIES, seed)
-    imitate(
-        model.lm,
-        tokenizer,
-        story_lessons(tokenizer, told, data["train"], seed),
-        TRAINING.but(seed=seed),
-        desc="stories",
-    )
-    answered = [p | {"steps": []} for p in data["train"][:ANSWERS]]
-    solved = data["train"][ANSWERS : ANSWERS + SOLUTIONS]
-    s = QuietStarSettings(**settings, seed=seed)
-    running = RunningText(told + answered + solved, TEXT_SHARE)
+    told, s = stories("train", STORIES, seed), QuietStarSettings(**settings, seed=seed)
+    lessons = story_lessons(tokenizer, told, data["train"], seed)
+    imitate(model.lm, tokenizer, lessons, TRAINING.but(seed=seed), desc="stories")
+    running = RunningText(told + task_texts(data["train"], ANSWERS, SOLUTIONS), TEXT_SHARE)
     return train_quiet_star(model, tokenizer, data["train"], data["validation"], s, checkpoint, running)
+
+
+def fit_anywhere(model, tokenizer, data: dict, seed: int) -> list[float]:
+    """Fit the mixing head of a trained model to thoughts in texts that it was not trained on, of each kind."""
+    known = {text_of(story) for story in stories("train", STORIES, seed)}
+    told = [story for story in stories("train", STORIES, seed + 1000) if text_of(story) not in known]
+    texts = told[: FITTED_TO[0]] + task_texts(data["train"][ANSWERS + SOLUTIONS :], *FITTED_TO[1:3])
+    return fit_mixing_head(model, tokenizer, data["train"][-FITTED_TO[3] :], texts, **BUDGET, seed=seed)
+
+
+def task_texts(problems: list[dict], answers: int, solutions: int) -> list[dict]:
+    """Return questions with answers, then worked solutions, as texts."""
+    return [p | {"steps": []} for p in problems[:answers]] + problems[answers : answers + solutions]
 
 
 def text_gains(model, tokenizer, data: dict, kind: str, seed: int) -> tuple[dict, dict, list]:
@@ -176,6 +183,7 @@ def trained_and_measured(run: Path, folder: Path, settings: dict, seed: int, che
     plain, tokenizer, data = loaded(run, START)
     model = QuietStarForCausalLM.from_base(plain.lm, tokenizer, gate=GATE)
     result = train_anywhere(model, tokenizer, data, settings, seed, checkpoint)
+    fit_anywhere(model, tokenizer, data, seed)
     model.save_pretrained(folder / ".anywhere" / f"{settings['objective']}-{seed}")
     before, _ = baseline(run, START, settings["thought_length"], seed)
     after, _ = measured(model, tokenizer, data, "head", settings["thought_length"], seed)

@@ -55,8 +55,8 @@ TRAINED_ARMS = {
 }
 REINFORCED = {
     "reinforced": {},
-    "likelihood trains all": {"nll_trains": "all"},
-    "pg off": {"pg_weight": 0.0, "nll_trains": "all"},
+    "with likelihood": {"nll_weight": 0.5},
+    "pg off": {"pg_weight": 0.0, "nll_weight": 0.5},
     "probability": {"reward": "probability"},
     "likelihood": {"reward": "likelihood"},
     "Muon": {"muon": True, "muon_lr": 2e-3},
@@ -228,8 +228,9 @@ def reinforce_arm(variant, material, start: Path, changed: dict, seed: int, chec
     s = trained_with(variant, changed, seed)
     lm, tokenizer = load_champion(str(start))
     budget = {"num_thoughts": s.num_thoughts, "thought_length": s.thought_length, "n_true": s.n_true}
-    model = QuietStarForCausalLM.from_base(lm, tokenizer, **budget, gate=s.gate)
-    validation = material["validation"][: recipe("05_rl", variant)["eval_problems"]]
+    values = recipe("05_rl", variant)
+    model = QuietStarForCausalLM.from_base(lm, tokenizer, **budget, gate=values["gate"])
+    validation = material["validation"][: values["eval_problems"]]
     result = train_quiet_star(model, tokenizer, material["train"], validation, s, checkpoint)
     seen = [h["validation_accuracy"] for h in result.history if "validation_accuracy" in h]
     row = {"best_step": result.best_step, "validation": [round(v, 4) for v in seen]}

@@ -44,10 +44,6 @@ class Rescored:
     true_full: torch.Tensor | None = None
     base_full: torch.Tensor | None = None
 
-    def detached(self) -> "Rescored":
-        """Return the same values, through which no gradient flows."""
-        return Rescored(**{name: value if value is None else value.detach() for name, value in vars(self).items()})
-
 
 def target_scores(head, hidden, target, temperature=1.0, forbid=None, entropy=False):
     """Return the log-prob (R,) of each target and the entropy (R,) or None, from hidden (R, hidden).

@@ -24,6 +24,7 @@ from ..thoughts.generate import Thoughts, generate_thoughts
 from ..thoughts.rescore import rescore_thoughts
 from . import distributed
 from .checkpoint import Checkpoint
+from .heads import fit_mixing_head
 from .loop import forward_kl, frozen, scheduled, training, update
 from .optim import MuonGrokfast
 from .qk_clip import largest_logit, watch_max_logits
@@ -31,6 +32,7 @@ from .watching import first_groups, validate, watch
 
 PAPER_TEMPERATURE = 3.0
 SLOW = 0.999  # share of its weights that RLP's slow average keeps, each step (arXiv 2510.01265 §3)
+FITTED = 600  # problems to whose thoughts the mixing head is fitted in the end
 REWARD_FLOOR = -6.0  # nats; one thought that makes the truth impossible would drown all others
 
 
@@ -62,8 +64,7 @@ class QuietStarSettings(Settings):
     num_positions: int = Field(8, ge=1)  # difficult, uncertain or random tokens per text
     adaptive_length: bool = False  # thoughts of a fifth of the text's tokens, 10 to 20, at most thought_length
     pg_weight: float = Field(1.0, ge=0)  # weight of the REINFORCE term
-    nll_weight: float = Field(0.5, ge=0)  # weight of the mixture's negative log-likelihood
-    nll_trains: Literal["all", "head"] = "all"  # what that trains: all weights, or the mixing head alone, see `gate`
+    nll_weight: float = Field(0.5, ge=0)  # weight of the mixture's negative log-likelihood; 0 fits the head afterwards
     thought_nll_weight: float = Field(0.0, ge=0)  # the same of each thought alone, which teaches to read on behind it
     look_ahead_weight: float = Field(0.5, ge=0)  # weight of the mixture's tokens after the first
     kl_coefficient: float = Field(0.1, ge=0)  # KL of thoughts to the reference model
@@ -73,11 +74,6 @@ class QuietStarSettings(Settings):
     evaluate_every: int = Field(50, ge=1)  # steps between validations
     seed: int = Field(0, ge=0, lt=2**32)  # every random draw derives from it
     _rates_move = model_validator(mode="after")(rates_move)
-
-    @property
-    def gate(self) -> str:
-        """What should open the model's gate: where likelihood trains the mixing head alone, the place."""
-        return "place" if self.nll_trains == "head" else "thoughts"
 
 
 @dataclass(frozen=True)
@@ -149,7 +145,8 @@ def train_quiet_star(
     single settings.
 
     Validation is accuracy with thoughts after the question or, for thoughts inside the text, its log-likelihood with
-    thoughts. With a ``checkpoint`` a stopped training goes on where it was.
+    thoughts. With a ``checkpoint`` a stopped training goes on where it was. Where ``nll_weight`` is 0 nothing trains the
+    mixing head meanwhile: thoughts are validated all alike, and the head is fitted in the end (:func:`fit_mixing_head`).
 
     Raises ``WorkbookError`` on empty problems or a family whose attention cannot be clipped, ``ParameterError`` on a
     bad setting, ``TrainingError`` on a non-finite loss.
@@ -220,6 +217,10 @@ def train_quiet_star(
         distributed.check_equal(model, "after training")
         for p, weights in zip(trained, best["weights"], strict=True):
             p.data.copy_(weights)
+    if not s.nll_weight:
+        asked, told = (problems[:FITTED], ()) if s.think_at == "question" else ((), problems[:FITTED])
+        budget = {"num_thoughts": s.num_thoughts, "thought_length": s.thought_length, "temperature": s.temperature}
+        fit_mixing_head(model, tokenizer, asked, told, s.n_true, **budget, seed=s.seed)
     result.episodes, result.watched = ([Episode(**e) for e in kept] for kept in (episodes, watched))
     result.best_step, result.best_validation = best["step"], best["validation"]
     result.seconds = time.monotonic() - started
@@ -362,9 +363,6 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
     the gain over what ``reference``, the slow average of the model, expects without a thought, and there is no KL. That
     baseline is the same for all thoughts of a group, so it leaves their advantages alone but where the floor cuts in.
     We keep the mixture's likelihood in the loss, which trains the gate, and do not clip ratios: every step draws anew.
-
-    With ``nll_trains="head"`` the mixture's likelihood reaches the mixing head alone (and the language head where
-    hidden states are mixed): behind a wrong thought it would teach the model not to believe its thoughts.
     """
     if s.objective == "paper":
         thoughts = replace(thoughts, temperature=PAPER_TEMPERATURE)
@@ -383,8 +381,7 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
     else:  # where no token exists its log-prob is 0
         rewards = correct if s.reward == "correct" else scored.true_logprobs[there].sum(-1).detach().exp()
     advantage, logprobs = advantages(rewards, s.objective), scored.thought_logprobs[there]
-    told = scored if s.nll_trains == "all" else scored.detached()
-    weights = model.mixing_weights(told)
+    weights = model.mixing_weights(scored)
     discount = torch.tensor([1.0] + [s.look_ahead_weight] * (s.n_true - 1), device=ids.device)
     predicted = valid[:, 0].sum()
 
@@ -392,7 +389,7 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
         return distributed.weigh((nll * discount * valid).sum() / predicted.clamp_min(1), predicted)
 
     reinforce = distributed.weigh(policy_gradient_loss(logprobs, advantage), units)
-    mixed = model.mix_truth(told, weights)[there]
+    mixed = model.mix_truth(scored, weights)[there]
     nll, alone = per_text(-mixed), per_text(-scored.true_logprobs[there].mean(1))
     loss = s.pg_weight * reinforce + s.nll_weight * nll
     if s.thought_nll_weight:

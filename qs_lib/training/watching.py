@@ -57,13 +57,13 @@ def validate(model, tokenizer, problems: list[dict], s) -> tuple[str, float]:
     """Return what training is judged by, as (name, value).
 
     That is accuracy with thoughts after the question, or the mean log-likelihood of whole texts with thoughts inside,
-    in nats per token.
+    in nats per token. All thoughts count alike where the mixing head is not trained.
     """
     budget = {"num_thoughts": s.num_thoughts, "thought_length": s.thought_length}
     budget |= {"temperature": s.temperature, "seed": s.seed}
     if s.think_at == "question":
-        return "validation_accuracy", accuracy_with_thoughts(model, tokenizer, problems, **budget)[
-            "mixed"
-        ].mean().item()
+        weights = "head" if s.nll_weight else "thoughts"
+        found = accuracy_with_thoughts(model, tokenizer, problems, weights, **budget)
+        return "validation_accuracy", found["mixed"].mean().item()
     likelihood = text_log_likelihood(model, tokenizer, [text_of(p) for p in problems], **budget)
-    return "validation_log_likelihood", float(np.nanmean(likelihood["with"]))
+    return "validation_log_likelihood", float(np.nanmean(likelihood["with" if s.nll_weight else "alone"]))

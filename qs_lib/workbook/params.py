@@ -167,6 +167,7 @@ class Reinforce(NotebookParams, QuietStarSettings):
     batch_size: int = Field(8, ge=1)  # a small run
     evaluate_every: int = Field(2, ge=1)  # a small run
     mixing: Literal["log_probs", "hidden"] = "log_probs"
+    gate: Literal["thoughts", "place"] = "thoughts"
     eval_problems: int = Field(24, ge=2)
     test_problems: int = Field(24, ge=2)
 
