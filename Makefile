@@ -33,6 +33,7 @@ help:
 	@echo "make rehearse    DATA=folder: the variants for real models, end to end, on models of their shapes at small width; a few steps"
 	@echo "make evidence    X=baking, chain, rl, look_ahead, optimizers, grokking, anywhere or zoo: an experiment over arms and seeds; repeat it to continue"
 	@echo "                 X=smollm2 DATA=folder of word problems GSM8K=folder ARMS='raw baked': a pretrained model against training without thoughts"
+	@echo "                 TEXTS=1: thoughts inside the worked solutions of GSM8K, by the same model"
 	@echo "make sweep       X=05_rl GRID='n_true=1,4 seed=0,1', or X=n_true, a file of params/sweeps; W=2 at a time, E=pool, dask (A=tcp://host:8786) or slurm"
 	@echo "make refresh     remake outputs/pocket and the committed notebook outputs"
 	@echo "make lint        ruff, and notebooks free of machine metadata"
@@ -101,7 +102,7 @@ rehearse: setup
 
 evidence: setup $(if $(filter smollm2,$(X)),.venv/smollm2)
 	$(SMALL) $(BIN)/python -m qs_lib.experiments.__main__ $(X) $(if $(RUN),--upstream $(RUN)) $(if $(SEEDS),--seeds $(SEEDS)) \
-	  $(if $(DATA),--data "$(DATA)") $(if $(GSM8K),--gsm8k "$(GSM8K)") $(if $(ARMS),--arms $(ARMS))
+	  $(if $(DATA),--data "$(DATA)") $(if $(GSM8K),--gsm8k "$(GSM8K)") $(if $(ARMS),--arms $(ARMS)) $(if $(TEXTS),--texts)
 
 sweep: setup
 	@$(BIN)/python -m qs_lib.workbook.sweep "$(X)" $(GRID) $(if $(P_GIVEN),--variant "$(P)") $(if $(RUN),--upstream "$(RUN)") \

@@ -95,10 +95,11 @@ def test_the_library_does_not_grow_further_beyond_its_aim_and_says_that_it_is_be
     11,300 lines were the house. Templates, differences, the arms of a pretrained model and the training doctor came on top,
     then imitation and what the arms say (the bound was 12,700 before these), then the theater zoo, the inspector of training
     steps and what makes an adapter fast (it was 12,870), then running text, where to think in it, and RLP (it was 14,600),
-    then agreement beyond chance and a gate by place (it was 15,250), then a mixing head that is fitted in the end (15,270).
+    then agreement beyond chance and a gate by place (it was 15,250), then a mixing head that is fitted in the
+    end, and thoughts in people's text (15,270).
     """
     total = sum(house.lines(FILES).values())
-    assert total <= 15_335
+    assert total <= 15_465
     assert total < house.AIM or f"aim is {house.AIM:,} lines: not reached" in CONTRIBUTING
 
 

@@ -204,6 +204,23 @@ def parse_gsm8k(question: str, worked: str, family: str = "gsm8k") -> Problem:
     return problem | {"family": family, "fits": fitting(steps) if steps else [], "lead": []}
 
 
+def solution_text(question: str, worked: str) -> Problem:
+    """Return a GSM8K question and its worked answer as running text: a story as ``pocket.stories`` writes them.
+
+    Annotations are taken out. A result is a sentence whose annotated equations are all true arithmetic: its ``answer``
+    is the sentence, ``before`` the text up to it, ``steps`` the equations. Raises as :func:`parse_gsm8k` does.
+    """
+    opening, results = " ".join(question.split()), []
+    text = opening
+    for line in worked.rpartition("####")[0].splitlines():
+        said, steps = " ".join(_ANNOTATION.sub("", line).split()), [_equation(*m) for m in _ANNOTATION.findall(line)]
+        if steps and None not in steps:
+            results.append({"before": text, "answer": said, "steps": steps})
+        text = f"{text} {said}".strip()
+    told = {"question": opening, "story": text[len(opening) + 1 :], "results": results}
+    return parse_gsm8k(question, worked) | told
+
+
 def _equation(left: str, right: str) -> str | None:
     """Turn ``48/2`` and ``24`` into ``48 / 2 = 24``, or None unless it is true plain arithmetic (to a cent)."""
     left = re.sub(r"\s*([-+*/()])\s*", r" \1 ", left.replace(",", "").replace("$", "")).strip()

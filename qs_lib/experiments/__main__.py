@@ -11,7 +11,7 @@ import torch
 from ..files import find_run, run_folder
 from ..workbook.params import check_variant
 from ..workbook.run import exit_code
-from . import anywhere, baking, chain, grokking, real_model, reinforcement, zoo
+from . import anywhere, baking, chain, grokking, real_model, reinforcement, solutions, zoo
 
 EXPERIMENTS = {
     "baking": baking.baking,
@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", default="", help="folder or file of problems, for a pretrained model")
     parser.add_argument("--gsm8k", default="", help="folder of GSM8K, whose test problems are then answered too")
     parser.add_argument("--arms", nargs="+", choices=real_model.TRAINED_ARMS, metavar="ARM", help="these arms alone")
+    parser.add_argument(
+        "--texts", action="store_true", help="thoughts inside GSM8K's worked solutions, not after questions"
+    )
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     if given.name in EXPERIMENTS:
@@ -44,6 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     check_variant(given.name)
     folder = run_folder(given.upstream or given.name) / "experiments"
+    if given.texts:
+        solutions.solutions(folder, given.seeds, given.name, given.gsm8k)
+        return
     real_model.real_model(folder, given.seeds, given.name, given.data, given.gsm8k, given.arms)
 
 

@@ -1,0 +1,69 @@
+"""Thoughts inside GSM8K's worked solutions: the texts, which tokens are results, and the experiment on a tiny model."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny import tiny_lm
+
+from qs_lib.data.problems import solution_text
+from qs_lib.errors import SourceError
+from qs_lib.experiments import solutions
+from qs_lib.files import read_rows
+
+QUESTION = "ana has 3 books . ana buys 4 . how many books has ana ?"
+
+
+def told(a: int, b: int) -> dict:
+    """A record in GSM8K's form, in the words of the tiny tokenizer."""
+    worked = f"ana has {a} + {b} = <<{a}+{b}={a + b}>>{a + b} books .\nso ana has {a + b} books .\n#### {a + b}"
+    return {"question": QUESTION.replace("3", str(a)).replace("4", str(b)), "answer": worked}
+
+
+def test_a_solution_is_a_text_without_annotations_and_its_results():
+    worked = "Half is 48/2 = <<48/2=24>>24 clips.\nBoth are 48+24 = <<48+24=70>>70.\nSo 3 < 4.\n#### 72"
+    found = solution_text("She sold  48\nclips. How many?", worked)
+    assert found["question"] == "She sold 48 clips. How many?"
+    assert found["story"] == "Half is 48/2 = 24 clips. Both are 48+24 = 70. So 3 < 4."
+    (result,) = found["results"]  # 48 + 24 is not 70
+    assert result["before"] == found["question"] and result["answer"] == "Half is 48/2 = 24 clips."
+    assert result["steps"] == ["48 / 2 = 24"]
+
+
+def test_solutions_that_say_a_thinking_word_are_left_out_and_a_missing_folder_is_named(tmp_path):
+    rows = [told(3, 4), told(5, 6) | {"question": "Ana is Done with 5 and 6 . how many ?"}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (found,) = solutions.read_solutions(str(tmp_path), "train")
+    assert found["question"].startswith("ana has 3 books")
+    with pytest.raises(SourceError, match=r"no solutions at .*test\.jsonl: give the folder"):
+        solutions.read_solutions(str(tmp_path), "test")
+
+
+def test_results_are_the_numbers_behind_an_equals_sign():
+    _, tokenizer = tiny_lm()
+    text = (QUESTION, "ana has 3 + 4 = 7 books . so ana has 7 books .")
+    found = solutions.says_result(tokenizer, [text], 0)
+    words = f"{QUESTION} {text[1]}".split()
+    assert [words[i + 1] for i in np.flatnonzero(found[0])] == ["7"] and words[np.flatnonzero(found[0])[0]] == "="
+
+
+def test_the_experiment_runs_on_a_tiny_model_and_does_not_repeat_a_row(tmp_path, monkeypatch):
+    for split, size in (("train", 30), ("test", 6)):
+        rows = [told(a, b) for a in range(2, 8) for b in range(2, 7)][:size]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    small = {"steps": 2, "batch_size": 4, "num_positions": 2, "num_thoughts": 2, "thought_length": 6, "lora_rank": 2}
+    small |= {"evaluate_every": 2, "n_true": 2, "gradient_checkpointing": False}
+    monkeypatch.setattr(solutions, "TRAININGS", {"solutions": solutions.TRAININGS["solutions"] | small})
+    for name, value in {"FOR_HEAD": 6, "JUDGED": 3, "READ_LAST": 6, "PLACES": 0}.items():
+        monkeypatch.setattr(solutions, name, value)
+    monkeypatch.setattr(solutions, "champion", lambda variant: tiny_lm())
+    (row,) = solutions.solutions(tmp_path, [0], "smollm2", str(tmp_path))
+    for part in ("all", "results", "hardest"):
+        for control in ("without", "temperature", "foreign", "filler"):
+            low, value, high = (row[f"{part}_over_{control}{end}"] for end in ("_low", "", "_high"))
+            assert low <= value <= high
+    assert len(row["text_gains"]) == 2 and row["plain"] < 0
+    monkeypatch.setattr(solutions, "champion", lambda variant: pytest.fail("trained again"))
+    assert (
+        solutions.solutions(tmp_path, [0], "smollm2", str(tmp_path)) == [row] == read_rows(tmp_path / "solutions.csv")
+    )
