@@ -33,13 +33,9 @@ TRAININGS = {
     | {"thought_length": 24, "temperature": 1.0, "n_true": 8, "reward": "likelihood", "pass_low": 0.0, "pass_high": 1.0}
     | {"nll_weight": 0.5, "thought_nll_weight": 0.5, "adamw_lr": 3e-4, "base_kl": 1.0, "evaluate_every": 20}
 }
-TRAINED, FOR_HEAD, JUDGED, READ_LAST = (
-    3000,
-    240,
-    32,
-    240,
-)  # solutions: read, for the head, for validation, and of the test
-PLACES = 24  # of each tested solution, evenly spaced
+TRAINED = 3000  # solutions that are read in training
+FOR_HEAD, JUDGED = 240, 32  # others, for the head and for validation
+READ_LAST, PLACES = 240, 24  # those of the test split, and places in each, evenly spaced
 _RESULT = re.compile(r"=\s*\$?[\d,.]*\d$")
 _WORDS = re.compile(rf"\b({'|'.join(PLAIN_WORDS.values())})\b", re.IGNORECASE)
 
@@ -51,9 +47,7 @@ def read_solutions(folder: str, split: str) -> list[dict]:
     """
     path = Path(folder) / f"{split}.jsonl"
     if not path.is_file():
-        raise SourceError(
-            f"no solutions at {path}: give the folder of GSM8K's train.jsonl and test.jsonl (GSM8K=folder)"
-        )
+        raise SourceError(f"no solutions at {path}: give the folder of GSM8K's .jsonl files (GSM8K=folder)")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     told = [solution_text(row["question"], row["answer"]) for row in rows]
     return [story for story in told if story["results"] and not _WORDS.search(" ".join(text_of(story)))]
