@@ -240,6 +240,9 @@ def test_tables_say_what_the_rows_say():
     assert beside.loc["the same for an hour", "rlp"].startswith("+0.020")
     assert beside.loc["theater checks reached", "ours"] == "19/20 19/20"
     assert figures.areas(rows).loc["the gain head", "ours"] == "0.900 [0.900, 0.900]"
+    (one,) = [row for row in rows if row["arm"] == "ours"][:1]  # an arm of one seed has no interval yet
+    assert figures.areas([one]).loc["the gain head", "ours"] == "0.900"
+    assert "[" not in figures.objectives([one]).loc["gain on stories (nats per token)", "ours"]
     lines = figures.where_it_pays(rows).axes[0].lines
     assert lines[0].get_ydata()[-1] == pytest.approx(0.05) and lines[-1].get_ydata()[-1] == pytest.approx(0.05)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from ..evaluation.where import SHARES
-from ..stats import seed_interval, shown
+from ..stats import fixed, seed_interval, shown
 from .figures import LOOKS, new_figure
 
 GUESSES = {
@@ -60,9 +60,7 @@ def areas(rows: list[dict]) -> pd.DataFrame:
     table = {}
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == arm]
-        table[arm] = {
-            label: shown(seed_interval([row[f"{guess}_area"] for row in mine])) for guess, label in GUESSES.items()
-        }
+        table[arm] = {label: _over_seeds([r[f"{guess}_area"] for r in mine], False) for guess, label in GUESSES.items()}
     return pd.DataFrame(table).rename_axis("area under the curve")
 
 
@@ -76,10 +74,15 @@ def objectives(rows: list[dict]) -> pd.DataFrame:
         steps = np.array([row["settings"]["steps"] for row in mine])
         table[arm] = {
             "seeds": len(mine),
-            "gain on stories (nats per token)": shown(seed_interval(gains), signed=True),
-            "the same for 1,000 steps": shown(seed_interval(1000 * gains / steps), signed=True),
-            "the same for an hour": shown(seed_interval(gains / hours), signed=True),
-            "gain after questions (share)": shown(seed_interval([row["gain"] for row in mine]), signed=True),
+            "gain on stories (nats per token)": _over_seeds(gains),
+            "the same for 1,000 steps": _over_seeds(1000 * gains / steps),
+            "the same for an hour": _over_seeds(gains / hours),
+            "gain after questions (share)": _over_seeds([row["gain"] for row in mine]),
             "theater checks reached": " ".join(f"{row['checks_reached']:.0f}/{row['checks']:.0f}" for row in mine),
         }
     return pd.DataFrame(table)
+
+
+def _over_seeds(values, signed: bool = True) -> str:
+    """Return a mean with its interval over seeds, or the one number there is, for reading."""
+    return shown(seed_interval(values), signed) if len(values) > 1 else fixed(values[0], 3, signed)
