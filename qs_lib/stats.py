@@ -158,3 +158,11 @@ def as_text(value, digits: int | None = None) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.3g}" if digits is None else fixed(value, digits)
+
+
+def over_seeds(values: list[float | None], signed: bool = False) -> str:
+    """Return a mean with its interval over seeds, or the one number there is, for reading."""
+    values = [v for v in values if v is not None]
+    if len(values) > 1:
+        return shown(seed_interval(values), signed)
+    return fixed(values[0], 3, signed) if values else ""

@@ -5,7 +5,7 @@ import torch
 from tiny import problems, tiny_quiet_star
 
 from qs_lib.data import pocket
-from qs_lib.training import heads, reinforce
+from qs_lib.training import heads, reinforce, watching
 
 BUDGET = {"num_thoughts": 2, "thought_length": 6, "seed": 3}
 TOLD = pocket.stories("train", 40)
@@ -59,12 +59,8 @@ def test_it_comes_to_the_best_weight_where_one_weight_is_all_there_is_to_learn(m
 def test_reinforcement_without_likelihood_ends_with_a_fitted_head(monkeypatch):
     """Meanwhile its thoughts are validated all alike: with the shut gate no thought would count."""
     model, tokenizer = tiny_quiet_star(gate="place")
-    weighed, true = [], reinforce.validate.__globals__["accuracy_with_thoughts"]
-    monkeypatch.setitem(
-        reinforce.validate.__globals__,
-        "accuracy_with_thoughts",
-        lambda *a, **k: weighed.append(a[3]) or true(*a, **k),
-    )
+    weighed, true = [], watching.accuracy_with_thoughts
+    monkeypatch.setattr(watching, "accuracy_with_thoughts", lambda *a, **k: weighed.append(a[3]) or true(*a, **k))
     given = {"steps": 1, "batch_size": 4, "num_thoughts": 2, "thought_length": 6, "nll_weight": 0.0}
     reinforce.train_quiet_star(model, tokenizer, problems(size=40), problems(size=4), **given)
     assert weighed == ["thoughts"] and model.mixing_head.gate.bias.item() != 0

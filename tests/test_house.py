@@ -99,7 +99,7 @@ def test_the_library_does_not_grow_further_beyond_its_aim_and_says_that_it_is_be
     end, and thoughts in people's text (15,270).
     """
     total = sum(house.lines(FILES).values())
-    assert total <= 15_462
+    assert total <= 15_457
     assert total < house.AIM or f"aim is {house.AIM:,} lines: not reached" in CONTRIBUTING
 
 

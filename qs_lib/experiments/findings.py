@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..files import read_rows, write_bytes
-from ..stats import column, fixed, seed_interval, shown
+from ..stats import column, fixed, over_seeds, seed_interval, shown
 from ..viewing.html import BLUE, GREY
 from ..workbook.figures import new_figure
 
@@ -27,14 +27,6 @@ def pairs(rows: list[dict], arm: str, control: str) -> list[tuple[dict, dict]]:
 def paired(rows: list[dict], arm: str, control: str, key: str) -> list[float]:
     """Return ``arm`` minus ``control``, pair by pair."""
     return [mine[key] - other[key] for mine, other in pairs(rows, arm, control)]
-
-
-def over_seeds(values: list[float | None], signed: bool = False) -> str:
-    """Return a mean with its interval over seeds, or the one number there is, for reading."""
-    values = [v for v in values if v is not None]
-    if len(values) > 1:
-        return shown(seed_interval(values), signed)
-    return fixed(values[0], 3, signed) if values else ""
 
 
 def steps_to(row: dict, accuracy: float) -> float:

@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from ..stats import column, fixed, interval, seed_interval, shown
-from .findings import over_seeds, pairs
+from ..stats import column, fixed, interval, over_seeds, seed_interval, shown
+from .findings import pairs
 
 # Arm, the one it is compared with, the gain that is asked for, and what the interval over seeds must lie above.
 CLAIMS = (

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from ..evaluation.where import SHARES
-from ..stats import fixed, seed_interval, shown
+from ..stats import over_seeds, seed_interval, shown
 from .figures import LOOKS, new_figure
 
 GUESSES = {
@@ -60,7 +60,7 @@ def areas(rows: list[dict]) -> pd.DataFrame:
     table = {}
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == arm]
-        table[arm] = {label: _over_seeds([r[f"{guess}_area"] for r in mine], False) for guess, label in GUESSES.items()}
+        table[arm] = {label: over_seeds([r[f"{guess}_area"] for r in mine]) for guess, label in GUESSES.items()}
     return pd.DataFrame(table).rename_axis("area under the curve")
 
 
@@ -74,15 +74,10 @@ def objectives(rows: list[dict]) -> pd.DataFrame:
         steps = np.array([row["settings"]["steps"] for row in mine])
         table[arm] = {
             "seeds": len(mine),
-            "gain on stories (nats per token)": _over_seeds(gains),
-            "the same for 1,000 steps": _over_seeds(1000 * gains / steps),
-            "the same for an hour": _over_seeds(gains / hours),
-            "gain after questions (share)": _over_seeds([row["gain"] for row in mine]),
+            "gain on stories (nats per token)": over_seeds(list(gains), True),
+            "the same for 1,000 steps": over_seeds(list(1000 * gains / steps), True),
+            "the same for an hour": over_seeds(list(gains / hours), True),
+            "gain after questions (share)": over_seeds([row["gain"] for row in mine], True),
             "theater checks reached": " ".join(f"{row['checks_reached']:.0f}/{row['checks']:.0f}" for row in mine),
         }
     return pd.DataFrame(table)
-
-
-def _over_seeds(values, signed: bool = True) -> str:
-    """Return a mean with its interval over seeds, or the one number there is, for reading."""
-    return shown(seed_interval(values), signed) if len(values) > 1 else fixed(values[0], 3, signed)
