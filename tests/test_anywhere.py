@@ -247,6 +247,21 @@ def test_tables_say_what_the_rows_say():
     assert lines[0].get_ydata()[-1] == pytest.approx(0.05) and lines[-1].get_ydata()[-1] == pytest.approx(0.05)
 
 
+def test_gains_in_solutions_are_told_by_kind_of_token_over_seeds():
+    rows = [
+        {
+            f"{part}_over_{control}": n + seed
+            for n, part in enumerate(("all", "results", "hardest"))
+            for control in likelihood.CONTROLS
+        }
+        for seed in (0.0, 0.2)
+    ]
+    table = figures.in_solutions(rows)
+    assert list(table.index) == ["all tokens", "results of calculations", "hardest tenth"]
+    assert table.loc["results of calculations", "filler of equal length"].startswith("+1.100 [")
+    assert figures.in_solutions(rows[:1]).loc["hardest tenth", "the plain prediction"] == "+2.000"
+
+
 def test_a_story_on_the_screen_is_only_text():
     told = {"words": ["<script>", "20"], "plain": [-9.0, 0.0], "gain": [0.0, 1.26], "thinks": [False, True]}
     shown = html.telling(told)

@@ -1,12 +1,15 @@
 """Thoughts inside GSM8K's worked solutions: the texts, which tokens are results, and the experiment on a tiny model."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny import tiny_lm
+import torch
+from tiny import tiny_lm, tiny_quiet_star
 
 from qs_lib.data.problems import solution_text
+from qs_lib.data.tokens import encode, encode_context, encode_marked, thinking_ids
 from qs_lib.errors import SourceError
 from qs_lib.experiments import solutions
 from qs_lib.files import read_rows
@@ -47,6 +50,51 @@ def test_results_are_the_numbers_behind_an_equals_sign():
     assert [words[i + 1] for i in np.flatnonzero(found[0])] == ["7"] and words[np.flatnonzero(found[0])[0]] == "="
 
 
+def told_stories(*sums) -> list[dict]:
+    return [solution_text(record["question"], record["answer"]) for record in (told(a, b) for a, b in sums)]
+
+
+def test_a_lesson_is_the_text_with_its_true_equation_before_the_sentence_or_a_number():
+    _, tokenizer = tiny_lm()
+    (story,) = told_stories((3, 4))
+    whole = encode(tokenizer, *solutions.text_of(story))
+    start, end, *_ = thinking_ids(tokenizer)
+    seen = set()
+    for seed in range(12):
+        plain, (context, reply) = solutions.lessons(tokenizer, [story], seed)
+        assert plain == (whole.ids[: whole.start], whole.ids[whole.start :])
+        closed = reply.index(end) + 1
+        assert reply[0] == start and tokenizer.decode(reply[2 : closed - 1]) == "3 + 4 = 7"
+        assert whole.ids[: len(context) + len(reply) - closed] == context + reply[closed:]
+        seen.add(tokenizer.decode(reply[closed : closed + 1]))
+    assert seen == {"ana", "3", "4", "7"}
+
+
+def test_a_result_is_read_without_a_thought_and_after_the_true_one(monkeypatch):
+    model, tokenizer = tiny_quiet_star()
+    stories = told_stories((3, 4), (5, 2))
+    budget = {"num_thoughts": 2, "thought_length": 8, "temperature": 1.0, "seed": 0}
+    found = solutions.at_results(model, tokenizer, stories, **budget)
+    expected = []
+    for thought in ("", " think step 3 + 4 = 7 done", " think step 5 + 2 = 7 done"):
+        numbers = "5 + 2" if "5" in thought else "3 + 4"
+        question = stories["5" in thought]["question"]
+        ids = encode_context(tokenizer, question) + encode_marked(tokenizer, f"ana has {numbers} ={thought}")
+        log_probs = model.lm(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        expected.append(log_probs[tokenizer.convert_tokens_to_ids("7")].item())
+    assert found["result_told"] == pytest.approx((expected[1] + expected[2]) / 2, abs=1e-5)
+    one = solutions.at_results(model, tokenizer, stories[:1], **budget)
+    assert one["result_plain"] == pytest.approx(expected[0], abs=1e-5) and one["thoughts_true"] == 0
+
+    def told_right(ids, mask, at, *_, **__):
+        thoughts = [solutions.worked_thought(tokenizer, s["results"][0]) for s in stories]
+        wrong = solutions.worked_thought(tokenizer, {"steps": ["3 + 5 = 8"]})
+        return SimpleNamespace(tokens=torch.tensor([[[t, wrong]] for t in thoughts]))
+
+    monkeypatch.setattr(model, "think", told_right)
+    assert solutions.at_results(model, tokenizer, stories, **budget)["thoughts_true"] == 0.5
+
+
 def test_the_experiment_runs_on_a_tiny_model_and_does_not_repeat_a_row(tmp_path, monkeypatch):
     for split, size in (("train", 30), ("test", 6)):
         rows = [told(a, b) for a in range(2, 8) for b in range(2, 7)][:size]
@@ -62,7 +110,7 @@ def test_the_experiment_runs_on_a_tiny_model_and_does_not_repeat_a_row(tmp_path,
         for control in ("without", "temperature", "foreign", "filler"):
             low, value, high = (row[f"{part}_over_{control}{end}"] for end in ("_low", "", "_high"))
             assert low <= value <= high
-    assert len(row["text_gains"]) == 2 and row["plain"] < 0
+    assert len(row["text_gains"]) == 2 and row["plain"] < 0 and 0 <= row["thoughts_true"] <= 1
     monkeypatch.setattr(solutions, "champion", lambda variant: pytest.fail("trained again"))
     assert (
         solutions.solutions(tmp_path, [0], "smollm2", str(tmp_path)) == [row] == read_rows(tmp_path / "solutions.csv")

@@ -1,4 +1,7 @@
-"""Figures and tables of thoughts inside running text. Rows are those of ``experiments/anywhere.csv``."""
+"""Figures and tables of thoughts inside running text.
+
+Rows are those of the pocket run's ``experiments/anywhere.csv``, or of SmolLM2's ``experiments/solutions.csv``.
+"""
 
 import numpy as np
 import pandas as pd
@@ -33,6 +36,16 @@ def over_controls(rows: list[dict], arm: str = "ours") -> pd.DataFrame:
                 values = [row[f"{kind}_over_{control}{suffix}"] for row in mine]
                 table[label][f"{kind}{part}"] = shown(seed_interval(values), signed=True)
     return pd.DataFrame(table).rename_axis("text")
+
+
+def in_solutions(rows: list[dict]) -> pd.DataFrame:
+    """Return the gain in nats per token inside GSM8K's solutions over each control, by kind of token, over seeds."""
+    parts = {"all": "all tokens", "results": "results of calculations", "hardest": "hardest tenth"}
+    table = {
+        label: {name: over_seeds([r[f"{part}_over_{control}"] for r in rows], True) for part, name in parts.items()}
+        for control, label in LABELS.items()
+    }
+    return pd.DataFrame(table).rename_axis("tokens")
 
 
 def where_it_pays(rows: list[dict], arm: str = "ours"):
