@@ -255,7 +255,10 @@ def lessons(teacher, tokenizer, examples, problems, validation, s: BakingSetting
         direct = [direct_item(tokenizer, q, a + end) for q, a in zip(questions, answers, strict=True)]
     held_out = sample_trajectories(teacher, tokenizer, validation[:HELD_OUT], seed=s.seed + 1, **sampling)
     if not held_out:
-        raise WorkbookError("the prompted teacher writes no thought on held-out questions: train the champion longer")
+        raise WorkbookError(
+            "the prompted teacher writes no thought on held-out questions: train the champion longer, or teach a pretrained "
+            "one its prompts (prompt_epochs, examples)"
+        )
     if not thoughts:
         raise WorkbookError("there is nothing to bake: give worked examples, or problems and trajectories above 0")
     keep_states(teacher, tokenizer, [*thoughts, *direct, *held_out])
