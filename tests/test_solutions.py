@@ -61,7 +61,7 @@ def test_a_lesson_is_the_text_with_its_true_equation_before_the_sentence_or_a_nu
     start, end, *_ = thinking_ids(tokenizer)
     seen = set()
     for seed in range(12):
-        plain, (context, reply) = solutions.lessons(tokenizer, [story], seed)
+        plain, (context, reply) = solutions.solution_lessons(tokenizer, [story], seed)
         assert plain == (whole.ids[: whole.start], whole.ids[whole.start :])
         closed = reply.index(end) + 1
         assert reply[0] == start and tokenizer.decode(reply[2 : closed - 1]) == "3 + 4 = 7"

@@ -59,7 +59,7 @@ def read_solutions(folder: str, split: str) -> list[dict]:
     return [story for story in told if story["results"] and not _WORDS.search(" ".join(text_of(story)))]
 
 
-def lessons(tokenizer, told: list[dict], seed: int) -> list[tuple[list[int], list[int]]]:
+def solution_lessons(tokenizer, told: list[dict], seed: int) -> list[tuple[list[int], list[int]]]:
     """Return (context, reply) ids: each solution read plainly, and a worked thought in two of its results.
 
     A thought stands before the sentence or before one of its numbers, whose space is a token of its own at times.
@@ -150,7 +150,7 @@ def solutions(folder: Path, seeds, variant: str, gsm8k: str) -> list[dict]:
 
     def once(changed: dict, seed: int, checkpoint) -> dict:
         s, (lm, tokenizer) = trained_with(variant, changed, seed), champion(variant)
-        imitate(lm, tokenizer, lessons(tokenizer, told, seed), baked_with(variant, LESSONS, seed)[0])
+        imitate(lm, tokenizer, solution_lessons(tokenizer, told, seed), baked_with(variant, LESSONS, seed)[0])
         budget = {"num_thoughts": s.num_thoughts, "thought_length": s.thought_length}
         model = QuietStarForCausalLM.from_base(lm, tokenizer, gate="place", n_true=s.n_true, **budget)
         result = train_quiet_star(model, tokenizer, told, held[:JUDGED], s, checkpoint)
