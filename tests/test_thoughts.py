@@ -1,13 +1,14 @@
 """Parallel thoughts against the naive reference: same log-probs, states and gradients, whatever the batch."""
 
 import copy
+from dataclasses import replace
 
 import naive
 import pytest
 import torch
 import transformers as tf
 
-from qs_lib.thoughts import attention, fallback, prefix, sampler
+from qs_lib.thoughts import attention, checks, fallback, prefix, sampler
 from qs_lib.thoughts.generate import generate_thoughts
 from qs_lib.thoughts.rescore import rescore_thoughts
 
@@ -316,6 +317,24 @@ def test_planted_faults_are_noticed(fault, shift, monkeypatch):
             result = rescore_thoughts(model, ids, sound, mask)
         assert (result.thought_logprobs - expected).abs().max() > 0.1
     assert fallback._reason(model) == "the result differs from a plain forward"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_bound_of_notebook_04_follows_from_the_models_own_rounding_and_a_fault_is_above_it(family):
+    """Larger weights round more. A sampler's log-prob that is off by a thousandth is still noticed."""
+    found = []
+    for scale in (1.0, 4.0):
+        model, ids = build(family), torch.randint(5, 60, (1, 20), generator=torch.Generator().manual_seed(1))
+        model.load_state_dict({name: scale * value for name, value in model.state_dict().items()})
+        thoughts = think(model, ids, positions=torch.tensor([[9, 19]]))
+        rounding = checks.own_rounding(model, ids, thoughts)
+        assert 0 < rounding < 2e-3 and checks.own_rounding(model.double(), ids, thoughts) < 1e-3 * rounding
+        found.append(rounding)
+        bound = max(2e-5, 4 * rounding)
+        assert checks.largest_difference(model.float(), ids, thoughts) < bound < 1e-3
+        wrong = replace(thoughts, logprobs=thoughts.logprobs + 1e-3)
+        assert checks.largest_difference(model, ids, wrong) > bound
+    assert found[1] > found[0]
 
 
 def test_training_goes_on_after_sampling():

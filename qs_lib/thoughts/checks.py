@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessorList, SuppressTokensLogitsProcessor
 
+from .fallback import new_cache
 from .rescore import rescore_thoughts
 
 
@@ -25,16 +26,44 @@ def largest_difference(model, input_ids: torch.Tensor, thoughts) -> float:
 
     ``input_ids`` (batch, length) without padding. ``thoughts`` as ``qs_lib.generate_thoughts`` gave them.
     """
-    worst, input_ids = 0.0, input_ids.to(model.device)
-    for b, p, k in torch.cartesian_prod(*map(torch.arange, thoughts.lengths.shape)).tolist():
-        text = input_ids[b, : thoughts.positions[b, p] + 1]
-        thought = thoughts.tokens[b, p, k, : thoughts.lengths[b, p, k]]
-        logits = model(input_ids=torch.cat([text, thought])[None]).logits[0, len(text) : -1].to(thoughts.logprobs.dtype)
-        logits[:, list(thoughts.forbid)] = -torch.inf
-        plain = (logits / (thoughts.temperature or 1.0)).log_softmax(-1).gather(1, thought[1:, None]).squeeze(1)
-        at = (b, p, k, slice(1, len(thought)))
-        worst = max(worst, ((plain - thoughts.logprobs[at]).abs() * thoughts.sampled[at]).max().item())
+    worst = 0.0
+    for at, text, thought in _each(input_ids.to(model.device), thoughts):
+        plain = _plain(model, text, thought, thoughts)
+        ours, counts = (tensor[at][1 : len(thought)] for tensor in (thoughts.logprobs, thoughts.sampled))
+        worst = max(worst, ((plain - ours).abs() * counts).max().item())
     return worst
+
+
+@torch.no_grad()
+def own_rounding(model, input_ids: torch.Tensor, thoughts) -> float:
+    """Return the same difference between two plain ways: text + thought read whole, and a token at a time with a cache.
+
+    So much the model's own arithmetic leaves open: the deeper the model and the larger its states, the more. 0 for a
+    family that cannot go on from a cache exactly.
+    """
+    worst = 0.0
+    if new_cache(model) is None:
+        return worst
+    for _, text, thought in _each(input_ids.to(model.device), thoughts):
+        whole, stepwise = (_plain(model, text, thought, thoughts, steps) for steps in (False, True))
+        worst = max(worst, (whole - stepwise)[whole.isfinite()].abs().max().item())
+    return worst
+
+
+def _each(input_ids, thoughts):
+    """Yield each thought's index, the text before it and its tokens."""
+    for at in torch.cartesian_prod(*map(torch.arange, thoughts.lengths.shape)).tolist():
+        text = input_ids[at[0], : thoughts.positions[at[0], at[1]] + 1]
+        yield tuple(at), text, thoughts.tokens[tuple(at)][: thoughts.lengths[tuple(at)]]
+
+
+def _plain(model, text, thought, thoughts, stepwise: bool = False) -> torch.Tensor:
+    """Return log-probs of a thought's tokens behind its first, as the sampler has them."""
+    ids, cache = torch.cat([text, thought])[None], {"past_key_values": new_cache(model)} if stepwise else {}
+    parts = [model(input_ids=part, **cache).logits[0] for part in (ids.split(1, 1) if stepwise else [ids])]
+    logits = torch.cat(parts)[len(text) : -1].to(thoughts.logprobs.dtype)
+    logits[:, list(thoughts.forbid)] = -torch.inf
+    return (logits / (thoughts.temperature or 1.0)).log_softmax(-1).gather(1, thought[1:, None]).squeeze(1)
 
 
 @torch.no_grad()
