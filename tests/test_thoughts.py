@@ -319,12 +319,11 @@ def test_planted_faults_are_noticed(fault, shift, monkeypatch):
     assert fallback._reason(model) == "the result differs from a plain forward"
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_bound_of_notebook_04_follows_from_the_models_own_rounding_and_a_fault_is_above_it(family):
+def test_the_bound_of_notebook_04_follows_from_the_models_own_rounding_and_a_fault_is_above_it():
     """Larger weights round more. A sampler's log-prob that is off by a thousandth is still noticed."""
     found = []
     for scale in (1.0, 4.0):
-        model, ids = build(family), torch.randint(5, 60, (1, 20), generator=torch.Generator().manual_seed(1))
+        model, ids = build("llama"), torch.randint(5, 60, (1, 20), generator=torch.Generator().manual_seed(1))
         model.load_state_dict({name: scale * value for name, value in model.state_dict().items()})
         thoughts = think(model, ids, positions=torch.tensor([[9, 19]]))
         rounding = checks.own_rounding(model, ids, thoughts)
