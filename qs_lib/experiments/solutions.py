@@ -41,7 +41,7 @@ TRAININGS = {
 LESSONS = {"epochs": 1, "batch_size": 8}  # how imitation differs from the recipe of 03
 TRAINED = 200  # solutions that are read in training
 FOR_HEAD, JUDGED = 48, 8  # others, for the head and for validation
-READ_LAST, PLACES = 64, 12  # those of the test split, and places in each, evenly spaced
+READ_LAST, PLACES = 32, 12  # those of the test split, and places in each, evenly spaced
 _RESULT = re.compile(r"=\s*\$?[\d,.]*\d$")
 _WORDS = re.compile(rf"\b({'|'.join(PLAIN_WORDS.values())})\b", re.IGNORECASE)
 
