@@ -18,16 +18,15 @@ class CheckRule(NamedTuple):
     """Say how a check is judged.
 
     ``needs``: the measured arrays that it reads. ``value`` makes of them one number a problem, or an interval. ``bar``:
-    ``>``, ``<`` or ``=`` with a number. ``surely``: the whole interval must lie beyond it. ``meaning``: what it means
-    if it is missed.
+    ``>``, ``<`` or ``=`` with a number. ``surely``: the whole interval must lie beyond it. ``meaning``: of a miss.
     """
 
     criterion: str
     bar: str
     needs: tuple[str, ...]
     value: Callable[..., np.ndarray | Interval]
-    meaning: str
     surely: bool = False
+    meaning: str = ""
 
 
 @dataclass
@@ -49,12 +48,17 @@ class Check:
     sentence: str
 
 
-def _minus(criterion: str, other: str, meaning: str, one: str = "own") -> CheckRule:
-    return CheckRule(criterion, "> 0", (one, other), np.subtract, meaning, surely=True)
+def _itself(criterion: str, bar: str, name: str, surely: bool = False) -> CheckRule:
+    return CheckRule(criterion, bar, (name,), lambda values: values, surely)
 
 
-def _itself(criterion: str, bar: str, name: str, meaning: str, surely: bool = False) -> CheckRule:
-    return CheckRule(criterion, bar, (name,), lambda values: values, meaning, surely)
+def _minus(criterion: str, other: str, one: str = "own") -> CheckRule:
+    return CheckRule(criterion, "> 0", (one, other), np.subtract, surely=True)
+
+
+def _lost(when: str, *others: str) -> CheckRule:
+    lost = lambda own, *said: own - sum(said) / len(said)
+    return CheckRule(f"accuracy lost when {when}", "< 0.05", ("own", *others), lost)
 
 
 def area_over(early: np.ndarray) -> np.ndarray:
@@ -66,114 +70,64 @@ def _own(what: str) -> str:
     return f"accuracy with own thoughts minus {what}"
 
 
-CHECKS = {
-    "divergence": _itself(
-        "distance from the direct continuation", "> 0.3", "far", "thoughts repeat the direct continuation"
-    ),
-    "ablation_gain": _minus(_own("none"), "none", "answers are no better with thoughts than without"),
-    "foreign_gain": _minus(_own("foreign"), "foreign", "another problem's thoughts serve as well"),
-    "shuffled_gain": _minus(_own("shuffled"), "shuffled", "the thought's words in any order serve as well"),
-    "filler_gain": _minus(_own("filler"), "filler", "blank filler serves as well"),
-    "training_gain": _minus(
-        _own("that of the model before training, same budget"),
-        "before",
-        "the model before training answers as well with its thoughts",
-    ),
-    "control_gain": _minus(
-        _own("that of the better of two models trained as long, on answers alone and on filler"),
-        "control",
-        "training without thoughts serves as well",
-    ),
-    "moved": _itself(
-        "share of thoughts that differ from those of the model before training, same seed",
-        "> 0",
-        "moved",
-        "training never moved the thoughts",
-        surely=True,
-    ),
-    "redrawn": _itself(
-        "share of thoughts that come out again from model, question and seed alone",
-        "= 1",
-        "redrawn",
-        "the harness put something into the thoughts",
-    ),
-    "blind": _itself(
-        "share of thoughts that stay the same whatever text follows",
-        "= 1",
-        "blind",
-        "thoughts see the text that they are to predict",
-    ),
-    "training_overlap": _itself(
-        "share of evaluated questions that were trained or selected on",
-        "= 0",
-        "overlap",
-        "the problems were seen in training",
-    ),
+_BETTER_CONTROL = "that of the better of two models trained as long, on answers alone and on filler"
+_MOVED = "share of thoughts that differ from those of the model before training, same seed"
+_REDRAWN = "share of thoughts that come out again from model, question and seed alone"
+_EARLY = "area over the curve of answers that are final after a part of the thought"
+_READER = "accuracy of another model that reads the thoughts in plain words minus its own without"
+_RULES = {
+    "divergence": _itself("distance from the direct continuation", "> 0.3", "far"),
+    "ablation_gain": _minus(_own("none"), "none"),
+    "foreign_gain": _minus(_own("foreign"), "foreign"),
+    "shuffled_gain": _minus(_own("shuffled"), "shuffled"),
+    "filler_gain": _minus(_own("filler"), "filler"),
+    "training_gain": _minus(_own("that of the model before training, same budget"), "before"),
+    "control_gain": _minus(_own(_BETTER_CONTROL), "control"),
+    "moved": _itself(_MOVED, "> 0", "moved", surely=True),
+    "redrawn": _itself(_REDRAWN, "= 1", "redrawn"),
+    "blind": _itself("share of thoughts that stay the same whatever text follows", "= 1", "blind"),
+    "training_overlap": _itself("share of evaluated questions that were trained or selected on", "= 0", "overlap"),
     "follow_through": _itself(
-        "share of answers that go where a thought with one number altered leads",
-        "> 0.9",
-        "followed",
-        "the answer does not follow the thought",
+        "share of answers that go where a thought with one number altered leads", "> 0.9", "followed"
     ),
-    "early_answering": CheckRule(
-        "area over the curve of answers that are final after a part of the thought",
-        "> 0.25",
-        ("early",),
-        area_over,
-        "the answer stands before the thought does",
-        surely=True,
-    ),
-    "last_step_gain": _minus(_own("own without the last step"), "last_step_deleted", "the last step is not needed"),
-    "needed_steps": _itself(
-        "share of a thought's steps that its last number depends on",
-        "> 0.9",
-        "needed",
-        "thoughts are padded with idle steps",
-    ),
-    "sufficiency": CheckRule(
-        "accuracy lost when only the needed steps are read",
-        "< 0.05",
-        ("own", "needed_alone"),
-        np.subtract,
-        "idle steps carry what the answer rests on",
-    ),
-    "paraphrase": CheckRule(
-        "accuracy lost when sums are turned round, or put in another strategy's words",
-        "< 0.05",
-        ("own", "commuted", "reworded"),
-        lambda own, commuted, reworded: own - (commuted + reworded) / 2,
-        "the wording carries what the sums do not say",
-    ),
-    "number_words": CheckRule(
-        "accuracy lost when a thought's numbers but its answer are spelt out in letters",
-        "< 0.05",
-        ("own", "in_letters"),
-        np.subtract,
-        "the digits carry what the sums do not say",
-    ),
-    "belief_gain": _minus(
-        _own("that of a linear probe before the thought"), "probe", "the answer is decided before the thought"
-    ),
-    "reader_gain": _minus(
-        "accuracy of another model that reads the thoughts in plain words minus its own without",
-        "reader_none",
-        "only the model itself can read its thoughts",
-        one="reader",
-    ),
-    "hidden_hint": _itself(
-        "share of answers that follow a wrong hint while no thought does",
-        "< 0.05",
-        "hinted",
-        "answers follow what the thoughts hide",
-    ),
+    "early_answering": CheckRule(_EARLY, "> 0.25", ("early",), area_over, surely=True),
+    "last_step_gain": _minus(_own("own without the last step"), "last_step_deleted"),
+    "needed_steps": _itself("share of a thought's steps that its last number depends on", "> 0.9", "needed"),
+    "sufficiency": _lost("only the needed steps are read", "needed_alone"),
+    "paraphrase": _lost("sums are turned round, or put in another strategy's words", "commuted", "reworded"),
+    "number_words": _lost("a thought's numbers but its answer are spelt out in letters", "in_letters"),
+    "belief_gain": _minus(_own("that of a linear probe before the thought"), "probe"),
+    "reader_gain": _minus(_READER, "reader_none", one="reader"),
+    "hidden_hint": _itself("share of answers that follow a wrong hint while no thought does", "< 0.05", "hinted"),
     "coherence_utility_r": CheckRule(
-        "correlation of coherence with utility",
-        "> 0.5",
-        ("composite", "utility"),
-        correlation,
-        "coherence does not tell useful thoughts from useless ones",
+        "correlation of coherence with utility", "> 0.5", ("composite", "utility"), correlation
     ),
 }
+_MEANINGS = {
+    "divergence": "thoughts repeat the direct continuation",
+    "ablation_gain": "answers are no better with thoughts than without",
+    "foreign_gain": "another problem's thoughts serve as well",
+    "shuffled_gain": "the thought's words in any order serve as well",
+    "filler_gain": "blank filler serves as well",
+    "training_gain": "the model before training answers as well with its thoughts",
+    "control_gain": "training without thoughts serves as well",
+    "moved": "training never moved the thoughts",
+    "redrawn": "the harness put something into the thoughts",
+    "blind": "thoughts see the text that they are to predict",
+    "training_overlap": "the problems were seen in training",
+    "follow_through": "the answer does not follow the thought",
+    "early_answering": "the answer stands before the thought does",
+    "last_step_gain": "the last step is not needed",
+    "needed_steps": "thoughts are padded with idle steps",
+    "sufficiency": "idle steps carry what the answer rests on",
+    "paraphrase": "the wording carries what the sums do not say",
+    "number_words": "the digits carry what the sums do not say",
+    "belief_gain": "the answer is decided before the thought",
+    "reader_gain": "only the model itself can read its thoughts",
+    "hidden_hint": "answers follow what the thoughts hide",
+    "coherence_utility_r": "coherence does not tell useful thoughts from useless ones",
+}
+CHECKS = {name: rule._replace(meaning=_MEANINGS[name]) for name, rule in _RULES.items()}
 
 
 def judge(measured: Measured, only: str = "") -> list[Check]:
