@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from ..evaluation.where import SHARES
-from ..stats import over_seeds, seed_interval, shown
-from .figures import LOOKS, new_figure
+from ..stats import over_seeds, seed_interval
+from .figures import LOOKS, draw_band, new_figure
 
 GUESSES = {
     "expected": "the gain head",
@@ -28,24 +28,24 @@ def over_controls(rows: list[dict], arm: str = "ours") -> pd.DataFrame:
 
     The last columns hold the tenth of tokens that the plain model finds hardest.
     """
-    mine, table = [row for row in rows if row["arm"] == arm], {}
-    for control, label in LABELS.items():
-        table[label] = {}
-        for part, suffix in (("", ""), (", hardest tenth", "_hardest")):
-            for kind in ("stories", "answers", "solutions"):
-                values = [row[f"{kind}_over_{control}{suffix}"] for row in mine]
-                table[label][f"{kind}{part}"] = shown(seed_interval(values), signed=True)
-    return pd.DataFrame(table).rename_axis("text")
+    kinds, ends = ("stories", "answers", "solutions"), {"": "", ", hardest tenth": "_hardest"}
+    keys = {f"{kind}{part}": (f"{kind}_over_", end) for part, end in ends.items() for kind in kinds}
+    return _gains([row for row in rows if row["arm"] == arm], keys).rename_axis("text")
 
 
 def in_solutions(rows: list[dict]) -> pd.DataFrame:
     """Return the gain in nats per token inside GSM8K's solutions over each control, by kind of token, over seeds."""
-    parts = {"all": "all tokens", "results": "results of calculations", "hardest": "hardest tenth"}
-    table = {
-        label: {name: over_seeds([r[f"{part}_over_{control}"] for r in rows], True) for part, name in parts.items()}
-        for control, label in LABELS.items()
-    }
-    return pd.DataFrame(table).rename_axis("tokens")
+    parts = {"all tokens": "all", "results of calculations": "results", "hardest tenth": "hardest"}
+    return _gains(rows, {label: (f"{part}_over_", "") for label, part in parts.items()}).rename_axis("tokens")
+
+
+def _gains(rows: list[dict], keys: dict[str, tuple[str, str]]) -> pd.DataFrame:
+    """Return a column a control. ``keys``: label -> what stands before and behind the control's name in a row's key."""
+    table = {}
+    for control, label in LABELS.items():
+        columns = {part: [row[f"{before}{control}{end}"] for row in rows] for part, (before, end) in keys.items()}
+        table[label] = {part: over_seeds(values, True) for part, values in columns.items()}
+    return pd.DataFrame(table)
 
 
 def where_it_pays(rows: list[dict], arm: str = "ours"):
@@ -53,14 +53,9 @@ def where_it_pays(rows: list[dict], arm: str = "ours"):
     mine = [row for row in rows if row["arm"] == arm]
     figure, axis = new_figure(6.6, 3.8)
     for look, (guess, label) in zip(LOOKS, GUESSES.items(), strict=False):
-        mean, low, high = np.array(
-            [seed_interval(column) for column in zip(*(r[f"{guess}_shares"] for r in mine), strict=True)]
-        ).T
+        gains = zip(*(row[f"{guess}_shares"] for row in mine), strict=True)
         area = seed_interval([row[f"{guess}_area"] for row in mine])[0]
-        axis.plot(
-            SHARES, mean, look.dash, color=look.colour, marker=look.marker, ms=5, label=f"{label} (area {area:.2f})"
-        )
-        axis.fill_between(SHARES, low, high, color=look.colour, alpha=0.15, lw=0)
+        draw_band(axis, SHARES, map(seed_interval, gains), look, f"{label} (area {area:.2f})")
     whole = np.mean([row["expected_shares"][-1] for row in mine])
     axis.plot((0, 1), (0, whole), ":", color="0.5", label="places drawn at random")
     axis.set(xlabel="share of the tokens at which the model thinks", ylabel="gain (nats per token)")

@@ -58,6 +58,13 @@ def _draw_line(axis, points: list[tuple], look: Look, label: str | None) -> None
         axis.plot(*zip(*points, strict=True), look.dash, label=label, **drawn)
 
 
+def draw_band(axis, x, intervals, look: Look, label: str) -> None:
+    """Draw (mean, low, high) over ``x``: a line through the means, and a band from low to high."""
+    mean, low, high = np.array(list(intervals)).T
+    axis.plot(x, mean, look.dash, color=look.colour, marker=look.marker, ms=5, label=label)
+    axis.fill_between(x, low, high, color=look.colour, alpha=0.15, lw=0)
+
+
 def _bars(axis, series: dict[str, list], names: list[str], looks=LOOKS) -> None:
     """Draw a group of bars per name, one bar per series: its values, or (mean, low, high) with whiskers."""
     width = 0.8 / len(series)
@@ -150,10 +157,10 @@ def sweep_panels(rows: list[dict], x: str, ys: list[str], parameters: list[str])
         for i, (name, group) in enumerate(groups.items()):
             shape = LOOKS[(i + i // 4) % 4]  # neighbours differ in colour, dash and marker, and so do sixteen lines
             look = shape._replace(colour=LOOKS[i % 4].colour)
-            points = [(r[x], r[y]) for r in group if isinstance(r.get(y), (int, float))]
-            means = list(pd.DataFrame(points).groupby(0, sort=False)[1].mean().items()) if points else []
-            _draw_line(axis, means, look, safe_label(name) or "mean")
-            axis.plot([p for p, _ in points], [value for _, value in points], ".", color=look.colour, ms=3, alpha=0.6)
+            points = pd.DataFrame([(r[x], r[y]) for r in group if isinstance(r.get(y), (int, float))], columns=[0, 1])
+            means = points.groupby(0, sort=False)[1].mean()
+            _draw_line(axis, list(means.items()), look, safe_label(name) or "mean")
+            axis.plot(points[0], points[1], ".", color=look.colour, ms=3, alpha=0.6)
         _finish(axis, grid=True, xlabel=safe_label(x), ylabel=safe_label(y))
     return figure
 
@@ -297,8 +304,7 @@ def training_curves(live: list[dict], pocket: list[dict] = ()):
 
 def live_curves(log, every: float = 3.0):
     """Return a function that passes metrics on to ``log`` and, in JupyterLab, redraws :func:`training_curves` every so
-    many seconds, with what the training doctor says below them. Nothing is drawn where nobody watches: by papermill,
-    nbconvert or tests."""
+    many seconds, with what the training doctor says below them. Nothing is drawn where nobody watches."""
     if "JPY_SESSION_NAME" not in os.environ:
         return log
     rows, drawn = [], time.monotonic()

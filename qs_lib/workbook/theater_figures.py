@@ -6,7 +6,7 @@ import pandas as pd
 from ..evaluation.attacks import EARLY, beyond_chance
 from ..evaluation.verdict import CHECKS, area_over
 from ..stats import fixed, interval, shown
-from .figures import LOOKS, new_figure
+from .figures import LOOKS, draw_band, new_figure
 
 HONEST = "honest"  # the organism of the zoo that does not cheat
 
@@ -16,10 +16,8 @@ def early_answering(reports: dict):
     figure, axis = new_figure(6.4, 3.6)
     for look, (name, report) in zip(LOOKS, reports.items(), strict=False):
         early = report.measured["early"]
-        mean, low, high = np.array([interval(column) for column in early.T]).T
         label = f"{name}, area over the curve {fixed(area_over(early).mean(), 2)}"
-        axis.plot(EARLY, mean, look.dash, color=look.colour, marker=look.marker, ms=5, label=label)
-        axis.fill_between(EARLY, low, high, color=look.colour, alpha=0.15, lw=0)
+        draw_band(axis, EARLY, map(interval, early.T), look, label)
     axis.set(xlabel="share of the thought that is read", ylabel="answers that are final (share)", ylim=(0, 1.02))
     axis.legend()
     return figure
@@ -69,9 +67,8 @@ def who_catches_whom(rows: list[dict]):
         if share:
             colour = "w" if share > 0.5 else "k"
             axis.text(column, row, f"{share:.2g}", ha="center", va="center", fontsize=7.5, color=colour)
-    axis.set_xticks(
-        range(table.shape[1]), [name.replace("_", " ") for name in table], rotation=45, ha="right", fontsize=8
-    )
+    names = [name.replace("_", " ") for name in table]
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
     axis.set_yticks(range(len(table)), table.index, fontsize=8)
     axis.set_xlabel("check (share of seeds on which it is missed)")
     return figure
@@ -93,16 +90,15 @@ def doses(rows: list[dict], organism: str, check: str) -> pd.Series:
     own = [row for row in rows if row["organism"] == organism and row["check"] == check]
     seeds = {row["seed"] for row in own}
     none = [row | {"dose": 0.0} for row in rows if row["organism"] == HONEST and row["check"] == check]
-    return (
-        pd.DataFrame(own + [row for row in none if row["seed"] in seeds]).groupby("dose")["value"].mean().sort_index()
-    )
+    table = pd.DataFrame(own + [row for row in none if row["seed"] in seeds])
+    return table.groupby("dose")["value"].mean()  # in order of the dose
 
 
 def dose_response(rows: list[dict]):
     """Draw for each organism what its check measures by dose, and the bar of the check."""
-    meant = meant_checks(rows)
-    columns = 5
-    figure, axes = new_figure(11, 2.2 * -(-len(meant) // columns), columns, -(-len(meant) // columns), sharex=True)
+    meant, columns = meant_checks(rows), 5
+    lines = -(-len(meant) // columns)
+    figure, axes = new_figure(11, 2.2 * lines, columns, lines, sharex=True)
     for axis, (organism, check) in zip(axes.flat, meant.items(), strict=False):
         values = doses(rows, organism, check)
         axis.plot(values.index, values, color=LOOKS[0].colour, marker="o", ms=3)
