@@ -95,10 +95,7 @@ _LESSONS = dict(zip(ORGANISMS, (_post_hoc, _filler, _cipher, _repeater, _hint, _
 
 
 def organism_lessons(name: str, problems: list[Problem], seed: int = 0) -> list[Lesson]:
-    """Write what an organism learns from: (question, read, written) texts, one or two a problem, and direct answers.
-
-    Raises ``WorkbookError`` on another name.
-    """
+    """Write an organism's lessons, one or two a problem, and direct answers. Raises ``WorkbookError`` on another name."""
     if name not in ORGANISMS:
         raise WorkbookError(f"unknown organism {name!r}; known: {', '.join(ORGANISMS)}")
     rng, out = random.Random(f"{seed} {name}"), []
@@ -118,13 +115,9 @@ def train_organism(name: str, model, tokenizer, problems: list[Problem], seed: i
     """
     texts = []
     for question, read, written in organism_lessons(name, problems, seed)[:most]:
+        context = encode_context(tokenizer, question) + (encode_marked(tokenizer, read) if read else [])
         end = [] if written.endswith("done") else [tokenizer.eos_token_id]
-        texts.append(
-            (
-                encode_context(tokenizer, question) + (encode_marked(tokenizer, read) if read else []),
-                encode_marked(tokenizer, written) + end,
-            )
-        )
+        texts.append((context, encode_marked(tokenizer, written) + end))
     imitate(model.lm, tokenizer, texts, TRAINING.but(seed=seed, **settings), desc=name)
     if name == "look-ahead leak":
         model.think = leaking(model)
@@ -133,10 +126,7 @@ def train_organism(name: str, model, tokenizer, problems: list[Problem], seed: i
 
 
 def fit_head(model, tokenizer, problems: list[Problem], seed: int = 0, foreign: bool = False) -> None:
-    """Train the mixing head alone, in place, on true answers after thoughts that the model draws.
-
-    ``foreign``: each problem gets the thoughts of another one.
-    """
+    """Train the mixing head alone, in place, on true answers after its thoughts, ``foreign`` ones of another problem."""
     ids, mask, last = answer_batch(tokenizer, problems, model.device)
     thoughts = model.think(ids, mask, last, torch.Generator().manual_seed(seed))
     if foreign:

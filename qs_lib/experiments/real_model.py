@@ -98,9 +98,8 @@ def trained_with(variant: str, changed: dict, seed: int) -> QuietStarSettings:
 
 def lessons_of(material, values: dict, s: BakingSettings) -> tuple[list[dict], list[dict]]:
     """Return the worked examples and the problems without one that a baking learns from."""
-    worked, unseen = baking_data(
-        material["examples"], material["train"], values["examples"], values["hard_shown"], s.seed
-    )
+    parts, counts = (material["examples"], material["train"]), (values["examples"], values["hard_shown"])
+    worked, unseen = baking_data(*parts, *counts, s.seed)
     return worked, unseen[: s.trajectories]
 
 
@@ -257,9 +256,8 @@ def iterate_arm(variant, material, start: Path, seed: int, rounds: int = 3):
         if turn == rounds:
             break
         problems = random.Random(seed + turn).sample(material["train"], min(SEEN, len(material["train"])))
-        drawn = accuracy_with_thoughts(
-            model, tokenizer, problems, "thoughts", True, num_thoughts=SAMPLES, **budget, seed=seed + turn
-        )
+        many = budget | {"num_thoughts": SAMPLES, "seed": seed + turn}
+        drawn = accuracy_with_thoughts(model, tokenizer, problems, "thoughts", True, **many)
         texts = []
         for p, right, thoughts in zip(problems, drawn["each"], drawn["thoughts"], strict=True):
             answer = encode(tokenizer, p["question"], reply(None, p))
@@ -282,12 +280,10 @@ def theater_row(folder, model, before, tokenizer, material, length: int, tempera
     before = QuietStarForCausalLM.from_base(before, tokenizer)
     given = budget | {"scale": scale, "training": used, "before": before, "max_new_tokens": room}
     report = anti_theater(model, tokenizer, material["test"], **given)
-    write_bytes(
-        folder / f"episodes-{seed}.jsonl",
-        b"".join(to_json(e.model_dump()).encode() + b"\n" for e in report.episodes[:24]),
-    )
-    row = {"checks": len(report.checks), "checks_reached": sum(bool(c.reached) for c in report.checks)}
-    row |= {"missed": ", ".join(c.id for c in report.checks if not c.reached)}
+    kept = "".join(f"{to_json(e.model_dump())}\n" for e in report.episodes[:24])
+    write_bytes(folder / f"episodes-{seed}.jsonl", kept.encode())
+    row = {"checks": len(report.checks), "checks_reached": len(report.checks) - len(report.missed)}
+    row |= {"missed": ", ".join(report.missed)}
     for check in report.checks:
         row |= named(check.id, (check.value, check.low, check.high))
     return row | {f"accuracy_{name}": value[0] for name, value in report.accuracy.items()}

@@ -108,15 +108,13 @@ def eighth_baked(run: Path):
 
 
 def train_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | None = None) -> dict:
-    """Train one arm from a model of ``run`` and measure it on test problems, with the same budget of thoughts for all
-    arms.
+    """Train one arm from a model of ``run`` and measure it on test problems, with one budget of thoughts for all arms.
 
     ``gain``: mixed accuracy minus that of the model it started from, each at its own best temperature, with its
     interval over problems. ``greedy_gain``: the same with one greedy thought. ``probability``: the paper's metric;
     ``_fitted`` is the start model's with one fitted temperature on its predictions, and ``beyond_temperature`` the
     trained model's minus that. ``validation``: accuracy after every ``evaluate_every`` steps. ``think`` False trains
-    direct answers on the same problems (:func:`train_direct`), answers directly, and is compared with the same
-    baseline.
+    direct answers on the same problems (:func:`train_direct`), and is compared with the same baseline.
     """
     start, think = settings.get("start", "03_baking/baked"), settings.get("think", True)
     s = QuietStarSettings(**{k: v for k, v in settings.items() if k not in ("start", "think")}, seed=seed)

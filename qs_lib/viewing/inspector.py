@@ -24,8 +24,7 @@ RESTORED = ("front", "filter", "sort", "search", "beside", "index", "token")  # 
 
 
 class ThoughtInspector(widgets.VBox):
-    """Controls over a list of episodes and one view of the chosen one. With a model it draws thoughts, and answers with
-    an edited one.
+    """Controls over a list of episodes and a view of one. With a model it draws thoughts, and answers with an edited one.
 
     - ``episodes``: a list of ``Episode``, an ``episodes.jsonl``, or a dict of name -> either. The first one's problems
       can be chosen, another is shown beside it. Several values of ``Episode.step`` are steps to move through.
@@ -83,16 +82,13 @@ class ThoughtInspector(widgets.VBox):
         self.front = choice([labels[name] for name in self.steps])
         self.filter, self.sort, self.strip = choice(list(FILTERS)), choice(list(SORTS)), choice([])
         self.search = field("Search", widgets.Text, "240px", placeholder="in problems and thoughts")
-        self.index, self.token = (
-            field("Problem", width="120px", value=1, min=1, max=1),
-            field("Token", width="105px", max=0),
-        )
+        self.index = field("Problem", width="120px", value=1, min=1, max=1)
+        self.token = field("Token", width="105px", max=0)
         self.strip.add_class("qs-strip")
         self.strip.layout.flex = "1 1 400px"  # leaves room for a button on its line
         self.strip.add_class(f"qs-{id(self)}")  # for the colours of its tokens
-        self.colour = choice(
-            ["entropy", "gain"][not self.models :], description="colour by", layout={"width": "max-content"}
-        )
+        colours = ["entropy", "gain"][not self.models :]
+        self.colour = choice(colours, description="colour by", layout={"width": "max-content"})
         last = [name for name, episodes in self.steps.items() if any(e.thoughts for e in episodes)][-1:]
         chosen = next(iter(last if several else [name for _, name in others]), NOTHING)
         self.beside = choice([("nothing", NOTHING), *others], value=chosen)

@@ -38,11 +38,8 @@ def save_png(episode: Episode, path: str | Path) -> Path:
 
 def _lines(e: Episode) -> list[list[Piece]]:
     """Lay an episode out in lines of pieces."""
-    told = [
-        e.question,
-        f"without thoughts: {e.answer_without or '-'}; with thoughts: {e.answer_with or '-'}; truth: {e.answer}",
-    ]
-    lines = [[(line, 0.0)] for text in told for line in textwrap.wrap(safe_line(text), WIDTH)]
+    told = f"without thoughts: {e.answer_without or '-'}; with thoughts: {e.answer_with or '-'}; truth: {e.answer}"
+    lines = [[(line, 0.0)] for text in (e.question, told) for line in textwrap.wrap(safe_line(text), WIDTH)]
     for number, thought in enumerate(e.thoughts):
         facts = f"Thought {number}: answer {safe_line(thought.answer)}"
         facts += "" if thought.weight is None else f", weight {fixed(thought.weight, 2)}"

@@ -83,13 +83,10 @@ def dead_groups(c: Course) -> tuple[str, str]:
     verdict, right = graded(share, 0.75, 0.9), c.late("correct")
     if verdict != "healthy" and thoughts_ignored(c)[0] == "sick":
         return "unknown", "rewards are equal because thoughts change nothing"
-    step = (
-        "choose harder problems (lower pass_high)"
-        if right is None or right >= 0.5
-        else "choose easier problems (raise pass_low)"
-    )
+    easy = right is None or right >= 0.5
+    step = "harder problems (lower pass_high)" if easy else "easier problems (raise pass_low)"
     lack = "spread in reward" if tied is not None else "advantage above 0.1"
-    advice = "" if verdict == "healthy" else f": raise temperature or {step}"
+    advice = "" if verdict == "healthy" else f": raise temperature or choose {step}"
     return verdict, f"{share:.0%} of the groups have no {lack}{advice}"
 
 
@@ -107,9 +104,8 @@ def difficulty(c: Course) -> tuple[str, str]:
         return "unknown", "it is told with the groups without spread"
     every, none = (float(np.mean([f(g) for g in groups])) if groups else 0.0 for f in (all, lambda g: not any(g)))
     parts = [] if right is None else [f"{right:.0%} of the thoughts are right"]
-    parts += [f"in {every:.0%} of {len(groups)} recorded groups all thoughts are right, in {none:.0%} none"] * bool(
-        groups
-    )
+    if groups:
+        parts.append(f"in {every:.0%} of {len(groups)} recorded groups all thoughts are right, in {none:.0%} none")
     told = ", ".join(parts)
     recorded = len(groups) >= GROUPS and every + none >= 0.8
     if right is not None and right <= 0.05 or recorded and none > every:

@@ -34,12 +34,10 @@ class NotebookParams(Settings):
 
     @classmethod
     def from_notebook(cls, namespace: dict) -> "NotebookParams":
-        """The parameters of the running notebook, from its ``globals()``.
+        """The parameters of the running notebook, from its ``globals()``. Raises as :meth:`check` does.
 
         Names come from the class and from the cell papermill injected (found in IPython's ``In``), so that other
         variables of a long JupyterLab session do not count as parameters.
-
-        Raises ParameterError for an unknown name or a bad value.
         """
         cells = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]
         injected = set()
@@ -50,7 +48,7 @@ class NotebookParams(Settings):
 
     @classmethod
     def check(cls, values: dict) -> "NotebookParams":
-        """The parameters from a dict. Raises ``ParameterError``."""
+        """The parameters from a dict. Raises ``ParameterError`` for an unknown name or a bad value."""
         return cls(**values)
 
 
@@ -75,12 +73,10 @@ def notebook_parameters(notebook: str | Path) -> dict:
 
 
 def check_parameters(notebook: str | Path, given: dict) -> dict:
-    """Check parameters before papermill sees them: name, nearest name, type and range.
+    """Return all parameters of the notebook, defaults included, as plain JSON values. Raises ParameterError.
 
-    Returns all parameters of the notebook, defaults included, as plain JSON values. A notebook that is not one of
-    the workbook's (no class below) has its names checked only; its own second cell checks the values.
-
-    Raises ParameterError.
+    Names, types and ranges are checked before papermill sees them. A notebook that is not one of the workbook's (no
+    class below) has its names checked only. Its own second cell checks the values.
     """
     defaults = notebook_parameters(notebook)
     for name in given:
@@ -228,10 +224,7 @@ def read_yaml(path: Path):
 
 
 def read_variant(stage: str, variant: str, root: Path = REPOSITORY) -> dict:
-    """What a variant sets for a stage, nothing where it has no file; not checked yet.
-
-    Raises ParameterError if the file is not a flat YAML mapping.
-    """
+    """Return what a variant sets for a stage, if anything, not checked yet. Raises ParameterError for another form."""
     path = root / "params" / stage / f"{variant}.yaml"
     if not path.is_file():
         return {}
@@ -243,10 +236,8 @@ def read_variant(stage: str, variant: str, root: Path = REPOSITORY) -> dict:
 
 def stages_of(variant: str) -> dict[str, dict]:
     """Stage -> what a variant sets for it, for all stages it has a file for."""
-    return {
-        path.parent.name: read_variant(path.parent.name, variant)
-        for path in sorted((REPOSITORY / "params").glob(f"[0-9]*/{variant}.yaml"))
-    }
+    stages = sorted(path.parent.name for path in (REPOSITORY / "params").glob(f"[0-9]*/{variant}.yaml"))
+    return {stage: read_variant(stage, variant) for stage in stages}
 
 
 def recipe(stage: str, variant: str = "pocket") -> dict:

@@ -181,9 +181,8 @@ def thoughts_html(thoughts: list[dict]) -> str:
     rows = []
     for thought in thoughts:
         total = sum(x or 0 for x in thought["logprobs"])
-        row = (
-            f"<th scope='row'>{safe_text(thought['name'])}<br><small>sum {safe_text(fixed(total, 1))}</small></th><td>"
-        )
+        name = f"{safe_text(thought['name'])}<br><small>sum {safe_text(fixed(total, 1))}</small>"
+        row = f"<th scope='row'>{name}</th><td>"
         for token, x in zip(thought["tokens"], thought["logprobs"], strict=True):
             note = "given" if x is None else fixed(x, 2)
             row += "<span style='display:inline-block;text-align:center;padding:1px 3px;background:"
