@@ -53,17 +53,22 @@ def sorted_batches(lengths: list[int], size: int) -> list[list[int]]:
 
 def reply_statistics(model, tokenizer, problems: list[dict], max_new_tokens: int = 48) -> dict:
     """Return shares of greedy replies: ``accuracy`` (exact match), ``thinking_use`` and ``strategy_fit`` (it suits)."""
-    start, end = thinking_ids(tokenizer)[:2]
-    correct, use, fit = [], [], []
-    contexts = [p["question"] for p in problems]
-    for problem, written in zip(problems, replies(model, tokenizer, contexts, max_new_tokens), strict=True):
-        ids, _ = mark(written, marker_spellings(tokenizer))
-        thought = tokenizer.decode(ids[: ids.index(end)]) if end in ids else ""
-        correct.append(answer_of(tokenizer, ids, (end,)) == problem["answer"])
-        use.append(bool(ids) and ids[0] == start and end in ids)
-        fit.append(use[-1] and strategy_of(thought) in (problem["fits"] or ["cot"]))
-    n = len(problems)
-    return {"accuracy": sum(correct) / n, "thinking_use": sum(use) / n, "strategy_fit": sum(fit) / n}
+    written = replies(model, tokenizer, [p["question"] for p in problems], max_new_tokens)
+    rows = read_replies(tokenizer, problems, written)
+    names = {"accuracy": "correct", "thinking_use": "thinks", "strategy_fit": "fits"}
+    return {name: sum(row[key] for row in rows) / len(problems) for name, key in names.items()}
+
+
+def read_replies(tokenizer, problems: list[dict], written: list[list[int]]) -> list[dict]:
+    """Read each reply (ids): ``answer``, ``thinks``, ``correct``, ``strategy`` ("none" without a thought), ``fits``."""
+    (start, end, *_), rows = thinking_ids(tokenizer), []
+    for problem, ids in zip(problems, written, strict=True):
+        ids, _ = mark(ids, marker_spellings(tokenizer))  # a prompted champion writes the plain words
+        thinks, answer = bool(ids) and ids[0] == start and end in ids, answer_of(tokenizer, ids, (end,))
+        strategy = strategy_of(tokenizer.decode(ids[: ids.index(end)])) if thinks else None
+        row = {"answer": answer, "thinks": thinks, "correct": answer == problem["answer"]}
+        rows.append(row | {"strategy": strategy or "none", "fits": strategy in (problem["fits"] or ["cot"])})
+    return rows
 
 
 @torch.no_grad()
@@ -209,11 +214,8 @@ def accuracy_with_thoughts(
         together, alone = first_difference(model, ids, mask, thoughts, weights, max_new_tokens)
         mixed[rows] = _right(model, tokenizer, asked, drawn, together, weights, max_new_tokens)
         if single:
-            repeated = [p for p in asked for _ in range(k)]
-            found = _right(
-                model, tokenizer, repeated, single_thoughts(*drawn), alone.flatten(0, 1), "thoughts", max_new_tokens
-            )
-            each[rows] = found.view(len(rows), k)
+            own = [p for p in asked for _ in range(k)], single_thoughts(*drawn), alone.flatten(0, 1)
+            each[rows] = _right(model, tokenizer, *own, "thoughts", max_new_tokens).view(len(rows), k)
         for r, tokens, ends in zip(rows, *drawn, strict=True):
             texts[r] = [tokenizer.decode(t[1 : n - 1]) for t, n in zip(tokens, ends, strict=True)]
     return {"mixed": mixed, "thoughts": texts} | ({"each": each} if single else {})
@@ -235,9 +237,8 @@ def _right(model, tokenizer, problems, drawn, differs, weights, max_new_tokens) 
     contexts = [encode_context(tokenizer, p["question"]) for p in asked]
     given = (each[left] for each in drawn)
     written = decode_with_thoughts(model, tokenizer, contexts, *given, weights, max_new_tokens)
-    right[left] = torch.tensor(
-        [float(answer_of(tokenizer, w) == p["answer"]) for w, p in zip(written, asked, strict=True)]
-    )
+    for row, reply_ids, problem in zip(left, written, asked, strict=True):
+        right[row] = answer_of(tokenizer, reply_ids) == problem["answer"]
     return right
 
 

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import torch
 from IPython import get_ipython
 
-from ..data.strategies import PROMPTS, asked, strategy_of
-from ..data.tokens import PLAIN_WORDS, THINKING_TOKENS, mark, marker_spellings, thinking_ids
+from ..data.strategies import PROMPTS, asked
+from ..data.tokens import PLAIN_WORDS, THINKING_TOKENS, thinking_ids
 from ..errors import UpstreamError
-from ..evaluation.accuracy import answer_of, replies
+from ..evaluation.accuracy import read_replies, replies
 from ..evaluation.episodes import by_problem
 from ..evaluation.theater import CHECKS, TheaterReport
 from ..files import atomic_write, find_run
@@ -149,21 +149,13 @@ def reply_rows(
 ) -> list[dict]:
     """Return one row per problem from its greedy reply.
 
-    A row holds the ``reply``, its ``answer``, whether it is ``correct`` and ``thinks``, which ``strategy`` it uses
-    ("none" without a thought) and whether that ``fits``. ``prompts``: strategy -> what stands in front of the question.
-    ``forbid``: ids that may not be written.
+    A row holds the ``family``, the ``reply`` and what ``read_replies`` reads in it. ``prompts``: strategy -> what
+    stands in front of the question. ``forbid``: ids that may not be written.
     """
-    start, end = thinking_ids(tokenizer)[:2]
     contexts = [asked(p, prompts) if prompts else p["question"] for p in problems]
-    rows = []
-    for problem, written in zip(problems, replies(model, tokenizer, contexts, max_new_tokens, forbid), strict=True):
-        ids, _ = mark(written, marker_spellings(tokenizer))  # a prompted champion writes the plain words
-        thinks, answer = bool(ids) and ids[0] == start and end in ids, answer_of(tokenizer, ids, (end,))
-        strategy = strategy_of(tokenizer.decode(ids[: ids.index(end)])) if thinks else None
-        row = {"family": problem["family"], "reply": tokenizer.decode(written), "answer": answer, "thinks": thinks}
-        row |= {"correct": answer == problem["answer"], "strategy": strategy or "none"}
-        rows.append(row | {"fits": strategy in (problem["fits"] or ["cot"])})
-    return rows
+    written = replies(model, tokenizer, contexts, max_new_tokens, forbid)
+    said = [{"family": p["family"], "reply": tokenizer.decode(w)} for p, w in zip(problems, written, strict=True)]
+    return [one | row for one, row in zip(said, read_replies(tokenizer, problems, written), strict=True)]
 
 
 def strategy_use(rows: list[dict]) -> dict[str, dict[str, float]]:
@@ -181,8 +173,8 @@ def thoughts_html(thoughts: list[dict]) -> str:
     rows = []
     for thought in thoughts:
         total = sum(x or 0 for x in thought["logprobs"])
-        name = f"{safe_text(thought['name'])}<br><small>sum {safe_text(fixed(total, 1))}</small>"
-        row = f"<th scope='row'>{name}</th><td>"
+        row = f"<th scope='row'>{safe_text(thought['name'])}<br><small>"
+        row += f"sum {safe_text(fixed(total, 1))}</small></th><td>"
         for token, x in zip(thought["tokens"], thought["logprobs"], strict=True):
             note = "given" if x is None else fixed(x, 2)
             row += "<span style='display:inline-block;text-align:center;padding:1px 3px;background:"
