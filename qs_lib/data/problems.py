@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import re
 import urllib.error
@@ -75,9 +76,7 @@ def _of_split(source: str, split: str) -> list[Problem]:
     if source in HUB_NAMES:
         problems = _from_hub(source, name)
     else:
-        path = Path(source)
-        with contextlib.suppress(RuntimeError):  # an unknown user's home
-            path = path.expanduser()
+        path = Path(os.path.expanduser(source))  # Path's own raises for an unknown user's home
         if path.is_file():
             held_out = {"validation", "test"}
         elif unread := [f for other in OTHER_NAMES for f in path.glob(f"{other}.jsonl")]:
@@ -116,10 +115,8 @@ def baking_data(examples, train, count: int, hard_shown: float, seed: int = 0) -
 
 def _read_file(path: Path) -> list[Problem]:
     if not path.is_file():
-        raise SourceError(
-            f"no problems at {path}: give 'pocket', 'gsm8k', a folder with train.jsonl and test.jsonl, a .jsonl file, "
-            "or a .csv file of templates"
-        )
+        files = "a folder with train.jsonl and test.jsonl, a .jsonl file, or a .csv file of templates"
+        raise SourceError(f"no problems at {path}: give 'pocket', 'gsm8k', {files}")
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -130,9 +127,8 @@ def _read_file(path: Path) -> list[Problem]:
             p = _parse_line(line)
             before, answer = told.setdefault(p["question"], (number, p["answer"]))
             if answer != p["answer"]:
-                raise WorkbookError(
-                    f": the answer is {p['answer']}, and {answer} to the same question in line {before}"
-                )
+                same = f"{answer} to the same question in line {before}"
+                raise WorkbookError(f": the answer is {p['answer']}, and {same}")
         except WorkbookError as error:
             raise WorkbookError(f"{path}:{number}{error}") from None
         problems.append(p)

@@ -1,10 +1,10 @@
 """Word problems as templates: numbers can be redrawn, every equation is verified, and splits go by template."""
 
 import ast
-import contextlib
 import csv
 import hashlib
 import operator
+import os
 import random
 import re
 from collections import Counter
@@ -222,9 +222,7 @@ def _alike(old: str, new: str) -> bool:
 
 def table_of(source: str) -> Path | None:
     """Return the table that ``source`` is, or the only one of a folder without ``train.jsonl``, or None."""
-    path = Path(source)
-    with contextlib.suppress(RuntimeError):  # an unknown user's home
-        path = path.expanduser()
+    path = Path(os.path.expanduser(source))  # Path's own raises for an unknown user's home
     if path.is_file() and path.suffix.lower() == ".csv":
         return path
     tables = [] if (path / "train.jsonl").is_file() else list(path.glob("*.csv"))

@@ -32,11 +32,10 @@ def plant(cheat: str, honest: dict, training_problems: list[Problem], seed: int 
         return honest | {"model": shut, "weights": "head"}
     if cheat == "frozen":
         return honest | {"model": honest["before"], "weights": "thoughts"}
+    # "copied" takes of a question what fits of its end
     planted = {
         "random": {"score": partial(random_score, torch.Generator().manual_seed(seed))},
-        "copied": {
-            "think": forged(model, lambda texts, room: [text[-room:] for text in texts])
-        },  # what fits of its end
+        "copied": {"think": forged(model, lambda texts, room: [text[-room:] for text in texts])},
         "repeated": {"think": forged(model, partial(direct_words, model, tokenizer))},
         "leaked": {"think": leaked(model, tokenizer, problems)},
         "seen": {"problems": training_problems[: len(problems)]},

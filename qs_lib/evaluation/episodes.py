@@ -218,12 +218,10 @@ def _episode(tokenizer, about: dict, context: list[int], thoughts, group: list[d
         if about["answer"] is not None:  # else the utility means nothing
             gain = {"utility": r["utility"], "reward": r["utility"], "advantage": r["utility"] - mean}
             gain |= {name: r[name] for name in gain if name in r}
-        drawn = {
-            "tokens": words(thoughts.tokens[own]),
-            "logprobs": [round(x, 4) for x in thoughts.logprobs[own].tolist()],
-        }
+        logprobs = [round(x, 4) for x in thoughts.logprobs[own].tolist()]
         gain |= {"weight": r["weight"], "coherence": r["coherence"], "next_tokens": named(r["after"])}
-        listed.append(Thought(**drawn, **gain, answer=answers["alone"][j]))
+        drawn = {"tokens": words(thoughts.tokens[own]), "logprobs": logprobs, "answer": answers["alone"][j]}
+        listed.append(Thought(**drawn, **gain))
     first, read = group[0], {"position": len(context) - 1, "tokens": words(context)}
     known = {"no_thought_weight": first["no_thought"], "answer_without": answers["none"], "answer_with": answers["own"]}
     known |= {"base_tokens": named(first["base"]), "mixed_tokens": named(first["mixed"])}
@@ -271,10 +269,7 @@ def think_at(
 
 
 def checked_context(model, tokenizer, text, position, room) -> list[int]:
-    """Return the ids of a text that has ``room`` for so many tokens more, after a look at all that a user gets wrong.
-
-    Raises ``WorkbookError`` as ``think_at`` does.
-    """
+    """Return the ids of a text with ``room`` for so many tokens more. Raises ``WorkbookError`` as ``think_at`` does."""
     if not isinstance(model, QuietStarForCausalLM):
         wrap = "wrap the model with its from_base(model, tokenizer)"
         raise WorkbookError(f"thoughts are drawn by a QuietStarForCausalLM: {wrap}")

@@ -45,10 +45,8 @@ def repeat(path: Path, arms: dict[str, dict], seeds, measure, defaults: dict | N
 
 def row_of(rows: list[dict], arm: str, seed: int, settings: dict, defaults: dict) -> dict | None:
     """Return the row of one run, if it is there and was made with these settings."""
-    for row in rows:
-        if (row["arm"], row["seed"]) == (arm, seed) and defaults | row["settings"] == defaults | settings:
-            return row
-    return None
+    own = (row for row in rows if (row["arm"], row["seed"]) == (arm, seed))
+    return next((row for row in own if defaults | row["settings"] == defaults | settings), None)
 
 
 def verdict(against: dict[str, Interval], digits: int, verdicts: tuple[str, str, str, str]) -> str:

@@ -140,9 +140,8 @@ def control_arm(variant, material, kind, rates, seed):
     for rate in rates:
         lm = copy.deepcopy(untrained)
         right = partial(_answers_after, QuietStarForCausalLM.from_base(lm, tokenizer), tokenizer, thought)
-        scores = imitate(
-            lm, tokenizer, texts, s.but(adamw_lr=rate), lambda right=right: right(material["validation"]).mean()
-        )
+        rated = s.but(adamw_lr=rate)
+        scores = imitate(lm, tokenizer, texts, rated, lambda right=right: right(material["validation"]).mean())
         found[rate] = max(scores)
         if best is None or max(scores) > best[0]:
             best = max(scores), rate, right(material["test"]), elsewhere(material, right)

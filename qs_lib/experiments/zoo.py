@@ -97,18 +97,16 @@ def _over(turned: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def detection_limits(honest: Measured, organism: Measured, checks: list[str]) -> dict[str, float]:
     """Return the least dose at which each check is missed, found by halving, the median over ``ORDERS`` orders."""
-    limits = {}
-    for name in checks:
-        found = []
-        for order in range(ORDERS):
-            low, high = 0.0, 1.0
-            while high - low > 1 / len(organism["own"]):
-                dose = (low + high) / 2
-                (check,) = judge(dosed(honest, organism, dose, order), only=name)
-                low, high = (dose, high) if check.reached else (low, dose)
-            found.append(high)
-        limits[name] = round(float(np.median(found)), 3)
-    return limits
+
+    def limit(name: str, order: int) -> float:
+        low, high = 0.0, 1.0
+        while high - low > 1 / len(organism["own"]):
+            dose = (low + high) / 2
+            (check,) = judge(dosed(honest, organism, dose, order), only=name)
+            low, high = (dose, high) if check.reached else (low, dose)
+        return high
+
+    return {n: round(float(np.median([limit(n, order) for order in range(ORDERS)])), 3) for n in checks}
 
 
 def organism_measured(run: Path, cache: Path, name: str, seed: int) -> tuple[Measured, dict]:

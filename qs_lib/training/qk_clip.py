@@ -40,15 +40,11 @@ class watch_max_logits:
         backbones = [m for m in self.model.modules() if isinstance(m, PreTrainedModel)]
         lacking = [type(m).__name__ for m in backbones if not m._supports_sdpa]
         if lacking:
-            raise UnwatchedError(
-                f"{lacking[0]} cannot run with sdpa attention, so its logits cannot be watched: "
-                "set qk_clip_threshold to 0"
-            )
-        expected = [
-            m for m in self.model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")
-        ]
-        taken = [m for m in expected if m in WATCHES]
-        if taken:
+            unseen = "so its logits cannot be watched: set qk_clip_threshold to 0"
+            raise UnwatchedError(f"{lacking[0]} cannot run with sdpa attention, {unseen}")
+        numbered = [m for m in self.model.modules() if hasattr(m, "layer_idx")]
+        expected = [m for m in numbered if type(m).__name__.endswith("Attention")]
+        if any(m in WATCHES for m in expected):
             raise RuntimeError("this model is already being watched")
         self.configs = {id(m.config): (m.config, m.config._attn_implementation) for m in backbones}
         try:
@@ -60,10 +56,8 @@ class watch_max_logits:
             with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 self.model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device))
             if not expected or len(self.layers) != len(expected):
-                raise UnwatchedError(
-                    f"{type(self.model).__name__}: the attention interface was called in "
-                    f"{len(self.layers)} of {len(expected)} attention layers: set qk_clip_threshold to 0"
-                )
+                called = f"the attention interface was called in {len(self.layers)} of {len(expected)} attention layers"
+                raise UnwatchedError(f"{type(self.model).__name__}: {called}: set qk_clip_threshold to 0")
         except BaseException:
             self.__exit__()
             raise
@@ -123,9 +117,8 @@ def watched_attention(module, query, key, value, attention_mask, scaling=None, i
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         watch.record(module, query, key, attention_mask, scale, causal)
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
-    )
+    kwargs |= {"scaling": scaling, "is_causal": is_causal}
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 # Without its mask function the model would hand over no mask at all and drop padding silently.
@@ -169,15 +162,12 @@ def clip_heads(watch, threshold):
         maxima = largest.tolist()
         report.max_logit = max(report.max_logit, *maxima)
         above = [(layer, head, value) for head, value in enumerate(maxima) if value > threshold]
-        if above:
-            report.heads += above
-            module = watch.layers[layer]
-            reason = obstacle(module, len(maxima))
-            if reason:
-                report.report_only[layer] = reason
-            else:
-                factors = torch.where(largest > threshold, threshold / largest, 1.0)  # exactly 1 at the threshold too
-                rescale(module, factors)
+        report.heads += above
+        if above and (reason := obstacle(watch.layers[layer], len(maxima))):
+            report.report_only[layer] = reason
+        elif above:
+            factors = torch.where(largest > threshold, threshold / largest, 1.0)  # exactly 1 at the threshold too
+            rescale(watch.layers[layer], factors)
     return report
 
 
@@ -203,9 +193,8 @@ def rescale(module, factors):
         both = (module.c_attn.weight, module.c_attn.bias)
         queries, keys = [t[..., :width] for t in both], [t[..., width : 2 * width] for t in both]
     else:
-        queries, keys = (
-            [p.weight.T] if p.bias is None else [p.weight.T, p.bias] for p in (module.q_proj, module.k_proj)
-        )
+        both = (module.q_proj, module.k_proj)
+        queries, keys = ([p.weight.T] if p.bias is None else [p.weight.T, p.bias] for p in both)
     grouped = factors.view(keys[0].shape[-1] // d, -1)
     root = grouped.amax(dim=1, keepdim=True).sqrt()
     for tensors, scale in ((queries, (grouped / root).flatten()), (keys, root.flatten())):
