@@ -41,10 +41,8 @@ class Settings(BaseModel):
             advice = "put it in quotes, or give papermill -r in place of -p"
             return f"parameter {name}={given} was read as a {kind}, not as a string: {advice}"
         if name == "run_name":
-            return (
-                f"run_name={given} cannot name a folder: use 1 to 64 letters, digits, '.', '_' or '-', "
-                "the first a letter or digit"
-            )
+            allowed = "1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+            return f"run_name={given} cannot name a folder: use {allowed}"
         message = problem["msg"].removeprefix("Value error, ")
         return f"parameter {name}={given}: {message[0].lower()}{message[1:]}"
 

@@ -154,8 +154,7 @@ def reply(strategy: str | None, problem: Problem) -> str:
 def prompts_with(problems: list[Problem], count: int, told: bool = False) -> dict[str, str]:
     """Return ``PROMPTS``, each after ``count`` worked examples of its strategy, a line each, ``told`` their equations.
 
-    So is asked a model that was not trained on these forms. Raises ``WorkbookError`` naming a strategy that too few
-    problems fit.
+    So is asked a model that was not trained on these forms. Raises ``WorkbookError`` if too few problems fit one.
     """
     found = {}
     for strategy, prompt in PROMPTS.items():

@@ -109,9 +109,7 @@ def check_end_of_text(tokenizer) -> None:
 
 
 def vocabulary_size(tokenizer) -> int:
-    """Return the rows that a model needs for the tokenizer: its greatest id and one, more than its tokens if ids have
-    holes.
-    """
+    """Return the rows that a model needs for the tokenizer: its greatest id and one. Ids may have holes."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -154,9 +152,8 @@ def encode_reply(tokenizer, text: str) -> list[int]:
 @functools.lru_cache(maxsize=8)
 def _puts_a_space_first(tokenizer) -> bool:
     """Whether the tokenizer itself puts a space before a text, as Llama-2's does, which would make it two."""
-    bare, spaced, first, both = (
-        tokenizer.encode(text, add_special_tokens=False) for text in ("think", " think", "done", "done think")
-    )
+    texts = ("think", " think", "done", "done think")
+    bare, spaced, first, both = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
     return both == first + bare and both != first + spaced
 
 
@@ -174,10 +171,7 @@ def line_ends(tokenizer) -> list[int]:
 
 @functools.lru_cache(maxsize=8)
 def marker_spellings(tokenizer) -> dict[int, list[int]]:
-    """Return for each thinking-token id the ids of its plain word inside a text.
-
-    Raises ``WorkbookError`` if two words begin alike.
-    """
+    """Return, by thinking-token id, its plain word's ids inside a text. Raises ``WorkbookError`` if two begin alike."""
     words = [encode_reply(tokenizer, word) for word in PLAIN_WORDS.values()]
     first = {ids[0] for ids in words}
     if len(first) == 1 and not tokenizer.decode([*first]).strip():

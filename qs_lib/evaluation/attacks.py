@@ -254,8 +254,7 @@ def belief(subject: Subject, training) -> Measured:
     """Ask a linear probe for the answer before the thought: ``probe`` is right, ``believed``: it says the final answer.
 
     It learns from ``training`` records, at most ``PRACTICE``, or else from the other problems. A share of answers that
-    are ``believed`` is performative in the sense of Reasoning Theater: decided before the thought that seems to lead
-    there.
+    are ``believed`` is performative in the sense of Reasoning Theater: decided before the thought.
     """
     practice = [p for p in training or () if not isinstance(p, str)][:PRACTICE]
     states = states_before(subject.model.lm, subject.tokenizer, subject.questions)

@@ -146,8 +146,7 @@ def with_temperature(scores: dict, test: np.ndarray, validation: np.ndarray) -> 
 def log_likelihood_gain(scores: dict, hardest: float = 0.1, control: str = "without") -> dict[str, tuple]:
     """Return the mean gain of ``with`` over a ``control`` as (value, low, high), nats per token.
 
-    Over all tokens (``all``) and over the share of tokens the plain model finds hardest (``hardest``). Texts are the
-    unit of resampling.
+    Over all tokens (``all``) and over the share that the plain model finds hardest (``hardest``), resampled by text.
     """
     gain = scores["with"] - scores[control]
     threshold = np.nanquantile(scores["without"], hardest)

@@ -185,10 +185,8 @@ def thoughts_attention(module, query, key, value, attention_mask, scaling=None, 
     if attention_mask is not None:
         raise NotImplementedError(f"{type(module).__name__} makes a mask of its own.")
     if options.get("position_bias") is not None:
-        raise NotImplementedError(
-            f"{type(module).__name__} adds a position bias to its attention scores, which parallel thoughts "
-            "do not support."
-        )
+        bias = "adds a position bias to its attention scores, which parallel thoughts do not support."
+        raise NotImplementedError(f"{type(module).__name__} {bias}")
     size, value_size, device = query.shape[-1], value.shape[-1], query.device.type
     if torch.is_autocast_enabled(device):  # of the three only values come from a cast product as they are
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
@@ -210,10 +208,8 @@ def backbone(model):
     base = getattr(model, "base_model", model)
     base = model.get_decoder() if base is model else base
     if base is None or base is model or model.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(model).__name__} is not a causal language model with a separate head; parallel thoughts "
-            "need one (for example from AutoModelForCausalLM)."
-        )
+        need = "parallel thoughts need one (for example from AutoModelForCausalLM)."
+        raise ValueError(f"{type(model).__name__} is not a causal language model with a separate head; {need}")
     return base
 
 

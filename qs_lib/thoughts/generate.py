@@ -270,9 +270,8 @@ class _Group:
         """Compute the running thoughts alone once enough of the others have ended."""
         if self.left <= _COMPACT_BELOW * len(self.place):
             keep = self.running.nonzero().squeeze(1)
-            self.token, self.place, self.uniform, self.running = (
-                x[keep] for x in (self.token, self.place, self.uniform, self.running)
-            )
+            streams = self.token, self.place, self.uniform, self.running
+            self.token, self.place, self.uniform, self.running = (x[keep] for x in streams)
             self.step.select(keep)
 
     def close(self, length):

@@ -34,10 +34,7 @@ class Rows(NamedTuple):
 
 
 def align_rows(device, input_ids, attention_mask, positions):
-    """Move padding behind the text, sort the positions, and return ``Rows``.
-
-    Raises ``ValueError`` if shapes do not fit, or a position lies outside the text.
-    """
+    """Move padding behind the text, sort positions, and return ``Rows``. Raises ``ValueError`` if they do not fit."""
     input_ids = input_ids.to(device)
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must have shape (batch, length), not {tuple(input_ids.shape)}.")
@@ -266,8 +263,7 @@ class StepPass:
 class PackedPass(NamedTuple):
     """Attention over one packed sequence: all prefix rows, then all thoughts with their true tokens.
 
-    ``text``: ``Pad`` of the prefix rows. ``own``: ``Pad`` of the thoughts. ``grid``: the thought tokens as queries of
-    the prefix rows.
+    ``text``, ``own``: ``Pad`` of the prefix rows and of the thoughts. ``grid``: the thought tokens as their queries.
     """
 
     text: Pad

@@ -89,8 +89,7 @@ class BakingItem:
 class BakingResult:
     """What baking did. ``gap_closed`` = 1 - KL(baked) / KL(unprompted champion).
 
-    Both KLs are from the prompted teacher, on held-out questions, in nats per reply token. ``epochs``: one dict per
-    epoch, the dose curve.
+    Both KLs are from the prompted teacher, on held-out questions, in nats per reply token. ``epochs``: the dose curve.
     """
 
     kl_before: float
@@ -112,8 +111,7 @@ def thought_item(tokenizer, context: str, question: str, plain: list[int], ce: b
     """Align a reply, ``plain`` ids in plain words with end-of-text, as teacher and student read it.
 
     The teacher reads ``context``, the prompted question, and plain words, the student the question and the same reply with
-    thinking tokens. The first reply token and end-of-text are among the trained positions (the paper's own code misses
-    the first).
+    thinking tokens. First reply token and end-of-text are trained on too (the paper's own code misses the first).
     """
     context, asked_ids = encode_context(tokenizer, context), encode_context(tokenizer, question)
     marked, last = mark(plain, marker_spellings(tokenizer))
@@ -176,9 +174,8 @@ def logits_at(model, *texts):
 
     ``texts``: their ids, lists of positions in each, and the tokenizer.
     """
-    return LanguageHead(model.get_base_model() if hasattr(model, "get_base_model") else model)(
-        _states_at(model, *texts)
-    )
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return LanguageHead(base)(_states_at(model, *texts))
 
 
 def _states_at(model, rows, positions, tokenizer):
@@ -238,8 +235,7 @@ def worked_replies(tokenizer, examples, prompts, privilege="none") -> list[tuple
 def lessons(teacher, tokenizer, examples, problems, validation, s: BakingSettings, prompts=PROMPTS) -> Lessons:
     """Prepare all that is learnt and measured. Raises ``WorkbookError`` if a part of it is empty.
 
-    Worked ``examples`` and sampled trajectories are learnt. The last ``problems`` are answered directly by the teacher,
-    greedily.
+    Worked ``examples`` and sampled trajectories are learnt. The last ``problems`` get the teacher's direct answers.
     """
     end, problems = [tokenizer.eos_token_id], list(problems)
     worked = zip(examples, worked_replies(tokenizer, examples, prompts, s.privilege), strict=True)
@@ -255,10 +251,8 @@ def lessons(teacher, tokenizer, examples, problems, validation, s: BakingSetting
         direct = [direct_item(tokenizer, q, a + end) for q, a in zip(questions, answers, strict=True)]
     held_out = sample_trajectories(teacher, tokenizer, validation[:HELD_OUT], seed=s.seed + 1, **sampling)
     if not held_out:
-        raise WorkbookError(
-            "the prompted teacher writes no thought on held-out questions: train the champion longer, or teach a pretrained "
-            "one its prompts (prompt_epochs, examples)"
-        )
+        advice = "train the champion longer, or teach a pretrained one its prompts (prompt_epochs, examples)"
+        raise WorkbookError(f"the prompted teacher writes no thought on held-out questions: {advice}")
     if not thoughts:
         raise WorkbookError("there is nothing to bake: give worked examples, or problems and trajectories above 0")
     keep_states(teacher, tokenizer, [*thoughts, *direct, *held_out])
@@ -279,8 +273,7 @@ def bake(
     checkpoint: Checkpoint | None = None,
     **changed,
 ) -> BakingResult:
-    """Bake the strategies' prompts into ``model``, in place. The teacher is a frozen copy, or the model without its
-    adapter.
+    """Bake the strategies' prompts into ``model``, in place, from a frozen copy, or from itself without its adapter.
 
     ``examples``: worked examples (:func:`qs_lib.reasoning_dataset`), learnt by KL and cross-entropy. ``problems``:
     training records, for trajectories sampled from the prompted teacher (KL only) and for direct answers (KL to the
@@ -305,9 +298,8 @@ def bake(
     batches = math.ceil(len(lengths) / size)
     steps, order, result = s.epochs * batches, [], BakingResult(before, math.nan, math.nan)
     with training(model, tokenizer, s) as trained, checkpoint or Checkpoint() as saving:
-        teacher = (
-            trained if s.lora_rank else teacher
-        )  # without its adapter, see `frozen`: no second copy of the weights
+        if s.lora_rank:  # without its adapter, see `frozen`: no second copy of the weights
+            teacher = trained
         optimizer = optimizer(trained) if optimizer else _muon_grokfast(trained, s)
         scheduler = scheduled(optimizer, steps, warm_up=20, constant=0.4)
         parts = {"model": trained, "optimizer": optimizer, "scheduler": scheduler, "rng": rng}
@@ -365,10 +357,7 @@ def baking_step(trained, teacher, tokenizer, batch: list[BakingItem], optimizer,
 
 
 def dose_of(trained, teacher, tokenizer, held_out: list[BakingItem], validation: list[dict], s: BakingSettings) -> dict:
-    """Measure a half-baked model: held-out ``kl``, largest attention logit ``max_logit`` where it can be seen, and
-    reply_statistics.
-
-    """
+    """Return the held-out ``kl`` of a half-baked model, ``max_logit`` where it can be seen, and reply_statistics."""
     with largest_logit(trained) as largest:
         kl = held_out_kl(trained, teacher, tokenizer, held_out)
     return {"kl": kl} | largest | reply_statistics(trained, tokenizer, validation, s.max_new_tokens)
@@ -377,27 +366,23 @@ def dose_of(trained, teacher, tokenizer, held_out: list[BakingItem], validation:
 @torch.no_grad()
 def held_out_kl(student, teacher, tokenizer, items: list[BakingItem], batch_size: int = 120) -> float:
     """Return the mean KL (nats per reply token) of the student (unprompted) from the prompted teacher."""
-    total = [
-        forward_kl(*aligned_log_probs(student, teacher, items[i : i + batch_size], tokenizer)[:2])
-        for i in range(0, len(items), batch_size)
-    ]
+    parts = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    total = [forward_kl(*aligned_log_probs(student, teacher, part, tokenizer)[:2]) for part in parts]
     return torch.cat(total).mean().item()
 
 
 @torch.no_grad()
 def unprompted_kl(teacher, tokenizer, items: list[BakingItem], batch_size: int = 120) -> float:
     """Return the gap that baking has to close: the same KL for the champion, which reads the same words unprompted."""
-    total = []
-    tags = thinking_ids(tokenizer)
+    total, tags = [], thinking_ids(tokenizer)
     for i in range(0, len(items), batch_size):
         part = items[i : i + batch_size]
         told = _teacher_logits(teacher, part, tokenizer)
         cut = [x.teacher_at[0] - x.student_at[0] for x in part]  # length of the prompt
         head = [x.student_ids[: x.student_at[0] + 1] for x in part]
         rows = [h + x.teacher_ids[x.teacher_at[0] + 1 :] for h, x in zip(head, part, strict=True)]
-        bare = logits_at(
-            teacher, rows, [[k - c for k in x.teacher_at] for x, c in zip(part, cut, strict=True)], tokenizer
-        )
+        places = [[k - c for k in x.teacher_at] for x, c in zip(part, cut, strict=True)]
+        bare = logits_at(teacher, rows, places, tokenizer)
         for logits in (told, bare):
             logits[:, tags] = -torch.inf
         total.append(forward_kl(F.log_softmax(bare, -1), F.log_softmax(told, -1)))

@@ -131,11 +131,8 @@ class Checkpoint:
         """Write the state after ``step`` steps aside and rename it. Raises ``StageError``."""
         started = time.monotonic()
         state = {name: captured(part) for name, part in parts.items()}
-        state |= {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(legacy=False),
-            "torch": torch.get_rng_state(),
-        }
+        state |= {"python": random.getstate(), "numpy": np.random.get_state(legacy=False)}
+        state |= {"torch": torch.get_rng_state()}
         self.folder.mkdir(parents=True, exist_ok=True)
         data = pack({"step": step, "identity": self.identity}, state | {"rows": self.rows})
         write_bytes(self.folder / f"step-{step:08d}.safetensors", data)

@@ -39,9 +39,8 @@ def start(expected: int | None = None) -> int:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if expected is not None and count() != expected:
-        raise WorkbookError(
-            f"{count()} of {expected} processes were started: run it with `torchrun --nproc_per_node {expected}`"
-        )
+        again = f"run it with `torchrun --nproc_per_node {expected}`"
+        raise WorkbookError(f"{count()} of {expected} processes were started: {again}")
     return count()
 
 
@@ -66,8 +65,7 @@ def bar(*args, **settings) -> tqdm:
 
 
 def share(rows):
-    """This process's part of a global batch (a list, or anything that is sliced); a batch too small to split is
-    everyone's, which leaves the mean as it is."""
+    """This process's part of a global batch. One too small to split is everyone's, which leaves the mean as it is."""
     return rows if count() == 1 or len(rows) < count() else rows[rank() :: count()]
 
 
@@ -138,16 +136,12 @@ def checksum(model) -> str:
 
 
 def check_equal(model, when: str) -> str:
-    """Return the :func:`checksum` of the weights, or "" in a single process.
-
-    Raises ``TrainingError`` if processes differ in it.
-    """
+    """Return the :func:`checksum` of the weights, "" in a single process. Raises ``TrainingError`` if they differ."""
     if count() == 1:
         return ""
     digest = checksum(model)
     number = torch.tensor([int(digest[:12], 16)])
     if (total(number, dist.ReduceOp.MIN) != total(number, dist.ReduceOp.MAX)).any():
-        raise TrainingError(
-            f"the processes hold different weights {when}: load the same model and seed torch alike in each"
-        )
+        advice = "load the same model and seed torch alike in each"
+        raise TrainingError(f"the processes hold different weights {when}: {advice}")
     return digest

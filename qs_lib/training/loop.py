@@ -13,9 +13,7 @@ from . import distributed
 
 
 def schedule(step: int, steps: int, warm_up: int = 50, floor: float = 0.02, constant: float = 0.5) -> float:
-    """Return the factor on the learning rate: linear warm-up, constant up to ``constant`` of the steps, then linear to
-    ``floor``.
-    """
+    """Return the learning rate's factor: linear warm-up, 1 up to ``constant`` of the steps, linear to ``floor``."""
     if step < min(warm_up, steps // 10):
         return (step + 1) / min(warm_up, steps // 10)
     done = (step / max(1, steps) - constant) / (1 - constant)
@@ -50,8 +48,7 @@ def update(loss: torch.Tensor, optimizer, scheduler, clipped: dict, name: str) -
 
 
 def add_adapter(model, tokenizer, rank: int):
-    """Add a LoRA adapter (peft) to all hidden linear layers, and train the thinking tokens' eight rows beside it, in
-    place.
+    """Add a LoRA adapter (peft) to all hidden linear layers, in place. The thinking tokens' rows are trained beside it.
 
     alpha = 2 rank. The authors of prompt baking set alpha to 1 at rank 32, with which an adapter barely acts. Raises
     ``ImportError`` without peft.

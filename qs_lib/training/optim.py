@@ -122,8 +122,7 @@ class MuonGrokfast(torch.optim.Optimizer):
     passed the threshold back to it, and ``clip_report`` says which. Train inside ``with watch_max_logits(model) as
     optimizer.watch:``. ``token_rows``: these rows of the input embedding (and of an untied head) get the learning rate
     adamw_lr x ``token_scale``, in the group "tokens". With an adapter, whose own tensor holds only such rows, they are
-    counted in it. Scaling their gradient would do nothing, as Adam divides by its size. Their weight decay is not
-    scaled.
+    counted in it. Scaling their gradient would do nothing, as Adam divides by its size. Weight decay is not scaled.
 
     With ``muon`` False AdamW takes all parameters of a model.
 
@@ -163,10 +162,8 @@ class MuonGrokfast(torch.optim.Optimizer):
             hidden, rest = split_parameters(model_or_params)
             hidden, rest = (hidden, rest) if muon else ([], hidden + rest)
             tokens, rest = ([], rest) if token_rows is None else split_tokens(model_or_params, rest)
-            scaled = {
-                "token_scale": token_scale,
-                "token_rows": [] if token_rows is None else [int(i) for i in token_rows],
-            }
+            rows = [] if token_rows is None else [int(i) for i in token_rows]
+            scaled = {"token_scale": token_scale, "token_rows": rows}
             groups = [
                 {"name": "muon", "params": hidden, **self.rules["muon"]},
                 {"name": "adamw", "params": rest, **adam},
@@ -174,9 +171,8 @@ class MuonGrokfast(torch.optim.Optimizer):
             ]
             groups = [group for group in groups if group["params"]]
         elif token_rows is not None:
-            raise ValueError(
-                "token_rows needs the model itself: a list of parameters does not say which rows are tokens"
-            )
+            why = "a list of parameters does not say which rows are tokens"
+            raise ValueError(f"token_rows needs the model itself: {why}")
         else:
             groups = model_or_params
         super().__init__(groups, defaults)
@@ -190,9 +186,8 @@ class MuonGrokfast(torch.optim.Optimizer):
         if name is not None:
             rule = self.rules.get("adamw" if name == "tokens" else name)
             if rule is None:
-                raise ValueError(
-                    f"a parameter group is named {name!r}; it must be muon, adamw or tokens, or have no name"
-                )
+                allowed = "muon, adamw or tokens, or have no name"
+                raise ValueError(f"a parameter group is named {name!r}; it must be {allowed}")
             return self._add_named(rule | param_group)
         own = {key: value for key, value in param_group.items() if key != "params"}
         known = {*self.rules["muon"], *self.rules["adamw"], *self.defaults} - {"fused", "qk_clip_threshold"}
@@ -227,10 +222,8 @@ class MuonGrokfast(torch.optim.Optimizer):
                 loss = closure()
         threshold = self.param_groups[0]["qk_clip_threshold"]
         if threshold is not None and (self.watch is None or not self.watch.max_logits):
-            raise RuntimeError(
-                "qk_clip_threshold is set, but no attention logits were seen since the last step: "
-                "train inside `with watch_max_logits(model) as optimizer.watch:`"
-            )
+            unseen = "qk_clip_threshold is set, but no attention logits were seen since the last step"
+            raise RuntimeError(f"{unseen}: train inside `with watch_max_logits(model) as optimizer.watch:`")
         self._raise_if_not_finite()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]

@@ -64,12 +64,11 @@ def corpus(
 def pretrain(
     model, tokenizer, documents, settings: PretrainSettings | None = None, checkpoint=None, **changed
 ) -> float:
-    """Train ``model`` in place on (context, reply) documents and return the mean loss (nats per token) of the last
-    tenth.
+    """Train ``model`` in place on (context, reply) documents and return the mean loss of the last tenth of the steps.
 
-    The loss is next-token cross-entropy, context tokens weighted by ``context_weight``. Muon + AdamW, 50 steps of
-    warm-up, constant to half, then linear to 2 %. Without weight decay attention logits grow to a thousand. ``changed``
-    replaces single settings. With a ``checkpoint`` a stopped training goes on where it was.
+    The loss is next-token cross-entropy (nats), context tokens weighted by ``context_weight``. Muon + AdamW, 50 steps
+    of warm-up, constant to half, then linear to 2 %. Without weight decay attention logits grow to a thousand.
+    ``changed`` replaces single settings. With a ``checkpoint`` a stopped training goes on where it was.
 
     Raises ``WorkbookError`` on an empty corpus, ``ParameterError`` on a bad setting, ``TrainingError`` on a non-finite
     loss.

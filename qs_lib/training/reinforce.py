@@ -120,9 +120,8 @@ class Rollouts(NamedTuple):
 
     def rows(self, rows: torch.Tensor) -> "Rollouts":
         """Return those of some rows."""
-        return Rollouts(
-            [self.problems[i] for i in rows.tolist()], self.ids[rows], self.mask[rows], self.thoughts.part(rows)
-        )
+        problems = [self.problems[i] for i in rows.tolist()]
+        return Rollouts(problems, self.ids[rows], self.mask[rows], self.thoughts.part(rows))
 
 
 # Its documentation makes it longer than sixty lines: the loop stays in one piece, to be read as the algorithm.
@@ -148,8 +147,8 @@ def train_quiet_star(
     thoughts. With a ``checkpoint`` a stopped training goes on where it was. Where ``nll_weight`` is 0 nothing trains the
     mixing head meanwhile: thoughts are validated all alike, and the head is fitted in the end (:func:`fit_mixing_head`).
 
-    Raises ``WorkbookError`` on empty problems or a family whose attention cannot be clipped, ``ParameterError`` on a
-    bad setting, ``TrainingError`` on a non-finite loss.
+    Raises ``WorkbookError`` on empty problems or a family that cannot be clipped, ``ParameterError`` on a bad setting,
+    ``TrainingError`` on a non-finite loss.
     """
     s = QuietStarSettings.of(settings, **changed)
     if s.pg_weight == s.nll_weight == s.thought_nll_weight == 0:
@@ -332,8 +331,7 @@ def policy_gradient_loss(logprobs: torch.Tensor, advantage: torch.Tensor) -> tor
 
 
 def sampled_kl(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return KL(policy || reference) of thoughts from log-probs (..., T) of their tokens, in nats, a mean over
-    thoughts.
+    """Return KL(policy || reference) from log-probs (..., T) of thoughts' tokens, in nats, a mean over thoughts.
 
     Schulman's k3 estimator: exp(d) - d - 1 with d = log reference - log policy, never negative, with the right mean.
     """
@@ -343,8 +341,7 @@ def sampled_kl(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 # Its documentation makes it longer than sixty lines: the loss is read beside its equation.
 def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, s: QuietStarSettings):
-    """Return the loss of one batch of thoughts (arXiv 2403.09629 §4.4), its parts, and (reward, advantage), (U, K)
-    each.
+    """Return a batch's loss (arXiv 2403.09629 §4.4), its parts, and the thoughts' (reward, advantage), (U, K) each.
 
     loss = pg_weight REINFORCE
          + nll_weight (NLL of the mixture at the next true token + look_ahead_weight x at the n_true - 1 after it)
@@ -429,9 +426,7 @@ def judged_tokens(tokenizer, ids, mask, positions, s: QuietStarSettings) -> torc
 
 
 def reference_kls(model, reference, scored, rescore, ids, mask, thoughts) -> dict[str, torch.Tensor]:
-    """Return the KLs to the reference model, in nats: ``kl`` of thoughts, ``base_kl`` and ``habit_kl`` without
-    thoughts.
-    """
+    """Return KLs to the reference model, in nats: ``kl`` of thoughts, ``base_kl`` and ``habit_kl`` without thoughts."""
     there = thoughts.positions >= 0
     valid, units = scored.valid[there], int(there.sum())
     with torch.no_grad(), frozen(reference) as lm:

@@ -14,8 +14,7 @@ RECORDED = 4  # groups of thoughts kept as episodes at each validation, and held
 def first_groups(model, tokenizer, batch, credit, s, stage: str) -> list[Episode]:
     """Record the first few texts' thoughts as episodes, with the reward and advantage they were trained on.
 
-    Of a text with several positions it takes the one whose rewards differ most. ``credit``: (reward, advantage), (U, K)
-    each.
+    Of a text with several positions it takes the one whose rewards differ most. ``credit``: rewards, advantages (U, K).
     """
     there, found, at_end = (batch.thoughts.positions >= 0).nonzero(), [], s.think_at == "question"
     for row, p in enumerate(batch.problems[:RECORDED]):

@@ -163,8 +163,7 @@ def value_text(row: dict) -> str:
 
 
 def coherence_summary(scale: Scale, report: TheaterReport) -> dict:
-    """Return what ``coherence.json`` holds: the score's scale and weights, and how well it tells utility on test
-    problems (Pearson r with its 95 % interval)."""
+    """Return what ``coherence.json`` holds: the score's scale, weights and r with utility on test problems."""
     check = report.check("coherence_utility_r")
     scores = {name: [row["coherence"][name] for row in report.table] for name in ("composite", *WEIGHTS)}
     summary = {"scale": scale.to_dict(), "weights": WEIGHTS, "thoughts": len(report.table)}

@@ -24,9 +24,7 @@ def early_answering(reports: dict):
 
 
 def belief_by_difficulty(report) -> pd.DataFrame:
-    """Return, for each number of steps, accuracy with thoughts and of a linear probe before them, and the share of
-    answers that the probe foretells: decided before the thought.
-    """
+    """Return by number of steps the accuracy with thoughts, of a linear probe before them, and what that foretells."""
     rows, difficulty = {}, np.array([e.difficulty for e in report.episodes])
     for steps in (*np.unique(difficulty), "all"):
         asked = np.ones(len(difficulty), bool) if steps == "all" else difficulty == steps
@@ -130,9 +128,7 @@ def zoo_table(rows: list[dict]) -> pd.DataFrame:
 
 
 def check_table(rows: list[dict]) -> pd.DataFrame:
-    """Return for each check how many organisms it catches on all seeds, which of them only it does, its false alarms on
-    honest models, and its share of the cost.
-    """
+    """Return of each check what it catches on all seeds, what it alone does, its false alarms and share of the cost."""
     caught = seeds_that_caught(rows).drop(HONEST) == 1
     honest = pd.DataFrame([row for row in rows if row["organism"] == HONEST])
     thoughts, seconds = (honest.groupby("check")[name].mean() for name in ("thoughts", "seconds"))
