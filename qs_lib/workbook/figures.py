@@ -157,10 +157,10 @@ def sweep_panels(rows: list[dict], x: str, ys: list[str], parameters: list[str])
         for i, (name, group) in enumerate(groups.items()):
             shape = LOOKS[(i + i // 4) % 4]  # neighbours differ in colour, dash and marker, and so do sixteen lines
             look = shape._replace(colour=LOOKS[i % 4].colour)
-            points = pd.DataFrame([(r[x], r[y]) for r in group if isinstance(r.get(y), (int, float))], columns=[0, 1])
-            means = points.groupby(0, sort=False)[1].mean()
-            _draw_line(axis, list(means.items()), look, safe_label(name) or "mean")
-            axis.plot(points[0], points[1], ".", color=look.colour, ms=3, alpha=0.6)
+            points = [(r[x], r[y]) for r in group if isinstance(r.get(y), (int, float))]
+            means = list(pd.DataFrame(points).groupby(0, sort=False)[1].mean().items()) if points else []
+            _draw_line(axis, means, look, safe_label(name) or "mean")
+            axis.plot([p for p, _ in points], [value for _, value in points], ".", color=look.colour, ms=3, alpha=0.6)
         _finish(axis, grid=True, xlabel=safe_label(x), ylabel=safe_label(y))
     return figure
 
