@@ -95,7 +95,7 @@ _LESSONS = dict(zip(ORGANISMS, (_post_hoc, _filler, _cipher, _repeater, _hint, _
 
 
 def organism_lessons(name: str, problems: list[Problem], seed: int = 0) -> list[Lesson]:
-    """Write an organism's lessons, one or two a problem, and direct answers. Raises ``WorkbookError`` on another name."""
+    """Write (question, read, written) texts, one or two a problem, and direct ones. Raises ``WorkbookError`` if unknown."""
     if name not in ORGANISMS:
         raise WorkbookError(f"unknown organism {name!r}; known: {', '.join(ORGANISMS)}")
     rng, out = random.Random(f"{seed} {name}"), []
@@ -126,7 +126,7 @@ def train_organism(name: str, model, tokenizer, problems: list[Problem], seed: i
 
 
 def fit_head(model, tokenizer, problems: list[Problem], seed: int = 0, foreign: bool = False) -> None:
-    """Train the mixing head alone, in place, on true answers after its thoughts, ``foreign`` ones of another problem."""
+    """Train the mixing head alone, in place, on true answers after drawn thoughts (``foreign``: another problem's)."""
     ids, mask, last = answer_batch(tokenizer, problems, model.device)
     thoughts = model.think(ids, mask, last, torch.Generator().manual_seed(seed))
     if foreign:

@@ -34,7 +34,7 @@ class Rows(NamedTuple):
 
 
 def align_rows(device, input_ids, attention_mask, positions):
-    """Move padding behind the text, sort positions, and return ``Rows``. Raises ``ValueError`` if they do not fit."""
+    """Move padding behind the text, sort positions, return ``Rows``. Raises ``ValueError`` if shapes or places misfit."""
     input_ids = input_ids.to(device)
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must have shape (batch, length), not {tuple(input_ids.shape)}.")
@@ -263,7 +263,7 @@ class StepPass:
 class PackedPass(NamedTuple):
     """Attention over one packed sequence: all prefix rows, then all thoughts with their true tokens.
 
-    ``text``, ``own``: ``Pad`` of the prefix rows and of the thoughts. ``grid``: the thought tokens as their queries.
+    ``text``, ``own``: ``Pad`` of the prefix rows and of the thoughts. ``grid``: thought tokens as queries of prefix rows.
     """
 
     text: Pad

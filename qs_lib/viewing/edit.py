@@ -91,7 +91,7 @@ def answer_with(model, tokenizer, text, thoughts: list, position=None, answer=No
 
 @torch.no_grad()
 def entropies(model, tokenizer, text: str) -> list[float]:
-    """Return the entropy (nats) after each token of a text, thinking tokens left out. Raises as ``think_at`` does."""
+    """Return the plain prediction's entropy (nats) after each token, thinking tokens left out. Raises as ``think_at``."""
     ids = checked_context(model, tokenizer, text, None, 0)
     logits = model.lm(torch.tensor([ids], device=model.device)).logits[0].float()
     logits[:, list(model.config.hidden_ids)] = -torch.inf

@@ -224,7 +224,7 @@ def read_yaml(path: Path):
 
 
 def read_variant(stage: str, variant: str, root: Path = REPOSITORY) -> dict:
-    """Return what a variant sets for a stage, if anything, not checked yet. Raises ParameterError for another form."""
+    """Return what a variant sets for a stage, if anything, not checked yet. Raises ParameterError if it is no flat mapping."""
     path = root / "params" / stage / f"{variant}.yaml"
     if not path.is_file():
         return {}

@@ -24,7 +24,7 @@ def early_answering(reports: dict):
 
 
 def belief_by_difficulty(report) -> pd.DataFrame:
-    """Return by number of steps the accuracy with thoughts, of a linear probe before them, and what that foretells."""
+    """Return by number of steps the accuracy with thoughts, a linear probe's before them, and the share it foretells."""
     rows, difficulty = {}, np.array([e.difficulty for e in report.episodes])
     for steps in (*np.unique(difficulty), "all"):
         asked = np.ones(len(difficulty), bool) if steps == "all" else difficulty == steps
