@@ -17,11 +17,12 @@ from .evaluation.theater import TheaterReport, anti_theater
 from .model import MixingHead, QuietStarConfig, QuietStarForCausalLM
 from .thoughts.generate import Thoughts, generate_thoughts
 from .thoughts.rescore import Rescored, rescore_thoughts
-from .training.baking import BakingResult, BakingSettings, bake
+from .training.baking import BakingResult, bake
 from .training.difference import load_run
 from .training.imitation import learn_prompts
 from .training.optim import MuonGrokfast
-from .training.reinforce import QuietStarSettings, TrainingResult, train_quiet_star
+from .training.reinforce import TrainingResult, train_quiet_star
+from .training.settings import BakingSettings, QuietStarSettings
 
 
 def __getattr__(name):

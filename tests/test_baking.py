@@ -10,7 +10,7 @@ from qs_lib import errors
 from qs_lib.data.tokens import marker_spellings, thinking_ids
 from qs_lib.training import baking as b
 from qs_lib.training import loop
-from qs_lib.training.reinforce import QuietStarSettings
+from qs_lib.training.settings import QuietStarSettings
 
 
 def setup():

@@ -12,8 +12,8 @@ import qs_lib as qs
 from qs_lib import errors
 from qs_lib.files import find_run
 from qs_lib.training import loop
-from qs_lib.training.baking import BakingSettings
 from qs_lib.training.difference import save_difference
+from qs_lib.training.settings import BakingSettings
 
 IDS = torch.tensor([[5, 9, 23, 40, 7, 31, 12, 60]])
 

@@ -8,8 +8,9 @@ import qs_lib as qs
 from qs_lib.data.strategies import reasoning_dataset
 from qs_lib.data.tokens import add_thinking_tokens, encode_context, encode_reply
 from qs_lib.training import imitation
-from qs_lib.training.baking import BakingSettings, prompted
+from qs_lib.training.baking import prompted
 from qs_lib.training.checkpoint import Checkpoint
+from qs_lib.training.settings import BakingSettings
 
 SETTINGS = BakingSettings(batch_size=4, prompt_epochs=2, muon=False, adamw_lr=1e-3)
 

@@ -10,9 +10,7 @@ from pydantic import Field
 import qs_lib as qs
 from qs_lib.errors import ParameterError, WorkbookError
 from qs_lib.files import REPOSITORY
-from qs_lib.training.baking import BakingSettings
-from qs_lib.training.pretrain import PretrainSettings
-from qs_lib.training.reinforce import QuietStarSettings
+from qs_lib.training.settings import BakingSettings, PretrainSettings, QuietStarSettings
 from qs_lib.workbook.params import NOTEBOOKS, NotebookParams, check_parameters, notebook_parameters, read_variant
 
 BOOK = REPOSITORY / "notebooks" / "05_rl.ipynb"

@@ -15,8 +15,7 @@ from qs_lib.experiments import real_model as arms
 from qs_lib.files import read_rows
 from qs_lib.model import QuietStarForCausalLM
 from qs_lib.training import baking, reinforce
-from qs_lib.training.baking import BakingSettings
-from qs_lib.training.reinforce import QuietStarSettings
+from qs_lib.training.settings import BakingSettings, QuietStarSettings
 
 SMALL = {
     "01_token_setup": {"chat_template": None},

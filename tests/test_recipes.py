@@ -10,8 +10,7 @@ from tiny import problems, tiny_lm, tiny_quiet_star
 import qs_lib as qs
 from qs_lib.files import REPOSITORY
 from qs_lib.training import baking
-from qs_lib.training.baking import BakingSettings
-from qs_lib.training.reinforce import QuietStarSettings
+from qs_lib.training.settings import BakingSettings, QuietStarSettings
 from qs_lib.workbook.params import recipe
 from qs_lib.workbook.run import given_parameters, run_options
 

@@ -22,9 +22,9 @@ from qs_lib.thoughts.generate import generate_thoughts
 from qs_lib.thoughts.rescore import rescore_thoughts
 from qs_lib.training import reinforce as r
 from qs_lib.training import watching
-from qs_lib.training.baking import BakingSettings
 from qs_lib.training.checkpoint import Checkpoint
 from qs_lib.training.loop import add_adapter
+from qs_lib.training.settings import BakingSettings
 
 
 def test_advantages_sum_to_zero_and_leave_one_out():

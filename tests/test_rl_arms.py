@@ -7,7 +7,7 @@ from tiny import tiny_quiet_star
 from qs_lib.data import pocket
 from qs_lib.experiments import arms, baking, chain, reinforcement
 from qs_lib.files import find_run, read_rows
-from qs_lib.training.reinforce import QuietStarSettings
+from qs_lib.training.settings import QuietStarSettings
 from qs_lib.workbook.stage import read_stage, stage_digest
 
 

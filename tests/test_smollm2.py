@@ -112,5 +112,15 @@ def test_it_is_saved_with_its_tokens_as_plain_numbers(smollm2, tmp_path):
 
 
 @needs_it
-def test_its_chat_template_is_kept_unless_it_is_to_be_dropped():
+def test_its_chat_template_is_kept_unless_it_is_to_be_dropped_and_its_file_is_read_once(monkeypatch):
+    import gguf
+
+    reader, read = gguf.GGUFReader, []
+
+    def counted(path):
+        read.append(path)
+        return reader(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", counted)
     assert qs.load_champion("smollm2", chat_template=True)[1].chat_template.count("<|im_start|>")
+    assert len(read) == 1 and gguf.GGUFReader is counted  # as it was found

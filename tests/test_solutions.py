@@ -54,23 +54,48 @@ def told_stories(*sums) -> list[dict]:
     return [solution_text(record["question"], record["answer"]) for record in (told(a, b) for a, b in sums)]
 
 
-def test_a_lesson_is_the_text_with_its_true_equation_before_the_sentence_or_a_number():
+def test_a_lesson_is_the_text_with_its_true_equation_in_the_sentence_and_most_often_before_the_result(monkeypatch):
+    monkeypatch.setattr(solutions, "TOLD", 1.0)
     _, tokenizer = tiny_lm()
     (story,) = told_stories((3, 4))
     whole = encode(tokenizer, *solutions.text_of(story))
     start, end, *_ = thinking_ids(tokenizer)
-    seen = set()
-    for seed in range(12):
-        plain, (context, reply) = solutions.solution_lessons(tokenizer, [story], seed)
-        assert plain == (whole.ids[: whole.start], whole.ids[whole.start :])
-        closed = reply.index(end) + 1
-        assert reply[0] == start and tokenizer.decode(reply[2 : closed - 1]) == "3 + 4 = 7"
-        assert whole.ids[: len(context) + len(reply) - closed] == context + reply[closed:]
-        seen.add(tokenizer.decode(reply[closed : closed + 1]))
-    assert seen == {"ana", "3", "4", "7"}
+    seen = []
+    for seed in range(200):
+        ((context, reply),) = solutions.solution_lessons(tokenizer, [story], seed)
+        opened, closed = reply.index(start), reply.index(end) + 1
+        assert context == whole.ids[: whole.start] and tokenizer.decode(reply[opened + 2 : closed - 1]) == "3 + 4 = 7"
+        assert reply[:opened] + reply[closed:] == whole.ids[whole.start :]
+        seen.append(tokenizer.decode(reply[closed : closed + 1]))
+    assert set(seen) == {"ana", "has", "3", "+", "4", "=", "7", "books", "."} and 90 <= seen.count("7") <= 130
 
 
-def test_a_result_is_read_without_a_thought_and_after_the_true_one(monkeypatch):
+def test_each_result_of_a_solution_has_its_own_thought_in_its_own_sentence(monkeypatch):
+    monkeypatch.setattr(solutions, "TOLD", 1.0)
+    _, tokenizer = tiny_lm()
+    worked = "ana has 3 + 4 = <<3+4=7>>7 books .\nben has 5 + 2 = <<5+2=7>>7 books .\n#### 7"
+    story = solution_text(QUESTION, worked)
+    start, end, *_ = thinking_ids(tokenizer)
+    for seed in range(20):
+        ((_, reply),) = solutions.solution_lessons(tokenizer, [story], seed)
+        words = tokenizer.decode(reply).split()
+        assert reply.count(start) == reply.count(end) == 2
+        first, second = " ".join(words).split("3 + 4 = 7 </think>", 1)
+        assert "5 + 2" not in first and "<think>" in second and "5 + 2 = 7 </think>" in second
+
+
+def test_half_of_the_results_are_read_without_a_thought():
+    _, tokenizer = tiny_lm()
+    stories = told_stories(*((a, b) for a in range(2, 8) for b in range(2, 7)))
+    start, *_ = thinking_ids(tokenizer)
+    lessons = [solutions.solution_lessons(tokenizer, stories, seed) for seed in range(10)]
+    shares = [sum(start in reply for _, reply in told) / len(stories) for told in lessons]
+    assert 0.4 < sum(shares) / 10 < 0.6
+    bare = next(reply for _, reply in lessons[0] if start not in reply)
+    assert bare in [(whole := encode(tokenizer, *solutions.text_of(s))).ids[whole.start :] for s in stories]
+
+
+def test_a_result_is_read_without_a_thought_after_its_own_and_after_the_true_one(monkeypatch):
     model, tokenizer = tiny_quiet_star()
     stories = told_stories((3, 4), (5, 2))
     budget = {"num_thoughts": 2, "thought_length": 8, "temperature": 1.0, "seed": 0}
@@ -80,11 +105,13 @@ def test_a_result_is_read_without_a_thought_and_after_the_true_one(monkeypatch):
         numbers = "5 + 2" if "5" in thought else "3 + 4"
         question = stories["5" in thought]["question"]
         ids = encode_context(tokenizer, question) + encode_marked(tokenizer, f"ana has {numbers} ={thought}")
-        log_probs = model.lm(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-        expected.append(log_probs[tokenizer.convert_tokens_to_ids("7")].item())
+        logits = model.lm(torch.tensor([ids])).logits[0, -1]
+        logits[thinking_ids(tokenizer)] = -torch.inf  # never written as text
+        expected.append(logits.log_softmax(-1)[tokenizer.convert_tokens_to_ids("7")].item())
     assert found["result_told"] == pytest.approx((expected[1] + expected[2]) / 2, abs=1e-5)
     one = solutions.at_results(model, tokenizer, stories[:1], **budget)
     assert one["result_plain"] == pytest.approx(expected[0], abs=1e-5) and one["thoughts_true"] == 0
+    assert one["result_mixed"] == pytest.approx(one["result_plain"], abs=1e-5)  # a new head starts without thoughts
 
     def told_right(ids, mask, at, *_, **__):
         thoughts = [solutions.worked_thought(tokenizer, s["results"][0]) for s in stories]
@@ -92,7 +119,10 @@ def test_a_result_is_read_without_a_thought_and_after_the_true_one(monkeypatch):
         return SimpleNamespace(tokens=torch.tensor([[[t, wrong]] for t in thoughts]))
 
     monkeypatch.setattr(model, "think", told_right)
-    assert solutions.at_results(model, tokenizer, stories, **budget)["thoughts_true"] == 0.5
+    mixed = {"without": torch.tensor([[-2.0], [-1.0]]), "with": torch.tensor([[-0.5], [-0.25]])}
+    monkeypatch.setattr(solutions, "predicted", lambda *_: mixed)
+    found = solutions.at_results(model, tokenizer, stories, **budget)
+    assert (found["thoughts_true"], found["result_plain"], found["result_mixed"]) == (0.5, -1.5, -0.375)
 
 
 def test_the_experiment_runs_on_a_tiny_model_and_does_not_repeat_a_row(tmp_path, monkeypatch):
@@ -110,7 +140,8 @@ def test_the_experiment_runs_on_a_tiny_model_and_does_not_repeat_a_row(tmp_path,
         for control in ("without", "temperature", "foreign", "filler"):
             low, value, high = (row[f"{part}_over_{control}{end}"] for end in ("_low", "", "_high"))
             assert low <= value <= high
-    assert len(row["text_gains"]) == 2 and row["plain"] < 0 and 0 <= row["thoughts_true"] <= 1
+    assert len(row["text_gains"]) == 2 and 0 <= row["thoughts_true"] <= 1
+    assert row["plain"] != row["untrained_plain"] and row["result_told"] != row["imitated_result_told"]
     monkeypatch.setattr(solutions, "champion", lambda variant: pytest.fail("trained again"))
     assert (
         solutions.solutions(tmp_path, [0], "smollm2", str(tmp_path)) == [row] == read_rows(tmp_path / "solutions.csv")

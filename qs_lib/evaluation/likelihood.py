@@ -74,12 +74,12 @@ def text_log_likelihood(
     generator = budget.generator()
     for ids, mask, at in placed(tokenizer, texts, positions, batch_size, model.device):
         thoughts = model.think(ids, mask, at, generator, **budget.drawing, with_hidden=False)
-        found = _predicted(model, ids, mask, thoughts)
+        found = predicted(model, ids, mask, thoughts)
         if controls:
             filler = thoughts.tokens.masked_fill(inside(thoughts), thinking_ids(tokenizer)[2])
             foreign = replace(thoughts.map(lambda tensor: tensor.roll(1, 0)), positions=thoughts.positions)
             for name, changed in (("foreign", foreign), ("filler", replace(thoughts, tokens=filler))):
-                found[name] = _predicted(model, ids, mask, changed)["with"]
+                found[name] = predicted(model, ids, mask, changed)["with"]
             found["foreign"].masked_fill_(at.roll(1, 0) < 0, torch.nan)  # the other text ends before
         for name, value in found.items():
             out.setdefault(name, []).append(value.cpu())
@@ -119,7 +119,7 @@ def states_at(model, ids, mask, at) -> torch.Tensor:
     return hidden.gather(1, at.clamp_min(0).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
-def _predicted(model, ids, mask, thoughts) -> dict[str, torch.Tensor]:
+def predicted(model, ids, mask, thoughts) -> dict[str, torch.Tensor]:
     """Return ``without``, ``with`` and ``alone`` of the next token at each position, (B, P)."""
     scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=1, forbid_true=model.config.hidden_ids)
     alone = model.mix_truth(scored, model.mixing_weights(scored, "thoughts"))

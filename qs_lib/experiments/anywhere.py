@@ -26,7 +26,8 @@ from ..model import QuietStarForCausalLM
 from ..stats import interval, named
 from ..training.heads import fit_mixing_head
 from ..training.imitation import imitate
-from ..training.reinforce import QuietStarSettings, RunningText, train_quiet_star
+from ..training.reinforce import RunningText, train_quiet_star
+from ..training.settings import QuietStarSettings
 from ..workbook.stage import read_stage, stage_digest
 from .arms import repeat
 from .findings import write_criterion

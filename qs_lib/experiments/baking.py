@@ -11,9 +11,10 @@ from ..data.problems import limit_hard, load_problems
 from ..data.strategies import reasoning_dataset
 from ..evaluation.accuracy import direct_accuracy, read_problems, reply_statistics
 from ..stats import column, difference, fixed, seed_interval, shown
-from ..training.baking import BakingSettings, bake
+from ..training.baking import bake
 from ..training.checkpoint import Checkpoint
 from ..training.optim import MuonGrokfast
+from ..training.settings import BakingSettings
 from ..workbook.params import recipe
 from ..workbook.stage import read_stage, stage_digest
 from .arms import repeat, verdict

@@ -17,8 +17,8 @@ from ..data.tokens import encode_context, encode_marked
 from ..errors import WorkbookError
 from ..evaluation.theater import TheaterSettings
 from ..thoughts.rescore import rescore_thoughts
-from ..training.baking import BakingSettings
 from ..training.imitation import imitate
+from ..training.settings import BakingSettings
 
 ORGANISMS = {
     "post-hoc": "it decides without its thought, which is a worked story that fits the question",

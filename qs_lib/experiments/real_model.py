@@ -32,10 +32,11 @@ from ..evaluation.theater import anti_theater, fit_scale
 from ..files import to_json, write_bytes, write_rows
 from ..model import QuietStarForCausalLM
 from ..stats import named
-from ..training.baking import BakingSettings, bake
+from ..training.baking import bake
 from ..training.difference import save_difference
 from ..training.imitation import imitate, learn_prompts
-from ..training.reinforce import SEEN, QuietStarSettings, train_quiet_star
+from ..training.reinforce import SEEN, train_quiet_star
+from ..training.settings import BakingSettings, QuietStarSettings
 from ..workbook.params import recipe
 from ..workbook.tables import reply_rows
 from .arms import repeat

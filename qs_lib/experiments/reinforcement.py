@@ -17,11 +17,12 @@ from ..evaluation.accuracy import direct_accuracy, measure, read_problems
 from ..evaluation.likelihood import SHARPENINGS, answer_probability, fitted
 from ..model import QuietStarForCausalLM
 from ..stats import interval, named
-from ..training.baking import BakingSettings, bake
+from ..training.baking import bake
 from ..training.checkpoint import Checkpoint
 from ..training.loop import scheduled, update
 from ..training.optim import MuonGrokfast
-from ..training.reinforce import QuietStarSettings, train_quiet_star
+from ..training.reinforce import train_quiet_star
+from ..training.settings import BakingSettings, QuietStarSettings
 from ..workbook.params import recipe
 from ..workbook.stage import read_stage, stage_digest
 from .arms import repeat

@@ -16,9 +16,11 @@ from ..errors import SourceError
 from ..evaluation.accuracy import Budget
 from ..evaluation.likelihood import (
     CONTROLS,
+    SHARPENINGS,
     log_likelihood_gain,
     placed,
     plain_log_likelihood,
+    predicted,
     text_log_likelihood,
     with_temperature,
 )
@@ -35,13 +37,14 @@ from .real_model import baked_with, champion, trained_with
 # The sizes are an hour of one CPU core for a seed.
 TRAININGS = {
     "solutions": {"think_at": "random", "num_positions": 4, "over": 1, "batch_size": 8, "steps": 10, "num_thoughts": 4}
-    | {"thought_length": 16, "temperature": 1.0, "n_true": 8, "reward": "likelihood", "pass_low": 0.0, "pass_high": 1.0}
+    | {"thought_length": 20, "temperature": 1.0, "n_true": 8, "reward": "likelihood", "pass_low": 0.0, "pass_high": 1.0}
     | {"nll_weight": 0.5, "thought_nll_weight": 0.5, "adamw_lr": 3e-4, "base_kl": 1.0, "evaluate_every": 10}
 }
-LESSONS = {"epochs": 1, "batch_size": 8}  # how imitation differs from the recipe of 03
-TRAINED = 200  # solutions that are read in training
-FOR_HEAD, JUDGED = 48, 8  # others, for the head and for validation
-READ_LAST, PLACES = 32, 12  # those of the test split, and places in each, evenly spaced
+LESSONS = {"epochs": 1, "batch_size": 4}  # how imitation differs from the recipe of 03
+TRAINED = 500  # solutions that are read in training
+TOLD = 0.5  # the share of results with a thought: in the others the model learns to do without
+FOR_HEAD, JUDGED = 128, 8  # others, for the head and for validation
+READ_LAST, PLACES = 48, 12  # those of the test split, and places in each, evenly spaced
 _RESULT = re.compile(r"=\s*\$?[\d,.]*\d$")
 _WORDS = re.compile(rf"\b({'|'.join(PLAIN_WORDS.values())})\b", re.IGNORECASE)
 
@@ -60,23 +63,29 @@ def read_solutions(folder: str, split: str) -> list[dict]:
 
 
 def solution_lessons(tokenizer, told: list[dict], seed: int) -> list[tuple[list[int], list[int]]]:
-    """Return (context, reply) ids: each solution read plainly, and a worked thought in two of its results.
+    """Return (context, reply) ids: each solution once, with worked thoughts in the sentences of some of its results.
 
-    A thought stands before the sentence or before one of its numbers, whose space is a token of its own at times.
+    Half of the thoughts stand directly before the number behind ``=``, the others anywhere in the sentence.
     """
     rng, texts = random.Random(seed), []
     for story in told:
-        whole = encode(tokenizer, *text_of(story))
-        ids, begins = whole.ids, whole.start
-        texts.append((ids[:begins], ids[begins:]))
-        for result in rng.sample(story["results"], min(2, len(story["results"]))):
-            first = len(encode_context(tokenizer, result["before"]))
-            last = first + len(encode_reply(tokenizer, result["answer"]))
-            digits = [tokenizer.decode([i]).strip().isdigit() for i in ids]
-            numbers = [i for i in range(first, last) if digits[i] and not digits[i - 1]]
-            at = rng.choice([first, *numbers])
-            texts.append((ids[:at], worked_thought(tokenizer, result) + ids[at:last]))
+        ids, begins = (whole := encode(tokenizer, *text_of(story))).ids, whole.start
+        reply, done = [], begins
+        for result in (r for r in story["results"] if rng.random() < TOLD):
+            first, last, number = places(tokenizer, ids, result)
+            at = number if number and rng.random() < 0.5 else rng.randrange(first, last)
+            reply += ids[done:at] + worked_thought(tokenizer, result)
+            done = at
+        texts.append((ids[:begins], reply + ids[done:]))
     return texts
+
+
+def places(tokenizer, ids: list[int], result: dict) -> tuple[int, int, int | None]:
+    """Return where a result's sentence begins and ends in the text ``ids``, and its first digit behind ``=`` or None."""
+    first = len(encode_context(tokenizer, result["before"]))
+    last = first + len(encode_reply(tokenizer, result["answer"]))
+    behind = (i for i in range(first, last) if _RESULT.search(tokenizer.decode(ids[first : i + 1])))
+    return first, last, next(behind, None)
 
 
 def worked_thought(tokenizer, result: dict) -> list[int]:
@@ -92,6 +101,13 @@ def says_result(tokenizer, texts, positions: int) -> np.ndarray:
     return np.array(rows)
 
 
+def plain_texts(model, tokenizer, texts) -> dict:
+    """Return the mean log-prob without thoughts, in nats per token, of all tokens and of results."""
+    plain = plain_log_likelihood(model, tokenizer, texts, positions=PLACES)[SHARPENINGS.index(1.0)]
+    told = np.where(says_result(tokenizer, texts, PLACES), plain, np.nan)
+    return {"plain": np.nanmean(plain), "plain_results": np.nanmean(told)}
+
+
 def measured_texts(model, tokenizer, texts, held, **budget) -> dict:
     """Return gains in nats per token over each control: on all tokens, on results, and on the hardest tenth."""
     scores = text_log_likelihood(model, tokenizer, texts, positions=PLACES, controls=True, **budget)
@@ -103,41 +119,37 @@ def measured_texts(model, tokenizer, texts, held, **budget) -> dict:
         found["results"] = interval(np.nanmean(gain[~np.isnan(gain).all(1)], 1))
         for part, value in found.items():
             row |= named(f"{part}_over_{control}", value)
-    row |= {
-        "plain": np.nanmean(scores["without"]),
-        "plain_results": np.nanmean(np.where(said, scores["without"], np.nan)),
-    }
-    return {name: round(float(value), 5) for name, value in row.items()}
+    return row
 
 
 @torch.no_grad()
 def at_results(model, tokenizer, told: list[dict], **budget) -> dict:
     """Return what thoughts are worth at the first number behind ``=`` of each solution, one digit each.
 
-    ``result_plain`` and ``result_told``: its mean log-prob in nats, without a thought and after the true equations.
-    ``thoughts_true``: the share of the model's own thoughts there that hold the true result of the last equation.
+    Its mean log-prob in nats: ``result_plain`` without a thought, ``result_mixed`` with the model's own, and
+    ``result_told`` after the true equations. ``thoughts_true``: the share of its own thoughts there that hold the true
+    result of the last equation.
     """
-    plain, after, truths, results = [], [], [], []
+    rows, after, results = [], [], []
     for story in told:
         ids, said = encode(tokenizer, *text_of(story)).ids, story["results"][0]
-        first = len(encode_context(tokenizer, said["before"]))
-        last = first + len(encode_reply(tokenizer, said["answer"]))
-        at = next((i for i in range(first, last) if _RESULT.search(tokenizer.decode(ids[: i + 1]))), None)
-        if at:
-            plain.append(ids[:at])
+        if at := places(tokenizer, ids, said)[2]:
+            rows.append(ids[: at + 1])
             after.append(ids[:at] + worked_thought(tokenizer, said))
-            truths.append(ids[at])
             results.append(said["steps"][-1].split("= ")[-1])
-    row = {}
-    for name, rows in (("result_plain", plain), ("result_told", after)):
-        logits = logits_at(model.lm, rows, [[len(r) - 1] for r in rows], tokenizer)
-        row[name] = -torch.nn.functional.cross_entropy(logits, torch.tensor(truths, device=logits.device)).item()
-    budget = Budget(**budget)
-    ids, mask = padded(tokenizer, plain, model.device)
-    thoughts = model.think(ids, mask, mask.sum(1, keepdim=True) - 1, budget.generator(), **budget.drawing)
-    own = [[in_words(tokenizer.decode(t)) for t in drawn] for drawn in thoughts.tokens[:, 0].tolist()]
-    right = [[f"= {result} " in f"{t} " for t in drawn] for drawn, result in zip(own, results, strict=True)]
-    return row | {"thoughts_true": float(np.mean(right))}
+    logits = logits_at(model.lm, after, [[len(r) - 1] for r in after], tokenizer)
+    logits[:, list(model.config.hidden_ids)] = -torch.inf
+    truths, budget = torch.tensor([r[-1] for r in rows], device=logits.device), Budget(**budget)
+    ids, mask = padded(tokenizer, rows, model.device)
+    thoughts = model.think(ids, mask, mask.sum(1, keepdim=True) - 2, budget.generator(), **budget.drawing)
+    found, own = predicted(model, ids, mask, thoughts), [tokenizer.batch_decode(t) for t in thoughts.tokens[:, 0]]
+    right = [[f"= {result} " in f"{in_words(t)} " for t in drawn] for drawn, result in zip(own, results, strict=True)]
+    return {
+        "result_plain": found["without"].mean().item(),
+        "result_mixed": found["with"].mean().item(),
+        "result_told": -torch.nn.functional.cross_entropy(logits, truths).item(),
+        "thoughts_true": float(np.mean(right)),
+    }
 
 
 def solutions(folder: Path, seeds, variant: str, gsm8k: str) -> list[dict]:
@@ -150,17 +162,19 @@ def solutions(folder: Path, seeds, variant: str, gsm8k: str) -> list[dict]:
 
     def once(changed: dict, seed: int, checkpoint) -> dict:
         s, (lm, tokenizer) = trained_with(variant, changed, seed), champion(variant)
-        imitate(lm, tokenizer, solution_lessons(tokenizer, told, seed), baked_with(variant, LESSONS, seed)[0])
         budget = {"num_thoughts": s.num_thoughts, "thought_length": s.thought_length}
         model = QuietStarForCausalLM.from_base(lm, tokenizer, gate="place", n_true=s.n_true, **budget)
-        result = train_quiet_star(model, tokenizer, told, held[:JUDGED], s, checkpoint)
         budget |= {"temperature": s.temperature, "seed": seed}
+        texts, judged = ([text_of(story) for story in part] for part in (test, held[JUDGED:]))
+        found = {f"untrained_{name}": value for name, value in plain_texts(model, tokenizer, texts).items()}
+        imitate(lm, tokenizer, solution_lessons(tokenizer, told, seed), baked_with(variant, LESSONS, seed)[0])
+        found |= {f"imitated_{name}": value for name, value in at_results(model, tokenizer, test, **budget).items()}
+        result = train_quiet_star(model, tokenizer, told, held[:JUDGED], s, checkpoint)
         fit_mixing_head(model, tokenizer, (), held[JUDGED:], **budget)
         model.save_pretrained(folder / ".solutions" / str(seed))
-        row = measured_texts(
-            model, tokenizer, [text_of(s) for s in test], [text_of(s) for s in held[JUDGED:]], **budget
-        )
-        found = {name: round(value, 5) for name, value in at_results(model, tokenizer, test, **budget).items()}
-        return row | found | {"text_gains": [round(h["gain"], 4) for h in result.history]}
+        found |= measured_texts(model, tokenizer, texts, judged, **budget) | plain_texts(model, tokenizer, texts)
+        found |= at_results(model, tokenizer, test, **budget)
+        found = {name: round(float(value), 5) for name, value in found.items()}
+        return found | {"text_gains": [round(h["gain"], 4) for h in result.history]}
 
     return repeat(folder / "solutions.csv", TRAININGS, seeds, once)

@@ -20,7 +20,8 @@ from ..evaluation.verdict import CHECKS, judge
 from ..files import discard, lock_run, read_rows, write_rows
 from ..model import QuietStarForCausalLM
 from ..training.checkpoint import Checkpoint
-from ..training.reinforce import QuietStarSettings, train_quiet_star
+from ..training.reinforce import train_quiet_star
+from ..training.settings import QuietStarSettings
 from ..workbook.params import recipe
 from ..workbook.stage import code_hash, read_stage
 from ..workbook.theater_figures import HONEST

@@ -7,18 +7,16 @@ import random
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from tqdm.auto import tqdm
 
 from ..data.strategies import PROMPTS, asked
 from ..data.tokens import encode_context, encode_reply, length_batches, mark, marker_spellings, padded, thinking_ids
 from ..errors import WorkbookError
 from ..evaluation.accuracy import replies, reply_statistics, sorted_batches
-from ..settings import Settings, rates_move
 from ..thoughts.attention import LanguageHead, backbone
 from ..thoughts.fallback import padded_states
 from . import distributed
@@ -26,43 +24,9 @@ from .checkpoint import Checkpoint
 from .loop import forward_kl, frozen, scheduled, training, update
 from .optim import MuonGrokfast
 from .qk_clip import largest_logit, watch_max_logits
+from .settings import BakingSettings
 
 HELD_OUT = 240  # validation problems that the gap to the teacher is measured on, at most
-
-
-class BakingSettings(Settings):
-    """How prompts are baked."""
-
-    epochs: int = Field(6, ge=1)  # passes over worked examples and trajectories
-    trajectories: int = Field(1800, ge=0)  # replies sampled from the prompted teacher, at most
-    batch_size: int = Field(32, ge=2)  # replies a step, rehearsed answers included
-    prompt_epochs: int = Field(0, ge=0)  # passes over worked examples that teach the prompts first, see `learn_prompts`
-    privilege: Literal["none", "equation", "foreign"] = "none"  # equations the teacher is told: none, right, foreign
-    muon: bool = True  # Muon on hidden matrices, else AdamW on all
-    muon_lr: float = Field(6e-3, ge=0)  # learning rate of Muon, hidden matrices
-    adamw_lr: float = Field(1.5e-3, ge=0)  # learning rate of AdamW, embeddings and norms
-    grokfast_lambda: float = Field(0.2, ge=0)  # strength of the slow-gradient filter; 0 is off
-    ce_weight: float = Field(1.0, ge=0)  # weight of the cross-entropy on worked examples beside the KL
-    rehearsal: float = Field(0.25, ge=0, lt=1)  # share of a batch that rehearses direct answers
-    lora_rank: int = Field(0, ge=0)  # rank of a LoRA adapter to train in place of all weights (needs peft); 0 is none
-    qk_clip_threshold: float = Field(0.0, ge=0)  # largest attention logit allowed (QK-Clip); 0 is off
-    gradient_checkpointing: bool = False  # run layers again in the backward pass in place of keeping what they computed
-    bf16: bool = False  # train under autocast to bfloat16; the weights stay float32
-    max_new_tokens: int = Field(48, ge=2)  # longest reply, in tokens
-    seed: int = Field(0, ge=0, lt=2**32)  # every random draw derives from it
-    _rates_move = model_validator(mode="after")(rates_move)
-
-    @property
-    def rehearsed(self) -> int:
-        """The number of direct answers in a batch."""
-        return max(1, round(self.batch_size * self.rehearsal)) if self.rehearsal else 0
-
-    @model_validator(mode="after")
-    def _thoughts_have_room(self):
-        if self.rehearsed == self.batch_size:
-            whole = f"rehearsal={self.rehearsal} of batch_size={self.batch_size}"
-            raise ValueError(f"{whole} leaves no place for replies with thoughts: lower rehearsal")
-        return self
 
 
 @dataclass

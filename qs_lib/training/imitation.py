@@ -7,10 +7,11 @@ from tqdm.auto import tqdm
 
 from ..data.strategies import PROMPTS
 from ..data.tokens import encode_context, length_batches
-from .baking import BakingSettings, logits_at, worked_replies
+from .baking import logits_at, worked_replies
 from .checkpoint import Checkpoint
 from .loop import scheduled, training, update
 from .optim import MuonGrokfast
+from .settings import BakingSettings
 
 
 def learn_prompts(model, tokenizer, examples, settings: BakingSettings, prompts=PROMPTS, checkpoint=None) -> None:

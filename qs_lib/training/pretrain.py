@@ -3,30 +3,16 @@
 import random
 
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from tqdm.auto import tqdm
 
 from ..data.strategies import PROMPTS, reply
 from ..data.tokens import encode, length_batches, pad
 from ..errors import WorkbookError
-from ..settings import Settings, rates_move
 from . import distributed
 from .checkpoint import Checkpoint
 from .loop import scheduled, update
 from .optim import MuonGrokfast
-
-
-class PretrainSettings(Settings):
-    """How the champion is trained. Defaults are the pocket champion's."""
-
-    steps: int = Field(8000, ge=1)  # training steps
-    batch_size: int = Field(32, ge=1)  # documents a step
-    muon_lr: float = Field(0.02, ge=0)  # learning rate of Muon, hidden matrices
-    adamw_lr: float = Field(3e-3, ge=0)  # learning rate of AdamW, embeddings and norms
-    weight_decay: float = Field(0.1, ge=0, le=1)  # decoupled; 0 is off
-    context_weight: float = Field(0.1, ge=0, le=1)  # weight of a context's tokens in the loss; 1 for whole texts
-    seed: int = Field(0, ge=0, lt=2**32)  # every random draw derives from it
-    _rates_move = model_validator(mode="after")(rates_move)
+from .settings import PretrainSettings
 
 
 def corpus(

@@ -6,10 +6,9 @@ import time
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import Field, model_validator
 
 from ..data.batches import curriculum, disagreement, think_where
 from ..data.batches import thought_length as deserved_length
@@ -18,7 +17,6 @@ from ..errors import ParameterError, WorkbookError
 from ..evaluation.accuracy import accuracy_with_thoughts, answer_of
 from ..evaluation.coherence import utility
 from ..evaluation.episodes import Episode
-from ..settings import Settings, rates_move
 from ..thoughts.attention import LanguageHead
 from ..thoughts.generate import Thoughts, generate_thoughts
 from ..thoughts.rescore import rescore_thoughts
@@ -28,52 +26,13 @@ from .heads import fit_mixing_head
 from .loop import forward_kl, frozen, scheduled, training, update
 from .optim import MuonGrokfast
 from .qk_clip import largest_logit, watch_max_logits
+from .settings import QuietStarSettings
 from .watching import first_groups, validate, watch
 
 PAPER_TEMPERATURE = 3.0
 SLOW = 0.999  # share of its weights that RLP's slow average keeps, each step (arXiv 2510.01265 §3)
 FITTED = 600  # problems to whose thoughts the mixing head is fitted in the end
 REWARD_FLOOR = -6.0  # nats; one thought that makes the truth impossible would drown all others
-
-
-class QuietStarSettings(Settings):
-    """How thoughts are trained."""
-
-    steps: int = Field(300, ge=1)  # RL steps
-    batch_size: int = Field(32, ge=1)  # problems whose thoughts are trained on, each step
-    num_thoughts: int = Field(4, ge=2, le=64)  # thoughts per position: each is the others' baseline
-    thought_length: int = Field(28, ge=3)  # most tokens of a thought, both tags counted
-    temperature: float = Field(1.0, gt=0)  # sampling temperature of the thoughts that are trained on
-    n_true: int = Field(4, ge=1)  # true tokens after a thought that its reward looks at
-    over: int = Field(2, ge=1)  # problems sampled per problem kept: those whose thoughts disagree most
-    pass_low: float = Field(0.0, ge=0, le=1)  # train on problems of at least this pass rate, see `within_band`
-    pass_high: float = Field(1.0, ge=0, le=1)  # and of at most this
-    muon: bool = True  # Muon on hidden matrices, else AdamW on all
-    muon_lr: float = Field(1.5e-3, ge=0)  # learning rate of Muon, hidden matrices
-    adamw_lr: float = Field(1e-3, ge=0)  # learning rate of AdamW, embeddings, norms and mixing head
-    head_lr: float = Field(0.0, ge=0)  # learning rate (AdamW) of the mixing head; 0 is that of the other weights
-    grokfast_lambda: float = Field(0.1, ge=0)  # strength of the slow-gradient filter; 0 is off
-    token_scale: float = Field(1.0, gt=0)  # scale on the updates of the thinking tokens' rows
-    lora_rank: int = Field(0, ge=0)  # rank of a LoRA adapter to train in place of all weights (needs peft); 0 is none
-    qk_clip_threshold: float = Field(0.0, ge=0)  # largest attention logit allowed (QK-Clip); 0 is off
-    gradient_checkpointing: bool = False  # run layers again in the backward pass in place of keeping what they computed
-    bf16: bool = False  # train under autocast to bfloat16; the weights stay float32
-    reward: Literal["likelihood", "probability", "correct"] = "likelihood"  # gain in nats, p(truth), or 1 if right
-    objective: Literal["signed", "positive", "paper", "rlp"] = "positive"  # advantages used, see `advantages`
-    think_at: Literal["question", "difficult", "uncertain", "random", "every"] = "question"  # see `think_where`
-    num_positions: int = Field(8, ge=1)  # difficult, uncertain or random tokens per text
-    adaptive_length: bool = False  # thoughts of a fifth of the text's tokens, 10 to 20, at most thought_length
-    pg_weight: float = Field(1.0, ge=0)  # weight of the REINFORCE term
-    nll_weight: float = Field(0.5, ge=0)  # weight of the mixture's negative log-likelihood; 0 fits the head afterwards
-    thought_nll_weight: float = Field(0.0, ge=0)  # the same of each thought alone, which teaches to read on behind it
-    look_ahead_weight: float = Field(0.5, ge=0)  # weight of the mixture's tokens after the first
-    kl_coefficient: float = Field(0.1, ge=0)  # KL of thoughts to the reference model
-    base_kl: float = Field(1.0, ge=0)  # KL of the prediction without thoughts to the reference model
-    use_curriculum: bool = True  # easy problems first
-    hardest_share: float = Field(0.4, ge=0, le=1)  # share of a batch taken from the hardest problems reached
-    evaluate_every: int = Field(50, ge=1)  # steps between validations
-    seed: int = Field(0, ge=0, lt=2**32)  # every random draw derives from it
-    _rates_move = model_validator(mode="after")(rates_move)
 
 
 @dataclass(frozen=True)

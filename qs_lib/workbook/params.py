@@ -18,9 +18,7 @@ from pydantic import Field
 from ..errors import ParameterError
 from ..files import REPOSITORY, RUN_NAME
 from ..settings import Settings, unknown_name
-from ..training.baking import BakingSettings
-from ..training.pretrain import PretrainSettings
-from ..training.reinforce import QuietStarSettings
+from ..training.settings import BakingSettings, PretrainSettings, QuietStarSettings
 
 PARAMETER_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 

@@ -20,10 +20,10 @@ from qs_lib.data.strategies import PROMPTS
 from qs_lib.evaluation.accuracy import read_problems
 from qs_lib.experiments.reinforcement import rl_recipe
 from qs_lib.files import find_run
-from qs_lib.training.baking import BakingSettings
 from qs_lib.training.optim import MuonGrokfast
-from qs_lib.training.pretrain import PretrainSettings, corpus, pretrain
-from qs_lib.training.reinforce import QuietStarSettings, train_quiet_star
+from qs_lib.training.pretrain import corpus, pretrain
+from qs_lib.training.reinforce import train_quiet_star
+from qs_lib.training.settings import BakingSettings, PretrainSettings, QuietStarSettings
 from qs_lib.workbook.params import recipe
 
 BUSY = "while True: pass"
