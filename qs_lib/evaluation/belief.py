@@ -39,7 +39,7 @@ def probed(states: np.ndarray, answers, practice: np.ndarray | None = None, prac
 
 
 def _ridge(known: np.ndarray, answers: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Fit on ``known`` states (n, features), in the dual since there are fewer of them than features, and predict."""
+    """Fit on ``known`` states (n, features) and predict. Of the primal and the dual form the smaller one is solved."""
     mean, scale = known.mean(0), known.std(0) + 1e-6
     known, asked = (known - mean) / scale, (asked - mean) / scale
     texts = np.unique(answers.astype(str))
@@ -47,9 +47,12 @@ def _ridge(known: np.ndarray, answers: np.ndarray, asked: np.ndarray) -> np.ndar
     kept = max(1, len(known) - len(known) // 5)
 
     def predict(rows, ridge, at):
-        kernel = known[rows] @ known[rows].T
-        kernel[np.diag_indices_from(kernel)] += ridge * np.trace(kernel) / len(kernel)
-        return texts[(at @ known[rows].T @ np.linalg.solve(kernel, targets[rows])).argmax(1)].astype(object)
+        x, y = known[rows], targets[rows]
+        dual = len(x) < x.shape[1]
+        kernel = x @ x.T if dual else x.T @ x
+        kernel[np.diag_indices_from(kernel)] += ridge * np.trace(kernel) / len(x)
+        weights = x.T @ np.linalg.solve(kernel, y) if dual else np.linalg.solve(kernel, x.T @ y)
+        return texts[(at @ weights).argmax(1)].astype(object)
 
     trial = slice(kept, None) if kept < len(known) else slice(None)
     right = [(predict(slice(kept), ridge, known[trial]) == answers[trial]).mean() for ridge in RIDGES]
