@@ -96,10 +96,11 @@ def test_the_library_does_not_grow_further_beyond_its_aim_and_says_that_it_is_be
     then imitation and what the arms say (the bound was 12,700 before these), then the theater zoo, the inspector of training
     steps and what makes an adapter fast (it was 12,870), then running text, where to think in it, and RLP (it was 14,600),
     then agreement beyond chance and a gate by place (it was 15,250), then a mixing head that is fitted in the
-    end, and thoughts in people's text (15,270). It was 15,457 before checks, tables and clipping said the same in less.
+    end, and thoughts in people's text (15,270). It was 15,457 before checks, tables and clipping said the same in less,
+    and 15,363 before the settings could be read without torch and a pretrained file was read once.
     """
     total = sum(house.lines(FILES).values())
-    assert total <= 15_363
+    assert total <= 15_401
     assert total < house.AIM or f"aim is {house.AIM:,} lines: not reached" in CONTRIBUTING
 
 
