@@ -381,7 +381,12 @@ upstream: str = ""  # u
 data: str = ""  # d
 steps: int = 3  # n
 """
-CHECK = """from tqdm.auto import tqdm
+# the kernel takes the modules it needs without the package's own imports, which would cost it seconds
+ALONE = f"""import sys, types
+sys.modules["qs_lib"] = types.ModuleType("qs_lib")
+sys.modules["qs_lib"].__path__ = [{str(PACKAGE)!r}]
+"""
+CHECK = f"""{ALONE}from tqdm.auto import tqdm
 from qs_lib.workbook.params import NotebookParams
 from qs_lib.workbook.stage import start_stage
 class Toy(NotebookParams):

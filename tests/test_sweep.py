@@ -14,17 +14,14 @@ import time
 
 import nbformat
 import pytest
-from test_run import PARAMETERS
+from test_run import ALONE, PARAMETERS
 
 from qs_lib.errors import ParameterError, WorkbookError
-from qs_lib.files import PACKAGE, REPOSITORY, read_rows
+from qs_lib.files import REPOSITORY, read_rows
 from qs_lib.workbook import sweep
 from qs_lib.workbook.run import run_stage
 
-# the kernel takes the modules it needs without the package's own imports, which would cost it seconds
-CHECK = f"""import json, sys, time, types
-sys.modules["qs_lib"] = types.ModuleType("qs_lib")
-sys.modules["qs_lib"].__path__ = [{str(PACKAGE)!r}]
+CHECK = f"""{ALONE}import json, time
 from qs_lib.workbook.params import NotebookParams
 from qs_lib.workbook.stage import start_stage
 class Toy(NotebookParams):
