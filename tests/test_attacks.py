@@ -134,10 +134,8 @@ def test_a_probe_reads_what_is_there_and_no_more():
     assert (belief.probed(told, answers) == answers).mean() > 0.95
     assert (belief.probed(silent, answers) == answers).mean() < 0.45
     assert (belief.probed(told[:50], answers[:50], told[50:], answers[50:]) == answers[:50]).mean() > 0.95
-    for states in (
-        told,
-        silent,
-    ):  # with more features than problems the other form is solved: empty ones change nothing
+    # with more features than problems the other form is solved: empty ones change nothing
+    for states in (told, silent):
         more = np.hstack([states, np.zeros((200, 300))])
         assert (belief.probed(more, answers) == belief.probed(states, answers)).all()
 

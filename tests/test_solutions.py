@@ -142,7 +142,7 @@ def test_the_experiment_runs_on_a_tiny_model_and_does_not_repeat_a_row(tmp_path,
         for control in ("without", "temperature", "foreign", "filler"):
             low, value, high = (row[f"{part}_over_{control}{end}"] for end in ("_low", "", "_high"))
             assert low <= value <= high
-    assert len(row["text_gains"]) == 2 and 0 <= row["thoughts_true"] <= 1
+    assert len(row["text_gains"]) == 2 and row["plain"] < 0 and 0 <= row["thoughts_true"] <= 1
     assert row["plain"] != row["untrained_plain"] and row["result_told"] != row["imitated_result_told"]
     monkeypatch.setattr(solutions, "champion", lambda variant: pytest.fail("trained again"))
     assert (

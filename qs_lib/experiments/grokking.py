@@ -93,18 +93,21 @@ def grokking(run: Path, folder: Path, seeds) -> None:
 
 
 def best_rows(rows: list[dict]) -> list[dict]:
-    """Return each method's rows at its best rate, that of the fewest steps ``needed`` (all of them where
-    95 % on validation were never reached), ``arm`` shortened to the method's name.
+    """Return each method's rows at its best rate, that of the fewest steps, ``arm`` shortened to the method's name.
 
     The rate is chosen on the seeds that are shown, for all methods alike.
     """
     best = []
     for name in methods():
-        own = [row for row in rows if row["arm"].startswith(f"{name}, rate")]
-        own = [row | {"needed": row["understood"] or row["settings"]["steps"]} for row in own]
+        own = [row | {"needed": steps_needed(row)} for row in rows if row["arm"].startswith(f"{name}, rate")]
         arm = min(dict.fromkeys(row["arm"] for row in own), key=lambda arm: np.mean(column(own, arm, "needed")))
         best += [row | {"arm": name} for row in own if row["arm"] == arm]
     return best
+
+
+def steps_needed(row: dict) -> int:
+    """Return the steps to 95 % on validation, or all of the run's where that was never reached."""
+    return row["settings"]["steps"] if row["understood"] is None else row["understood"]
 
 
 def acceleration(rows: list[dict]) -> str:

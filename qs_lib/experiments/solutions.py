@@ -95,17 +95,14 @@ def worked_thought(tokenizer, result: dict) -> list[int]:
 
 def says_result(tokenizer, texts, positions: int) -> np.ndarray:
     """Return whether the next token at each place of ``text_log_likelihood`` is of a number behind ``=``."""
-    rows = []
-    for ids, _, at in placed(tokenizer, texts, positions, 1, "cpu"):
-        rows.append([bool(_RESULT.search(tokenizer.decode(ids[0, : i + 2]))) for i in at[0].tolist()])
-    return np.array(rows)
+    each = placed(tokenizer, texts, positions, 1, "cpu")
+    said = [[bool(_RESULT.search(tokenizer.decode(ids[0, : i + 2]))) for i in at[0].tolist()] for ids, _, at in each]
+    return np.array(said)
 
 
-def plain_texts(model, tokenizer, texts) -> dict:
-    """Return the mean log-prob without thoughts, in nats per token, of all tokens and of results."""
-    plain = plain_log_likelihood(model, tokenizer, texts, positions=PLACES)[SHARPENINGS.index(1.0)]
-    told = np.where(says_result(tokenizer, texts, PLACES), plain, np.nan)
-    return {"plain": np.nanmean(plain), "plain_results": np.nanmean(told)}
+def plain_means(plain: np.ndarray, said: np.ndarray) -> dict:
+    """Return the mean log-prob without thoughts, in nats per token, of all tokens and of results (where ``said``)."""
+    return {"plain": np.nanmean(plain), "plain_results": np.nanmean(np.where(said, plain, np.nan))}
 
 
 def measured_texts(model, tokenizer, texts, held, **budget) -> dict:
@@ -119,7 +116,7 @@ def measured_texts(model, tokenizer, texts, held, **budget) -> dict:
         found["results"] = interval(np.nanmean(gain[~np.isnan(gain).all(1)], 1))
         for part, value in found.items():
             row |= named(f"{part}_over_{control}", value)
-    return row
+    return row | plain_means(scores["without"], said)
 
 
 @torch.no_grad()
@@ -144,13 +141,10 @@ def at_results(model, tokenizer, told: list[dict], **budget) -> dict:
     thoughts = model.think(ids, mask, mask.sum(1, keepdim=True) - 2, budget.generator(), **budget.drawing)
     found, own = predicted(model, ids, mask, thoughts), [tokenizer.batch_decode(t) for t in thoughts.tokens[:, 0]]
     right = [[f"= {result} " in f"{in_words(t)} " for t in drawn] for drawn, result in zip(own, results, strict=True)]
-    return {
-        "result_plain": found["without"].mean().item(),
-        "result_mixed": found["with"].mean().item(),
-        "result_alone": found["alone"].mean().item(),
-        "result_told": -torch.nn.functional.cross_entropy(logits, truths).item(),
-        "thoughts_true": float(np.mean(right)),
-    }
+    by = {"plain": "without", "mixed": "with", "alone": "alone"}
+    row = {f"result_{name}": found[key].mean().item() for name, key in by.items()}
+    row["result_told"] = -torch.nn.functional.cross_entropy(logits, truths).item()
+    return row | {"thoughts_true": float(np.mean(right))}
 
 
 def solutions(folder: Path, seeds, variant: str, gsm8k: str) -> list[dict]:
@@ -167,13 +161,15 @@ def solutions(folder: Path, seeds, variant: str, gsm8k: str) -> list[dict]:
         model = QuietStarForCausalLM.from_base(lm, tokenizer, gate="place", n_true=s.n_true, **budget)
         budget |= {"temperature": s.temperature, "seed": seed}
         texts, judged = ([text_of(story) for story in part] for part in (test, held[JUDGED:]))
-        found = {f"untrained_{name}": value for name, value in plain_texts(model, tokenizer, texts).items()}
+        plain = plain_log_likelihood(model, tokenizer, texts, positions=PLACES)[SHARPENINGS.index(1.0)]
+        untrained = plain_means(plain, says_result(tokenizer, texts, PLACES))
+        found = {f"untrained_{name}": value for name, value in untrained.items()}
         imitate(lm, tokenizer, solution_lessons(tokenizer, told, seed), baked_with(variant, LESSONS, seed)[0])
         found |= {f"imitated_{name}": value for name, value in at_results(model, tokenizer, test, **budget).items()}
         result = train_quiet_star(model, tokenizer, told, held[:JUDGED], s, checkpoint)
         fit_mixing_head(model, tokenizer, (), held[JUDGED:], **budget)
         model.save_pretrained(folder / ".solutions" / str(seed))
-        found |= measured_texts(model, tokenizer, texts, judged, **budget) | plain_texts(model, tokenizer, texts)
+        found |= measured_texts(model, tokenizer, texts, judged, **budget)
         found |= at_results(model, tokenizer, test, **budget)
         found = {name: round(float(value), 5) for name, value in found.items()}
         return found | {"text_gains": [round(h["gain"], 4) for h in result.history]}
