@@ -2,6 +2,7 @@ import itertools
 import math
 import random
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -158,6 +159,52 @@ def test_loss_parts_against_a_plain_recomputation(monkeypatch):
     assert parts["reward"] == pytest.approx(rewards.mean().item(), abs=1e-4)
     expected = -(r.advantages(rewards, "signed") * logprobs).mean().item()
     assert loss.item() == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("mixing", ["log_probs", "hidden"])
+def test_the_head_learns_from_what_was_left_out_as_it_does_from_what_was_kept(mixing):
+    """Its gradient is that of the whole loss's likelihood term, and no other weight has any."""
+    model, tokenizer = tiny_quiet_star(mixing=mixing)
+    ids, mask, thoughts = batch(model, tokenizer)
+    only = {"pg_weight": 0.0, "kl_coefficient": 0.0, "base_kl": 0.0, "n_true": 3, "look_ahead_weight": 0.3}
+    loss, parts, _ = loss_of(model, None, tokenizer, ids, mask, thoughts, nll_weight=1.0, **only)
+    loss.backward()
+    wanted = [p.grad.clone() for p in model.mixing_head.parameters()]
+    model.zero_grad()
+    nll = r.head_nll(model, tokenizer, ids, mask, thoughts, r.QuietStarSettings(**only))
+    nll.backward()
+    assert nll.item() == pytest.approx(parts["nll"], abs=1e-6)
+    assert any(grad.abs().max() > 0 for grad in wanted)
+    for p, grad in zip(model.mixing_head.parameters(), wanted, strict=True):
+        assert torch.allclose(p.grad, grad, atol=1e-7)
+    assert all(p.grad is None for p in [*model.lm.parameters(), *model.gain_head.parameters()])
+
+
+def test_every_drawn_problem_is_kept_or_left_out():
+    """By hand: of groups of 1, 3, 2, 1, 2 and 3 answers the four with most are kept, in their order."""
+    model, tokenizer = tiny_quiet_star()
+    ids, mask, thoughts = batch(model, tokenizer)
+    answers = torch.tensor([[5, 5, 5], [5, 6, 7], [5, 5, 6], [6, 6, 6], [7, 6, 7], [7, 6, 5]])
+    thoughts = replace(thoughts, tokens=answers[:, None, :, None].expand_as(thoughts.tokens))
+    drawn = r.Rollouts([{"id": name} for name in "uvwxyz"], ids, mask, thoughts)
+    kept, left, answered = r.keep_disputed(drawn, r.QuietStarSettings(batch_size=4, over=2), torch.Generator())
+    assert ["".join(p["id"] for p in part.problems) for part in (kept, left)] == ["vwyz", "ux"]
+    assert torch.equal(left.ids, ids[[0, 3]]) and answered == 2
+    kept, left, _ = r.keep_disputed(drawn, r.QuietStarSettings(batch_size=6, over=1), torch.Generator())
+    assert kept.problems == drawn.problems and left.problems == []
+
+
+def test_problems_left_out_train_the_head_and_nothing_else():
+    seen = {}
+    for head_sees in ("kept", "drawn"):
+        model, tokenizer = tiny_quiet_star()
+        few = {"steps": 1, "batch_size": 2, "over": 3, "num_thoughts": 2, "thought_length": 6, "n_true": 3}
+        qs.train_quiet_star(model, tokenizer, problems(), problems(size=4), head_sees=head_sees, **few)
+        seen[head_sees] = model
+    kept, drawn = seen["kept"], seen["drawn"]
+    assert all(torch.equal(*pair) for pair in zip(kept.lm.parameters(), drawn.lm.parameters(), strict=True))
+    heads = zip(kept.mixing_head.parameters(), drawn.mixing_head.parameters(), strict=True)
+    assert not all(torch.equal(*pair) for pair in heads)
 
 
 def test_kl_to_itself_is_zero():

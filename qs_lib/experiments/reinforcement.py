@@ -56,13 +56,17 @@ DECIDED_BY |= {"from eighth-baked": (0, 3, 4, 5)}  # the champions of 1 and 2 we
 LOOK_AHEAD = {"n_true 4": {}, "n_true 1": {"n_true": 1}}
 THOUGHTS = 4
 STAGES = ("01", "02", "03")
-TRAINED_WITH = QuietStarSettings().model_dump(exclude={"seed"})
+# What a row was made with where it names no value.
+TRAINED_WITH = QuietStarSettings(head_sees="kept").model_dump(exclude={"seed"})
 
 
 def rl_recipe(variant: str = "pocket") -> dict:
-    """Return the :class:`QuietStarSettings` of notebook 05 for a variant, validated every 25 steps."""
+    """Return the :class:`QuietStarSettings` of notebook 05 for a variant, validated every 25 steps.
+
+    The mixing head sees the kept problems alone, as it did when the committed rows were made.
+    """
     values = recipe("05_rl", variant)
-    return {name: values[name] for name in TRAINED_WITH} | {"evaluate_every": 25}
+    return {name: values[name] for name in TRAINED_WITH} | {"evaluate_every": 25, "head_sees": "kept"}
 
 
 @lru_cache(maxsize=4)

@@ -98,7 +98,8 @@ def train_quiet_star(
 
     Each step draws ``over`` x ``batch_size`` training problems, samples ``num_thoughts`` thoughts at each position,
     keeps the problems whose thoughts disagree most (no label needed), re-scores them and takes one optimizer step on
-    :func:`quiet_star_loss`. The reference model is the language model as given. With ``lora_rank`` an adapter, the
+    :func:`quiet_star_loss`. The mixing head learns from those left out too (:func:`head_nll`). The reference model is
+    the language model as given. With ``lora_rank`` an adapter, the
     thinking tokens' rows and the mixing head are trained, and the adapter is merged in the end. ``changed`` replaces
     single settings.
 
@@ -136,10 +137,13 @@ def train_quiet_star(
         for step in bar:
             began = time.monotonic()
             drawn = draw_rollouts(model, tokenizer, problems, step, s, rng, generator)
-            kept, diversity = keep_disputed(drawn, s, generator)
-            mine = kept.rows(distributed.share(torch.arange(len(kept.ids))))
+            kept, left, diversity = keep_disputed(drawn, s, generator)
+            mine, others = (part.rows(distributed.share(torch.arange(len(part.ids)))) for part in (kept, left))
             with torch.autocast(model.device.type, torch.bfloat16, enabled=s.bf16):
                 loss, metrics, credit = quiet_star_loss(model, reference, tokenizer, *mine[1:], s)
+                if len(left.ids) and s.nll_weight and s.head_sees == "drawn":
+                    beside = len(left.ids) / len(kept.ids)  # each problem counts alike
+                    loss = loss + beside * s.nll_weight * head_nll(model, tokenizer, *others[1:], s)
             if running:
                 inside = draw_rollouts(model, tokenizer, running.texts, step, running.settings(s), rng, generator)
                 other, found, _ = quiet_star_loss(model, reference, tokenizer, *inside[1:], running.settings(s))
@@ -260,13 +264,15 @@ def draw_rollouts(model, tokenizer, problems, step: int, s: QuietStarSettings, r
     return Rollouts(chosen, ids, mask, distributed.gather_thoughts(thoughts, own, len(ids)))
 
 
-def keep_disputed(drawn: Rollouts, s: QuietStarSettings, generator) -> tuple[Rollouts, float]:
-    """Return the ``batch_size`` problems whose thoughts disagree most, and the mean number of different answers."""
+def keep_disputed(drawn: Rollouts, s: QuietStarSettings, generator) -> tuple[Rollouts, Rollouts, float]:
+    """Return the ``batch_size`` problems whose thoughts disagree most, those left out, and the mean number of answers."""
     differ = disagreement(drawn.thoughts)
+    kept = torch.ones(len(differ), dtype=torch.bool)
     if s.over > 1:
         chance = torch.rand(len(differ), generator=generator)  # decides between equals
-        drawn = drawn.rows((differ + chance).topk(s.batch_size).indices.sort().values)
-    return drawn, differ.float().mean().item()
+        kept[:] = False
+        kept[(differ + chance).topk(s.batch_size).indices] = True
+    return drawn.rows(kept.nonzero()[:, 0]), drawn.rows((~kept).nonzero()[:, 0]), differ.float().mean().item()
 
 
 def advantages(rewards: torch.Tensor, objective: str) -> torch.Tensor:
@@ -338,15 +344,9 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
         rewards = correct if s.reward == "correct" else scored.true_logprobs[there].sum(-1).detach().exp()
     advantage, logprobs = advantages(rewards, s.objective), scored.thought_logprobs[there]
     weights = model.mixing_weights(scored)
-    discount = torch.tensor([1.0] + [s.look_ahead_weight] * (s.n_true - 1), device=ids.device)
-    predicted = valid[:, 0].sum()
-
-    def per_text(nll):  # (U, n_true) -> its discounted sum, a mean over positions that a true token follows
-        return distributed.weigh((nll * discount * valid).sum() / predicted.clamp_min(1), predicted)
-
     reinforce = distributed.weigh(policy_gradient_loss(logprobs, advantage), units)
     mixed = model.mix_truth(scored, weights)[there]
-    nll, alone = per_text(-mixed), per_text(-scored.true_logprobs[there].mean(1))
+    nll, alone = (look_ahead_nll(found, valid, s) for found in (mixed, scored.true_logprobs[there].mean(1)))
     loss = s.pg_weight * reinforce + s.nll_weight * nll
     if s.thought_nll_weight:
         loss = loss + s.thought_nll_weight * alone
@@ -363,6 +363,33 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
         loss = loss + s.kl_coefficient * kls["kl"] + s.base_kl * (kls["base_kl"] + kls["habit_kl"])
         parts |= kls
     return loss, {name: value.item() for name, value in parts.items()}, (rewards, advantage)
+
+
+def look_ahead_nll(logprobs: torch.Tensor, valid: torch.Tensor, s: QuietStarSettings) -> torch.Tensor:
+    """Return minus log-probs (U, n_true) of true tokens, ``look_ahead_weight`` x after the first, a mean over positions.
+
+    ``valid`` (U, n_true): which of them exist. Positions that no true token follows do not count.
+    """
+    discount = torch.tensor([1.0] + [s.look_ahead_weight] * (s.n_true - 1), device=logprobs.device)
+    followed = valid[:, 0].sum()
+    return distributed.weigh(-(logprobs * discount * valid).sum() / followed.clamp_min(1), followed)
+
+
+def head_nll(model, tokenizer, ids, mask, thoughts: Thoughts, s: QuietStarSettings) -> torch.Tensor:
+    """Return the mixture's NLL as :func:`quiet_star_loss` takes it, for the mixing head alone to learn from.
+
+    It is for problems that selection left out. Selection prefers thoughts that disagree, which are wrong more often than
+    others: a head that saw these alone would learn to doubt all thoughts.
+    """
+    with torch.no_grad():
+        scored = rescore_thoughts(model.lm, ids, thoughts, mask, s.n_true, tuple(thinking_ids(tokenizer)))
+    there, weights = thoughts.positions >= 0, model.mixing_weights(scored)
+    given = weights.detach().requires_grad_()
+    nll = look_ahead_nll(model.mix_truth(scored, given)[there], scored.valid[there], s)
+    (slope,) = torch.autograd.grad(
+        nll, given
+    )  # the weights' alone: where states are mixed, the language head has one too
+    return nll.detach() + (slope * (weights - weights.detach())).sum()
 
 
 def judged_tokens(tokenizer, ids, mask, positions, s: QuietStarSettings) -> torch.Tensor:

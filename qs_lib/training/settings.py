@@ -71,6 +71,7 @@ class QuietStarSettings(_Rates):
     temperature: float = Field(1.0, gt=0)  # sampling temperature of the thoughts that are trained on
     n_true: int = Field(4, ge=1)  # true tokens after a thought that its reward looks at
     over: int = Field(2, ge=1)  # problems sampled per problem kept: those whose thoughts disagree most
+    head_sees: Literal["drawn", "kept"] = "drawn"  # problems that train the mixing head: all drawn, or those kept
     pass_low: float = Field(0.0, ge=0, le=1)  # train on problems of at least this pass rate, see `within_band`
     pass_high: float = Field(1.0, ge=0, le=1)  # and of at most this
     muon: bool = True  # Muon on hidden matrices, else AdamW on all
