@@ -99,12 +99,15 @@ def _as_number(value):
         raise TypeError from error
 
 
-def lock_run(folder: Path, user: str, name: str = ".lock") -> FileLock:
-    """Take the system's lock on a run folder, which ends with the process. Raises ``StageError`` with its holder."""
+def lock_run(folder: Path, user: str, name: str = ".lock", wait: float = 0.0) -> FileLock:
+    """Take the system's lock on a run folder, which ends with the process. Raises ``StageError`` with its holder.
+
+    ``wait``: seconds that another one may still hold it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / name, is_singleton=True)  # the same process may start its stage again
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=wait)
     except Timeout:
         try:
             holder = (folder / f"{name}.holder").read_text(encoding="utf-8")

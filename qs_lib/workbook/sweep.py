@@ -16,13 +16,12 @@ import re
 import shutil
 import signal
 import sys
-import time
 from concurrent import futures
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from .. import files
-from ..errors import ParameterError, StageError, WorkbookError
+from ..errors import ParameterError, WorkbookError
 from ..files import REPOSITORY, find_run, lock_run, outputs_root, read_rows
 from ..settings import unknown_name
 from ..stats import as_text
@@ -242,9 +241,9 @@ def run_point(point: dict) -> dict:
     os.environ |= set_here | {"OMP_NUM_THREADS": str(point["threads"]), "QS_COMMAND": point["command"]}
     try:
         run = files.run_folder(point["run"])
-        lock = wait_for_lock(run, ".driver.lock")
+        lock = lock_run(run, "a sweep", ".driver.lock", LOCK_WAIT)
         try:
-            wait_for_lock(run, ".lock").release(force=True)
+            lock_run(run, "a sweep", wait=LOCK_WAIT).release(force=True)
             link_upstream(run, Path(point["upstream"]), [Path(notebook).stem for notebook in point["notebooks"]])
             with open(run / ".log", "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
                 return row | _run_stages(point, run)
@@ -267,18 +266,6 @@ def _run_stages(point: dict, run: Path) -> dict:
         found["peak_memory_mb"] = max(found["peak_memory_mb"], record.get("peak_memory_mb") or 0)
     machine = f"{record['device']} ({record['device_name']}, {point['threads']} threads)"
     return found | {"command": record["command"], "commit": record["git_commit"] or "no commit", "machine": machine}
-
-
-def wait_for_lock(run: Path, name: str):
-    """Return a run folder's lock, awaited for ``LOCK_WAIT`` seconds at most. Raises ``StageError`` after them."""
-    end = time.monotonic() + LOCK_WAIT
-    while True:
-        try:
-            return lock_run(run, "a sweep", name)
-        except StageError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.5)
 
 
 def link_upstream(run: Path, upstream: Path, stages: list[str]) -> None:

@@ -18,7 +18,7 @@ from ..evaluation.theater import CHECKS, TheaterReport
 from ..files import atomic_write, find_run
 from ..stats import as_text, correlation, fixed, named, shown
 from ..training.baking import BakingItem
-from ..viewing.escape import safe_text, safe_token
+from ..viewing.escape import safe_token
 from ..viewing.html import left, shade
 
 LEFT = "<style>.qs-left :is(th, td) {text-align: left !important}</style>"
@@ -165,44 +165,22 @@ def strategy_use(rows: list[dict]) -> dict[str, dict[str, float]]:
     return shares.reindex(columns=columns, fill_value=0.0).to_dict("index")
 
 
-def thoughts_html(thoughts: list[dict]) -> str:
-    """Return thoughts as static HTML. Each: ``name``, ``tokens`` (text), ``logprobs`` (nats, None for a forced token).
+def thoughts_html(thoughts, tokenizer, row: int = 0, position: int = 0) -> str:
+    """Return the thoughts drawn at one position (``qs_lib.Thoughts``) as static HTML, all text escaped.
 
-    The number under a token is its log-prob. The less likely it was, the stronger its shade. All text is escaped.
+    The number under a token is its log-prob in nats. The less likely it was, the stronger its shade.
     """
     rows = []
-    for thought in thoughts:
-        total = sum(x or 0 for x in thought["logprobs"])
-        row = f"<th scope='row'>{safe_text(thought['name'])}<br><small>"
-        row += f"sum {safe_text(fixed(total, 1))}</small></th><td>"
-        for token, x in zip(thought["tokens"], thought["logprobs"], strict=True):
-            note = "given" if x is None else fixed(x, 2)
-            row += "<span style='display:inline-block;text-align:center;padding:1px 3px;background:"
-            row += f"{shade(min(0.75, 0.25 * abs(x or 0)))}'>"
-            row += f"{safe_token(token)}<br><small>{safe_text(note)}</small></span>"
-        rows.append(row + "</td>")
-    return LEFT + left(f"<table class='qs-left'><tbody><tr>{'</tr><tr>'.join(rows)}</tr></tbody></table>")
-
-
-def thought_records(thoughts, tokenizer, row: int = 0, position: int = 0) -> list[dict]:
-    """Return the thoughts drawn at one position (``qs_lib.Thoughts``) for :func:`thoughts_html`."""
-    records = []
     for k, n in enumerate(thoughts.lengths[row, position].tolist()):
         at = (row, position, k, slice(n))
-        drawn = zip(thoughts.logprobs[at].tolist(), thoughts.sampled[at].tolist(), strict=True)
-        found = {"name": f"thought {k + 1}", "tokens": [tokenizer.decode([t]) for t in thoughts.tokens[at].tolist()]}
-        records.append(found | {"logprobs": [x if sampled else None for x, sampled in drawn]})
-    return records
-
-
-def episode_table(episode) -> str:
-    """Return an episode's thoughts as an HTML table: text, answer, mixing weight, coherence, utility (nats)."""
-    table = {}
-    for k, t in enumerate(episode.thoughts, 1):
-        row = {"thought": " ".join(token.strip() for token in t.tokens), "answer": t.answer.strip()}
-        row |= {"weight": fixed(t.weight, 2), "coherence": fixed(t.coherence.get("composite", 0.0), 2)}
-        table[f"thought {k}"] = row | {"utility": fixed(t.utility, 1, True)}
-    return as_html(pd.DataFrame(table).T)
+        drawn, cells = (getattr(thoughts, name)[at].tolist() for name in ("tokens", "logprobs", "sampled")), ""
+        for token, x, sampled in zip(*drawn, strict=True):
+            colour, note = shade(min(0.75, 0.25 * abs(x) * sampled)), fixed(x, 2) if sampled else "given"
+            cells += f"<span style='display:inline-block;text-align:center;padding:1px 3px;background:{colour}'>"
+            cells += f"{safe_token(tokenizer.decode([token]))}<br><small>{note}</small></span>"
+        total = fixed((thoughts.logprobs * thoughts.sampled)[at].sum().item(), 1)
+        rows.append(f"<th scope='row'>thought {k + 1}<br><small>sum {total}</small></th><td>{cells}</td>")
+    return LEFT + left(f"<table class='qs-left'><tbody><tr>{'</tr><tr>'.join(rows)}</tr></tbody></table>")
 
 
 def answers_over_steps(episodes: list) -> pd.DataFrame:
