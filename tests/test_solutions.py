@@ -136,7 +136,7 @@ def test_the_experiment_runs_on_a_tiny_model_and_does_not_repeat_a_row(tmp_path,
     monkeypatch.setattr(solutions, "TRAININGS", {"solutions": solutions.TRAININGS["solutions"] | small})
     for name, value in {"FOR_HEAD": 6, "JUDGED": 3, "READ_LAST": 6, "PLACES": 0}.items():
         monkeypatch.setattr(solutions, name, value)
-    monkeypatch.setattr(solutions, "champion", lambda variant: tiny_lm())
+    monkeypatch.setattr(solutions, "champion", lambda variant, run: tiny_lm())
     (row,) = solutions.solutions(tmp_path, [0], "smollm2", str(tmp_path))
     for part in ("all", "results", "hardest"):
         for control in ("without", "temperature", "foreign", "filler"):
@@ -144,7 +144,7 @@ def test_the_experiment_runs_on_a_tiny_model_and_does_not_repeat_a_row(tmp_path,
             assert low <= value <= high
     assert len(row["text_gains"]) == 2 and row["plain"] < 0 and 0 <= row["thoughts_true"] <= 1
     assert row["plain"] != row["untrained_plain"] and row["result_told"] != row["imitated_result_told"]
-    monkeypatch.setattr(solutions, "champion", lambda variant: pytest.fail("trained again"))
+    monkeypatch.setattr(solutions, "champion", lambda variant, run: pytest.fail("trained again"))
     assert (
         solutions.solutions(tmp_path, [0], "smollm2", str(tmp_path)) == [row] == read_rows(tmp_path / "solutions.csv")
     )

@@ -29,6 +29,7 @@ HARD_FROM = 3  # worked steps
 LONGEST_LINE = 1_000_000  # bytes
 HUB_TIMEOUT = 3.0  # seconds
 _ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
+_WORKING = re.compile(r"(?<![\w.,)])[($]*\d[\d\s.,$%()+*/x×÷-]*=\s*(\$?)\s*(?=<<)")  # a calculation up to its result
 OTHER_NAMES = ("valid", "val", "dev", "eval", "validate")  # of a validation split, which would not be read
 
 
@@ -200,16 +201,17 @@ def parse_gsm8k(question: str, worked: str, family: str = "gsm8k") -> Problem:
     return problem | {"family": family, "fits": fitting(steps) if steps else [], "lead": []}
 
 
-def solution_text(question: str, worked: str) -> Problem:
+def solution_text(question: str, worked: str, working: bool = True) -> Problem:
     """Return a GSM8K question and its worked answer as running text: a story as ``pocket.stories`` writes them.
 
-    Annotations are taken out. A result is a sentence whose annotated equations are all true arithmetic: its ``answer``
+    Annotations are taken out, and without ``working`` the calculations in front of their results too. A result is a sentence whose annotated equations are all true arithmetic: its ``answer``
     is the sentence, ``before`` the text up to it, ``steps`` the equations. Raises as :func:`parse_gsm8k` does.
     """
     opening, results = " ".join(question.split()), []
     text = opening
     for line in worked.rpartition("####")[0].splitlines():
-        said, steps = " ".join(_ANNOTATION.sub("", line).split()), [_equation(*m) for m in _ANNOTATION.findall(line)]
+        said = line if working else _WORKING.sub(r"\1", line)
+        said, steps = " ".join(_ANNOTATION.sub("", said).split()), [_equation(*m) for m in _ANNOTATION.findall(line)]
         if steps and None not in steps:
             results.append({"before": text, "answer": said, "steps": steps})
         text = f"{text} {said}".strip()

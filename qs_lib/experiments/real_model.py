@@ -80,10 +80,11 @@ def material(variant: str, data: str = "", seed: int = 0) -> dict[str, list[dict
     return found | {"examples": list(reasoning_dataset(found["train"], held_out, *counts, seed)["train"])}
 
 
-def champion(variant: str):
-    """Return the variant's (model, tokenizer) with the eight thinking tokens."""
+def champion(variant: str, run: Path | None = None):
+    """Return the variant's (model, tokenizer) with the eight thinking tokens: the one it names, or ``run``'s own."""
     values = recipe("01_token_setup", variant)
-    return add_thinking_tokens(*load_champion(values["champion"], chat_template=values["chat_template"]))
+    source = values["champion"] or str(run / "01_token_setup" / "champion")
+    return add_thinking_tokens(*load_champion(source, chat_template=values["chat_template"]))
 
 
 def baked_with(variant: str, changed: dict, seed: int) -> tuple[BakingSettings, dict]:

@@ -11,7 +11,7 @@ import torch
 from ..data.batches import text_of
 from ..data.problems import solution_text
 from ..data.strategies import body
-from ..data.tokens import PLAIN_WORDS, encode, encode_context, encode_marked, encode_reply, in_words, padded
+from ..data.tokens import PLAIN_WORDS, Sequence, encode, encode_context, encode_marked, encode_reply, in_words, padded
 from ..errors import SourceError
 from ..evaluation.accuracy import Budget
 from ..evaluation.likelihood import (
@@ -40,25 +40,29 @@ TRAININGS = {
     | {"thought_length": 20, "temperature": 1.0, "n_true": 8, "reward": "likelihood", "pass_low": 0.0, "pass_high": 1.0}
     | {"nll_weight": 0.5, "thought_nll_weight": 0.5, "adamw_lr": 3e-4, "base_kl": 1.0, "evaluate_every": 10}
 }
+TRAININGS["working left out"] = TRAININGS["solutions"] | {"working": False}  # texts that state results alone
 LESSONS = {"epochs": 1, "batch_size": 4}  # how imitation differs from the recipe of 03
 TRAINED = 500  # solutions that are read in training
 TOLD = 0.5  # the share of results with a thought: in the others the model learns to do without
 FOR_HEAD, JUDGED = 128, 8  # others, for the head and for validation
 READ_LAST, PLACES = 48, 12  # those of the test split, and places in each, evenly spaced
-_RESULT = re.compile(r"=\s*\$?[\d,.]*\d$")
+_RESULT, _NUMBER = re.compile(r"=\s*\$?([\d,.]*\d)"), re.compile(r"\d(?:[\d,.]*\d)?")
+_CALCULATES = re.compile(r"[=+*/×÷]|\d\s*-\s*\d|\d\s*x\s")
 _WORDS = re.compile(rf"\b({'|'.join(PLAIN_WORDS.values())})\b", re.IGNORECASE)
 
 
-def read_solutions(folder: str, split: str) -> list[dict]:
+def read_solutions(folder: str, split: str, working: bool = True) -> list[dict]:
     """Return the solutions of a GSM8K folder's split as stories, without those that say a thinking token's word.
 
+    Without ``working`` their calculations are left out, and so are solutions where words stand inside of calculations.
     Raises ``SourceError`` if the folder has no such file.
     """
     path = Path(folder) / f"{split}.jsonl"
     if not path.is_file():
         raise SourceError(f"no solutions at {path}: give the folder of GSM8K's .jsonl files (GSM8K=folder)")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    told = [solution_text(row["question"], row["answer"]) for row in rows]
+    told = [solution_text(row["question"], row["answer"], working) for row in rows]
+    told = [story for story in told if working or not _CALCULATES.search(story["story"])]
     return [story for story in told if story["results"] and not _WORDS.search(" ".join(text_of(story)))]
 
 
@@ -72,7 +76,7 @@ def solution_lessons(tokenizer, told: list[dict], seed: int) -> list[tuple[list[
         ids, begins = (whole := encode(tokenizer, *text_of(story))).ids, whole.start
         reply, done = [], begins
         for result in (r for r in story["results"] if rng.random() < TOLD):
-            first, last, number = places(tokenizer, ids, result)
+            first, last, number = places(tokenizer, whole, result)
             at = number if number and rng.random() < 0.5 else rng.randrange(first, last)
             reply += ids[done:at] + worked_thought(tokenizer, result)
             done = at
@@ -80,12 +84,27 @@ def solution_lessons(tokenizer, told: list[dict], seed: int) -> list[tuple[list[
     return texts
 
 
-def places(tokenizer, ids: list[int], result: dict) -> tuple[int, int, int | None]:
-    """Return where a result's sentence begins and ends in the text ``ids``, and its first digit behind ``=`` or None."""
+def results_in(tokenizer, ids: list[int], begins: int) -> np.ndarray:
+    """Return which tokens of a text, a story from token ``begins`` on, end in a digit of a result.
+
+    Results are the numbers behind ``=``. In a story without one they are those that the text before does not hold.
+    """
+    text, ends = tokenizer.decode(ids), [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+    told, numbers = ends[begins - 1], list(_NUMBER.finditer(text))
+    if "=" in text[told:]:
+        spans = [found.span(1) for found in _RESULT.finditer(text)]
+    else:
+        first = {found[0]: found.span() for found in reversed(numbers)}.values()
+        spans = [(start, end) for start, end in first if start >= told]
+    return np.array([any(a < end <= b for a, b in spans) and text[end - 1].isdigit() for end in ends])
+
+
+def places(tokenizer, whole: Sequence, result: dict) -> tuple[int, int, int | None]:
+    """Return where a result's sentence begins and ends in a text, and its first digit of a result or None."""
     first = len(encode_context(tokenizer, result["before"]))
     last = first + len(encode_reply(tokenizer, result["answer"]))
-    behind = (i for i in range(first, last) if _RESULT.search(tokenizer.decode(ids[first : i + 1])))
-    return first, last, next(behind, None)
+    said = np.flatnonzero(results_in(tokenizer, whole.ids, whole.start)[first:last])
+    return first, last, first + int(said[0]) if len(said) else None
 
 
 def worked_thought(tokenizer, result: dict) -> list[int]:
@@ -94,10 +113,10 @@ def worked_thought(tokenizer, result: dict) -> list[int]:
 
 
 def says_result(tokenizer, texts, positions: int) -> np.ndarray:
-    """Return whether the next token at each place of ``text_log_likelihood`` is of a number behind ``=``."""
-    each = placed(tokenizer, texts, positions, 1, "cpu")
-    said = [[bool(_RESULT.search(tokenizer.decode(ids[0, : i + 2]))) for i in at[0].tolist()] for ids, _, at in each]
-    return np.array(said)
+    """Return whether the next token at each place of ``text_log_likelihood`` is of a result."""
+    whole, each = [encode(tokenizer, *text) for text in texts], placed(tokenizer, texts, positions, 1, "cpu")
+    said = [results_in(tokenizer, one.ids, one.start) for one in whole]
+    return np.array([found[at[0] + 1] for found, (_, _, at) in zip(said, each, strict=True)])
 
 
 def plain_means(plain: np.ndarray, said: np.ndarray) -> dict:
@@ -129,8 +148,8 @@ def at_results(model, tokenizer, told: list[dict], **budget) -> dict:
     """
     rows, after, results = [], [], []
     for story in told:
-        ids, said = encode(tokenizer, *text_of(story)).ids, story["results"][0]
-        if at := places(tokenizer, ids, said)[2]:
+        ids, said = (whole := encode(tokenizer, *text_of(story))).ids, story["results"][0]
+        if at := places(tokenizer, whole, said)[2]:
             rows.append(ids[: at + 1])
             after.append(ids[:at] + worked_thought(tokenizer, said))
             results.append(said["steps"][-1].split("= ")[-1])
@@ -152,11 +171,13 @@ def solutions(folder: Path, seeds, variant: str, gsm8k: str) -> list[dict]:
 
     Rows of ``solutions.csv``, a training each. Worked thoughts are the sentences' equations, written by a program.
     """
-    told, test = read_solutions(gsm8k, "train"), read_solutions(gsm8k, "test")[:READ_LAST]
-    held, told = told[: FOR_HEAD + JUDGED], told[FOR_HEAD + JUDGED :][:TRAINED]
 
     def once(changed: dict, seed: int, checkpoint) -> dict:
-        s, (lm, tokenizer) = trained_with(variant, changed, seed), champion(variant)
+        working = changed.get("working", True)
+        told, test = (read_solutions(gsm8k, split, working) for split in ("train", "test"))
+        held, told, test = told[: FOR_HEAD + JUDGED], told[FOR_HEAD + JUDGED :][:TRAINED], test[:READ_LAST]
+        s = trained_with(variant, {name: value for name, value in changed.items() if name != "working"}, seed)
+        lm, tokenizer = champion(variant, folder.parent)
         budget = {"num_thoughts": s.num_thoughts, "thought_length": s.thought_length}
         model = QuietStarForCausalLM.from_base(lm, tokenizer, gate="place", n_true=s.n_true, **budget)
         budget |= {"temperature": s.temperature, "seed": seed}
@@ -168,7 +189,7 @@ def solutions(folder: Path, seeds, variant: str, gsm8k: str) -> list[dict]:
         found |= {f"imitated_{name}": value for name, value in at_results(model, tokenizer, test, **budget).items()}
         result = train_quiet_star(model, tokenizer, told, held[:JUDGED], s, checkpoint)
         fit_mixing_head(model, tokenizer, (), held[JUDGED:], **budget)
-        model.save_pretrained(folder / ".solutions" / str(seed))
+        model.save_pretrained(folder / ".solutions" / f"{seed}{'' if working else '-left-out'}")
         found |= measured_texts(model, tokenizer, texts, judged, **budget)
         found |= at_results(model, tokenizer, test, **budget)
         found = {name: round(float(value), 5) for name, value in found.items()}
