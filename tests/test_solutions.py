@@ -33,6 +33,29 @@ def test_a_solution_is_a_text_without_annotations_and_its_results():
     assert result["steps"] == ["48 / 2 = 24"]
 
 
+def test_calculations_are_left_out_and_their_results_stay():
+    worked = "Half is 48/2 = <<48/2=24>>24 clips.\nThey cost ($3 + $1) x 2=$<<(3+1)*2=8>>8, he has 24+8.\n#### 8"
+    found = solution_text("She sold 48 clips. How much?", worked, working=False)
+    assert found["story"] == "Half is 24 clips. They cost $8, he has 24+8."
+    assert [r["answer"] for r in found["results"]] == ["Half is 24 clips.", "They cost $8, he has 24+8."]
+    assert [r["steps"] for r in found["results"]] == [["48 / 2 = 24"], ["( 3 + 1 ) * 2 = 8"]]
+
+
+def test_solutions_that_calculate_in_words_are_left_out(tmp_path):
+    rows = [told(3, 4), told(5, 6)]
+    rows[1]["answer"] = rows[1]["answer"].replace("5 + 6 = <<", "5 books + 6 books = <<")
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (found,) = solutions.read_solutions(str(tmp_path), "train", working=False)
+    assert found["story"] == "ana has 7 books . so ana has 7 books ."
+
+
+def test_where_nothing_is_calculated_results_are_the_numbers_that_are_new():
+    _, tokenizer = tiny_lm()
+    whole = encode(tokenizer, QUESTION, "ana has 7 books . so ana has 7 , not 4 , and 2 more than 5 .")
+    found = solutions.results_in(tokenizer, whole.ids, whole.start)
+    assert [tokenizer.decode([i]) for i in np.array(whole.ids)[found]] == ["7", "2", "5"]
+
+
 def test_solutions_that_say_a_thinking_word_are_left_out_and_a_missing_folder_is_named(tmp_path):
     rows = [told(3, 4), told(5, 6) | {"question": "Ana is Done with 5 and 6 . how many ?"}]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -127,13 +150,14 @@ def test_a_result_is_read_without_a_thought_after_its_own_and_after_the_true_one
     assert found["thoughts_true"] == 0.5
 
 
-def test_the_experiment_runs_on_a_tiny_model_and_does_not_repeat_a_row(tmp_path, monkeypatch):
+@pytest.mark.parametrize("arm", solutions.TRAININGS)
+def test_the_experiment_runs_on_a_tiny_model_and_does_not_repeat_a_row(arm, tmp_path, monkeypatch):
     for split, size in (("train", 30), ("test", 6)):
         rows = [told(a, b) for a in range(2, 8) for b in range(2, 7)][:size]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     small = {"steps": 2, "batch_size": 4, "num_positions": 2, "num_thoughts": 2, "thought_length": 6, "lora_rank": 2}
     small |= {"evaluate_every": 2, "n_true": 2, "gradient_checkpointing": False}
-    monkeypatch.setattr(solutions, "TRAININGS", {"solutions": solutions.TRAININGS["solutions"] | small})
+    monkeypatch.setattr(solutions, "TRAININGS", {arm: solutions.TRAININGS[arm] | small})
     for name, value in {"FOR_HEAD": 6, "JUDGED": 3, "READ_LAST": 6, "PLACES": 0}.items():
         monkeypatch.setattr(solutions, name, value)
     monkeypatch.setattr(solutions, "champion", lambda variant, run: tiny_lm())
