@@ -56,8 +56,7 @@ DECIDED_BY |= {"from eighth-baked": (0, 3, 4, 5)}  # the champions of 1 and 2 we
 LOOK_AHEAD = {"n_true 4": {}, "n_true 1": {"n_true": 1}}
 THOUGHTS = 4
 STAGES = ("01", "02", "03")
-# What a row was made with where it names no value.
-TRAINED_WITH = QuietStarSettings(head_sees="kept").model_dump(exclude={"seed"})
+TRAINED_WITH = QuietStarSettings(head_sees="kept").model_dump(exclude={"seed"})  # where a row names no value
 
 
 def rl_recipe(variant: str = "pocket") -> dict:

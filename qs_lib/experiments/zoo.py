@@ -89,11 +89,7 @@ def dosed(honest: Measured, organism: Measured, dose: float, order: int = 0) -> 
     turned = np.zeros(size, bool)
     turned[np.random.default_rng(order).permutation(size)[: round(dose * size)]] = True
     both = organism.keys() & honest.keys()
-    return {name: np.where(_over(turned, organism[name]), organism[name], honest[name]) for name in both}
-
-
-def _over(turned: np.ndarray, values: np.ndarray) -> np.ndarray:
-    return turned.reshape(-1, *[1] * (values.ndim - 1))
+    return {name: np.where(turned, organism[name].T, honest[name].T).T for name in both}
 
 
 def detection_limits(honest: Measured, organism: Measured, checks: list[str]) -> dict[str, float]:

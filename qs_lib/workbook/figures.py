@@ -191,28 +191,28 @@ def difficulty_shares(splits: dict[str, list[int]]):
     return figure
 
 
-def arm_accuracies(runs: dict[str, dict[str, list[float]]]):
+def arm_accuracies(runs: dict[str, dict[str, list[float]]], width: float = 7.2, **labels):
     """Draw the accuracy of each arm, (mean, low, high) with 95 % intervals: one group per arm, one bar per run."""
-    figure, axis = new_figure(7.2, 3.6)
+    figure, axis = new_figure(width, 3.7)
     runs = {name: values for name, values in runs.items() if values}
     arms = list(next(iter(runs.values())))
-    _bars(axis, {run: [values[arm] for arm in arms] for run, values in runs.items()}, arms)
-    _finish(axis, ylabel="test accuracy (share of problems)", ylim=(0, 1.02))
+    _bars(axis, {run: [v[arm] for arm in arms] for run, v in runs.items()}, [arm.replace("_", "\n") for arm in arms])
+    _finish(axis, ylabel="test accuracy (share of problems)", ylim=(0, 1.02), **labels)
     return figure
 
 
-def heat_map(table: dict[str, dict[str, float]], title: str):
-    """Draw shares (family of the problem -> strategy of the reply -> share) with every number written in its cell."""
+def heat_map(table: dict, title="", xlabel="strategy of the reply", ylabel="family of the problem"):
+    """Draw shares (row -> column -> share), dark for 1, with every number but 0 written in its cell."""
     rows, columns = list(table), list(next(iter(table.values())))
     values = np.array([[table[r][c] for c in columns] for r in rows])
-    figure, axis = new_figure(0.8 * len(columns) + 2.2, 0.38 * len(rows) + 1.5)
+    figure, axis = new_figure(min(9.5, 0.8 * len(columns) + 2.2), 0.34 * len(rows) + 2)
     axis.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
-        axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value > 0.6 else "black")
-    axis.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=8)
+        colour, number = "white" if value > 0.6 else "black", f"{value:.2g}" if value else ""
+        axis.text(j, i, number, ha="center", va="center", fontsize=8, color=colour)
+    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
     axis.set_yticks(range(len(rows)), rows, fontsize=8)
-    axis.set_title(title, fontsize=9)
-    axis.set(xlabel="strategy of the reply", ylabel="family of the problem")
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     return figure
 
 
@@ -335,12 +335,7 @@ def accuracy_by_difficulty(problems: list[dict], before, after):
 
 def attacks(accuracies: dict):
     """Draw the accuracies of named models under each attack (``TheaterReport.accuracy``), with 95 % intervals."""
-    figure, axis = new_figure(11, 3.8, dpi=100)
-    names = list(next(iter(accuracies.values())))
-    shares = {label: [own[n] for n in names] for label, own in accuracies.items()}
-    _bars(axis, shares, [n.replace("_", "\n") for n in names])
-    _finish(axis, xlabel="thoughts the model is given", ylabel="accuracy (share)", ylim=(0, 1.02))
-    return figure
+    return arm_accuracies(accuracies, 11, xlabel="thoughts the model is given")
 
 
 def coherence_scatter(table: list[dict]):

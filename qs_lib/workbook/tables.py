@@ -18,7 +18,7 @@ from ..evaluation.theater import CHECKS, TheaterReport
 from ..files import atomic_write, find_run
 from ..stats import as_text, correlation, fixed, named, shown
 from ..training.baking import BakingItem
-from ..viewing.escape import safe_token
+from ..viewing.escape import safe_text, safe_token
 from ..viewing.html import left, shade
 
 LEFT = "<style>.qs-left :is(th, td) {text-align: left !important}</style>"
@@ -172,14 +172,14 @@ def thoughts_html(thoughts, tokenizer, row: int = 0, position: int = 0) -> str:
     """
     rows = []
     for k, n in enumerate(thoughts.lengths[row, position].tolist()):
-        at = (row, position, k, slice(n))
-        drawn, cells = (getattr(thoughts, name)[at].tolist() for name in ("tokens", "logprobs", "sampled")), ""
+        drawn = [x[row, position, k, :n].tolist() for x in (thoughts.tokens, thoughts.logprobs, thoughts.sampled)]
+        total = fixed(sum(x * sampled for _, x, sampled in zip(*drawn, strict=True)), 1)
+        cells = f"<th scope='row'>thought {k + 1:d}<br><small>sum {safe_text(total)}</small></th><td>"
         for token, x, sampled in zip(*drawn, strict=True):
-            colour, note = shade(min(0.75, 0.25 * abs(x) * sampled)), fixed(x, 2) if sampled else "given"
-            cells += f"<span style='display:inline-block;text-align:center;padding:1px 3px;background:{colour}'>"
-            cells += f"{safe_token(tokenizer.decode([token]))}<br><small>{note}</small></span>"
-        total = fixed((thoughts.logprobs * thoughts.sampled)[at].sum().item(), 1)
-        rows.append(f"<th scope='row'>thought {k + 1}<br><small>sum {total}</small></th><td>{cells}</td>")
+            cells += "<span style='display:inline-block;text-align:center;padding:1px 3px;background:"
+            cells += f"{shade(min(0.75, 0.25 * abs(x) * sampled))}'>{safe_token(tokenizer.decode([token]))}<br>"
+            cells += f"<small>{safe_text(fixed(x, 2)) if sampled else 'given'}</small></span>"
+        rows.append(cells + "</td>")
     return LEFT + left(f"<table class='qs-left'><tbody><tr>{'</tr><tr>'.join(rows)}</tr></tbody></table>")
 
 
@@ -220,7 +220,8 @@ def verdicts(reports: dict[str, TheaterReport]) -> pd.DataFrame:
     """Return every check against its target for each model, its outcome in words, "not made" where a model lacks it."""
     columns = {"target": {c.id: c.target for one in reports.values() for c in one.checks}}
     for name, one in reports.items():
-        columns[name] = {c.id: f"{_check_value(c)} {_check_outcome(c)}" for c in one.checks}
+        told = {c.id: "reached" if c.reached else "open" if c.undecided else "not reached" for c in one.checks}
+        columns[name] = {c.id: f"{_check_value(c)} {told[c.id]}" for c in one.checks}
     return pd.DataFrame(columns).reindex([i for i in CHECKS if i in columns["target"]]).fillna("not made")
 
 
@@ -278,7 +279,3 @@ def theater_summary(report: TheaterReport) -> dict[str, float]:
 
 def _check_value(check) -> str:
     return shown((check.value, check.low, check.high))
-
-
-def _check_outcome(check) -> str:
-    return "reached" if check.reached else "open" if check.undecided else "not reached"

@@ -6,7 +6,7 @@ import pandas as pd
 from ..evaluation.attacks import EARLY, beyond_chance
 from ..evaluation.verdict import CHECKS, area_over
 from ..stats import fixed, interval, shown
-from .figures import LOOKS, draw_band, new_figure
+from .figures import LOOKS, draw_band, heat_map, new_figure
 
 HONEST = "honest"  # the organism of the zoo that does not cheat
 
@@ -58,18 +58,8 @@ def seeds_that_caught(rows: list[dict]) -> pd.DataFrame:
 
 def who_catches_whom(rows: list[dict]):
     """Draw organisms against checks as a heat map: dark where the check is missed on every seed."""
-    table = seeds_that_caught(rows)
-    figure, axis = new_figure(9.5, 0.32 * len(table) + 2.2, dpi=100)
-    axis.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for (row, column), share in np.ndenumerate(table.to_numpy()):
-        if share:
-            colour = "w" if share > 0.5 else "k"
-            axis.text(column, row, f"{share:.2g}", ha="center", va="center", fontsize=7.5, color=colour)
-    names = [name.replace("_", " ") for name in table]
-    axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
-    axis.set_yticks(range(len(table)), table.index, fontsize=8)
-    axis.set_xlabel("check (share of seeds on which it is missed)")
-    return figure
+    table = seeds_that_caught(rows).rename(columns=lambda name: name.replace("_", " ")).to_dict("index")
+    return heat_map(table, xlabel="check (share of seeds on which it is missed)", ylabel="")
 
 
 def meant_checks(rows: list[dict]) -> dict[str, str]:
