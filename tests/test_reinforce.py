@@ -17,6 +17,7 @@ from qs_lib.data import batches as c
 from qs_lib.data.tokens import thinking_ids
 from qs_lib.errors import ParameterError
 from qs_lib.evaluation.episodes import Thought
+from qs_lib.experiments.reinforcement import KeptAlone
 from qs_lib.model import QuietStarForCausalLM
 from qs_lib.thoughts.attention import recompute_layers
 from qs_lib.thoughts.generate import generate_thoughts
@@ -196,12 +197,12 @@ def test_every_drawn_problem_is_kept_or_left_out():
 
 def test_problems_left_out_train_the_head_and_nothing_else():
     seen = {}
-    for head_sees in ("kept", "drawn"):
+    for settings in (KeptAlone, r.QuietStarSettings):
         model, tokenizer = tiny_quiet_star()
         few = {"steps": 1, "batch_size": 2, "over": 3, "num_thoughts": 2, "thought_length": 6, "n_true": 3}
-        qs.train_quiet_star(model, tokenizer, problems(), problems(size=4), head_sees=head_sees, **few)
-        seen[head_sees] = model
-    kept, drawn = seen["kept"], seen["drawn"]
+        qs.train_quiet_star(model, tokenizer, problems(), problems(size=4), settings(**few))
+        seen[settings] = model
+    kept, drawn = seen.values()
     assert all(torch.equal(*pair) for pair in zip(kept.lm.parameters(), drawn.lm.parameters(), strict=True))
     heads = zip(kept.mixing_head.parameters(), drawn.mixing_head.parameters(), strict=True)
     assert not all(torch.equal(*pair) for pair in heads)

@@ -27,13 +27,12 @@ from ..stats import interval, named
 from ..training.heads import fit_mixing_head
 from ..training.imitation import imitate
 from ..training.reinforce import RunningText, train_quiet_star
-from ..training.settings import QuietStarSettings
 from ..workbook.stage import read_stage, stage_digest
 from .arms import repeat
 from .findings import write_criterion
 from .organisms import TRAINING
 from .organisms import story as worked
-from .reinforcement import TRAINED_WITH, baseline, loaded, measured, rl_recipe
+from .reinforcement import TRAINED_WITH, KeptAlone, baseline, loaded, measured, rl_recipe
 
 START = "03_baking/baked"
 OBJECTIVES = {"ours": {}, "rlp": {"objective": "rlp", "kl_coefficient": 0.0, "base_kl": 0.0}}
@@ -80,7 +79,7 @@ def train_anywhere(model, tokenizer, data: dict, settings: dict, seed: int, chec
 
     ``data``: problems by split. Running text in training is stories, questions with answers, and worked solutions.
     """
-    told, s = stories("train", STORIES, seed), QuietStarSettings(**settings, seed=seed)
+    told, s = stories("train", STORIES, seed), KeptAlone(**settings, seed=seed)
     lessons = story_lessons(tokenizer, told, data["train"], seed)
     imitate(model.lm, tokenizer, lessons, TRAINING.but(seed=seed), desc="stories")
     running = RunningText(told + task_texts(data["train"], ANSWERS, SOLUTIONS), TEXT_SHARE)

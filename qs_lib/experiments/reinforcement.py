@@ -56,16 +56,19 @@ DECIDED_BY |= {"from eighth-baked": (0, 3, 4, 5)}  # the champions of 1 and 2 we
 LOOK_AHEAD = {"n_true 4": {}, "n_true 1": {"n_true": 1}}
 THOUGHTS = 4
 STAGES = ("01", "02", "03")
-TRAINED_WITH = QuietStarSettings(head_sees="kept").model_dump(exclude={"seed"})  # where a row names no value
+TRAINED_WITH = QuietStarSettings().model_dump(exclude={"seed"})
+
+
+class KeptAlone(QuietStarSettings):
+    """The mixing head learns from the problems that selection keeps alone, as it did when all committed rows were made."""
+
+    head_sees_all = False
 
 
 def rl_recipe(variant: str = "pocket") -> dict:
-    """Return the :class:`QuietStarSettings` of notebook 05 for a variant, validated every 25 steps.
-
-    The mixing head sees the kept problems alone, as it did when the committed rows were made.
-    """
+    """Return the :class:`QuietStarSettings` of notebook 05 for a variant, validated every 25 steps."""
     values = recipe("05_rl", variant)
-    return {name: values[name] for name in TRAINED_WITH} | {"evaluate_every": 25, "head_sees": "kept"}
+    return {name: values[name] for name in TRAINED_WITH} | {"evaluate_every": 25}
 
 
 @lru_cache(maxsize=4)
@@ -121,7 +124,7 @@ def train_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | No
     direct answers on the same problems (:func:`train_direct`), and is compared with the same baseline.
     """
     start, think = settings.get("start", "03_baking/baked"), settings.get("think", True)
-    s = QuietStarSettings(**{k: v for k, v in settings.items() if k not in ("start", "think")}, seed=seed)
+    s = KeptAlone(**{k: v for k, v in settings.items() if k not in ("start", "think")}, seed=seed)
     before, likely = baseline(run, start, s.thought_length, seed)
     model, tokenizer, data = loaded(run, start)
     if not think:

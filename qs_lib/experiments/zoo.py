@@ -21,12 +21,11 @@ from ..files import discard, lock_run, read_rows, write_rows
 from ..model import QuietStarForCausalLM
 from ..training.checkpoint import Checkpoint
 from ..training.reinforce import train_quiet_star
-from ..training.settings import QuietStarSettings
 from ..workbook.params import recipe
 from ..workbook.stage import code_hash, read_stage
 from ..workbook.theater_figures import HONEST
 from .organisms import ORGANISMS, train_organism
-from .reinforcement import rl_recipe, train_direct
+from .reinforcement import KeptAlone, rl_recipe, train_direct
 
 HONEST_SEEDS = range(5)
 PROBLEMS = 240  # that each organism is attacked on
@@ -144,7 +143,7 @@ def honest_arguments(run: Path, cache: Path, seed: int) -> dict:
     baked = AutoModelForCausalLM.from_pretrained(run / "03_baking" / "baked").eval()
     before = QuietStarForCausalLM.from_base(baked, tokenizer, num_thoughts=4)
     values, test = recipe("06_anti_theater"), data["test"][:PROBLEMS]
-    s = QuietStarSettings(**rl_recipe(), seed=seed)
+    s = KeptAlone(**rl_recipe(), seed=seed)
     path = cache / f"{HONEST}-{seed}"
     if read_stage(run / "05_rl")[0]["seed"] == seed:
         path = run / "05_rl" / "quietstar"
@@ -176,7 +175,7 @@ def trained_controls(cache: Path, seed: int, before, model, tokenizer, data, tes
     ``answers alone``: the baked model, trained to answer at once on the problems that reinforcement draws. ``filler``:
     the honest model, trained to think in filler on about as many.
     """
-    path, s = cache / f"controls-{seed}.npz", QuietStarSettings(**rl_recipe(), seed=seed)
+    path, s = cache / f"controls-{seed}.npz", KeptAlone(**rl_recipe(), seed=seed)
     if not path.exists():
         direct, filler = copy.deepcopy(before.lm), copy.deepcopy(model)
         train_direct(direct, tokenizer, data["train"], data["validation"], s)

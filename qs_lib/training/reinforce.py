@@ -141,7 +141,7 @@ def train_quiet_star(
             mine, others = (part.rows(distributed.share(torch.arange(len(part.ids)))) for part in (kept, left))
             with torch.autocast(model.device.type, torch.bfloat16, enabled=s.bf16):
                 loss, metrics, credit = quiet_star_loss(model, reference, tokenizer, *mine[1:], s)
-                if len(left.ids) and s.nll_weight and s.head_sees == "drawn":
+                if len(left.ids) and s.nll_weight and s.head_sees_all:
                     beside = len(left.ids) / len(kept.ids)  # each problem counts alike
                     loss = loss + beside * s.nll_weight * head_nll(model, tokenizer, *others[1:], s)
             if running:
@@ -267,10 +267,9 @@ def draw_rollouts(model, tokenizer, problems, step: int, s: QuietStarSettings, r
 def keep_disputed(drawn: Rollouts, s: QuietStarSettings, generator) -> tuple[Rollouts, Rollouts, float]:
     """Return the ``batch_size`` problems whose thoughts disagree most, those left out, and the mean number of answers."""
     differ = disagreement(drawn.thoughts)
-    kept = torch.ones(len(differ), dtype=torch.bool)
+    kept = torch.full(differ.shape, s.over == 1)
     if s.over > 1:
         chance = torch.rand(len(differ), generator=generator)  # decides between equals
-        kept[:] = False
         kept[(differ + chance).topk(s.batch_size).indices] = True
     return drawn.rows(kept.nonzero()[:, 0]), drawn.rows((~kept).nonzero()[:, 0]), differ.float().mean().item()
 

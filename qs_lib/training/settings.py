@@ -1,6 +1,6 @@
 """What each training can be told: every parameter once, with its default and what it does."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -64,6 +64,7 @@ class BakingSettings(_Rates):
 class QuietStarSettings(_Rates):
     """How thoughts are trained."""
 
+    head_sees_all: ClassVar[bool] = True  # the mixing head learns from all drawn problems, not only from those kept
     steps: int = Field(300, ge=1)  # RL steps
     batch_size: int = Field(32, ge=1)  # problems whose thoughts are trained on, each step
     num_thoughts: int = Field(4, ge=2, le=64)  # thoughts per position: each is the others' baseline
@@ -71,7 +72,6 @@ class QuietStarSettings(_Rates):
     temperature: float = Field(1.0, gt=0)  # sampling temperature of the thoughts that are trained on
     n_true: int = Field(4, ge=1)  # true tokens after a thought that its reward looks at
     over: int = Field(2, ge=1)  # problems sampled per problem kept: those whose thoughts disagree most
-    head_sees: Literal["drawn", "kept"] = "drawn"  # problems that train the mixing head: all drawn, or those kept
     pass_low: float = Field(0.0, ge=0, le=1)  # train on problems of at least this pass rate, see `within_band`
     pass_high: float = Field(1.0, ge=0, le=1)  # and of at most this
     muon: bool = True  # Muon on hidden matrices, else AdamW on all
