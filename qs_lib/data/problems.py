@@ -204,8 +204,8 @@ def parse_gsm8k(question: str, worked: str, family: str = "gsm8k") -> Problem:
 def solution_text(question: str, worked: str, working: bool = True) -> Problem:
     """Return a GSM8K question and its worked answer as running text: a story as ``pocket.stories`` writes them.
 
-    Annotations are taken out, and without ``working`` the calculations in front of their results too. A result is a sentence whose annotated equations are all true arithmetic: its ``answer``
-    is the sentence, ``before`` the text up to it, ``steps`` the equations. Raises as :func:`parse_gsm8k` does.
+    Annotations go, and without ``working`` the calculations before results too. A result is a sentence (``answer``) whose
+    equations (``steps``) are all true, ``before`` is the text up to it. Raises as :func:`parse_gsm8k` does.
     """
     opening, results = " ".join(question.split()), []
     text = opening

@@ -11,7 +11,7 @@ import torch
 from ..data.batches import text_of
 from ..data.problems import solution_text
 from ..data.strategies import body
-from ..data.tokens import PLAIN_WORDS, Sequence, encode, encode_context, encode_marked, encode_reply, in_words, padded
+from ..data.tokens import PLAIN_WORDS, encode, encode_context, encode_marked, encode_reply, in_words, padded
 from ..errors import SourceError
 from ..evaluation.accuracy import Budget
 from ..evaluation.likelihood import (
@@ -69,14 +69,14 @@ def read_solutions(folder: str, split: str, working: bool = True) -> list[dict]:
 def solution_lessons(tokenizer, told: list[dict], seed: int) -> list[tuple[list[int], list[int]]]:
     """Return (context, reply) ids: each solution once, with worked thoughts in the sentences of some of its results.
 
-    Half of the thoughts stand directly before the number behind ``=``, the others anywhere in the sentence.
+    Half of the thoughts stand directly before the result (:func:`results_in`), the others anywhere in the sentence.
     """
     rng, texts = random.Random(seed), []
     for story in told:
         ids, begins = (whole := encode(tokenizer, *text_of(story))).ids, whole.start
-        reply, done = [], begins
+        reply, done, said = [], begins, results_in(tokenizer, ids, begins)
         for result in (r for r in story["results"] if rng.random() < TOLD):
-            first, last, number = places(tokenizer, whole, result)
+            first, last, number = places(tokenizer, said, result)
             at = number if number and rng.random() < 0.5 else rng.randrange(first, last)
             reply += ids[done:at] + worked_thought(tokenizer, result)
             done = at
@@ -99,11 +99,11 @@ def results_in(tokenizer, ids: list[int], begins: int) -> np.ndarray:
     return np.array([any(a < end <= b for a, b in spans) and text[end - 1].isdigit() for end in ends])
 
 
-def places(tokenizer, whole: Sequence, result: dict) -> tuple[int, int, int | None]:
-    """Return where a result's sentence begins and ends in a text, and its first digit of a result or None."""
+def places(tokenizer, results: np.ndarray, result: dict) -> tuple[int, int, int | None]:
+    """Return where a result's sentence begins and ends in a text with ``results_in``, and its first digit or None."""
     first = len(encode_context(tokenizer, result["before"]))
     last = first + len(encode_reply(tokenizer, result["answer"]))
-    said = np.flatnonzero(results_in(tokenizer, whole.ids, whole.start)[first:last])
+    said = np.flatnonzero(results[first:last])
     return first, last, first + int(said[0]) if len(said) else None
 
 
@@ -149,7 +149,7 @@ def at_results(model, tokenizer, told: list[dict], **budget) -> dict:
     rows, after, results = [], [], []
     for story in told:
         ids, said = (whole := encode(tokenizer, *text_of(story))).ids, story["results"][0]
-        if at := places(tokenizer, whole, said)[2]:
+        if at := places(tokenizer, results_in(tokenizer, ids, whole.start), said)[2]:
             rows.append(ids[: at + 1])
             after.append(ids[:at] + worked_thought(tokenizer, said))
             results.append(said["steps"][-1].split("= ")[-1])
