@@ -43,6 +43,7 @@ from qs_lib.thoughts.generate import generate_thoughts
 from qs_lib.thoughts.prefix import Grid
 from qs_lib.thoughts.rescore import rescore_thoughts
 from qs_lib.thoughts.sampler import sample, uniforms
+from qs_lib.training.optim import CPU_HAS_BF16
 
 THINK, END = 1, 2
 MODELS = {  # hidden, intermediate, layers, heads, key heads, vocabulary
@@ -50,6 +51,7 @@ MODELS = {  # hidden, intermediate, layers, heads, key heads, vocabulary
     "1M": (128, 384, 4, 4, 2, 1024),
     "10M": (256, 704, 10, 8, 4, 8192),
     "100M": (768, 2048, 12, 12, 4, 32000),
+    "135M": (576, 1536, 30, 9, 3, 49152),  # SmolLM2-135M's
 }
 SHAPES = {  # model, batch, length, positions (None: all), thoughts, thought length
     "10M_L64": ("10M", 4, 64, None, 4, 10),
@@ -57,6 +59,7 @@ SHAPES = {  # model, batch, length, positions (None: all), thoughts, thought len
     "1M_L256_M8": ("1M", 4, 256, 8, 4, 16),
     "1M_L512": ("1M", 1, 512, None, 4, 16),
     "1M_L1024": ("1M", 1, 1024, None, 4, 16),
+    "135M_L96_M8": ("135M", 1, 96, 8, 4, 10),
 }
 LARGE = {"100M_L64": ("100M", 1, 64, None, 4, 10)}  # only when asked for with --only
 RESCORE = {
@@ -66,6 +69,7 @@ RESCORE = {
     "10M_L256_M8": ("10M", 1, 256, 8, 4, 16),
 }
 LATENCY = {"10M_L64_N1": ("10M", 1, 64, 1, 1, 10), "10M_L64_N4": ("10M", 1, 64, 1, 4, 10)}
+LATENCY |= {"135M_L64_N1": ("135M", 1, 64, 1, 1, 10), "135M_L64_N4": ("135M", 1, 64, 1, 4, 10)}
 MEMORY = {"10M_L256": ("10M", 1, 256, None, 4, 16)}
 PEAKS = ("plain_forward", "ours_32", "ours_64", "ours_256", "ours_1024", "generate_32", "dense_mask", "official")
 N_TRUE = 4
@@ -114,6 +118,20 @@ LINES = (
         None,
     ),
     ("seen", "four thoughts, generate / ours", "latency", "10M_L64_N4", "generate_over_ours", "", None),
+    ("seen", "generate / ours, 8 positions", "generation", "135M_L96_M8", "generate_over_ours", "", None),
+    ("seen", "copied prefix / ours, 8 positions", "generation", "135M_L96_M8", "copied_prefix_over_ours", "", None),
+    ("seen", "one by one / ours, 8 positions", "generation", "135M_L96_M8", "one_by_one_over_ours", "", None),
+    (
+        "seen",
+        "thought token / plain token, 8 positions",
+        "generation",
+        "135M_L96_M8",
+        "token_over_plain_token",
+        "",
+        None,
+    ),
+    ("seen", "one thought, ours / generate", "latency", "135M_L64_N1", "ours_over_generate", "", None),
+    ("seen", "four thoughts, generate / ours", "latency", "135M_L64_N4", "generate_over_ours", "", None),
 )
 
 
@@ -400,7 +418,7 @@ def generation(shape):
     }
     if positions is None and size <= 512:
         jobs["dense_mask"] = lambda ids, _: dense(model, ids, number, length)
-    if size == 64:
+    if size == 64 and CPU_HAS_BF16:  # emulated it says nothing
         half = copy.deepcopy(model).to(torch.bfloat16)
         jobs["ours_bf16"] = lambda ids, at: ours(half, ids, at, number, length)
     return timed(jobs, small, large)
@@ -590,7 +608,7 @@ def conditions():
     return {
         "command": "make bench",
         "unit": "CPU seconds of one thread, medians over repeats",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {'with' if CPU_HAS_BF16 else 'no'} bfloat16 instructions",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": git.stdout.strip() or None,
@@ -624,7 +642,7 @@ def main():
             for section, (*jobs, shapes) in sections.items()
         }
     else:
-        print("about seven minutes on an idle core")
+        print("about fifteen minutes on an idle core")
     work = [(section, name) for section, (*_, shapes) in sections.items() for name in shapes]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     partial = options.output.with_name(f".{options.output.name}.partial")
