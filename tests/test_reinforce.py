@@ -181,6 +181,40 @@ def test_the_head_learns_from_what_was_left_out_as_it_does_from_what_was_kept(mi
     assert all(p.grad is None for p in [*model.lm.parameters(), *model.gain_head.parameters()])
 
 
+@pytest.mark.parametrize("part", ["kept", "left out"])
+def test_one_problem_does_not_drown_the_others(part):
+    """A gate that is open before thoughts that make the truth impossible: its slope is in the thousands, and is cut."""
+    model, tokenizer = tiny_quiet_star()
+    ids, mask, thoughts = batch(model, tokenizer)
+    only = {"pg_weight": 0.0, "kl_coefficient": 0.0, "base_kl": 0.0, "n_true": 3, "nll_weight": 1.0}
+    found, real = {}, model.mix_truth
+
+    def hopeless(scored, weights):
+        scored.true_logprobs = scored.true_logprobs.detach().index_fill(0, torch.tensor([0]), -20.0)
+        open_gate = torch.nn.functional.pad(torch.full_like(weights[..., 1:], 0.5), (1, 0))
+        return real(scored, weights + (open_gate - weights).detach())
+
+    model.mix_truth = hopeless
+    for steepest in (100.0, 1e30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(r, "STEEPEST", steepest)
+            model.zero_grad()
+            if part == "kept":
+                loss_of(model, None, tokenizer, ids, mask, thoughts, **only)[0].backward()
+            else:
+                r.head_nll(model, tokenizer, ids, mask, thoughts, r.QuietStarSettings(**only)).backward()
+        found[steepest] = sum(p.grad.norm() for p in model.mixing_head.parameters()).item()
+    assert found[1e30] > 100 * found[100.0] > 0
+
+
+@pytest.mark.parametrize("problems", [1, 8])
+def test_slopes_are_cut_by_problem_and_keep_their_direction(problems):
+    """By hand: (30, 40) has a norm of 50 and stays, (600, 800) has 1,000 and is cut to 100. Each counts 1 / problems."""
+    slopes = torch.tensor([[30.0, 40.0], [600.0, 800.0], [0.0, 0.0]])[:, None, None] / problems
+    wanted = torch.tensor([[30.0, 40.0], [60.0, 80.0], [0.0, 0.0]])[:, None, None] / problems
+    assert torch.allclose(r.cut(slopes, problems), wanted)
+
+
 def test_every_drawn_problem_is_kept_or_left_out():
     """By hand: of groups of 1, 3, 2, 1, 2 and 3 answers the four with most are kept, in their order."""
     model, tokenizer = tiny_quiet_star()

@@ -95,19 +95,15 @@ def grokking(run: Path, folder: Path, seeds) -> None:
 def best_rows(rows: list[dict]) -> list[dict]:
     """Return each method's rows at its best rate, that of the fewest steps, ``arm`` shortened to the method's name.
 
-    The rate is chosen on the seeds that are shown, for all methods alike.
+    Steps are those to 95 % on validation, all of them if never. The rate is chosen on the seeds shown, for all alike.
     """
     best = []
     for name in methods():
-        own = [row | {"needed": steps_needed(row)} for row in rows if row["arm"].startswith(f"{name}, rate")]
+        own = [row for row in rows if row["arm"].startswith(f"{name}, rate")]
+        own = [row | {"needed": row["understood"] or row["settings"]["steps"]} for row in own]
         arm = min(dict.fromkeys(row["arm"] for row in own), key=lambda arm: np.mean(column(own, arm, "needed")))
         best += [row | {"arm": name} for row in own if row["arm"] == arm]
     return best
-
-
-def steps_needed(row: dict) -> int:
-    """Return the steps to 95 % on validation, or all of the run's where that was never reached."""
-    return row["settings"]["steps"] if row["understood"] is None else row["understood"]
 
 
 def acceleration(rows: list[dict]) -> str:

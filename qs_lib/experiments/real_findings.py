@@ -55,8 +55,7 @@ def judge_claims(rows: list[dict]) -> list[str]:
 
 def over_problems(row: dict, control: dict) -> dict[str, str]:
     """Return what ``row`` gains over ``control``, with four thoughts and with a greedy one, for reading."""
-    keys = ("right", "right_greedy")
-    return {key: shown(interval(_right(row, key) - _right(control, key)), True) for key in keys}
+    return {key: shown(interval(_right(row, key) - _right(control, key)), True) for key in ("right", "right_greedy")}
 
 
 def _right(row: dict, key: str = "right") -> np.ndarray:

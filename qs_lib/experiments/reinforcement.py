@@ -60,7 +60,7 @@ TRAINED_WITH = QuietStarSettings().model_dump(exclude={"seed"})
 
 
 class KeptAlone(QuietStarSettings):
-    """The mixing head learns from the problems that selection keeps alone, as it did when all committed rows were made."""
+    """The mixing head learns from the kept problems alone, slopes uncut, as it did when all committed rows were made."""
 
     head_sees_all = False
 

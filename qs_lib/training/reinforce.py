@@ -32,6 +32,7 @@ from .watching import first_groups, validate, watch
 PAPER_TEMPERATURE = 3.0
 SLOW = 0.999  # share of its weights that RLP's slow average keeps, each step (arXiv 2510.01265 §3)
 FITTED = 600  # problems to whose thoughts the mixing head is fitted in the end
+STEEPEST = 100.0  # largest slope of a problem's NLL in the weights, nats: that of a right answer whose weight is .01
 REWARD_FLOOR = -6.0  # nats; one thought that makes the truth impossible would drown all others
 
 
@@ -99,9 +100,8 @@ def train_quiet_star(
     Each step draws ``over`` x ``batch_size`` training problems, samples ``num_thoughts`` thoughts at each position,
     keeps the problems whose thoughts disagree most (no label needed), re-scores them and takes one optimizer step on
     :func:`quiet_star_loss`. The mixing head learns from those left out too (:func:`head_nll`). The reference model is
-    the language model as given. With ``lora_rank`` an adapter, the
-    thinking tokens' rows and the mixing head are trained, and the adapter is merged in the end. ``changed`` replaces
-    single settings.
+    the language model as given. With ``lora_rank`` an adapter, the thinking tokens' rows and the mixing head are
+    trained, and the adapter is merged in the end. ``changed`` replaces single settings.
 
     Validation is accuracy with thoughts after the question or, for thoughts inside the text, its log-likelihood with
     thoughts. With a ``checkpoint`` a stopped training goes on where it was. Where ``nll_weight`` is 0 nothing trains the
@@ -343,6 +343,8 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
         rewards = correct if s.reward == "correct" else scored.true_logprobs[there].sum(-1).detach().exp()
     advantage, logprobs = advantages(rewards, s.objective), scored.thought_logprobs[there]
     weights = model.mixing_weights(scored)
+    if s.nll_weight and s.head_sees_all and weights.requires_grad:
+        weights.register_hook(partial(cut, problems=units / s.nll_weight))
     reinforce = distributed.weigh(policy_gradient_loss(logprobs, advantage), units)
     mixed = model.mix_truth(scored, weights)[there]
     nll, alone = (look_ahead_nll(found, valid, s) for found in (mixed, scored.true_logprobs[there].mean(1)))
@@ -385,10 +387,17 @@ def head_nll(model, tokenizer, ids, mask, thoughts: Thoughts, s: QuietStarSettin
     there, weights = thoughts.positions >= 0, model.mixing_weights(scored)
     given = weights.detach().requires_grad_()
     nll = look_ahead_nll(model.mix_truth(scored, given)[there], scored.valid[there], s)
-    (slope,) = torch.autograd.grad(
-        nll, given
-    )  # the weights' alone: where states are mixed, the language head has one too
-    return nll.detach() + (slope * (weights - weights.detach())).sum()
+    (slope,) = torch.autograd.grad(nll, given)  # not the language head's, which has one where states are mixed
+    return nll.detach() + (cut(slope, there.sum()) * (weights - weights.detach())).sum()
+
+
+def cut(slope: torch.Tensor, problems: float) -> torch.Tensor:
+    """Return slopes (batch, P, n_true, 1 + K) of a mean NLL in the weights, those of a problem cut to a norm of 100.
+
+    Where the gate is open and no thought right, they are in the thousands, and drowned all others.
+    """
+    norm = slope.flatten(2).norm(dim=2) * problems
+    return slope * (STEEPEST / norm.clamp_min(STEEPEST))[..., None, None]
 
 
 def judged_tokens(tokenizer, ids, mask, positions, s: QuietStarSettings) -> torch.Tensor:

@@ -64,7 +64,7 @@ class BakingSettings(_Rates):
 class QuietStarSettings(_Rates):
     """How thoughts are trained."""
 
-    head_sees_all: ClassVar[bool] = True  # the mixing head learns from all drawn problems, not only from those kept
+    head_sees_all: ClassVar[bool] = True  # the mixing head learns from all drawn problems, none of them too steep
     steps: int = Field(300, ge=1)  # RL steps
     batch_size: int = Field(32, ge=1)  # problems whose thoughts are trained on, each step
     num_thoughts: int = Field(4, ge=2, le=64)  # thoughts per position: each is the others' baseline

@@ -243,5 +243,4 @@ def overview(episodes: Iterable[Episode], limit: int = 50) -> str:
         for n, e in enumerate(episodes[:limit], 1)
     )
     titles = ("no.", "question", "truth", "without", "with thoughts", "outcome", "mean utility (nats)")
-    rest = f"<p>and {len(episodes) - limit} more</p>" if len(episodes) > limit else ""
-    return page(_table(titles, rows) + rest)
+    return page(_table(titles, rows) + (f"<p>and {len(episodes) - limit} more</p>" if len(episodes) > limit else ""))

@@ -53,8 +53,7 @@ def new_figure(width: float = 6.4, height: float = 3.4, columns: int = 1, rows: 
 def _draw_line(axis, points: list[tuple], look: Look, label: str | None) -> None:
     """Draw (x, y) points as a line with at most a dozen or two marks, and nothing if there are none."""
     if points:
-        every = max(1, len(points) // 12)
-        drawn = {"color": look.colour, "marker": look.marker, "markevery": every, "ms": 5}
+        drawn = {"color": look.colour, "marker": look.marker, "markevery": max(1, len(points) // 12), "ms": 5}
         axis.plot(*zip(*points, strict=True), look.dash, label=label, **drawn)
 
 
@@ -243,8 +242,7 @@ def bench_ratios(measured: list[dict]):
             axis.plot([line["bound"]] * 2, [i - 0.42, i + 0.42], color="black", lw=2.5)
     axis.set_yticks(range(len(rows)), [f"{claim.split(' / ')[0]}, {line['shape']}" for claim, line in rows], fontsize=8)
     axis.invert_yaxis()
-    most = max(line["value"] for _, line in rows)
-    axis.set(xscale="log", xlabel="CPU time / ours (stroke: bound)", xlim=(0.7, 2 * most))
+    axis.set(xscale="log", xlabel="CPU time / ours (stroke: bound)", xlim=(0.7, 2 * max(x["value"] for _, x in rows)))
     return figure
 
 
