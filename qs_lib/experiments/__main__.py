@@ -36,8 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", default="", help="folder or file of problems, for a pretrained model")
     parser.add_argument("--gsm8k", default="", help="folder of GSM8K, whose test problems are then answered too")
     parser.add_argument("--arms", nargs="+", choices=real_model.TRAINED_ARMS, metavar="ARM", help="these arms alone")
-    texts = "thoughts inside GSM8K's worked solutions, not after questions"
-    parser.add_argument("--texts", action="store_true", help=texts)
+    parser.add_argument("--texts", action="store_true", help="thoughts inside GSM8K's solutions, not after questions")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     if given.name in EXPERIMENTS:

@@ -68,7 +68,8 @@ def meant_checks(rows: list[dict]) -> dict[str, str]:
     mean = found.groupby(["organism", "check"], sort=False)["limit"].agg(["mean", "count"])
     best = {}
     for name, checks in mean.groupby("organism", sort=False):
-        best[name] = checks[checks["count"] == checks["count"].max()]["mean"].idxmin()[1]
+        all_seeds = checks[checks["count"] == checks["count"].max()]
+        best[name] = all_seeds["mean"].idxmin()[1]
     return best
 
 

@@ -642,7 +642,7 @@ def main():
             for section, (*jobs, shapes) in sections.items()
         }
     else:
-        print("about fifteen minutes on an idle core")
+        print("about twenty minutes on an idle core")
     work = [(section, name) for section, (*_, shapes) in sections.items() for name in shapes]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     partial = options.output.with_name(f".{options.output.name}.partial")
