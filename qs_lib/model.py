@@ -347,11 +347,11 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 class ThinkingCache(DynamicCache):
-    """Hold what generation knows: the visible text, and a stream per row for "no thought" and each thought.
+    """Hold what generation knows: the visible text, and a stream per row for "no thought" and each different thought.
 
     ``streams`` is their cache, or None if the family has no exact one: then they are read anew for every token.
-    ``thoughts`` keeps every ``qs_lib.Thoughts`` drawn, in order, to be read beside the text. Their rows are the rows of
-    ``ids``, in beam search too.
+    ``branches`` (rows, 1 + K): the stream that each reads. Thoughts that are alike share one. ``thoughts`` keeps every
+    ``qs_lib.Thoughts`` drawn, in order, to be read beside the text: rows are those of ``ids``, in beam search too.
     """
 
     def __init__(self, input_ids, attention_mask=None):
@@ -372,13 +372,22 @@ class ThinkingCache(DynamicCache):
         self.ids = torch.cat([self.ids, ids], 1)
         whole = mask is not None and mask.shape == self.ids.shape
         self.mask = mask if whole else torch.cat([self.mask, torch.ones_like(ids)], 1)
-        new = ids.repeat_interleave(len(self.stream_mask) // len(ids), 0)
+        new = ids[self.stream_row]
         self.stream_ids = torch.cat([self.stream_ids, new], 1) if self.streams is None else new
         self.stream_mask = torch.cat([self.stream_mask, torch.ones_like(new)], 1)
 
-    def restart(self, tokens, lengths, pad_id):
-        """Begin new streams, right-aligned: the text alone and the text with each thought (rows, K, T)."""
-        self.stream_ids, self.stream_mask = thought_rows(self.ids, self.mask, tokens, lengths, pad_id or 0)
+    def restart(self, tokens, lengths, pad_id, plain: bool = True):
+        """Begin streams, right-aligned: the text with each thought (rows, K, T), and alone, or with the first if not ``plain``."""
+        numbers, branches = {}, []
+        for row, (thoughts, ends) in enumerate(zip(tokens.tolist(), lengths.tolist(), strict=True)):
+            given = [tuple(t[:n]) for t, n in zip(thoughts, ends, strict=True)]
+            for thought in [() if plain else given[0], *given]:
+                branches.append(numbers.setdefault((row, thought), len(numbers)))
+        self.branches = torch.tensor(branches, device=self.ids.device).view(len(tokens), -1)
+        self.stream_row = torch.tensor([row for row, _ in numbers], device=self.ids.device)
+        rows = [torch.cat([self.ids[row, self.mask[row] != 0], self.ids.new_tensor(t)]) for row, t in numbers]
+        self.stream_ids = pad_sequence(rows, True, pad_id or 0, "left")
+        self.stream_mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
         self.streams, self.age = None, 0
 
     def read(self, model):
@@ -386,28 +395,19 @@ class ThinkingCache(DynamicCache):
         if self.age == 0:
             self.streams = new_cache(model.lm)
         self.age += 1
-        hidden = model.read(self.stream_ids, self.stream_mask, cache=self.streams)[:, -1]
-        hidden = hidden.unflatten(0, (len(self.ids), -1))  # (rows, 1 + K, hidden)
+        hidden = model.read(self.stream_ids, self.stream_mask, cache=self.streams)[:, -1][self.branches]
         return hidden[:, 0], hidden[:, 1:]
 
     def reorder_cache(self, beam_idx):
         """Keep these rows, as beam search asks. The streams of a row go with it."""
         self.ids, self.mask = self.ids[beam_idx], self.mask[beam_idx]
         self.thoughts = [drawn.part(beam_idx) for drawn in self.thoughts]
-        each = len(self.stream_mask) // len(beam_idx)
-        rows = (beam_idx[:, None] * each + torch.arange(each, device=beam_idx.device)).flatten()
-        self.stream_ids, self.stream_mask = self.stream_ids[rows], self.stream_mask[rows]
+        kept = self.branches[beam_idx]
+        self.stream_row = torch.arange(len(kept), device=kept.device).repeat_interleave(kept.shape[1])
+        self.branches, kept = torch.arange(kept.numel(), device=kept.device).view_as(kept), kept.flatten()
+        self.stream_ids, self.stream_mask = self.stream_ids[kept], self.stream_mask[kept]
         if self.streams is not None:
-            self.streams.reorder_cache(rows)
-
-
-def thought_rows(input_ids, attention_mask, tokens, lengths, pad_id: int):
-    """Return left-padded rows "text" and "text + thought k" of every text: ids and mask, each (B * (1 + K), width)."""
-    rows = []
-    for text, keep, thoughts, ends in zip(input_ids, attention_mask.bool(), tokens, lengths, strict=True):
-        rows += [text[keep], *(torch.cat([text[keep], t[:n]]) for t, n in zip(thoughts, ends, strict=True))]
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
-    return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+            self.streams.reorder_cache(kept)
 
 
 def _unknown(what: str) -> WorkbookError:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import test_cheats as stand_in
 import torch
+from tiny import problems, tiny_quiet_star
 
 from qs_lib.evaluation import attacks, belief, edits, verdict
 from qs_lib.evaluation import theater as t
@@ -288,6 +289,20 @@ FAULTS = {
     foreseen: {"belief_gain"},
     untrained: {"control_gain"},
 }
+
+
+def test_reports_share_one_reading_of_the_training_problems_until_the_weights_change(monkeypatch):
+    model, tokenizer = tiny_quiet_star()
+    asked = problems(size=5)
+    practice, read, reading = belief.Practice([*asked, "a question alone ?"]), [], belief.states_before
+    monkeypatch.setattr(belief, "states_before", lambda *given: read.append(given[2]) or reading(*given))
+    first, again = practice.states(model.lm, tokenizer), practice.states(model.lm, tokenizer)
+    assert first is again and read == [[p["question"] for p in asked]]
+    next(model.lm.parameters()).data += 0.01
+    moved = practice.states(model.lm, tokenizer)
+    assert len(read) == 2 and (moved != first).any()
+    assert (moved == reading(model.lm, tokenizer, read[0])).all()
+    assert belief.Practice(["a question alone ?"]).states(model.lm, tokenizer) is None
 
 
 @pytest.mark.parametrize("fault", FAULTS)

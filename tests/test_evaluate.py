@@ -61,6 +61,23 @@ def test_decoding_with_given_thoughts_equals_plain_passes(weights):
         assert out[row] == reply_again(model, tokenizer, contexts[row], thoughts, weights, 3)
 
 
+@pytest.mark.parametrize("weights, streams", [("head", 2 + 3), ("thoughts", 1 + 2)])
+def test_thoughts_that_are_alike_are_read_once(weights, streams, monkeypatch):
+    """Row 0 has one thought three times, row 1 two that differ in length alone. The text alone is read if it is weighed."""
+    model, tokenizer = tiny_quiet_star()
+    torch.nn.init.constant_(model.mixing_head.gate.bias, 0.6)
+    contexts = [encode_context(tokenizer, p["question"]) for p in problems(size=2)]
+    tokens = torch.randint(0, 100, (2, 1, 6), generator=torch.Generator().manual_seed(1)).expand(2, 3, 6)
+    lengths, rows, read = torch.tensor([[5, 5, 5], [4, 6, 4]]), [], model.read
+    counted = lambda ids, *rest, **given: rows.append(len(ids)) or read(ids, *rest, **given)
+    monkeypatch.setattr(model, "read", counted)
+    out = e.decode_with_thoughts(model, tokenizer, contexts, tokens, lengths, weights, max_new_tokens=3)
+    assert set(rows) == {streams}
+    for row in range(2):
+        thoughts = [t[:n] for t, n in zip(tokens[row].tolist(), lengths[row].tolist(), strict=True)]
+        assert out[row] == reply_again(model, tokenizer, contexts[row], thoughts, weights, 3)
+
+
 @pytest.fixture(scope="module")
 def taught():
     """A model that has learnt what to write after an empty thought, and the problems.

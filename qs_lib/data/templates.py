@@ -193,6 +193,7 @@ def redraw(template: Template, rng: random.Random) -> Problem | None:
     fixed = {"0", "1"}  # "1 cat" is in the singular
     fixed |= {plain(token) for token in template.equation.split() if _PLAIN.fullmatch(token)}
     divisions = [(old[int(over)], old[int(under)]) for over, under in _DIVISION.findall(template.equation)]
+    alike = lambda old, new: ("." in old or "." not in new) and (old == "0" or new != "0")
     for _ in range(TRIES):
         new = {x: x if x in fixed else _drawn(x, rng) for x in old}
         for over, under in divisions:  # drawn apart, few numbers would divide
@@ -202,7 +203,7 @@ def redraw(template: Template, rng: random.Random) -> Problem | None:
         if len(set(new.values())) < len(new):
             continue
         drawn = _solved(template.question, tuple(new[x] for x in old), template.equation)
-        if drawn and all(map(_alike, map(result, given["steps"]), map(result, drawn["steps"]))):
+        if drawn and all(map(alike, map(result, given["steps"]), map(result, drawn["steps"]))):
             return drawn
     return None
 
@@ -214,10 +215,6 @@ def _drawn(old: str, rng: random.Random) -> str:
     unit = Fraction(10) ** (max(0, zeros - 1) - len(decimals))
     least = max(1, int((2 if int(whole) > 1 else 0) / unit))
     return _written(unit * rng.randint(least, int(Fraction(old) / unit * 5 / 4) + 3))
-
-
-def _alike(old: str, new: str) -> bool:
-    return ("." in old or "." not in new) and (old == "0" or new != "0")
 
 
 def table_of(source: str) -> Path | None:

@@ -126,7 +126,7 @@ def decode_with_thoughts(
     for rows in tqdm(sorted_batches(whole, size), desc="answer", leave=False, delay=2):
         ids, mask = padded(tokenizer, [contexts[r] for r in rows], model.device, "left")
         cache = ThinkingCache(ids, mask)
-        cache.restart(tokens[rows], lengths[rows], tokenizer.pad_token_id)
+        cache.restart(tokens[rows], lengths[rows], tokenizer.pad_token_id, plain=weights != "thoughts")
         written = _decode(model, cache, end_ids(model, tokenizer), weights, max_new_tokens)
         for r, reply_ids in zip(rows, written, strict=True):
             out[r] = reply_ids

@@ -7,7 +7,7 @@ from ..data import Problem
 from ..data.tokens import encode_context, encode_reply, pad, padded, thinking_ids
 from . import edits
 from .accuracy import answer_of, replies
-from .belief import probed, states_before
+from .belief import Practice, probed, states_before
 from .episodes import answers_with, draw_thoughts
 
 ATTACKS = ("own", "none", "foreign", "foreign_family", "shuffled", "filler", "last_step_deleted")
@@ -20,7 +20,6 @@ REWRITTEN = {
     "needed_alone": lambda words: edits.needed(words)[0],
 }
 EARLY = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of a thought after which an answer is asked for
-PRACTICE = 2000  # training problems that a probe learns from, at most
 Measured = dict[str, np.ndarray]  # name -> (problems, ...)
 
 
@@ -250,16 +249,15 @@ def blind(subject: Subject, think) -> Measured:
     return {"blind": np.concatenate(kept).astype(float)}
 
 
-def belief(subject: Subject, training) -> Measured:
+def belief(subject: Subject, training: Practice) -> Measured:
     """Ask a linear probe for the answer before the thought: ``probe`` is right, ``believed``: it says the final answer.
 
-    It learns from ``training`` records, at most ``PRACTICE``, or else from the other problems. A share of answers that
+    It learns from ``training`` records, or else from the other problems. A share of answers that
     are ``believed`` is performative in the sense of Reasoning Theater: decided before the thought.
     """
-    practice = [p for p in training or () if not isinstance(p, str)][:PRACTICE]
-    states = states_before(subject.model.lm, subject.tokenizer, subject.questions)
-    known = states_before(subject.model.lm, subject.tokenizer, [p["question"] for p in practice]) if practice else None
-    said = probed(states, subject.truth, known, [p["answer"] for p in practice])
+    reading = subject.model.lm, subject.tokenizer
+    states, known = states_before(*reading, subject.questions), training.states(*reading)
+    said = probed(states, subject.truth, known, [p["answer"] for p in training.problems])
     believed = {"believed": (said == subject.said).astype(float), "believed_chance": by_chance(said, subject.said)}
     return {"probe": subject.right(said)} | believed
 

@@ -32,6 +32,7 @@ from ..stats import Reliability, correlation, interval, reliability, votes
 from . import attacks
 from .accuracy import answer_of, end_ids, replies
 from .attacks import ATTACKS, REWRITTEN, Measured, Subject, stacked
+from .belief import Practice
 from .coherence import Scale, coherence
 from .episodes import Episode, answers_alone, as_episodes, by_problem, score_thoughts
 from .verdict import CHECKS, Check, judge
@@ -144,6 +145,7 @@ def anti_theater(
     the verdict says so: the model ``before`` training, the ``training`` questions or problems that were trained or
     selected on, a causal LM as ``reader`` of the thoughts, and ``controls``, for each model that was trained as long
     without thoughts 0 or 1 a problem. A probe learns answers from the ``training`` problems, else from the held-out ones.
+    As a :class:`Practice` they are read once for all reports on a model.
     ``think(ids, mask, positions, generator, ...)`` and ``score`` replace the model's sampler and the coherence score,
     which is how some cheats are planted. ``stage`` is the episodes' name of the model. Raises ``WorkbookError`` on
     fewer than 2 problems, ``ParameterError`` on an unknown setting.
@@ -162,7 +164,8 @@ def anti_theater(
     measured |= {"own": subject.right(subject.said), "none": subject.right(none)}
     measured["far"], matched, diversity = _distances(*subject.own, direct, endless)
     measured |= {name: by_problem(rows, name) for name in ("composite", "utility")}
-    steps = _steps(subject, s, think or model.think, training)
+    practice = training if isinstance(training, Practice) else Practice(training or ())
+    steps = _steps(subject, s, think or model.think, practice)
     if before is not None:
         steps.append(partial(attacks.before_training, subject, before))
     if reader is not None:
@@ -174,8 +177,9 @@ def anti_theater(
         cost |= {name: Cost(0, 0, 0.0) if at else spent for at, name in enumerate(made)}  # all is paid for by the first
         measured |= made
     if training is not None:
-        seen = {_plain(p if isinstance(p, str) else p["question"]) for p in training}
-        measured["overlap"] = np.array([_plain(q) in seen for q in subject.questions], float)
+        plain = lambda question: " ".join(question.lower().split())  # case and spacing make no other question
+        seen = {plain(p if isinstance(p, str) else p["question"]) for p in training}
+        measured["overlap"] = np.array([plain(q) in seen for q in subject.questions], float)
     if controls:
         measured["control"] = max(controls.values(), key=np.mean)[: len(problems)]
     within_r = correlation(measured["composite"], measured["utility"].clip(-5, 5), s.seed, within=True)
@@ -188,7 +192,7 @@ def anti_theater(
     return TheaterReport(judge(measured), measured, cost, *found)
 
 
-def _steps(subject: Subject, s: TheaterSettings, think, training) -> list[partial]:
+def _steps(subject: Subject, s: TheaterSettings, think, practice) -> list[partial]:
     """Return the attacks to make. A quick look makes the cheapest that ask for use and for following."""
     rng = np.random.default_rng(s.seed)  # what is swapped and shuffled is drawn in this order
     swapped = ("foreign",) if s.quick else attacks.ATTACKS[2:]
@@ -199,7 +203,7 @@ def _steps(subject: Subject, s: TheaterSettings, think, training) -> list[partia
     steps += [partial(attacks.rewritten, subject, name) for name in attacks.REWRITTEN]
     steps += [partial(attacks.early_answers, subject), partial(attacks.idle_steps, subject)]
     steps += [partial(attacks.hidden_hints, subject, s.hint), partial(attacks.blind, subject, think)]
-    return [*steps, partial(attacks.belief, subject, training), partial(attacks.drawn_again, subject)]
+    return [*steps, partial(attacks.belief, subject, practice), partial(attacks.drawn_again, subject)]
 
 
 def _direct(subject: Subject, room: int) -> tuple[list, list]:
@@ -230,20 +234,10 @@ def _reliabilities(rows, direct: list[str], alone, truth, seed: int) -> dict[str
     return {name: reliability(value, right, seed=seed) for name, value in scores.items()}
 
 
-def _plain(question: str) -> str:
-    """A question without differences of case and spacing."""
-    return " ".join(question.lower().split())
-
-
 def fit_scale(model, tokenizer, problems: list[Problem], **settings) -> Scale:
     """Fit the coherence scale to thoughts on validation problems. No labels are read."""
-    raw = {}
-
-    def keep(*arguments):
-        parts = coherence(*arguments)
-        for name, value in parts.raw.items():
-            raw.setdefault(name, []).append(value.flatten())
-        return parts
-
+    found = []
+    keep = lambda *arguments: found.append(coherence(*arguments)) or found[-1]
     score_thoughts(model, tokenizer, list(problems), None, score=keep, **settings)
-    return Scale.fit({k: torch.cat(v) for k, v in raw.items()})
+    names = found[0].raw if found else ()
+    return Scale.fit({name: torch.cat([parts.raw[name].flatten() for parts in found]) for name in names})

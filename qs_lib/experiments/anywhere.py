@@ -60,10 +60,8 @@ def story_lessons(tokenizer, told: list[dict], problems: list[dict], seed: int =
             thought = f"think {body('cot', result['steps'], [])} done {result['answer']}"
             texts.append((encode_context(tokenizer, result["before"]), encode_marked(tokenizer, thought)))
     for p in rng.sample(problems, min(len(told), len(problems))):
-        thought = f"think {worked(p)} done " * (rng.random() < 0.5)
-        texts.append(
-            (encode_context(tokenizer, p["question"]), encode_marked(tokenizer, thought + reply(None, p)) + end)
-        )
+        thought, asked = f"think {worked(p)} done " * (rng.random() < 0.5), encode_context(tokenizer, p["question"])
+        texts.append((asked, encode_marked(tokenizer, thought + reply(None, p)) + end))
     return texts
 
 

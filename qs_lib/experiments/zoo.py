@@ -116,20 +116,17 @@ def organism_measured(run: Path, cache: Path, name: str, seed: int) -> tuple[Mea
             problems = read_problems(run / "02_dataset_generation" / "train.parquet")
             train_organism(name, arguments["model"], arguments["tokenizer"], problems, seed)
         report = anti_theater(**arguments)
-        costs = {c.id: cost_of(report, c.id) for c in report.checks}
+        costs = {}
+        for check in report.checks:  # beside the model's own thoughts, which all share
+            spent = [report.cost[x] for x in CHECKS[check.id].needs if x in report.cost and x != "own"]
+            costs[f"cost {check.id}"] = sum(c.drawn + c.read for c in spent), sum(c.seconds for c in spent)
         cache.mkdir(parents=True, exist_ok=True)
-        np.savez(path.with_suffix(".part.npz"), **report.measured, **{f"cost {i}": c for i, c in costs.items()})
+        np.savez(path.with_suffix(".part.npz"), **report.measured, **costs)
         path.with_suffix(".part.npz").rename(path)
     with np.load(path) as file:
         arrays = dict(file)
     costs = {name.removeprefix("cost "): arrays.pop(name) for name in list(arrays) if name.startswith("cost ")}
     return arrays, {name: (int(thoughts), float(seconds)) for name, (thoughts, seconds) in costs.items()}
-
-
-def cost_of(report, check: str) -> tuple[int, float]:
-    """Return the thoughts and seconds that a check took beside the model's own thoughts, which all share."""
-    spent = [report.cost[need] for need in CHECKS[check].needs if need in report.cost and need != "own"]
-    return sum(c.drawn + c.read for c in spent), sum(c.seconds for c in spent)
 
 
 def honest_arguments(run: Path, cache: Path, seed: int) -> dict:

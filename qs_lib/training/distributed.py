@@ -3,10 +3,10 @@
 The training loops run unchanged under torchrun, on one machine or several:
 
     # bake.py:  torchrun --standalone --nproc_per_node 2 bake.py
-    distributed.distributed.start(expected=2)
+    distributed.start(expected=2)
     model, tokenizer = qs.load_champion(...)
     qs.bake(model, tokenizer, ...)
-    if distributed.distributed.first():
+    if distributed.first():
         model.save_pretrained(...)
 
 Batch sizes are those of all processes together. Draws come from the same seeds in each process, so that all see the
