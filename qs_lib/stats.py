@@ -6,7 +6,7 @@ Intervals are 95 %: bootstraps over problems, or Student's t over seeds.
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 Interval = tuple[float, float, float]  # value, low, high
 
@@ -116,7 +116,7 @@ def seed_interval(values) -> Interval:
     values = np.asarray(values, float)
     if len(values) < 2:
         raise ValueError("an interval over seeds needs at least two of them")
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    half = stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / len(values) ** 0.5
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
