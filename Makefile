@@ -53,7 +53,7 @@ setup: .venv/installed
 	$(BIN)/python -m pip install -c constraints.txt -e ".[notebooks,dev]"
 	touch $@
 
-run: setup $(if $(filter smollm2,$(P)),.venv/smollm2)
+run: setup $(if $(filter smollm2%,$(P)),.venv/smollm2)
 	@$(BIN)/python -m qs_lib.workbook.run --variant "$(P)" --run "$(RUN_NAME)" $(if $(DATA),--data "$(DATA)") \
 	  $(if $(MODEL),--champion "$(MODEL)") \
 	  $(if $(SET),--set $(SET)) \
