@@ -57,10 +57,13 @@ def test_it_comes_to_the_best_weight_where_one_weight_is_all_there_is_to_learn(m
 
 
 def test_reinforcement_without_likelihood_ends_with_a_fitted_head(monkeypatch):
-    """Meanwhile its thoughts are validated all alike: with the shut gate no thought would count."""
+    """Meanwhile its thoughts are validated and shown all alike: with the shut gate no thought would count."""
     model, tokenizer = tiny_quiet_star(gate="place")
     weighed, true = [], watching.accuracy_with_thoughts
     monkeypatch.setattr(watching, "accuracy_with_thoughts", lambda *a, **k: weighed.append(a[3]) or true(*a, **k))
     given = {"steps": 1, "batch_size": 4, "num_thoughts": 2, "thought_length": 6, "nll_weight": 0.0}
-    reinforce.train_quiet_star(model, tokenizer, problems(size=40), problems(size=4), **given)
+    result = reinforce.train_quiet_star(model, tokenizer, problems(size=40), problems(size=4), **given)
+    shown = [*result.watched, *result.episodes]
+    assert len(shown) == 12 and all(e.no_thought_weight == 0 for e in shown)
+    assert all({round(t.weight, 6) for t in e.thoughts} == {0.5} for e in shown)
     assert weighed == ["thoughts"] and model.mixing_head.gate.bias.item() != 0

@@ -170,14 +170,14 @@ def as_episodes(tokenizer, problems, drawn, rows, answers: dict[str, list], stag
 
 @torch.no_grad()
 def record(
-    model, tokenizer, document, thoughts, about, max_new_tokens, n_true=4, scale=None, trained=None, begin=None
+    model, tokenizer, document, thoughts, about, max_new_tokens, weights="head", trained=None, begin=None, **scoring
 ) -> Episode:
     """Return thoughts (of one row and position) drawn in a text, ``document`` (ids), as an episode.
 
-    They are scored, and answered with in at most ``max_new_tokens`` tokens. ``about``: the episode's ``problem``,
-    ``question``, ``answer`` (None where the truth is not known) and other names. ``trained``: what training gave each
-    thought, (reward, advantage) of shape (K,) each, where that is not utility and utility minus its mean.
-    ``begin(name)`` is called before each of ``STEPS`` but the first.
+    They are scored (``scoring``: see :func:`score_drawn`), and answered with in at most ``max_new_tokens`` tokens.
+    ``about``: the episode's ``problem``, ``question``, ``answer`` (None where the truth is not known) and other names.
+    ``trained``: what training gave each thought, (reward, advantage) of shape (K,) each, where that is not utility and
+    utility minus its mean. ``begin(name)`` is called before each of ``STEPS`` but the first.
     """
     at, ids = thoughts.positions.item(), torch.tensor([document], device=thoughts.positions.device)
     context, drawn = document[: at + 1], (thoughts.tokens[:, 0], thoughts.lengths[:, 0])
@@ -186,9 +186,9 @@ def record(
         return answers_with(model, tokenizer, [context], *drawn, weights, max_new_tokens)[0]
 
     work = (  # one for each step
-        lambda: score_drawn(model, tokenizer, ids, torch.ones_like(ids), thoughts, [0], scale, n_true),
+        lambda: score_drawn(model, tokenizer, ids, torch.ones_like(ids), thoughts, [0], weights=weights, **scoring),
         lambda: answers("none"),
-        lambda: answers("head"),
+        lambda: answers(weights),
         lambda: answers_alone(model, tokenizer, [context], *drawn, max_new_tokens)[0],
     )
     made = []
@@ -263,7 +263,7 @@ def think_at(
     ids, at = torch.tensor([context[: last + 1]]), torch.tensor([[last]])
     thoughts = model.think(ids, positions=at, generator=budget.generator(), **budget.drawing)
     about = {"problem": 0, "question": text, "answer": truth or None, "stage": stage}
-    made = record(model, tokenizer, document, thoughts, about, tokens, n_true, scale, begin=begin)
+    made = record(model, tokenizer, document, thoughts, about, tokens, begin=begin, n_true=n_true, scale=scale)
     begin("done")
     return made
 

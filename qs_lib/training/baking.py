@@ -255,7 +255,10 @@ def bake(
     s, started, validation = BakingSettings.of(settings, **changed), time.monotonic(), list(validation)
     if not validation:
         raise WorkbookError("baking needs at least one validation problem")
-    teacher = unprompted_teacher(model, s)
+    if s.qk_clip_threshold:
+        with watch_max_logits(model):  # a family that cannot be watched is refused before anything is sampled
+            pass
+    teacher = model.eval() if s.lora_rank else copy.deepcopy(model).eval().requires_grad_(False)
     data = lessons(teacher, tokenizer, examples, problems, validation, s, prompts)
     before, rng = unprompted_kl(teacher, tokenizer, data.held_out), random.Random(s.seed)
     lengths, size = [len(i.student_ids) for i in data.thoughts], s.batch_size - s.rehearsed
@@ -291,14 +294,6 @@ def bake(
     result.kl_after = result.epochs[-1]["kl"]
     result.gap_closed, result.seconds = 1 - result.kl_after / before, time.monotonic() - started
     return result
-
-
-def unprompted_teacher(model, s: BakingSettings):
-    """Return the champion as it is. Raises ``UnwatchedError`` if its attention cannot be clipped as ``s`` asks."""
-    if s.qk_clip_threshold:
-        with watch_max_logits(model):  # refused before anything is sampled
-            pass
-    return model.eval() if s.lora_rank else copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def _muon_grokfast(model, s: BakingSettings) -> MuonGrokfast:

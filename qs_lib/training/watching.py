@@ -30,7 +30,8 @@ def first_groups(model, tokenizer, batch, credit, s, stage: str) -> list[Episode
         about = {name: p[name] for name in ("question", "family", "difficulty")}
         about |= {"problem": 0, "answer": answer, "stage": stage}
         trained = [values[unit] for values in credit]
-        found.append(record(model, tokenizer, document, one, about, len(following), s.n_true, trained=trained))
+        given = {"n_true": s.n_true, "weights": mixed_by(s), "trained": trained}
+        found.append(record(model, tokenizer, document, one, about, len(following), **given))
     return found
 
 
@@ -48,21 +49,25 @@ def watch(model, tokenizer, problems: list[dict], s, step: int) -> list[dict]:
         about = {name: p[name] for name in ("question", "answer", "family", "difficulty")}
         about |= {"problem": n, "stage": f"step {step}", "step": step}
         document, following = ids[0].tolist(), ids.shape[1] - at.item() - 1
-        found.append(record(model, tokenizer, document, thoughts, about, following, s.n_true).model_dump())
+        given = {"n_true": s.n_true, "weights": mixed_by(s)}
+        found.append(record(model, tokenizer, document, thoughts, about, following, **given).model_dump())
     return found
+
+
+def mixed_by(s) -> str:
+    """Return how thoughts are mixed in training: all alike where nothing trains the mixing head."""
+    return "head" if s.nll_weight else "thoughts"
 
 
 def validate(model, tokenizer, problems: list[dict], s) -> tuple[str, float]:
     """Return what training is judged by, as (name, value).
 
     That is accuracy with thoughts after the question, or the mean log-likelihood of whole texts with thoughts inside,
-    in nats per token. All thoughts count alike where the mixing head is not trained.
+    in nats per token.
     """
-    budget = {"num_thoughts": s.num_thoughts, "thought_length": s.thought_length}
-    budget |= {"temperature": s.temperature, "seed": s.seed}
+    budget = {name: getattr(s, name) for name in ("num_thoughts", "thought_length", "temperature", "seed")}
     if s.think_at == "question":
-        weights = "head" if s.nll_weight else "thoughts"
-        found = accuracy_with_thoughts(model, tokenizer, problems, weights, **budget)
+        found = accuracy_with_thoughts(model, tokenizer, problems, mixed_by(s), **budget)
         return "validation_accuracy", found["mixed"].mean().item()
     likelihood = text_log_likelihood(model, tokenizer, [text_of(p) for p in problems], **budget)
     return "validation_log_likelihood", float(np.nanmean(likelihood["with" if s.nll_weight else "alone"]))
