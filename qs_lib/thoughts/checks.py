@@ -35,8 +35,8 @@ def largest_difference(model, input_ids: torch.Tensor, thoughts) -> float:
 
 
 @torch.no_grad()
-def own_rounding(model, input_ids: torch.Tensor, thoughts, piece: int = 1) -> float:
-    """Return the same difference between two plain ways: text + thought read whole, and ``piece`` tokens at a time.
+def own_rounding(model, input_ids: torch.Tensor, thoughts) -> float:
+    """Return the same difference between two plain ways: text + thought read whole, and a token at a time with a cache.
 
     So much the model's own arithmetic leaves open: the deeper the model and the larger its states, the more. 0 for a
     family that cannot go on from a cache exactly.
@@ -45,7 +45,7 @@ def own_rounding(model, input_ids: torch.Tensor, thoughts, piece: int = 1) -> fl
     if new_cache(model) is None:
         return worst
     for _, text, thought in _each(input_ids.to(model.device), thoughts):
-        whole, stepwise = (_plain(model, text, thought, thoughts, size) for size in (0, piece))
+        whole, stepwise = (_plain(model, text, thought, thoughts, steps) for steps in (False, True))
         worst = max(worst, (whole - stepwise)[whole.isfinite()].abs().max().item())
     return worst
 
@@ -57,10 +57,10 @@ def _each(input_ids, thoughts):
         yield tuple(at), text, thoughts.tokens[tuple(at)][: thoughts.lengths[tuple(at)]]
 
 
-def _plain(model, text, thought, thoughts, piece: int = 0) -> torch.Tensor:
+def _plain(model, text, thought, thoughts, stepwise: bool = False) -> torch.Tensor:
     """Return log-probs of a thought's tokens behind its first, as the sampler has them."""
-    ids, cache = torch.cat([text, thought])[None], {"past_key_values": new_cache(model)} if piece else {}
-    parts = [model(input_ids=part, **cache).logits[0] for part in (ids.split(piece, 1) if piece else [ids])]
+    ids, cache = torch.cat([text, thought])[None], {"past_key_values": new_cache(model)} if stepwise else {}
+    parts = [model(input_ids=part, **cache).logits[0] for part in (ids.split(1, 1) if stepwise else [ids])]
     logits = torch.cat(parts)[len(text) : -1].to(thoughts.logprobs.dtype)
     logits[:, list(thoughts.forbid)] = -torch.inf
     return (logits / (thoughts.temperature or 1.0)).log_softmax(-1).gather(1, thought[1:, None]).squeeze(1)
