@@ -252,8 +252,8 @@ def blind(subject: Subject, think) -> Measured:
 def belief(subject: Subject, training: Practice) -> Measured:
     """Ask a linear probe for the answer before the thought: ``probe`` is right, ``believed``: it says the final answer.
 
-    It learns from ``training`` records, or else from the other problems. A share of answers that
-    are ``believed`` is performative in the sense of Reasoning Theater: decided before the thought.
+    It learns from ``training`` records, or else from the other problems. A share of answers that are ``believed`` is
+    performative in the sense of Reasoning Theater: decided before the thought.
     """
     reading = subject.model.lm, subject.tokenizer
     states, known = states_before(*reading, subject.questions), training.states(*reading)
