@@ -25,6 +25,7 @@ SMALL = {
     | {"lora_rank": 2, "prompt_examples": 1, "max_new_tokens": 12},
     "05_rl": {"steps": 2, "batch_size": 2, "num_thoughts": 2, "evaluate_every": 1, "thought_length": 8}
     | {"eval_problems": 4, "pass_low": 0.0, "pass_high": 0.99, "lora_rank": 2, "n_true": 3},
+    "06_anti_theater": {"problems": 8},
 }
 
 
@@ -56,8 +57,12 @@ def test_every_kind_of_arm_becomes_a_row_once(small, monkeypatch):
     assert {"at 0.001", "at 0.002"} <= rows["filler"].keys() and rows["filler"]["rate"] in arms.CONTROL_RATES
     # as many passes as the prompts, baking (1 epoch of 2 steps) and reinforcement (2 steps of 6 replies) take together
     assert rows["answers alone"]["epochs"] == 1 + 1 + 1
-    assert rows["reinforced"]["checks"] >= rows["reinforced"]["checks_reached"] and rows["reinforced"]["moved"] >= 0
-    assert (small / "episodes-0.jsonl").is_file() and (small / "models" / "difference-0").is_dir()
+    for arm in ("baked", "reinforced"):
+        row, better = rows[arm], max(rows["answers alone"]["accuracy"], rows["filler"]["accuracy"])
+        assert row["checks"] >= row["checks_reached"] and row["moved"] >= 0
+        assert row["control_gain"] == pytest.approx(row["accuracy_own"] - better, abs=1e-5)
+        assert f'"{arm}"' in (small / f"episodes-{arm}-0.jsonl").read_text()
+    assert (small / "models" / "difference-0").is_dir()
     monkeypatch.setattr(arms, "measured_arm", lambda *_: pytest.fail("trained again"))
     arms.real_model(small, [0], "smollm2", arms=names)
 

@@ -162,6 +162,38 @@ def test_loss_parts_against_a_plain_recomputation(monkeypatch):
     assert loss.item() == pytest.approx(expected, abs=1e-3)
 
 
+def test_the_gradient_is_that_of_all_thoughts_though_only_those_with_an_advantage_are_read_for_it():
+    """The gradient again from a plain forward pass over each text and thought, those without an advantage too."""
+    model, tokenizer = tiny_quiet_star()
+    ids, mask, thoughts = batch(model, tokenizer)
+    only_pg = {"nll_weight": 0.0, "kl_coefficient": 0.0, "base_kl": 0.0, "n_true": 3, "objective": "positive"}
+    loss, _, (_, advantage) = loss_of(model, None, tokenizer, ids, mask, thoughts, **only_pg)
+    read = r.credited(model.lm, ids, mask, thoughts, advantage).thought_logprobs
+    assert 0 < (advantage > 0).sum() < advantage.numel()
+    assert torch.equal(read[:, 0].sum(-1) != 0, advantage > 0)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.lm.named_parameters()}
+    model.zero_grad()
+    expected = 0.0
+    for row, k in itertools.product(range(6), range(3)):
+        text, n = ids[row, : thoughts.positions[row, 0] + 1].tolist(), thoughts.lengths[row, 0, k].item()
+        said = thoughts.tokens[row, 0, k, :n].tolist()
+        logits = model.lm(torch.tensor([text + said])).logits[0, len(text) : -1]
+        logits = logits.index_fill(1, torch.tensor([thoughts.think_id]), -torch.inf)
+        each = logits.log_softmax(-1).gather(1, torch.tensor(said[1:])[:, None]).squeeze(1)
+        expected = expected - advantage[row, k] * (each * thoughts.sampled[row, 0, k, 1:n]).sum() / 18
+    expected.backward()
+    for name, p in model.lm.named_parameters():
+        assert torch.allclose(found[name], p.grad, atol=1e-5), name
+
+
+def test_without_any_advantage_all_thoughts_are_read_and_move_nothing():
+    model, tokenizer = tiny_quiet_star()
+    ids, mask, thoughts = batch(model, tokenizer)
+    read = r.credited(model.lm, ids, mask, thoughts, torch.zeros(6, 3)).thought_logprobs
+    assert torch.allclose(read, rescore_thoughts(model.lm, ids, thoughts, mask).thought_logprobs, atol=1e-6)
+
+
 @pytest.mark.parametrize("mixing", ["log_probs", "hidden"])
 def test_the_head_learns_from_what_was_left_out_as_it_does_from_what_was_kept(mixing):
     """Its gradient is that of the whole loss's likelihood term, and no other weight has any."""

@@ -144,7 +144,7 @@ def test_a_result_is_read_without_a_thought_after_its_own_and_after_the_true_one
     monkeypatch.setattr(model, "think", told_right)
     mixed = {"without": torch.tensor([[-2.0], [-1.0]]), "with": torch.tensor([[-0.5], [-0.25]])}
     mixed["alone"] = torch.tensor([[-4.0], [-3.0]])
-    monkeypatch.setattr(solutions, "predicted", lambda *_: mixed)
+    monkeypatch.setattr(solutions.likelihood, "predicted", lambda *_: mixed)
     found = solutions.at_results(model, tokenizer, stories, **budget)
     assert (found["result_plain"], found["result_mixed"], found["result_alone"]) == (-1.5, -0.375, -3.5)
     assert found["thoughts_true"] == 0.5

@@ -11,14 +11,8 @@ from ..data.batches import text_of
 from ..data.pocket import stories
 from ..data.strategies import body, reply
 from ..data.tokens import encode, encode_context, encode_marked
+from ..evaluation import likelihood
 from ..evaluation.accuracy import longest_answer
-from ..evaluation.likelihood import (
-    CONTROLS,
-    log_likelihood_gain,
-    plain_log_likelihood,
-    text_log_likelihood,
-    with_temperature,
-)
 from ..evaluation.theater import anti_theater, fit_scale
 from ..evaluation.where import area_under_curve, chosen, foreseen, gain_by_share
 from ..files import write_bytes
@@ -100,10 +94,10 @@ def task_texts(problems: list[dict], answers: int, solutions: int) -> list[dict]
 def text_gains(model, tokenizer, data: dict, kind: str, seed: int) -> tuple[dict, dict, list]:
     """Return scores of every token with thoughts and each control, guesses of where they pay, and the texts."""
     texts = held_out(kind, data["test"])
-    scores = text_log_likelihood(model, tokenizer, texts, positions=0, controls=True, **BUDGET, seed=seed)
+    scores = likelihood.text_log_likelihood(model, tokenizer, texts, positions=0, controls=True, **BUDGET, seed=seed)
     held = held_out(kind, data["validation"], "validation")
-    plain = [plain_log_likelihood(model, tokenizer, part, positions=0) for part in (texts, held)]
-    scores, _ = with_temperature(scores, *plain)
+    plain = [likelihood.plain_log_likelihood(model, tokenizer, part, positions=0) for part in (texts, held)]
+    scores, _ = likelihood.with_temperature(scores, *plain)
     guesses = foreseen(model, tokenizer, texts)
     behind = [tokenizer.convert_ids_to_tokens(encode(tokenizer, *text).ids[1:-1]) for text in texts]
     guesses["rule"] = np.full_like(guesses["entropy"], np.nan)
@@ -122,8 +116,8 @@ def measured_anywhere(model, tokenizer, data: dict, seed: int) -> tuple[dict, di
     row, kept = {}, {}
     for kind in KINDS:
         scores, guesses, texts = text_gains(model, tokenizer, data, kind, seed)
-        for control in CONTROLS:
-            found = log_likelihood_gain(scores, control=control)
+        for control in likelihood.CONTROLS:
+            found = likelihood.log_likelihood_gain(scores, control=control)
             row |= named(f"{kind}_over_{control}", found["all"])
             row |= named(f"{kind}_over_{control}_hardest", found["hardest"])
         if kind != "stories":
@@ -170,7 +164,7 @@ def write_numbers(folder: Path, rows: list[dict]) -> None:
     ours = [row for row in rows if row["arm"] == "ours"]
     worst = {
         "anywhere_nll": [min(row[f"{kind}_over_without"] for kind in KINDS) for row in ours],
-        "hard_nll": [min(row[f"stories_over_{control}_hardest"] for control in CONTROLS) for row in ours],
+        "hard_nll": [min(row[f"stories_over_{control}_hardest"] for control in likelihood.CONTROLS) for row in ours],
     }
     for name, values in worst.items():
         write_criterion(folder, name, values, "make evidence X=anywhere")

@@ -14,22 +14,14 @@ import numpy as np
 import torch
 
 from ..champion import load_champion
+from ..data import tokens
 from ..data.problems import baking_data, load_problems
 from ..data.strategies import prompts_with, reasoning_dataset, reply
-from ..data.tokens import (
-    add_thinking_tokens,
-    encode,
-    encode_context,
-    encode_reply,
-    mark,
-    marker_spellings,
-    thinking_ids,
-)
 from ..errors import UpstreamError
 from ..evaluation.accuracy import Performance, accuracy_with_thoughts, direct_accuracy, longest_answer, measure
 from ..evaluation.episodes import answers_with
 from ..evaluation.theater import anti_theater, fit_scale
-from ..files import to_json, write_bytes, write_rows
+from ..files import read_rows, to_json, write_bytes, write_rows
 from ..model import QuietStarForCausalLM
 from ..stats import named
 from ..training.baking import bake
@@ -84,7 +76,7 @@ def champion(variant: str, run: Path | None = None):
     """Return the variant's (model, tokenizer) with the eight thinking tokens: the one it names, or ``run``'s own."""
     values = recipe("01_token_setup", variant)
     source = values["champion"] or str(run / "01_token_setup" / "champion")
-    return add_thinking_tokens(*load_champion(source, chat_template=values["chat_template"]))
+    return tokens.add_thinking_tokens(*load_champion(source, chat_template=values["chat_template"]))
 
 
 def baked_with(variant: str, changed: dict, seed: int) -> tuple[BakingSettings, dict]:
@@ -120,7 +112,7 @@ def bake_arm(variant, material, changed, seed, checkpoint):
 
 def filler(tokenizer, length: int) -> list[int]:
     """Return a thought of ``length`` tokens, tags counted, that says nothing."""
-    start, end, step, *_ = thinking_ids(tokenizer)
+    start, end, step, *_ = tokens.thinking_ids(tokenizer)
     return [start, *[step] * (length - 2), end]
 
 
@@ -128,7 +120,7 @@ def control_arm(variant, material, kind, rates, seed):
     """Train a control on the problems that baking sees, as many epochs as training thoughts takes in all.
 
     It answers at once (``answers``), or after a filler as long as the worked thoughts are on average (``filler``). Its
-    learning rate and its epoch are chosen on validation problems. Return (answers right on test problems, numbers).
+    learning rate and its epoch are chosen on validation problems. Return its row.
     """
     s, values = baked_with(variant, {}, seed)
     worked, unseen = lessons_of(material, values, s)
@@ -136,25 +128,25 @@ def control_arm(variant, material, kind, rates, seed):
     s = s.but(epochs=s.epochs + s.prompt_epochs + -(-rl.steps * rl.batch_size // (len(worked) + len(unseen))))
     untrained, tokenizer = champion(variant)
     thought = filler(tokenizer, mean_length(tokenizer, worked)) if kind == "filler" else []
-    plain = [encode(tokenizer, p["question"], reply(None, p)) for p in [*worked, *unseen]]
+    plain = [tokens.encode(tokenizer, p["question"], reply(None, p)) for p in [*worked, *unseen]]
     texts = [(t.ids[: t.start], thought + t.ids[t.start :]) for t in plain]
     found, best = {}, None
     for rate in rates:
         lm = copy.deepcopy(untrained)
         right = partial(_answers_after, QuietStarForCausalLM.from_base(lm, tokenizer), tokenizer, thought)
-        rated = s.but(adamw_lr=rate)
-        scores = imitate(lm, tokenizer, texts, rated, lambda right=right: right(material["validation"]).mean())
+        score = lambda right=right: right(material["validation"]).mean()
+        scores = imitate(lm, tokenizer, texts, s.but(adamw_lr=rate), score)
         found[rate] = max(scores)
         if best is None or max(scores) > best[0]:
             best = max(scores), rate, right(material["test"]), elsewhere(material, right)
-    row = best[3] | {"validation": best[0], "rate": best[1], "epochs": s.epochs}
-    return best[2], row | {f"at {rate:g}": score for rate, score in found.items()}
+    row = best[3] | {"validation": best[0], "rate": best[1], "epochs": s.epochs, "accuracy": best[2].mean()}
+    return row | {f"at {rate:g}": score for rate, score in found.items()} | {"right": outcomes(best[2])}
 
 
 def mean_length(tokenizer, examples: list[dict]) -> int:
     """Return the tokens of a worked example's thought, both tags counted, a mean over ``examples``."""
-    plain = [encode_reply(tokenizer, e["reply"].split(" done ")[0] + " done") for e in examples]
-    return round(sum(len(mark(ids, marker_spellings(tokenizer))[0]) for ids in plain) / len(plain))
+    plain = [tokens.encode_reply(tokenizer, e["reply"].split(" done ")[0] + " done") for e in examples]
+    return round(sum(len(tokens.mark(ids, tokens.marker_spellings(tokenizer))[0]) for ids in plain) / len(plain))
 
 
 def _answers_after(model, tokenizer, thought: list[int], problems) -> np.ndarray:
@@ -162,8 +154,8 @@ def _answers_after(model, tokenizer, thought: list[int], problems) -> np.ndarray
     if not thought:
         return direct_accuracy(model.lm, tokenizer, problems)
     rows = torch.tensor([[thought]] * len(problems), device=model.device)
-    contexts, room = [encode_context(tokenizer, p["question"]) for p in problems], longest_answer(tokenizer, problems)
-    lengths = torch.full_like(rows[..., 0], len(thought))
+    contexts = [tokens.encode_context(tokenizer, p["question"]) for p in problems]
+    lengths, room = torch.full_like(rows[..., 0], len(thought)), longest_answer(tokenizer, problems)
     written = answers_with(model, tokenizer, contexts, rows, lengths, "thoughts", room)
     return np.array([w == p["answer"] for w, p in zip(written, problems, strict=True)], float)
 
@@ -201,7 +193,7 @@ def raw_row(variant: str, material) -> dict:
     """Return what the champion does untrained: prompted with worked examples, and asked for the answer alone."""
     lm, tokenizer = champion(variant)
     values = recipe("03_baking", variant)
-    prompts, tags = prompts_with(material["train"], values["prompt_examples"]), tuple(thinking_ids(tokenizer))
+    prompts, tags = prompts_with(material["train"], values["prompt_examples"]), tuple(tokens.thinking_ids(tokenizer))
     rows = reply_rows(lm, tokenizer, material["test"], values["max_new_tokens"], prompts, tags)
     right = np.array([row["correct"] for row in rows], float)
     row = {"accuracy": right.mean(), "right": outcomes(right)}
@@ -249,7 +241,7 @@ def iterate_arm(variant, material, start: Path, seed: int, rounds: int = 3):
     model = QuietStarForCausalLM.from_base(lm, tokenizer)
     budget = {"thought_length": rl.thought_length, "temperature": rl.temperature}
     score = partial(accuracy_with_thoughts, model, tokenizer, material["validation"], "thoughts", **budget, seed=seed)
-    best, seen, tags = None, [], thinking_ids(tokenizer)
+    best, seen, tags = None, [], tokens.thinking_ids(tokenizer)
     for turn in range(rounds + 1):
         seen.append(score()["mixed"].mean().item())
         if seen[-1] == max(seen):
@@ -261,9 +253,8 @@ def iterate_arm(variant, material, start: Path, seed: int, rounds: int = 3):
         drawn = accuracy_with_thoughts(model, tokenizer, problems, "thoughts", True, **many)
         texts = []
         for p, right, thoughts in zip(problems, drawn["each"], drawn["thoughts"], strict=True):
-            answer = encode(tokenizer, p["question"], reply(None, p))
-            good = sorted({t for t, r in zip(thoughts, right, strict=True) if r})[:2]
-            for text in good:
+            answer = tokens.encode(tokenizer, p["question"], reply(None, p))
+            for text in sorted({t for t, r in zip(thoughts, right, strict=True) if r})[:2]:
                 thought = [tags[0], *tokenizer.encode(text, add_special_tokens=False), tags[1]]
                 texts.append((answer.ids[: answer.start], thought + answer.ids[answer.start :]))
         if texts:  # no thought was right: the next round draws others
@@ -272,17 +263,19 @@ def iterate_arm(variant, material, start: Path, seed: int, rounds: int = 3):
     return model, tokenizer, {"validation": [round(v, 4) for v in seen], "best_step": seen.index(max(seen))}
 
 
-def theater_row(folder, model, before, tokenizer, material, length: int, temperature: float, seed: int) -> dict:
-    """Attack a trained model on test problems and return its checks' values with intervals."""
-    budget = {"num_thoughts": 4, "thought_length": length, "temperature": temperature or 0.5, "seed": seed}
-    scale = fit_scale(model, tokenizer, material["validation"], **budget)
-    used = {p["question"] for part in ("train", "validation", "examples") for p in material[part]}
-    room = longest_answer(tokenizer, material["test"])
-    before = QuietStarForCausalLM.from_base(before, tokenizer)
-    given = budget | {"scale": scale, "training": used, "before": before, "max_new_tokens": room}
+def theater_row(folder, model, before, tokenizer, material, controls: dict, stage: str, **budget) -> dict:
+    """Attack a trained model on test problems and return its checks' values with intervals.
+
+    ``controls``: for each model that was trained without thoughts whether its answers are right, 0 or 1 a problem.
+    ``stage``: the model's name in ``folder/episodes-<stage>-<seed>.jsonl``. ``budget``: of :func:`fit_scale`.
+    """
+    scale = fit_scale(model, tokenizer, material["validation"][: len(material["test"])], **budget)
+    used = [p for part in ("train", "validation", "examples") for p in material[part]]
+    given = budget | {"scale": scale, "training": used, "controls": controls, "stage": stage}
+    given |= {"before": before, "max_new_tokens": longest_answer(tokenizer, material["test"])}
     report = anti_theater(model, tokenizer, material["test"], **given)
     kept = "".join(f"{to_json(e.model_dump())}\n" for e in report.episodes[:24])
-    write_bytes(folder / f"episodes-{seed}.jsonl", kept.encode())
+    write_bytes(folder / f"episodes-{stage}-{budget['seed']}.jsonl", kept.encode())
     row = {"checks": len(report.checks), "checks_reached": len(report.checks) - len(report.missed)}
     row |= {"missed": ", ".join(report.missed)}
     for check in report.checks:
@@ -295,13 +288,12 @@ CONTROL_RATES = (1e-4, 3e-4, 1e-3)  # of the controls
 
 def measured_arm(variant, folder, material, settings, seed, checkpoint) -> dict:
     """Train one arm and measure it. What the recipes give without a change is kept in ``folder/models``: the baked
-    model, which other arms start from, and the reinforced one's difference. The latter is attacked as well.
+    model, which other arms start from, and the reinforced one's difference. Both are attacked as well.
     """
     kind, changed = settings["train"], {k: v for k, v in settings.items() if k != "train"}
     length, start = trained_with(variant, {}, seed).thought_length, folder / "models" / f"baked-{seed}"
     if kind in ("answers", "filler"):
-        right, row = control_arm(variant, material, kind, CONTROL_RATES, seed)
-        return row | {"accuracy": right.mean(), "right": outcomes(right)}
+        return control_arm(variant, material, kind, CONTROL_RATES, seed)
     if kind == "nothing":
         return raw_row(variant, material)
     if kind in ("thoughts", "rounds") and not start.is_dir():
@@ -319,14 +311,20 @@ def measured_arm(variant, folder, material, settings, seed, checkpoint) -> dict:
     weights = "head" if kind == "thoughts" else "thoughts"
     found, performance = thinking_row(model, tokenizer, material, weights, length, seed)
     row |= found
-    if kind == "thoughts" and not changed:
-        before, _ = load_champion(str(start))
+    if changed or kind == "rounds":
+        return row
+    stage, before = "baked", QuietStarForCausalLM.from_base(champion(variant)[0], tokenizer)
+    if kind == "thoughts":
+        stage, before = "reinforced", QuietStarForCausalLM.from_base(load_champion(str(start))[0], tokenizer)
         source = recipe("01_token_setup", variant)["champion"]
         baking, rank = baked_with(variant, {}, seed)[0], trained_with(variant, {}, seed).lora_rank
         rank += baking.lora_rank * (1 + bool(baking.prompt_epochs))  # all adapters that were merged: nothing is lost
         row["rounding"] = save_difference(folder / "models" / f"difference-{seed}", model, tokenizer, source, rank)
-        row |= theater_row(folder, model, before, tokenizer, material, length, performance.temperature, seed)
-    return row
+    attacked = material | {"test": material["test"][: recipe("06_anti_theater", variant)["problems"]]}
+    alone = [r for r in read_rows(folder / f"{variant}.csv") if r["settings"]["train"] in ("answers", "filler")]
+    controls = {r["arm"]: [int(x) for x in r["right"][1:]] for r in alone if r["seed"] == seed}
+    budget = {"num_thoughts": 4, "thought_length": length, "temperature": performance.temperature or 0.5, "seed": seed}
+    return row | theater_row(folder, model, before, tokenizer, attacked, controls, stage, weights=weights, **budget)
 
 
 def describe(material) -> list[dict]:
@@ -345,12 +343,11 @@ def describe(material) -> list[dict]:
 
 def real_model(folder: Path, seeds, variant: str, data: str = "", gsm8k: str = "", arms=None) -> None:
     """Make all arms, or those named, on all ``seeds``: rows of ``<variant>.csv``."""
-    sources = material(variant, data)
-    write_rows(folder / f"{variant}_problems.csv", describe(sources))
-    sources |= {"gsm8k": list(load_problems(gsm8k, "test")) if gsm8k else []}
+    write_rows(folder / f"{variant}_problems.csv", describe(material(variant, data)))
+    further = {"gsm8k": list(load_problems(gsm8k, "test")) if gsm8k else []}
 
     def once(settings: dict, seed: int, checkpoint) -> dict:
-        row = measured_arm(variant, folder, sources, settings, seed, checkpoint)
+        row = measured_arm(variant, folder, material(variant, data, seed) | further, settings, seed, checkpoint)
         return {k: v if isinstance(v, str | list) else round(float(v), 5) for k, v in row.items()}
 
     repeat(folder / f"{variant}.csv", {name: TRAINED_ARMS[name] for name in arms or TRAINED_ARMS}, seeds, once)

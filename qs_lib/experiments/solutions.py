@@ -13,17 +13,8 @@ from ..data.problems import solution_text
 from ..data.strategies import body
 from ..data.tokens import PLAIN_WORDS, encode, encode_context, encode_marked, encode_reply, in_words, padded
 from ..errors import SourceError
+from ..evaluation import likelihood
 from ..evaluation.accuracy import Budget
-from ..evaluation.likelihood import (
-    CONTROLS,
-    SHARPENINGS,
-    log_likelihood_gain,
-    placed,
-    plain_log_likelihood,
-    predicted,
-    text_log_likelihood,
-    with_temperature,
-)
 from ..model import QuietStarForCausalLM
 from ..stats import interval, named
 from ..training.baking import logits_at
@@ -114,7 +105,7 @@ def worked_thought(tokenizer, result: dict) -> list[int]:
 
 def says_result(tokenizer, texts, positions: int) -> np.ndarray:
     """Return whether the next token at each place of ``text_log_likelihood`` is of a result."""
-    whole, each = [encode(tokenizer, *text) for text in texts], placed(tokenizer, texts, positions, 1, "cpu")
+    whole, each = [encode(tokenizer, *text) for text in texts], likelihood.placed(tokenizer, texts, positions, 1, "cpu")
     said = [results_in(tokenizer, one.ids, one.start) for one in whole]
     return np.array([found[at[0] + 1] for found, (_, _, at) in zip(said, each, strict=True)])
 
@@ -126,11 +117,11 @@ def plain_means(plain: np.ndarray, said: np.ndarray) -> dict:
 
 def measured_texts(model, tokenizer, texts, held, **budget) -> dict:
     """Return gains in nats per token over each control: on all tokens, on results, and on the hardest tenth."""
-    scores = text_log_likelihood(model, tokenizer, texts, positions=PLACES, controls=True, **budget)
-    plain = [plain_log_likelihood(model, tokenizer, part, positions=PLACES) for part in (texts, held)]
-    (scores, _), row, said = with_temperature(scores, *plain), {}, says_result(tokenizer, texts, PLACES)
-    for control in CONTROLS:
-        found = log_likelihood_gain(scores, control=control)
+    scores = likelihood.text_log_likelihood(model, tokenizer, texts, positions=PLACES, controls=True, **budget)
+    plain = [likelihood.plain_log_likelihood(model, tokenizer, part, positions=PLACES) for part in (texts, held)]
+    (scores, _), row, said = likelihood.with_temperature(scores, *plain), {}, says_result(tokenizer, texts, PLACES)
+    for control in likelihood.CONTROLS:
+        found = likelihood.log_likelihood_gain(scores, control=control)
         gain = np.where(said, scores["with"] - scores[control], np.nan)
         found["results"] = interval(np.nanmean(gain[~np.isnan(gain).all(1)], 1))
         for part, value in found.items():
@@ -158,7 +149,8 @@ def at_results(model, tokenizer, told: list[dict], **budget) -> dict:
     truths, budget = torch.tensor([r[-1] for r in rows], device=logits.device), Budget(**budget)
     ids, mask = padded(tokenizer, rows, model.device)
     thoughts = model.think(ids, mask, mask.sum(1, keepdim=True) - 2, budget.generator(), **budget.drawing)
-    found, own = predicted(model, ids, mask, thoughts), [tokenizer.batch_decode(t) for t in thoughts.tokens[:, 0]]
+    found = likelihood.predicted(model, ids, mask, thoughts)
+    own = [tokenizer.batch_decode(t) for t in thoughts.tokens[:, 0]]
     right = [[f"= {result} " in f"{in_words(t)} " for t in drawn] for drawn, result in zip(own, results, strict=True)]
     by = {"plain": "without", "mixed": "with", "alone": "alone"}
     row = {f"result_{name}": found[key].mean().item() for name, key in by.items()}
@@ -182,7 +174,8 @@ def solutions(folder: Path, seeds, variant: str, gsm8k: str) -> list[dict]:
         model = QuietStarForCausalLM.from_base(lm, tokenizer, gate="place", n_true=s.n_true, **budget)
         budget |= {"temperature": s.temperature, "seed": seed}
         texts, judged = ([text_of(story) for story in part] for part in (test, held[JUDGED:]))
-        plain = plain_log_likelihood(model, tokenizer, texts, positions=PLACES)[SHARPENINGS.index(1.0)]
+        plain = likelihood.plain_log_likelihood(model, tokenizer, texts, positions=PLACES)
+        plain = plain[likelihood.SHARPENINGS.index(1.0)]
         untrained = plain_means(plain, says_result(tokenizer, texts, PLACES))
         found = {f"untrained_{name}": value for name, value in untrained.items()}
         imitate(lm, tokenizer, solution_lessons(tokenizer, told, seed), baked_with(variant, LESSONS, seed)[0])

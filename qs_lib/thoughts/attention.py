@@ -297,7 +297,7 @@ class LanguageHead:
         weight = getattr(self.head, "original_module", self.head).weight  # asked for its own, peft copies it all
         self.size, self.width = weight.shape  # width: of the final states, in some families not hidden_size
         self.dtype = weight.dtype
-        self.rows = max(1, _LOGIT_NUMBERS // self.size)  # how many rows of logits are made at once
+        self.rows = max(1, _LOGIT_NUMBERS * (16 if weight.is_cuda else 1) // self.size)  # of logits made at once
         self.divide = getattr(config, "logits_scaling", None)
         self.multiply = getattr(config, "logit_scale", None)
         self.cap = getattr(config, "final_logit_softcapping", None)

@@ -252,7 +252,7 @@ class StepPass:
             scores[-1] = rule.sinks.view(groups)
         weights = scores.softmax(0).unsqueeze(-1).to(wide)
         result = output.to(wide).unflatten(1, groups) * weights[0]
-        if value.numel() < _FEW_NUMBERS:
+        if value.is_cuda or value.numel() < _FEW_NUMBERS:  # a GPU waits for Python, not for numbers
             result += (weights[1 : len(key) + 1] * value.unsqueeze(3)).sum(0)
         else:
             for weight, part in zip(weights[1:], value.unsqueeze(3)):

@@ -19,7 +19,7 @@ from ..evaluation.coherence import utility
 from ..evaluation.episodes import Episode
 from ..thoughts.attention import LanguageHead
 from ..thoughts.generate import Thoughts, generate_thoughts
-from ..thoughts.rescore import rescore_thoughts
+from ..thoughts.rescore import Rescored, rescore_thoughts
 from . import distributed
 from .checkpoint import Checkpoint
 from .heads import fit_mixing_head
@@ -318,17 +318,21 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
     The reward of a thought is its utility: the gain in log-likelihood of the next ``n_true`` true tokens over no
     thought, not below ``REWARD_FLOOR`` nats. Or it is their ``probability`` after the thought, which is bounded. Or it
     is 1 if the answer is right (``reward="correct"``, see :func:`judged_tokens`) and 0 if it is not. Unlike the paper's
-    it does not pass through the mixing head, so it is not 0 while the gate is shut. ``reference``: a frozen model, a peft model that is read without its adapter, or None,
-    which leaves both KLs out. With ``objective="paper"`` log-probs, entropy and KL of thoughts are those at temperature
-    3, whatever they were sampled at (appendix A). With ``objective="rlp"`` (arXiv 2510.01265, eq. 4 to 6) the reward is
-    the gain over what ``reference``, the slow average of the model, expects without a thought, and there is no KL. That
-    baseline is the same for all thoughts of a group, so it leaves their advantages alone but where the floor cuts in.
-    We keep the mixture's likelihood in the loss, which trains the gate, and do not clip ratios: every step draws anew.
+    it does not pass through the mixing head, so it is not 0 while the gate is shut. Where REINFORCE stands alone, only
+    thoughts with an advantage are read for a gradient (:func:`credited`). ``reference``: a frozen model, a peft model
+    that is read without its adapter, or None, which leaves both KLs out. With ``objective="paper"`` log-probs, entropy
+    and KL of thoughts are those at temperature 3, whatever they were sampled at (appendix A). With ``objective="rlp"``
+    (arXiv 2510.01265, eq. 4 to 6) the reward is the gain over what ``reference``, the slow average of the model, expects
+    without a thought, and there is no KL. That baseline is the same for all thoughts of a group, so it leaves their
+    advantages alone but where the floor cuts in. We keep the mixture's likelihood in the loss, which trains the gate, and
+    do not clip ratios: every step draws anew.
     """
     if s.objective == "paper":
         thoughts = replace(thoughts, temperature=PAPER_TEMPERATURE)
     rescore = partial(rescore_thoughts, n_true=s.n_true, true_logits=True, forbid_true=tuple(thinking_ids(tokenizer)))
-    scored, there = rescore(model.lm, ids, thoughts, mask), thoughts.positions >= 0
+    rewarded_alone = not any((s.nll_weight, s.thought_nll_weight, s.kl_coefficient, s.base_kl))
+    with torch.set_grad_enabled(not rewarded_alone):
+        scored, there = rescore(model.lm, ids, thoughts, mask), thoughts.positions >= 0
     valid, units = scored.valid[there], int(there.sum())
     judged = judged_tokens(tokenizer, ids, mask, thoughts.positions, s)[there] & valid
     likeliest = scored.true_full[there].argmax(-1) == scored.true[there].unsqueeze(1)  # (U, K, n_true)
@@ -341,7 +345,10 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
         rewards = utility(scored)[there].detach().clamp_min(REWARD_FLOOR)
     else:  # where no token exists its log-prob is 0
         rewards = correct if s.reward == "correct" else scored.true_logprobs[there].sum(-1).detach().exp()
-    advantage, logprobs = advantages(rewards, s.objective), scored.thought_logprobs[there]
+    advantage = advantages(rewards, s.objective)
+    logprobs = (credited(model.lm, ids, mask, thoughts, advantage) if rewarded_alone else scored).thought_logprobs[
+        there
+    ]
     weights = model.mixing_weights(scored)
     if s.nll_weight and s.head_sees_all and weights.requires_grad:
         weights.register_hook(partial(cut, problems=units / s.nll_weight))
@@ -364,6 +371,15 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
         loss = loss + s.kl_coefficient * kls["kl"] + s.base_kl * (kls["base_kl"] + kls["habit_kl"])
         parts |= kls
     return loss, {name: value.item() for name, value in parts.items()}, (rewards, advantage)
+
+
+def credited(lm, ids, mask, thoughts: Thoughts, advantage: torch.Tensor) -> Rescored:
+    """Re-score, with a gradient, only thoughts whose ``advantage`` (U, K) is not 0. Log-probs of the others are 0."""
+    used, there = torch.zeros_like(thoughts.lengths, dtype=torch.bool), thoughts.positions >= 0
+    used[there] = (advantage != 0) | ~advantage.any()  # all, if none has one: their gradient is 0
+    kept = {"sampled": thoughts.sampled & used[..., None], "lengths": thoughts.lengths * used}
+    kept["positions"] = thoughts.positions.masked_fill(~used.any(-1), -1)
+    return rescore_thoughts(lm, ids, replace(thoughts, **kept), mask, n_true=1, after=False)
 
 
 def look_ahead_nll(logprobs: torch.Tensor, valid: torch.Tensor, s: QuietStarSettings) -> torch.Tensor:
