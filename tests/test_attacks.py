@@ -34,6 +34,24 @@ def test_a_thought_implies_its_last_number():
     assert edits.implied(words("<think> <step> 13 </think>")) == ""  # a number without a sum leads nowhere
 
 
+@pytest.mark.parametrize(
+    ("thought", "steps", "fault"),
+    [
+        (TWO, "9 + 8 = 17, 17 - 4 = 13", ""),
+        ("<step> 4 + 9 = 13", "9 + 8 = 17, 17 - 4 = 13", ""),  # the answer is right, however it was found
+        ("<step> 9 + 8 = 18 <step> 18 - 4 = 14", "9 + 8 = 17, 17 - 4 = 13", "arithmetic"),
+        ("<step> 9 - 8 = 1 <step> 1 + 4 = 5", "9 + 8 = 17, 17 - 4 = 13", "operation"),
+        ("<step> 4 - 9 = 5", "9 - 4 = 5", ""),
+        ("<step> 9 + 4 = 13 <step> 13 - 8 = 5", "9 + 8 = 17, 17 - 4 = 13", "numbers"),
+        ("<step> 8 + 9 = 17", "9 + 8 = 17, 17 - 4 = 13", "steps"),  # the operands may stand either way
+        ("<step> 9 + 8 = 17 <step> 17 - 4 = 13 <step> 13 + 1 = 14", "9 + 8 = 17, 17 - 4 = 13", "steps"),
+        ("<reason> so", "9 + 8 = 17", "steps"),
+    ],
+)
+def test_the_first_fault_of_a_thought(thought, steps, fault):
+    assert edits.fault(words(thought), steps.split(", ")) == fault
+
+
 class Picks:
     """A random generator that names the change it wants first: which of step x size x sign."""
 

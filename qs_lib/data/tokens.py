@@ -98,8 +98,7 @@ def add_thinking_tokens(model, tokenizer):
 def _plain_ids(tokenizer, words: str) -> list[int]:
     """Return the ids of the words that the tokenizer can spell, or end-of-text if it can spell none."""
     unknown = tokenizer.unk_token_id
-    ids = [i for w in words.split() for i in encode_reply(tokenizer, w) if i != unknown]
-    return ids or [tokenizer.eos_token_id]
+    return [i for w in words.split() for i in encode_reply(tokenizer, w) if i != unknown] or [tokenizer.eos_token_id]
 
 
 def check_end_of_text(tokenizer) -> None:

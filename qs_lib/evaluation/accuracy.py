@@ -294,8 +294,7 @@ def read_problems(path: str | Path) -> list[dict]:
 
 def longest_answer(tokenizer, problems: list[dict]) -> int:
     """Return the tokens to allow for an answer: those of the longest true one, and its closing stop."""
-    sequences = (encode(tokenizer, p["question"], reply(None, p)) for p in problems)
-    return max(len(s.ids) - s.start for s in sequences)
+    return max(len(s.ids) - s.start for s in (encode(tokenizer, p["question"], reply(None, p)) for p in problems))
 
 
 def measure(

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from ..data import Problem
-from ..data.tokens import encode_context, encode_reply, pad, padded, thinking_ids
+from ..data.tokens import encode_context, encode_marked, encode_reply, pad, padded, thinking_ids
 from . import edits
 from .accuracy import answer_of, replies
 from .belief import Practice, probed, states_before
@@ -116,8 +116,9 @@ class Subject:
 
     def spelt(self, words: list[list[list[str]]]):
         """Return thoughts in words, as many a problem, as tokens (problems, K, T) and lengths (problems, K)."""
-        ids = [edits.thought_of(self.tokenizer, thought) for thoughts in words for thought in thoughts]
-        tokens = pad(ids, thinking_ids(self.tokenizer)[1], device=self.own[0].device)
+        (start, end, *_), flat = thinking_ids(self.tokenizer), [" ".join(thought) for ts in words for thought in ts]
+        ids = [[start, *encode_marked(self.tokenizer, text), end] for text in flat]
+        tokens = pad(ids, end, device=self.own[0].device)
         lengths = torch.tensor([len(thought) for thought in ids], device=self.own[0].device)
         return tokens.view(len(words), -1, tokens.shape[-1]), lengths.view(len(words), -1)
 

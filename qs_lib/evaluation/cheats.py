@@ -94,5 +94,4 @@ def direct_words(model, tokenizer, texts: list[list[int]], room: int) -> list[li
     end = tokenizer.eos_token_id
     ids_of = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": end, "suppress_tokens": thinking_ids(tokenizer)}
     written = model.lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, do_sample=False, **ids_of)
-    rows = written[:, ids.shape[1] :].tolist()
-    return [row[: row.index(end)] if end in row else row for row in rows]
+    return [row[: row.index(end)] if end in row else row for row in written[:, ids.shape[1] :].tolist()]

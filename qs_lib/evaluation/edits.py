@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from num2words import num2words
 
-from ..data.strategies import OPERATIONS, body, exact_value, strategy_of
-from ..data.tokens import PLAIN_WORDS, encode_marked, in_words, thinking_ids
+from ..data.strategies import OPERATIONS, body, exact_value, holds, operands, result, strategy_of
+from ..data.tokens import PLAIN_WORDS, in_words
 
 _SIGN = re.compile(r"([-+*/=()])")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -143,7 +143,17 @@ def needed(words: list[str]) -> tuple[list[str], float]:
     return [w for i, w in enumerate(words) if i not in idle], 1 - len(idle) / counted
 
 
-def thought_of(tokenizer, words: list[str]) -> list[int]:
-    """Return the ids of a thought in words, with both tags."""
-    start, end = thinking_ids(tokenizer)[:2]
-    return [start, *encode_marked(tokenizer, " ".join(words)), end]
+def fault(words: list[str], steps: list[str]) -> str:
+    """Return what is wrong first in a thought, read beside the worked ``steps``, or "" where its answer is theirs.
+
+    That is its "arithmetic", the "numbers" it reckons with, the "operation", or the "steps", too few or too many.
+    """
+    if implied(words) == result(steps[-1]):
+        return ""
+    for e, true in zip(_steps(words), steps):
+        said = " ".join(words[e.first : e.result + 1])
+        if not holds(said):
+            return "arithmetic"
+        if result(said) != result(true):
+            return "operation" if sorted(operands(said)) == sorted(operands(true)) else "numbers"
+    return "steps"

@@ -197,8 +197,8 @@ def raw_row(variant: str, material) -> dict:
     rows = reply_rows(lm, tokenizer, material["test"], values["max_new_tokens"], prompts, tags)
     right = np.array([row["correct"] for row in rows], float)
     row = {"accuracy": right.mean(), "right": outcomes(right)}
-    row["without"] = direct_accuracy(lm, tokenizer, material["test"]).mean()
-    return row | elsewhere(material, lambda problems: direct_accuracy(lm, tokenizer, problems))
+    row |= elsewhere(material, lambda problems: direct_accuracy(lm, tokenizer, problems))
+    return row | {"without": direct_accuracy(lm, tokenizer, material["test"]).mean()}
 
 
 def elsewhere(material, right) -> dict:

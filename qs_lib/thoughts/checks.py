@@ -90,8 +90,7 @@ def visible_keys(model, input_ids: torch.Tensor, thoughts):
         scored = rescore_thoughts(model, ids, replace(thoughts, tokens=tokens), n_true=1)
         last = scored.thought_hidden[0, ..., 0, :].sum(-1, keepdim=True)
         shape = torch.cat([scored.thought_entropy[0, ..., 1:], last], -1)
-        target = torch.cat([scored.thought_logprobs[0, ..., 1:], last], -1)
-        return shape.flatten(), target.flatten()
+        return shape.flatten(), torch.cat([scored.thought_logprobs[0, ..., 1:], last], -1).flatten()
 
     base, columns = predictions(input_ids, words), []
     for tensor in (input_ids, words):

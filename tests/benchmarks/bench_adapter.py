@@ -1,11 +1,12 @@
 """What a step of reinforcement and of baking costs with an adapter, by part, and what thoughts at one position cost.
 
     python tests/benchmarks/bench_adapter.py MODEL [--data FOLDER] [--problems 4] [--thoughts 8] [--length 24]
-        [--rank 8] [--repeats 3] [--only reinforcement baking latency]
+        [--rank 8] [--repeats 3] [--only reinforcement baking latency] [--recipe VARIANT]
 
 ``MODEL``: a run, or a name or folder as ``load_champion`` takes it. One thread, CPU seconds of the process (not wall
-time), medians of repetitions after a warm-up. "before" is peft's own layers and a reference that reads the true tokens
-after thoughts too, "now" is ours. They take turns on the same problems and seed. Floors: two operations a weight and
+time), medians of repetitions after a warm-up. "before" is peft's own layers, a reference that reads the true tokens
+after thoughts too and a gradient through all thoughts, "now" is ours. Reinforcement is of the default settings, with
+likelihood and KLs, or of a ``--recipe``, as smollm2, which has reward alone. They take turns on the same problems and seed. Floors: two operations a weight and
 token over what a product of 1,000 rows reaches here, or the weights' bytes once a pass over what a sum reaches.
 """
 
@@ -28,6 +29,7 @@ from qs_lib.errors import UpstreamError
 from qs_lib.evaluation.latency import forward_with_thoughts
 from qs_lib.model import QuietStarForCausalLM
 from qs_lib.training import adapter, baking, loop, reinforce
+from qs_lib.workbook.params import recipe
 
 PARTS = {
     "sampling": (reinforce, "draw_rollouts"),
@@ -77,7 +79,10 @@ def table(title, repeats, floor):
 def reinforcement(model, tokenizer, problems, given, flops):
     sizes = {"batch_size": given.problems, "num_thoughts": given.thoughts, "thought_length": given.length, "over": 1}
     rates = {"muon": False, "adamw_lr": 1e-9, "head_lr": 1e-9, "grokfast_lambda": 0.0, "lora_rank": given.rank}
-    s = reinforce.QuietStarSettings(**sizes, **rates, n_true=6, use_curriculum=False, objective="signed")
+    s = reinforce.QuietStarSettings(n_true=6, objective="signed")
+    if given.recipe:
+        s = s.among(recipe("05_rl", given.recipe), gradient_checkpointing=False)
+    s = s.but(**sizes, **rates, use_curriculum=False)
     with loop.training(model.lm, tokenizer, s) as lm:
         reference, optimizer = reinforce.prepared(model, lm, tokenizer, s)
         scheduler, drawn = loop.scheduled(optimizer, 100), {}
@@ -85,7 +90,10 @@ def reinforcement(model, tokenizer, problems, given, flops):
         def step():
             rng, generator = random.Random(0), torch.Generator().manual_seed(0)
             rolled = drawn[turn] = reinforce.draw_rollouts(model, tokenizer, problems, 0, s, rng, generator)
-            loss, *_ = reinforce.quiet_star_loss(model, reference, tokenizer, *rolled[1:], s)
+            whole = s.but(thought_nll_weight=1e-30) if turn == "before" else s  # its gradient is that of all thoughts
+            loss, _, (_, drawn["advantage"]) = reinforce.quiet_star_loss(
+                model, reference, tokenizer, *rolled[1:], whole
+            )
             loop.update(loss, optimizer, scheduler, {"model": model.parameters()}, "the loss")
 
         for name in ("before", "now") * (given.repeats + 1):
@@ -100,6 +108,12 @@ def reinforcement(model, tokenizer, problems, given, flops):
         read = text + kept + 5 * thoughts.lengths.numel()
         tokens = (text + kept) + read + (text + kept) + read  # sampled, scored, by the reference, and back
         head = 4 * kept  # sampled, scored, by the reference, and back
+        if given.recipe:  # no reference, and the way back through thoughts with an advantage alone
+            used = drawn["advantage"] != 0
+            print(f"thoughts with an advantage: {used.float().mean():.2f}")
+            credited = int(thoughts.lengths[:, 0][used].sum())
+            tokens = (text + kept) + read + 2 * (int(drawn["now"].mask[used.any(1)].sum()) + credited)
+            head = 2 * kept + 2 * credited
         table("one step of reinforcement", given.repeats, (tokens * flops[0] + head * flops[1]) / flops[2])
 
 
@@ -153,6 +167,7 @@ def main():
     for name, value in {"problems": 4, "thoughts": 8, "length": 24, "rank": 8, "repeats": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--only", nargs="+", default=["reinforcement", "baking", "latency"])
+    parser.add_argument("--recipe", default="")
     given = parser.parse_args()
     torch.set_num_threads(1)
     try:
