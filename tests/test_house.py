@@ -100,7 +100,7 @@ def test_the_library_does_not_grow_further_beyond_its_aim_and_says_that_it_is_be
     and 15,363 before the settings could be read without torch and a pretrained file was read once.
     """
     total = sum(house.lines(FILES).values())
-    assert total <= 15_401
+    assert total <= 15_400
     assert total < house.AIM or f"aim is {house.AIM:,} lines: not reached" in CONTRIBUTING
 
 

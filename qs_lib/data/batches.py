@@ -63,8 +63,7 @@ def think_where(lm, tokenizer, problems: list[Problem], where: str = "question",
 def disagreement(thoughts) -> torch.Tensor:
     """Count the different last tokens before ``</think>`` among each row's thoughts, ``(batch,)``: no label is read."""
     last = (thoughts.lengths - 2).clamp_min(0).unsqueeze(-1)
-    ends = thoughts.tokens.gather(-1, last).flatten(1)
-    return torch.tensor([len(set(row)) for row in ends.tolist()])
+    return torch.tensor([len(set(row)) for row in thoughts.tokens.gather(-1, last).flatten(1).tolist()])
 
 
 def curriculum(

@@ -119,5 +119,4 @@ def utility(scored) -> torch.Tensor:
 
     ``scored``: ``Rescored``. This is what training rewards. It needs the label, which coherence may not read.
     """
-    gain = scored.true_logprobs - scored.base_logprobs.unsqueeze(2)
-    return (gain * scored.valid.unsqueeze(2)).sum(-1)
+    return ((scored.true_logprobs - scored.base_logprobs.unsqueeze(2)) * scored.valid.unsqueeze(2)).sum(-1)

@@ -16,6 +16,7 @@ from ..data.tokens import PLAIN_WORDS, in_words
 _SIGN = re.compile(r"([-+*/=()])")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 HIDDEN = "step"  # stands where a number was
+FAULTS = "arithmetic", "numbers", "operation", "steps"  # see `fault`
 
 
 class Equation(NamedTuple):

@@ -154,8 +154,7 @@ def answers_alone(model, tokenizer, contexts, tokens, lengths, max_new_tokens: i
 
 def by_problem(rows: list[dict], key: str) -> np.ndarray:
     """Return one number of each thought, (problems, K): ``utility``, ``weight`` or a part of coherence."""
-    problems = rows[-1]["problem"] + 1
-    return np.array([r["coherence"].get(key, r.get(key)) for r in rows], float).reshape(problems, -1)
+    return np.array([r["coherence"].get(key, r.get(key)) for r in rows], float).reshape(rows[-1]["problem"] + 1, -1)
 
 
 def as_episodes(tokenizer, problems, drawn, rows, answers: dict[str, list], stage: str) -> list[Episode]:

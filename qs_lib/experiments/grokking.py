@@ -119,7 +119,6 @@ def mean_curves(rows: list[dict]) -> dict[str, list[tuple[float, float]]]:
     """Return the validation accuracy of each method, and the plain one's in training, as (step, mean over seeds)."""
 
     def mean(arm, key):
-        means = np.mean(column(rows, arm, key), 0).tolist()
-        return list(zip(column(rows, arm, "steps")[0], means, strict=True))
+        return list(zip(column(rows, arm, "steps")[0], np.mean(column(rows, arm, key), 0).tolist(), strict=True))
 
     return {"AdamW, training half": mean("AdamW", "train"), **{name: mean(name, "validation") for name in methods()}}

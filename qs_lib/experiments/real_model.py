@@ -18,6 +18,7 @@ from ..data import tokens
 from ..data.problems import baking_data, load_problems
 from ..data.strategies import prompts_with, reasoning_dataset, reply
 from ..errors import UpstreamError
+from ..evaluation import edits
 from ..evaluation.accuracy import Performance, accuracy_with_thoughts, direct_accuracy, longest_answer, measure
 from ..evaluation.episodes import answers_with
 from ..evaluation.theater import anti_theater, fit_scale
@@ -184,6 +185,9 @@ def thinking_row(model, tokenizer, material, weights: str, length: int, seed: in
         room = longest_answer(tokenizer, problems)  # GSM8K's answers are longer than those of the test problems
         return accuracy_with_thoughts(model, tokenizer, problems, max_new_tokens=room, **greedy)["mixed"].numpy()
 
+    pairs = zip(found.thoughts, material["test"], strict=True)
+    faults = [edits.fault(edits.words_of(text), p["steps"]) for texts, p in pairs for text in texts]
+    row |= {f"fault_{name}": faults.count(name) / len(faults) for name in edits.FAULTS}
     row |= elsewhere(material, one_thought)
     row |= {"strategy_fit": found.statistics["strategy_fit"], "own_accuracy": found.statistics["accuracy"]}
     return row | {"right": outcomes(found.mixed), "right_greedy": outcomes(found.greedy)}, found
@@ -206,8 +210,7 @@ def elsewhere(material, right) -> dict:
     if not material.get("gsm8k"):
         return {}
     found = right(material["gsm8k"])
-    easy = [p["difficulty"] <= 2 for p in material["gsm8k"]]
-    return {"gsm8k": found.mean(), "gsm8k_easy": found[easy].mean()}
+    return {"gsm8k": found.mean(), "gsm8k_easy": found[[p["difficulty"] <= 2 for p in material["gsm8k"]]].mean()}
 
 
 def outcomes(right: np.ndarray) -> str:
@@ -276,8 +279,8 @@ def theater_row(folder, model, before, tokenizer, material, controls: dict, stag
     report = anti_theater(model, tokenizer, material["test"], **given)
     kept = "".join(f"{to_json(e.model_dump())}\n" for e in report.episodes[:24])
     write_bytes(folder / f"episodes-{stage}-{budget['seed']}.jsonl", kept.encode())
-    row = {"checks": len(report.checks), "checks_reached": len(report.checks) - len(report.missed)}
-    row |= {"missed": ", ".join(report.missed)}
+    row = {"attacked": len(material["test"]), "checks": len(report.checks), "missed": ", ".join(report.missed)}
+    row |= {"checks_reached": row["checks"] - len(report.missed)}
     for check in report.checks:
         row |= named(check.id, (check.value, check.low, check.high))
     return row | {f"accuracy_{name}": value[0] for name, value in report.accuracy.items()}

@@ -75,8 +75,7 @@ def organism_rows(run: Path, cache: Path, name: str, seed: int) -> list[dict]:
 
 
 def _numbers(check) -> dict:
-    numbers = {name: round(getattr(check, name), 4) for name in ("value", "low", "high")}
-    return numbers | {"caught": not check.reached}
+    return {name: round(getattr(check, name), 4) for name in ("value", "low", "high")} | {"caught": not check.reached}
 
 
 def dosed(honest: Measured, organism: Measured, dose: float, order: int = 0) -> Measured:

@@ -150,8 +150,7 @@ def _flat_states(model, packed):
     check_room(model, int(packed.limit[longest]), int(own[longest]))
     shared = shares_prefix(model)
     base = backbone(view(model, own_attention=not shared))
-    states = (packed_states if shared else plain_states)(base, packed)
-    return states.tensor_split([int(packed.text_real.sum())])
+    return (packed_states if shared else plain_states)(base, packed).tensor_split([int(packed.text_real.sum())])
 
 
 def rescore_thoughts(

@@ -92,7 +92,8 @@ def render(episode: Episode, style: bool = True, title: bool = True, edit=None) 
 
 def page(body: str) -> str:
     """Return HTML as a part of the page that the style reaches."""
-    return f"<div class='qs-episode tex2jax_ignore mathjax_ignore'>{left(body)}</div>"
+    body = left(body)
+    return f"<div class='qs-episode tex2jax_ignore mathjax_ignore'>{body}</div>"
 
 
 def left(html: str) -> str:
