@@ -70,6 +70,21 @@ def test_a_stopped_imitation_goes_on_to_the_bit(given, tmp_path, monkeypatch):
     assert len(calls) < 4 + 8  # it did not begin anew
 
 
+def test_layers_run_again_where_it_is_asked_and_train_the_same_weights(given, monkeypatch):
+    lm, tokenizer, examples = given
+    start, found = {name: p.clone() for name, p in lm.state_dict().items()}, []
+    real, calls = torch.nn.Linear.forward, []
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *args: calls.append(1) or real(*args))
+    for again in (False, True):
+        lm.load_state_dict(start)
+        calls.clear()
+        qs.learn_prompts(lm, tokenizer, examples, SETTINGS.but(gradient_checkpointing=again))
+        found.append((len(calls), {name: p.clone() for name, p in lm.state_dict().items()}))
+    (once, plain), (twice, same) = found
+    assert 1.8 * once < twice < 2 * once  # all but the head
+    assert all(p.equal(same[name]) for name, p in plain.items())
+
+
 def test_the_epoch_that_scored_best_stays(given):
     lm, tokenizer, examples = given
     texts = [(encode_context(tokenizer, e["question"]), encode_reply(tokenizer, e["reply"])) for e in examples]

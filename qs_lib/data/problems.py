@@ -215,8 +215,7 @@ def solution_text(question: str, worked: str, working: bool = True) -> Problem:
         if steps and None not in steps:
             results.append({"before": text, "answer": said, "steps": steps})
         text = f"{text} {said}".strip()
-    told = {"question": opening, "story": text[len(opening) + 1 :], "results": results}
-    return parse_gsm8k(question, worked) | told
+    return parse_gsm8k(question, worked) | {"question": opening, "story": text[len(opening) + 1 :], "results": results}
 
 
 def _equation(left: str, right: str) -> str | None:

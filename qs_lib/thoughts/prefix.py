@@ -342,5 +342,4 @@ def packed_states(base, packed):
     row, limit = packed.row.repeat_interleave(lengths), packed.limit.repeat_interleave(lengths)
     work = PackedPass(Pad(text_real.sum(1)), Pad(lengths), Grid(row, limit, own_places, _PACKED_TILE))
     ids = torch.cat([packed.text[text_real], packed.own[own_real]])
-    places = torch.cat([text_real.nonzero()[:, 1], own_places])
-    return forward(base, ids.unsqueeze(0), places.unsqueeze(0), work)[0]
+    return forward(base, ids.unsqueeze(0), torch.cat([text_real.nonzero()[:, 1], own_places]).unsqueeze(0), work)[0]

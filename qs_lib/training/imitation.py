@@ -55,8 +55,10 @@ def imitate(
         for step in tqdm(range(first, steps), desc, initial=first, total=steps):
             if step % count == 0:
                 order[:] = length_batches(lengths, s.batch_size, rng)
+            trained.train()  # else no layer would be run again in place of being kept
             loss = _reply_loss(trained, tokenizer, [texts[i] for i in order[step % count]], s.bf16)
             update(loss, optimizer, scheduler, {"model": weights}, "the loss of imitation")
+            trained.eval()
             if (step + 1) % count == 0:
                 kept["scores"].append(score())
                 if kept["scores"][-1] == max(kept["scores"]):
