@@ -7,7 +7,7 @@ import copy
 import math
 import random
 import re
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -179,15 +179,15 @@ def thinking_row(model, tokenizer, material, weights: str, length: int, seed: in
     row = {"accuracy": found.mixed.mean(), "greedy": found.greedy.mean(), "single": found.single.mean()}
     row |= {"without": found.without.mean(), "temperature": found.temperature, "follows": (says == right).mean()}
     row |= {f"pass@{k}": pass_at(right, k) for k in (1, 2, 4, 8)} | {"thinking_use": found.statistics["thinking_use"]}
+    pairs = zip(found.thoughts, material["test"], strict=True)
+    faults = [edits.fault(edits.words_of(text), p["steps"]) for texts, p in pairs for text in texts]
+    row |= {f"fault_{name}": faults.count(name) / len(faults) for name in edits.FAULTS}
     greedy = budget | {"num_thoughts": 1, "temperature": 0.0, "weights": "thoughts"}
 
     def one_thought(problems) -> np.ndarray:
         room = longest_answer(tokenizer, problems)  # GSM8K's answers are longer than those of the test problems
         return accuracy_with_thoughts(model, tokenizer, problems, max_new_tokens=room, **greedy)["mixed"].numpy()
 
-    pairs = zip(found.thoughts, material["test"], strict=True)
-    faults = [edits.fault(edits.words_of(text), p["steps"]) for texts, p in pairs for text in texts]
-    row |= {f"fault_{name}": faults.count(name) / len(faults) for name in edits.FAULTS}
     row |= elsewhere(material, one_thought)
     row |= {"strategy_fit": found.statistics["strategy_fit"], "own_accuracy": found.statistics["accuracy"]}
     return row | {"right": outcomes(found.mixed), "right_greedy": outcomes(found.greedy)}, found
@@ -269,14 +269,14 @@ def iterate_arm(variant, material, start: Path, seed: int, rounds: int = 3):
 def theater_row(folder, model, before, tokenizer, material, controls: dict, stage: str, **budget) -> dict:
     """Attack a trained model on test problems and return its checks' values with intervals.
 
-    ``controls``: for each model that was trained without thoughts whether its answers are right, 0 or 1 a problem.
-    ``stage``: the model's name in ``folder/episodes-<stage>-<seed>.jsonl``. ``budget``: of :func:`fit_scale`.
+    ``before``: the (model, tokenizer) it was trained from. ``controls``: of each model trained without thoughts 0 or 1
+    a problem. ``stage``: its name in ``folder/episodes-<stage>-<seed>.jsonl``. ``budget``: of :func:`fit_scale`.
     """
     scale = fit_scale(model, tokenizer, material["validation"][: len(material["test"])], **budget)
     used = [p for part in ("train", "validation", "examples") for p in material[part]]
     given = budget | {"scale": scale, "training": used, "controls": controls, "stage": stage}
-    given |= {"before": before, "max_new_tokens": longest_answer(tokenizer, material["test"])}
-    report = anti_theater(model, tokenizer, material["test"], **given)
+    room, before = longest_answer(tokenizer, material["test"]), QuietStarForCausalLM.from_base(*before)
+    report = anti_theater(model, tokenizer, material["test"], before=before, max_new_tokens=room, **given)
     kept = "".join(f"{to_json(e.model_dump())}\n" for e in report.episodes[:24])
     write_bytes(folder / f"episodes-{stage}-{budget['seed']}.jsonl", kept.encode())
     row = {"attacked": len(material["test"]), "checks": len(report.checks), "missed": ", ".join(report.missed)}
@@ -316,9 +316,8 @@ def measured_arm(variant, folder, material, settings, seed, checkpoint) -> dict:
     row |= found
     if changed or kind == "rounds":
         return row
-    stage, before = "baked", QuietStarForCausalLM.from_base(champion(variant)[0], tokenizer)
+    stage, before = ("reinforced", load_champion(str(start))) if kind == "thoughts" else ("baked", champion(variant))
     if kind == "thoughts":
-        stage, before = "reinforced", QuietStarForCausalLM.from_base(load_champion(str(start))[0], tokenizer)
         source = recipe("01_token_setup", variant)["champion"]
         baking, rank = baked_with(variant, {}, seed)[0], trained_with(variant, {}, seed).lora_rank
         rank += baking.lora_rank * (1 + bool(baking.prompt_epochs))  # all adapters that were merged: nothing is lost
@@ -346,11 +345,12 @@ def describe(material) -> list[dict]:
 
 def real_model(folder: Path, seeds, variant: str, data: str = "", gsm8k: str = "", arms=None) -> None:
     """Make all arms, or those named, on all ``seeds``: rows of ``<variant>.csv``."""
-    write_rows(folder / f"{variant}_problems.csv", describe(material(variant, data)))
+    drawn = cache(partial(material, variant, data))  # by seed
+    write_rows(folder / f"{variant}_problems.csv", describe(drawn(0)))
     further = {"gsm8k": list(load_problems(gsm8k, "test")) if gsm8k else []}
 
     def once(settings: dict, seed: int, checkpoint) -> dict:
-        row = measured_arm(variant, folder, material(variant, data, seed) | further, settings, seed, checkpoint)
+        row = measured_arm(variant, folder, drawn(seed) | further, settings, seed, checkpoint)
         return {k: v if isinstance(v, str | list) else round(float(v), 5) for k, v in row.items()}
 
     repeat(folder / f"{variant}.csv", {name: TRAINED_ARMS[name] for name in arms or TRAINED_ARMS}, seeds, once)

@@ -1,7 +1,7 @@
 """A training small enough to try several processes with, and whether they end where one process ends.
 
-torchrun --standalone --nproc_per_node 2 -m qs_lib.experiments.two_processes outputs/two
-python -m qs_lib.experiments.two_processes outputs/one
+In two processes, ``torchrun --standalone --nproc_per_node 2 -m qs_lib.experiments.two_processes outputs/two``. In one,
+``python -m qs_lib.experiments.two_processes outputs/one``.
 """
 
 import argparse
@@ -61,7 +61,8 @@ def largest_weight_difference(one: Path, other: Path) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line, under torchrun or alone."""
-    parser = argparse.ArgumentParser(prog="python -m qs_lib.experiments.two_processes", description=__doc__)
+    description = "A tiny training, in one process or several."
+    parser = argparse.ArgumentParser(prog="python -m qs_lib.experiments.two_processes", description=description)
     parser.add_argument("folder", type=Path, help="where the model and what each process says go")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)

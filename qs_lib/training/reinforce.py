@@ -346,9 +346,8 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
     else:  # where no token exists its log-prob is 0
         rewards = correct if s.reward == "correct" else scored.true_logprobs[there].sum(-1).detach().exp()
     advantage = advantages(rewards, s.objective)
-    logprobs = (credited(model.lm, ids, mask, thoughts, advantage) if rewarded_alone else scored).thought_logprobs[
-        there
-    ]
+    policy = credited(model.lm, ids, mask, thoughts, advantage) if rewarded_alone else scored
+    logprobs = policy.thought_logprobs[there]
     weights = model.mixing_weights(scored)
     if s.nll_weight and s.head_sees_all and weights.requires_grad:
         weights.register_hook(partial(cut, problems=units / s.nll_weight))

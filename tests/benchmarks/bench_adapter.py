@@ -5,9 +5,10 @@
 
 ``MODEL``: a run, or a name or folder as ``load_champion`` takes it. One thread, CPU seconds of the process (not wall
 time), medians of repetitions after a warm-up. "before" is peft's own layers, a reference that reads the true tokens
-after thoughts too and a gradient through all thoughts, "now" is ours. Reinforcement is of the default settings, with
-likelihood and KLs, or of a ``--recipe``, as smollm2, which has reward alone. They take turns on the same problems and seed. Floors: two operations a weight and
-token over what a product of 1,000 rows reaches here, or the weights' bytes once a pass over what a sum reaches.
+after thoughts too and a gradient through all thoughts, "now" is ours. They take turns on the same problems and seed.
+Reinforcement is that of the default settings, with likelihood and KLs, or of a ``--recipe``, as smollm2, which has
+reward alone. Floors: two operations a weight and token over what a product of 1,000 rows reaches here, or the weights'
+bytes once a pass over what a sum reaches.
 """
 
 import argparse
