@@ -5,7 +5,7 @@ import torch
 from scipy.stats import rankdata
 
 from ..data.batches import highest
-from ..stats import Interval, interval, resampled
+from ..stats import Interval, interval, middle, resampled
 from .likelihood import placed, states_at
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0)  # of the tokens of a text at which the model thinks
@@ -73,8 +73,7 @@ def area_under_curve(guess: np.ndarray, gain: np.ndarray, seed: int = 0, resampl
         return ranked(values, gains)
 
     again = [area(rows) for rows in resampled(len(texts), seed, resamples)]
-    low, high = np.nanquantile(again, (0.025, 0.975))
-    return area(range(len(texts))), float(low), float(high)
+    return area(range(len(texts))), *middle(again)
 
 
 def ranked(values: np.ndarray, wanted: np.ndarray) -> float:
