@@ -156,13 +156,9 @@ def anywhere(run: Path, folder: Path, seeds) -> None:
         return row
 
     arms = {name: rl_recipe() | RECIPE | changed for name, changed in OBJECTIVES.items()}
-    write_numbers(folder, repeat(folder / "anywhere.csv", arms, seeds, once, TRAINED_WITH))
-
-
-def write_numbers(folder: Path, rows: list[dict]) -> None:
-    """Write the scoreboard's two numbers: each is the worst of a seed's kinds of text, or of its controls."""
+    rows = repeat(folder / "anywhere.csv", arms, seeds, once, TRAINED_WITH)
     ours = [row for row in rows if row["arm"] == "ours"]
-    worst = {
+    worst = {  # of a seed's kinds of text, and of its controls
         "anywhere_nll": [min(row[f"{kind}_over_without"] for kind in KINDS) for row in ours],
         "hard_nll": [min(row[f"stories_over_{control}_hardest"] for control in likelihood.CONTROLS) for row in ours],
     }
@@ -182,10 +178,8 @@ def trained_and_measured(run: Path, folder: Path, settings: dict, seed: int, che
     row = {"accuracy": after.mixed.mean(), "baseline": before.mixed.mean()}
     row |= named("gain", interval(after.mixed - before.mixed)) | {"training_seconds": result.seconds}
     numbers, kept = measured_anywhere(model, tokenizer, data, seed)
-    row = {k: [round(float(x), 5) for x in np.atleast_1d(v)] for k, v in (row | numbers).items()}
-    row = {k: v if k.endswith("_shares") else v[0] for k, v in row.items()}
     report = theater_report(run, model, tokenizer, data, seed)
-    row |= {"checks": len(report.checks), "checks_reached": len(report.checks) - len(report.missed)}
+    row |= numbers | {"checks": len(report.checks), "checks_reached": len(report.checks) - len(report.missed)}
     row |= {"missed": " ".join(report.missed), "text_gains": [round(h["text_gain"], 4) for h in result.history]}
     return row | {"data": stage_digest(read_stage(run / "03_baking")[0])[:12]}, kept
 

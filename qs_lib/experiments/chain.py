@@ -75,7 +75,7 @@ def chain(run: Path, folder: Path, seeds) -> None:
     """Make every seed's run and its row. The seed draws everything, from the champion's weights to the thoughts."""
 
     def measure(_, seed: int, __) -> dict:  # stages have checkpoints of their own
-        return {name: round(float(value), 5) for name, value in chain_row(seed_run(run, seed)).items()}
+        return chain_row(seed_run(run, seed))
 
     repeat(folder / "chain.csv", {"pocket": stages_of("pocket")}, seeds, measure)
 

@@ -350,7 +350,6 @@ def real_model(folder: Path, seeds, variant: str, data: str = "", gsm8k: str = "
     further = {"gsm8k": list(load_problems(gsm8k, "test")) if gsm8k else []}
 
     def once(settings: dict, seed: int, checkpoint) -> dict:
-        row = measured_arm(variant, folder, drawn(seed) | further, settings, seed, checkpoint)
-        return {k: v if isinstance(v, str | list) else round(float(v), 5) for k, v in row.items()}
+        return measured_arm(variant, folder, drawn(seed) | further, settings, seed, checkpoint)
 
     repeat(folder / f"{variant}.csv", {name: TRAINED_ARMS[name] for name in arms or TRAINED_ARMS}, seeds, once)

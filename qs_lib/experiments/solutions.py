@@ -185,7 +185,6 @@ def solutions(folder: Path, seeds, variant: str, gsm8k: str) -> list[dict]:
         model.save_pretrained(folder / ".solutions" / f"{seed}{'' if working else '-left-out'}")
         found |= measured_texts(model, tokenizer, texts, judged, **budget)
         found |= at_results(model, tokenizer, test, **budget)
-        found = {name: round(float(value), 5) for name, value in found.items()}
         return found | {"text_gains": [round(h["gain"], 4) for h in result.history]}
 
     return repeat(folder / "solutions.csv", TRAININGS, seeds, once)
