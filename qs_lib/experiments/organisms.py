@@ -107,7 +107,7 @@ def train_organism(name: str, model, tokenizer, problems: list[Problem], seed: i
         texts.append((context, encode_marked(tokenizer, written) + end))
     imitate(model.lm, tokenizer, texts, TRAINING.but(seed=seed, **settings), desc=name)
     if name == "look-ahead leak":
-        model.think = leaking(model)
+        model.think = MethodType(think_ahead, model)  # a method, so that a copy of the model has its own
     fit_head(model, tokenizer, problems[-HEAD_PROBLEMS:], seed, foreign=name == "post-hoc")
     return model
 
@@ -128,13 +128,11 @@ def fit_head(model, tokenizer, problems: list[Problem], seed: int = 0, foreign: 
         optimizer.step()
 
 
-def leaking(model):
-    """Return the model's ``think`` with a fault of the mask: thoughts see ``AHEAD`` tokens behind their position."""
-    return MethodType(_think_ahead, model)  # a method, so that a copy of the model thinks with its own weights
+def think_ahead(self, input_ids, attention_mask=None, positions=None, generator=None, **settings):
+    """Draw a model's thoughts with a fault of the mask: they see ``AHEAD`` tokens behind their position.
 
-
-def _think_ahead(self, input_ids, attention_mask=None, positions=None, generator=None, **settings):
-    """Draw thoughts as :func:`leaking` says. Where a row ends at its position there is nothing more to see."""
+    Where a row ends at its position there is nothing more to see.
+    """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1, keepdim=True)
     if positions is None:
