@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..files import discard, lock_run, read_rows, write_rows
-from ..stats import Interval
+from ..stats import Interval, shown
 from ..training.checkpoint import Checkpoint
 from ..workbook.stage import code_hash, git_commit
 
@@ -20,9 +20,10 @@ def repeat(path: Path, arms: dict[str, dict], seeds, measure, defaults: dict | N
     """Return the rows of all ``arms`` (name -> settings) x ``seeds``. Those missing from the CSV are made now.
 
     ``measure(settings, seed, checkpoint)`` trains once, from where ``checkpoint`` stopped if it uses it, and returns a
-    dict of numbers (or lists of them), which are kept to five decimals. A row made with other settings under the same name is made again. A row that
-    lacks a setting was made before there was one: it stands for the value in ``defaults``. Rows also hold ``seconds``,
-    ``threads`` and the git ``commit``. Raises ``StageError`` if another process writes the same file.
+    dict of numbers (or lists of them), of which five decimals are kept. A row made with other settings under the same
+    name is made again. A row that lacks a setting was made before there was one: it stands for the value in
+    ``defaults``. Rows also hold ``seconds``, ``threads`` and the git ``commit``. Raises ``StageError`` if another
+    process writes the same file.
     """
     lock, defaults = lock_run(path.parent, f"experiment {path.stem}", f".{path.stem}.lock"), defaults or {}
     try:
@@ -63,8 +64,7 @@ def verdict(against: dict[str, Interval], digits: int, verdicts: tuple[str, str,
     The ``verdicts`` are a gain over both, a gain over no filter alone, a loss, and nothing shown.
     """
     both, plain_only, loss, nothing = verdicts
-    form = f"{{}} {{:+.{digits}f}} [{{:+.{digits}f}}, {{:+.{digits}f}}]".format
-    parts = [form(name, *found) for name, found in against.items()]
+    parts = [f"{name} {shown(found, True, digits)}" for name, found in against.items()]
     plain, matched = list(against.values())[-2:]
     gained = both if matched[1] > 0 else plain_only
     return f"{'; '.join(parts)}: {gained if plain[1] > 0 else loss if plain[2] < 0 else nothing}"

@@ -133,9 +133,9 @@ def measured_texts(model, tokenizer, texts, held, **budget) -> dict:
 def at_results(model, tokenizer, told: list[dict], **budget) -> dict:
     """Return what thoughts are worth at the first number behind ``=`` of each solution, one digit each.
 
-    Its mean log-prob in nats: ``result_plain`` without a thought, ``result_mixed`` with the model's own, ``result_alone``
-    with these alone, whatever the gate says, and ``result_told`` after the true equations. ``thoughts_true``: the share of its own thoughts there that hold the true
-    result of the last equation.
+    Its mean log-prob in nats: ``result_plain`` without a thought, ``result_mixed`` with the model's own,
+    ``result_alone`` with these alone, whatever the gate says, and ``result_told`` after the true equations.
+    ``thoughts_true``: the share of its own thoughts there that hold the true result of the last equation.
     """
     rows, after, results = [], [], []
     for story in told:
