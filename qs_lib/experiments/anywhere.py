@@ -12,8 +12,7 @@ from ..data.pocket import stories
 from ..data.strategies import body, reply
 from ..data.tokens import encode, encode_context, encode_marked
 from ..evaluation import likelihood
-from ..evaluation.accuracy import longest_answer
-from ..evaluation.theater import anti_theater, fit_scale
+from ..evaluation.theater import anti_theater, attack_arguments
 from ..evaluation.where import area_under_curve, chosen, foreseen, gain_by_share
 from ..files import write_bytes
 from ..model import QuietStarForCausalLM
@@ -26,9 +25,8 @@ from .arms import repeat
 from .findings import write_criterion
 from .organisms import TRAINING
 from .organisms import story as worked
-from .reinforcement import TRAINED_WITH, KeptAlone, baseline, loaded, measured, rl_recipe
+from .reinforcement import START, TRAINED_WITH, KeptAlone, baseline, loaded, measured, rl_recipe
 
-START = "03_baking/baked"
 OBJECTIVES = {"ours": {}, "rlp": {"objective": "rlp", "kl_coefficient": 0.0, "base_kl": 0.0}}
 RECIPE = {"num_positions": 8, "steps": 120, "over": 2, "head_lr": 0.003, "evaluate_every": 60}
 GATE, TEXT_SHARE = "place", 0.5  # what opens the gate, and the part of the loss that is running text
@@ -178,17 +176,9 @@ def trained_and_measured(run: Path, folder: Path, settings: dict, seed: int, che
     row = {"accuracy": after.mixed.mean(), "baseline": before.mixed.mean()}
     row |= named("gain", interval(after.mixed - before.mixed)) | {"training_seconds": result.seconds}
     numbers, kept = measured_anywhere(model, tokenizer, data, seed)
-    report = theater_report(run, model, tokenizer, data, seed)
+    untrained, reader = loaded(run, START)[0], load_champion(str(run / "01_token_setup" / "champion"))[0]
+    given = attack_arguments(model, tokenizer, untrained, data, ATTACKED, **BUDGET, seed=seed)
+    report = anti_theater(**given, reader=reader)
     row |= numbers | {"checks": len(report.checks), "checks_reached": len(report.checks) - len(report.missed)}
     row |= {"missed": " ".join(report.missed), "text_gains": [round(h["text_gain"], 4) for h in result.history]}
     return row | {"data": stage_digest(read_stage(run / "03_baking")[0])[:12]}, kept
-
-
-def theater_report(run: Path, model, tokenizer, data: dict, seed: int):
-    """Return the ``TheaterReport`` of a model, with the baked one before it and the champion as its reader."""
-    before, reader = loaded(run, START)[0], load_champion(str(run / "01_token_setup" / "champion"))[0]
-    scale = fit_scale(model, tokenizer, data["validation"][:ATTACKED], **BUDGET, seed=seed)
-    known = {"scale": scale, "training": data["train"] + data["validation"], "before": before, "reader": reader}
-    test = data["test"][:ATTACKED]
-    longest = longest_answer(tokenizer, test)
-    return anti_theater(model, tokenizer, test, **BUDGET, **known, seed=seed, max_new_tokens=longest)
