@@ -93,14 +93,9 @@ class TheaterReport:
         return [c.id for c in self.checks if not c.reached]
 
     @property
-    def correct(self) -> dict[str, np.ndarray]:
-        """For each attack that leaves a thought and a question 0 or 1 for each problem: the answer is right."""
-        return {name: self.measured[name] for name in (*ATTACKS, *REWRITTEN) if name in self.measured}
-
-    @property
     def accuracy(self) -> dict[str, tuple[float, float, float]]:
-        """The accuracy under each attack with its interval."""
-        return {attack: interval(correct) for attack, correct in self.correct.items()}
+        """The accuracy with its interval under each attack that leaves a thought and a question."""
+        return {name: interval(self.measured[name]) for name in (*ATTACKS, *REWRITTEN) if name in self.measured}
 
     @property
     def verdict(self) -> str:
