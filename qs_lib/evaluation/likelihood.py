@@ -129,12 +129,13 @@ def predicted(model, ids, mask, thoughts) -> dict[str, torch.Tensor]:
     return {name: value.masked_fill(~scored.valid, torch.nan)[..., 0] for name, value in found.items()}
 
 
-def with_temperature(scores: dict, test: np.ndarray, validation: np.ndarray) -> tuple[dict[str, np.ndarray], float]:
-    """Return ``scores`` with a control added, and its temperature.
+def controlled_log_likelihood(model, tokenizer, texts, held, positions: int = 8, **budget) -> tuple[dict, float]:
+    """Return :func:`text_log_likelihood` with all ``CONTROLS``, and the temperature of the control of that name.
 
-    ``temperature``: the plain predictions of test texts at the one temperature that makes validation texts likeliest.
-    ``test``, ``validation``: from :func:`plain_log_likelihood`.
+    ``temperature``: the plain predictions at the one temperature that makes the ``held`` texts likeliest.
     """
+    scores = text_log_likelihood(model, tokenizer, texts, positions, controls=True, **budget)
+    test, validation = (plain_log_likelihood(model, tokenizer, part, positions) for part in (texts, held))
     best = int(np.nanmean(validation, (1, 2)).argmax())
     return scores | {"temperature": test[best]}, SHARPENINGS[best]
 

@@ -91,11 +91,8 @@ def task_texts(problems: list[dict], answers: int, solutions: int) -> list[dict]
 
 def text_gains(model, tokenizer, data: dict, kind: str, seed: int) -> tuple[dict, dict, list]:
     """Return scores of every token with thoughts and each control, guesses of where they pay, and the texts."""
-    texts = held_out(kind, data["test"])
-    scores = likelihood.text_log_likelihood(model, tokenizer, texts, positions=0, controls=True, **BUDGET, seed=seed)
-    held = held_out(kind, data["validation"], "validation")
-    plain = [likelihood.plain_log_likelihood(model, tokenizer, part, positions=0) for part in (texts, held)]
-    scores, _ = likelihood.with_temperature(scores, *plain)
+    texts, held = held_out(kind, data["test"]), held_out(kind, data["validation"], "validation")
+    scores, _ = likelihood.controlled_log_likelihood(model, tokenizer, texts, held, 0, **BUDGET, seed=seed)
     guesses = foreseen(model, tokenizer, texts)
     behind = [tokenizer.convert_ids_to_tokens(encode(tokenizer, *text).ids[1:-1]) for text in texts]
     guesses["rule"] = np.full_like(guesses["entropy"], np.nan)

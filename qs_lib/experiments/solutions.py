@@ -117,9 +117,8 @@ def plain_means(plain: np.ndarray, said: np.ndarray) -> dict:
 
 def measured_texts(model, tokenizer, texts, held, **budget) -> dict:
     """Return gains in nats per token over each control: on all tokens, on results, and on the hardest tenth."""
-    scores = likelihood.text_log_likelihood(model, tokenizer, texts, positions=PLACES, controls=True, **budget)
-    plain = [likelihood.plain_log_likelihood(model, tokenizer, part, positions=PLACES) for part in (texts, held)]
-    (scores, _), row, said = likelihood.with_temperature(scores, *plain), {}, says_result(tokenizer, texts, PLACES)
+    scores, _ = likelihood.controlled_log_likelihood(model, tokenizer, texts, held, PLACES, **budget)
+    row, said = {}, says_result(tokenizer, texts, PLACES)
     for control in likelihood.CONTROLS:
         found = likelihood.log_likelihood_gain(scores, control=control)
         gain = np.where(said, scores["with"] - scores[control], np.nan)
