@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..files import discard, lock_run, read_rows, write_rows
-from ..stats import Interval, shown
+from ..stats import Interval
 from ..training.checkpoint import Checkpoint
 from ..workbook.stage import code_hash, git_commit
 
@@ -64,7 +64,8 @@ def verdict(against: dict[str, Interval], digits: int, verdicts: tuple[str, str,
     The ``verdicts`` are a gain over both, a gain over no filter alone, a loss, and nothing shown.
     """
     both, plain_only, loss, nothing = verdicts
-    parts = [f"{name} {shown(found, True, digits)}" for name, found in against.items()]
+    form = f"{{}} {{:+.{digits}f}} [{{:+.{digits}f}}, {{:+.{digits}f}}]".format
+    parts = [form(name, *found) for name, found in against.items()]
     plain, matched = list(against.values())[-2:]
     gained = both if matched[1] > 0 else plain_only
     return f"{'; '.join(parts)}: {gained if plain[1] > 0 else loss if plain[2] < 0 else nothing}"
