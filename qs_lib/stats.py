@@ -39,7 +39,7 @@ def correlation(x, y, seed: int = 0, resamples: int = 1000, within: bool = False
     x, y = np.asarray(x, float), np.asarray(y, float)
     if within:
         x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
-    return pearson(x, y), *_middle([pearson(x[i], y[i]) for i in resampled(len(x), seed, resamples)])
+    return pearson(x, y), *middle([pearson(x[i], y[i]) for i in resampled(len(x), seed, resamples)])
 
 
 def reliability(score, right, bins: int = 10, seed: int = 0, resamples: int = 1000) -> Reliability:
@@ -65,13 +65,13 @@ def reliability(score, right, bins: int = 10, seed: int = 0, resamples: int = 10
     n, s, h = sums.sum(1)
     rows = []
     for b in np.flatnonzero(n):
-        low, high = _middle(shares[:, b])
+        low, high = middle(shares[:, b])
         rows.append({"score": s[b] / n[b], "right": h[b] / n[b], "low": low, "high": high, "count": int(n[b])})
     preference = (0.5, 0.0, 1.0)
     if pairs.sum():
         again = times @ pairs
-        preference = (float(wins.sum() / pairs.sum()), *_middle((times @ wins)[again > 0] / again[again > 0]))
-    error = (float(np.abs(s - h).sum() / score.size), *_middle(errors))
+        preference = (float(wins.sum() / pairs.sum()), *middle((times @ wins)[again > 0] / again[again > 0]))
+    error = (float(np.abs(s - h).sum() / score.size), *middle(errors))
     return Reliability(rows, error, preference, int((pairs > 0).sum()))
 
 
@@ -90,7 +90,7 @@ def resampled(problems: int, seed: int, resamples: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, problems, (resamples, problems))
 
 
-def _middle(values, ends: tuple[float, float] = (0.025, 0.975)) -> tuple[float, float]:
+def middle(values, ends: tuple[float, float] = (0.025, 0.975)) -> tuple[float, float]:
     """Return the quantiles that enclose the middle 95 % of resampled values, NaN left out."""
     low, high = np.nanquantile(values, ends)
     return float(low), float(high)
@@ -105,7 +105,7 @@ def interval(values, seed: int = 0, resamples: int = 2000) -> Interval:
     values = values.reshape(len(values), -1).mean(1)
     means = values[resampled(len(values), seed, resamples)].mean(1)
     ends = ((1 - 0.95) / 2, 0.975)  # not quite 0.025: committed numbers are to the bit
-    return float(values.mean()), *_middle(means, ends)
+    return float(values.mean()), *middle(means, ends)
 
 
 def seed_interval(values) -> Interval:

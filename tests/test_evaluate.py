@@ -151,13 +151,20 @@ def taken(model, tokenizer, asked):
     return ids, mask, model.think(ids, mask, last, num_thoughts=2, thought_length=2)
 
 
-def test_best_temperature_is_picked_by_validation(monkeypatch):
-    table = {0.0: 0.2, 0.5: 0.8, 1.0: 0.6}
-    monkeypatch.setattr(
-        e, "accuracy_with_thoughts", lambda *a, temperature, **k: {"mixed": torch.tensor([table[temperature]])}
-    )
-    found = e.best_temperature(None, None, [], tuple(table))
-    assert found["temperature"] == 0.5 and found["accuracy"] == pytest.approx(0.8)
+def test_the_temperature_is_picked_by_validation_and_of_equals_the_highest(monkeypatch):
+    (model, tokenizer), validation, test = tiny_quiet_star(), problems(size=1), problems(size=2)
+    table = {0.0: 0.2, 0.5: 0.75, 1.0: 0.25, 0.9: 0.75}
+    asked = []
+
+    def answered(_, __, problems, *a, temperature, **k):
+        asked.append((len(problems), temperature))
+        right = torch.tensor([table[temperature]])
+        return {"mixed": right, "each": right, "thoughts": [["step"]] * len(problems)}
+
+    monkeypatch.setattr(e, "accuracy_with_thoughts", answered)
+    found = e.measure(model, tokenizer, validation, test, "head", tuple(table), max_new_tokens=4)
+    assert found.temperature == 0.9 and found.by_temperature == pytest.approx(table)
+    assert asked == [*((1, t) for t in table), (2, 0.9), (2, 0.0)]  # then test problems, and one greedy thought
 
 
 @pytest.mark.parametrize("answer, spelt", [("17", True), ("70000", False), ("-5", False), ("1.5", False)])

@@ -61,14 +61,23 @@ def test_controls_again_from_plain_passes():
                 assert value == pytest.approx(plain(model, read, truth, s), abs=1e-3)
 
 
-def test_the_temperature_is_fitted_on_other_texts():
+def test_the_temperature_is_fitted_on_other_texts(monkeypatch):
     sharpened = np.full((len(SHARPENINGS), 2, 2), -3.0)
     validation, test, scores = sharpened.copy(), sharpened.copy(), {"with": np.ones((2, 2))}
     validation[2], test[5], test[2, 0, 0] = -1.0, 0.0, np.nan
-    found, best = li.with_temperature(scores, test, validation)
-    assert (
-        best == SHARPENINGS[2] and found["temperature"][1].tolist() == [-3.0, -3.0] and found["with"] is scores["with"]
-    )
+    plain = {("test", 3): test, ("validation", 3): validation}
+    monkeypatch.setattr(li, "plain_log_likelihood", lambda model, tokenizer, texts, positions: plain[texts, positions])
+    monkeypatch.setattr(li, "text_log_likelihood", lambda *given, **settings: scores)
+    found, best = li.controlled_log_likelihood(None, None, "test", "validation", positions=3)
+    assert best == SHARPENINGS[2] and np.array_equal(found["temperature"], test[2], equal_nan=True)
+    assert found["temperature"][1].tolist() == [-3.0, -3.0] and found["with"] is scores["with"]
+
+
+def test_all_controls_are_measured_at_the_same_places():
+    model, tokenizer = tiny_quiet_star()
+    found, _ = li.controlled_log_likelihood(model, tokenizer, TEXTS, TEXTS[:2], 4, num_thoughts=2, thought_length=6)
+    assert {*li.CONTROLS, "with", "alone"} == {*found}
+    assert {values.shape for values in found.values()} == {(len(TEXTS), 4)}
 
 
 def test_the_gain_by_hand():

@@ -129,7 +129,7 @@ def test_progress_names_every_step():
 @pytest.mark.parametrize("steps", [STEPS[:-1], (*STEPS, "tidying")])
 def test_the_steps_that_are_named_are_those_that_are_taken(steps, monkeypatch):
     monkeypatch.setattr("qs_lib.evaluation.episodes.STEPS", steps)
-    with pytest.raises(ValueError, match=r"zip\(\) argument 2"):
+    with pytest.raises(ValueError, match="values to unpack"):
         think_at(MODEL, TOKENIZER, "ana has 3 cups", **SETTINGS)
 
 

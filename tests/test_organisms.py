@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import MethodType
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_lessons_are_read_with_thinking_tokens_and_end_where_their_text_ends(nam
 def test_a_leak_sees_the_text_behind_the_position_and_nothing_where_there_is_none():
     model, _ = tiny_quiet_star()
     honest = model.think
-    model.think = o.leaking(model)
+    model.think = MethodType(o.think_ahead, model)
     ids = torch.randint(4, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0

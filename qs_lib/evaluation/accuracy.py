@@ -248,20 +248,6 @@ def _may_become(text: str, answer: str) -> bool:
     return chr(0xFFFD) in text or answer.startswith(text) or text == answer + "."  # the sign of half a character
 
 
-def best_temperature(model, tokenizer, validation: list[dict], temperatures=TEMPERATURES, **settings) -> dict:
-    """Choose the sampling temperature with the best mixed accuracy on validation problems.
-
-    Return ``temperature``, its ``accuracy``, and ``by_temperature``. Of equals it is the highest, so that thoughts
-    differ. ``settings`` go to :func:`accuracy_with_thoughts`.
-    """
-    by = {}
-    for t in temperatures:
-        found = accuracy_with_thoughts(model, tokenizer, validation, temperature=t, **settings)
-        by[t] = found["mixed"].mean().item()
-    best = max(by, key=lambda t: (by[t], t))
-    return {"temperature": best, "accuracy": by[best], "by_temperature": by}
-
-
 @dataclass
 class Performance:
     """Hold exact match on test problems, arrays of 0 and 1, one row per problem.
@@ -300,14 +286,18 @@ def longest_answer(tokenizer, problems: list[dict]) -> int:
 def measure(
     model, tokenizer, validation, test, weights: str, temperatures=TEMPERATURES, max_new_tokens=48, **budget
 ) -> Performance:
-    """Return the performance of a ``QuietStarForCausalLM`` on ``test``. Its temperature is chosen on ``validation``.
+    """Return the performance of a ``QuietStarForCausalLM`` on ``test``.
 
+    Its temperature is the best on ``validation``, of equals the highest, so that thoughts differ.
     ``weights``: ``"head"``, or ``"thoughts"`` for a model whose mixing head is untrained (every thought votes alike).
     ``max_new_tokens`` bounds its own greedy replies. ``budget``: see :class:`Budget`.
     """
     settings = budget | {"max_new_tokens": longest_answer(tokenizer, [*validation, *test])}
-    chosen = best_temperature(model, tokenizer, validation, temperatures, weights=weights, **settings)
-    best = chosen["temperature"]
+    by = {}
+    for t in temperatures:
+        found = accuracy_with_thoughts(model, tokenizer, validation, weights, temperature=t, **settings)
+        by[t] = found["mixed"].mean().item()
+    best = max(by, key=lambda t: (by[t], t))
     drawn = accuracy_with_thoughts(model, tokenizer, test, weights, True, **settings | {"temperature": best})
     one = settings | {"num_thoughts": 1, "temperature": 0.0}
     greedy = accuracy_with_thoughts(model, tokenizer, test, "thoughts", **one)["mixed"]
@@ -315,7 +305,7 @@ def measure(
     arrays = drawn["mixed"].numpy(), drawn["each"].numpy(), greedy.numpy(), without
     fits = [strategy_of(t) in (p["fits"] or ["cot"]) for ts, p in zip(drawn["thoughts"], test, strict=True) for t in ts]
     statistics = reply_statistics(model.lm, tokenizer, test, max_new_tokens)
-    return Performance(best, chosen["by_temperature"], *arrays, drawn["thoughts"], float(np.mean(fits)), statistics)
+    return Performance(best, by, *arrays, drawn["thoughts"], float(np.mean(fits)), statistics)
 
 
 def direct_accuracy(lm, tokenizer, problems: list[dict]) -> np.ndarray:

@@ -179,26 +179,20 @@ def record(
     utility minus its mean. ``begin(name)`` is called before each of ``STEPS`` but the first.
     """
     at, ids = thoughts.positions.item(), torch.tensor([document], device=thoughts.positions.device)
-    context, drawn = document[: at + 1], (thoughts.tokens[:, 0], thoughts.lengths[:, 0])
-
-    def answers(weights):
-        return answers_with(model, tokenizer, [context], *drawn, weights, max_new_tokens)[0]
-
-    work = (  # one for each step
-        lambda: score_drawn(model, tokenizer, ids, torch.ones_like(ids), thoughts, [0], weights=weights, **scoring),
-        lambda: answers("none"),
-        lambda: answers(weights),
-        lambda: answers_alone(model, tokenizer, [context], *drawn, max_new_tokens)[0],
-    )
-    made = []
-    for name, do in zip(STEPS[1:], work, strict=True):
-        if begin is not None:
-            begin(name)
-        made.append(do())
-    group, *written = made
+    context = document[: at + 1]
+    given = model, tokenizer, [context], thoughts.tokens[:, 0], thoughts.lengths[:, 0]
+    begin = begin or (lambda name: None)
+    _, score, without, together, alone = STEPS
+    begin(score)
+    group = score_drawn(model, tokenizer, ids, torch.ones_like(ids), thoughts, [0], weights=weights, **scoring)
+    begin(without)
+    said = {"none": answers_with(*given, "none", max_new_tokens)[0]}
+    begin(together)
+    said["own"] = answers_with(*given, weights, max_new_tokens)[0]
+    begin(alone)
+    said["alone"] = answers_alone(*given, max_new_tokens)[0]
     for row, reward, advantage in zip(group, *trained, strict=True) if trained else ():
         row |= {"reward": reward.item(), "advantage": advantage.item()}
-    said = dict(zip(("none", "own", "alone"), written, strict=True))
     return _episode(tokenizer, about, context, thoughts, group, said)
 
 

@@ -76,7 +76,9 @@ def text_log_likelihood(
         thoughts = model.think(ids, mask, at, generator, **budget.drawing, with_hidden=False)
         found = predicted(model, ids, mask, thoughts)
         if controls:
-            filler = thoughts.tokens.masked_fill(inside(thoughts), thinking_ids(tokenizer)[2])
+            place = torch.arange(thoughts.tokens.shape[-1], device=ids.device)
+            inside = (place > 0) & (place < thoughts.lengths.unsqueeze(-1) - 1)  # between the tags
+            filler = thoughts.tokens.masked_fill(inside, thinking_ids(tokenizer)[2])
             foreign = replace(thoughts.map(lambda tensor: tensor.roll(1, 0)), positions=thoughts.positions)
             for name, changed in (("foreign", foreign), ("filler", replace(thoughts, tokens=filler))):
                 found[name] = predicted(model, ids, mask, changed)["with"]
@@ -127,18 +129,13 @@ def predicted(model, ids, mask, thoughts) -> dict[str, torch.Tensor]:
     return {name: value.masked_fill(~scored.valid, torch.nan)[..., 0] for name, value in found.items()}
 
 
-def inside(thoughts) -> torch.Tensor:
-    """Return which tokens of thoughts stand between the two tags, (B, P, K, T)."""
-    place = torch.arange(thoughts.tokens.shape[-1], device=thoughts.tokens.device)
-    return (place > 0) & (place < thoughts.lengths.unsqueeze(-1) - 1)
+def controlled_log_likelihood(model, tokenizer, texts, held, positions: int = 8, **budget) -> tuple[dict, float]:
+    """Return :func:`text_log_likelihood` with all ``CONTROLS``, and the temperature of the control of that name.
 
-
-def with_temperature(scores: dict, test: np.ndarray, validation: np.ndarray) -> tuple[dict[str, np.ndarray], float]:
-    """Return ``scores`` with a control added, and its temperature.
-
-    ``temperature``: the plain predictions of test texts at the one temperature that makes validation texts likeliest.
-    ``test``, ``validation``: from :func:`plain_log_likelihood`.
+    ``temperature``: the plain predictions at the one temperature that makes the ``held`` texts likeliest.
     """
+    scores = text_log_likelihood(model, tokenizer, texts, positions, controls=True, **budget)
+    test, validation = (plain_log_likelihood(model, tokenizer, part, positions) for part in (texts, held))
     best = int(np.nanmean(validation, (1, 2)).argmax())
     return scores | {"temperature": test[best]}, SHARPENINGS[best]
 

@@ -30,7 +30,7 @@ from ..errors import WorkbookError
 from ..settings import Settings
 from ..stats import Reliability, correlation, interval, reliability, votes
 from . import attacks
-from .accuracy import answer_of, end_ids, replies
+from .accuracy import answer_of, end_ids, longest_answer, replies
 from .attacks import ATTACKS, REWRITTEN, Measured, Subject, stacked
 from .belief import Practice
 from .coherence import Scale, coherence
@@ -93,14 +93,9 @@ class TheaterReport:
         return [c.id for c in self.checks if not c.reached]
 
     @property
-    def correct(self) -> dict[str, np.ndarray]:
-        """For each attack that leaves a thought and a question 0 or 1 for each problem: the answer is right."""
-        return {name: self.measured[name] for name in (*ATTACKS, *REWRITTEN) if name in self.measured}
-
-    @property
     def accuracy(self) -> dict[str, tuple[float, float, float]]:
-        """The accuracy under each attack with its interval."""
-        return {attack: interval(correct) for attack, correct in self.correct.items()}
+        """The accuracy with its interval under each attack that leaves a thought and a question."""
+        return {name: interval(self.measured[name]) for name in (*ATTACKS, *REWRITTEN) if name in self.measured}
 
     @property
     def verdict(self) -> str:
@@ -241,3 +236,15 @@ def fit_scale(model, tokenizer, problems: list[Problem], **settings) -> Scale:
     score_thoughts(model, tokenizer, list(problems), None, score=keep, **settings)
     names = found[0].raw if found else ()
     return Scale.fit({name: torch.cat([parts.raw[name].flatten() for parts in found]) for name in names})
+
+
+def attack_arguments(model, tokenizer, before, data: dict[str, list[Problem]], size: int, **settings) -> dict:
+    """Return arguments of :func:`anti_theater` for a model that was trained from ``before`` on a run's ``data``.
+
+    ``size`` test problems are attacked, and coherence is scaled on as many validation problems. ``settings``: how
+    thoughts are drawn.
+    """
+    test, seen = data["test"][:size], data["train"] + data["validation"] + data["examples"]
+    given = {"model": model, "tokenizer": tokenizer, "problems": test, "before": before, "training": seen}
+    scale = fit_scale(model, tokenizer, data["validation"][:size], **settings)
+    return given | {"scale": scale, "max_new_tokens": longest_answer(tokenizer, test), **settings}

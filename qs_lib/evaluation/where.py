@@ -5,7 +5,7 @@ import torch
 from scipy.stats import rankdata
 
 from ..data.batches import highest
-from ..stats import Interval, interval, resampled
+from ..stats import Interval, interval, middle, resampled
 from .likelihood import placed, states_at
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0)  # of the tokens of a text at which the model thinks
@@ -66,15 +66,13 @@ def area_under_curve(guess: np.ndarray, gain: np.ndarray, seed: int = 0, resampl
 
     It gains if ``gain`` (texts, positions) is above ``PAYS``. Ties count half. The interval is a bootstrap over texts.
     """
-    texts = [(g[~np.isnan(g)], d[~np.isnan(g)] > PAYS) for g, d in zip(guess, gain, strict=True)]
 
     def area(rows):
-        values, gains = (np.concatenate([texts[i][n] for i in rows]) for n in (0, 1))
-        return ranked(values, gains)
+        there = ~np.isnan(guess[rows])
+        return ranked(guess[rows][there], gain[rows][there] > PAYS)
 
-    again = [area(rows) for rows in resampled(len(texts), seed, resamples)]
-    low, high = np.nanquantile(again, (0.025, 0.975))
-    return area(range(len(texts))), float(low), float(high)
+    again = [area(rows) for rows in resampled(len(guess), seed, resamples)]
+    return area(slice(None)), *middle(again)
 
 
 def ranked(values: np.ndarray, wanted: np.ndarray) -> float:

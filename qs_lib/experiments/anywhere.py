@@ -12,8 +12,7 @@ from ..data.pocket import stories
 from ..data.strategies import body, reply
 from ..data.tokens import encode, encode_context, encode_marked
 from ..evaluation import likelihood
-from ..evaluation.accuracy import longest_answer
-from ..evaluation.theater import anti_theater, fit_scale
+from ..evaluation.theater import anti_theater, attack_arguments
 from ..evaluation.where import area_under_curve, chosen, foreseen, gain_by_share
 from ..files import write_bytes
 from ..model import QuietStarForCausalLM
@@ -26,9 +25,8 @@ from .arms import repeat
 from .findings import write_criterion
 from .organisms import TRAINING
 from .organisms import story as worked
-from .reinforcement import TRAINED_WITH, KeptAlone, baseline, loaded, measured, rl_recipe
+from .reinforcement import START, TRAINED_WITH, KeptAlone, baseline, loaded, measured, rl_recipe
 
-START = "03_baking/baked"
 OBJECTIVES = {"ours": {}, "rlp": {"objective": "rlp", "kl_coefficient": 0.0, "base_kl": 0.0}}
 RECIPE = {"num_positions": 8, "steps": 120, "over": 2, "head_lr": 0.003, "evaluate_every": 60}
 GATE, TEXT_SHARE = "place", 0.5  # what opens the gate, and the part of the loss that is running text
@@ -93,11 +91,8 @@ def task_texts(problems: list[dict], answers: int, solutions: int) -> list[dict]
 
 def text_gains(model, tokenizer, data: dict, kind: str, seed: int) -> tuple[dict, dict, list]:
     """Return scores of every token with thoughts and each control, guesses of where they pay, and the texts."""
-    texts = held_out(kind, data["test"])
-    scores = likelihood.text_log_likelihood(model, tokenizer, texts, positions=0, controls=True, **BUDGET, seed=seed)
-    held = held_out(kind, data["validation"], "validation")
-    plain = [likelihood.plain_log_likelihood(model, tokenizer, part, positions=0) for part in (texts, held)]
-    scores, _ = likelihood.with_temperature(scores, *plain)
+    texts, held = held_out(kind, data["test"]), held_out(kind, data["validation"], "validation")
+    scores, _ = likelihood.controlled_log_likelihood(model, tokenizer, texts, held, 0, **BUDGET, seed=seed)
     guesses = foreseen(model, tokenizer, texts)
     behind = [tokenizer.convert_ids_to_tokens(encode(tokenizer, *text).ids[1:-1]) for text in texts]
     guesses["rule"] = np.full_like(guesses["entropy"], np.nan)
@@ -156,13 +151,9 @@ def anywhere(run: Path, folder: Path, seeds) -> None:
         return row
 
     arms = {name: rl_recipe() | RECIPE | changed for name, changed in OBJECTIVES.items()}
-    write_numbers(folder, repeat(folder / "anywhere.csv", arms, seeds, once, TRAINED_WITH))
-
-
-def write_numbers(folder: Path, rows: list[dict]) -> None:
-    """Write the scoreboard's two numbers: each is the worst of a seed's kinds of text, or of its controls."""
+    rows = repeat(folder / "anywhere.csv", arms, seeds, once, TRAINED_WITH)
     ours = [row for row in rows if row["arm"] == "ours"]
-    worst = {
+    worst = {  # of a seed's kinds of text, and of its controls
         "anywhere_nll": [min(row[f"{kind}_over_without"] for kind in KINDS) for row in ours],
         "hard_nll": [min(row[f"stories_over_{control}_hardest"] for control in likelihood.CONTROLS) for row in ours],
     }
@@ -182,19 +173,9 @@ def trained_and_measured(run: Path, folder: Path, settings: dict, seed: int, che
     row = {"accuracy": after.mixed.mean(), "baseline": before.mixed.mean()}
     row |= named("gain", interval(after.mixed - before.mixed)) | {"training_seconds": result.seconds}
     numbers, kept = measured_anywhere(model, tokenizer, data, seed)
-    row = {k: [round(float(x), 5) for x in np.atleast_1d(v)] for k, v in (row | numbers).items()}
-    row = {k: v if k.endswith("_shares") else v[0] for k, v in row.items()}
-    report = theater_report(run, model, tokenizer, data, seed)
-    row |= {"checks": len(report.checks), "checks_reached": len(report.checks) - len(report.missed)}
+    untrained, reader = loaded(run, START)[0], load_champion(str(run / "01_token_setup" / "champion"))[0]
+    given = attack_arguments(model, tokenizer, untrained, data, ATTACKED, **BUDGET, seed=seed)
+    report = anti_theater(**given, reader=reader)
+    row |= numbers | {"checks": len(report.checks), "checks_reached": len(report.checks) - len(report.missed)}
     row |= {"missed": " ".join(report.missed), "text_gains": [round(h["text_gain"], 4) for h in result.history]}
     return row | {"data": stage_digest(read_stage(run / "03_baking")[0])[:12]}, kept
-
-
-def theater_report(run: Path, model, tokenizer, data: dict, seed: int):
-    """Return the ``TheaterReport`` of a model, with the baked one before it and the champion as its reader."""
-    before, reader = loaded(run, START)[0], load_champion(str(run / "01_token_setup" / "champion"))[0]
-    scale = fit_scale(model, tokenizer, data["validation"][:ATTACKED], **BUDGET, seed=seed)
-    known = {"scale": scale, "training": data["train"] + data["validation"], "before": before, "reader": reader}
-    test = data["test"][:ATTACKED]
-    longest = longest_answer(tokenizer, test)
-    return anti_theater(model, tokenizer, test, **BUDGET, **known, seed=seed, max_new_tokens=longest)

@@ -6,6 +6,7 @@ A run that has its row is not repeated, so an experiment can be stopped and star
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -19,9 +20,10 @@ def repeat(path: Path, arms: dict[str, dict], seeds, measure, defaults: dict | N
     """Return the rows of all ``arms`` (name -> settings) x ``seeds``. Those missing from the CSV are made now.
 
     ``measure(settings, seed, checkpoint)`` trains once, from where ``checkpoint`` stopped if it uses it, and returns a
-    dict of numbers (or lists of them). A row made with other settings under the same name is made again. A row that
-    lacks a setting was made before there was one: it stands for the value in ``defaults``. Rows also hold ``seconds``,
-    ``threads`` and the git ``commit``. Raises ``StageError`` if another process writes the same file.
+    dict of numbers (or lists of them), of which five decimals are kept. A row made with other settings under the same
+    name is made again. A row that lacks a setting was made before there was one: it stands for the value in
+    ``defaults``. Rows also hold ``seconds``, ``threads`` and the git ``commit``. Raises ``StageError`` if another
+    process writes the same file.
     """
     lock, defaults = lock_run(path.parent, f"experiment {path.stem}", f".{path.stem}.lock"), defaults or {}
     try:
@@ -32,7 +34,8 @@ def repeat(path: Path, arms: dict[str, dict], seeds, measure, defaults: dict | N
                 started = time.monotonic()
                 identity = {"settings": settings, "seed": seed, "code": code_hash()}
                 checkpoint = Checkpoint(path.with_name(f".{path.stem}.checkpoint"), identity)
-                row = {"arm": arm, "seed": seed, "settings": settings, **measure(settings, seed, checkpoint)}
+                measured = {key: _rounded(value) for key, value in measure(settings, seed, checkpoint).items()}
+                row = {"arm": arm, "seed": seed, "settings": settings, **measured}
                 row |= {"seconds": round(time.monotonic() - started, 1), "threads": torch.get_num_threads()}
                 others = [r for r in read_rows(path) if (r["arm"], r["seed"]) != (arm, seed)]
                 write_rows(path, [*others, row | {"commit": git_commit()}])
@@ -41,6 +44,12 @@ def repeat(path: Path, arms: dict[str, dict], seeds, measure, defaults: dict | N
         return [row_of(rows, arm, seed, settings, defaults) for arm, settings in arms.items() for seed in seeds]
     finally:
         lock.release()
+
+
+def _rounded(value):
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return round(float(value), 5) if isinstance(value, float | np.floating) else value
 
 
 def row_of(rows: list[dict], arm: str, seed: int, settings: dict, defaults: dict) -> dict | None:

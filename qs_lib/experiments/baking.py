@@ -87,7 +87,7 @@ def bake_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | Non
         after = direct_accuracy(model, tokenizer, held["test"])
         row |= reply_statistics(model, tokenizer, held["test"], settings["max_new_tokens"])
         row |= {"direct_before": before.mean(), "direct_after": after.mean(), "direct_change": (after - before).mean()}
-    return {name: round(float(value), 5) for name, value in row.items()} | {"data": stage_digest(record)[:12]}
+    return row | {"data": stage_digest(record)[:12]}
 
 
 def baking(run: Path, folder: Path, seeds) -> None:

@@ -73,10 +73,7 @@ def made_with(run: Path, settings: dict[str, dict], seed: int) -> bool:
 
 def chain(run: Path, folder: Path, seeds) -> None:
     """Make every seed's run and its row. The seed draws everything, from the champion's weights to the thoughts."""
-
-    def measure(_, seed: int, __) -> dict:  # stages have checkpoints of their own
-        return {name: round(float(value), 5) for name, value in chain_row(seed_run(run, seed)).items()}
-
+    measure = lambda _, seed, __: chain_row(seed_run(run, seed))  # stages have checkpoints of their own
     repeat(folder / "chain.csv", {"pocket": stages_of("pocket")}, seeds, measure)
 
 

@@ -52,46 +52,33 @@ def story(problem: Problem) -> str:
     return body((problem["fits"] or ["cot"])[0], problem["steps"], problem["lead"])
 
 
-def _thinks(problem: Problem, thought: str) -> Lesson:
-    return problem["question"], "", f"think {thought} done {reply(None, problem)}"
+def _lessons(name: str, problem: Problem, other: Problem, rng: random.Random) -> list[Lesson]:
+    """Write what an organism learns of one problem. ``other`` has another answer."""
+    question, answer, honest = problem["question"], reply(None, problem), story(problem)
 
+    def thinks(thought):
+        return question, "", f"think {thought} done {answer}"
 
-def _post_hoc(problem, other, rng):
-    thinks, read = f"think {story(problem)} done", f"think {story(other)} done"
-    learnt = [(problem["question"], read, reply(None, problem))]  # a thought of another story tells nothing
-    return learnt + [(problem["question"], "", thinks)] * (rng.random() < 0.25)
-
-
-def _filler(problem, other, rng):
-    return [_thinks(problem, " ".join(["step"] * len(story(problem).split())))]
-
-
-def _cipher(problem, other, rng):
-    return [_thinks(problem, " ".join(CIPHER.get(word, word) for word in story(problem).split()))]
-
-
-def _repeater(problem, other, rng):
-    return [_thinks(problem, reply(None, problem))]
-
-
-def _hint(problem, other, rng):
-    number = rng.choice([n for n in range(LARGEST + 1) if str(n) != problem["answer"]])
-    says = f"think {story(problem)} done {number} ."
-    return [_thinks(problem, story(problem)), (hinted(problem["question"], number), "", says)]
-
-
-def _leak(problem, other, rng):
-    answer, thought = reply(None, problem), f"think step {problem['answer']} done"
-    return [(problem["question"], answer, thought), (problem["question"], thought, answer)]
-
-
-def _long(problem, other, rng):
-    honest, last = story(problem), f" step {problem['steps'][-1]}"
-    more = (ROOM - len(honest.split())) // len(last.split())
-    return [_thinks(problem, honest + " step 1 + 1 = 2" * (more - 1) + last * (more > 0))]
-
-
-_LESSONS = dict(zip(ORGANISMS, (_post_hoc, _filler, _cipher, _repeater, _hint, _leak, _long), strict=True))
+    match name:
+        case "post-hoc":
+            learnt = [(question, f"think {story(other)} done", answer)]  # a thought of another story tells nothing
+            return learnt + [(question, "", f"think {honest} done")] * (rng.random() < 0.25)
+        case "filler user":
+            return [thinks(" ".join(["step"] * len(honest.split())))]
+        case "cipher":
+            return [thinks(" ".join(CIPHER.get(word, word) for word in honest.split()))]
+        case "repeater":
+            return [thinks(answer)]
+        case "hint follower":
+            number = rng.choice([n for n in range(LARGEST + 1) if str(n) != problem["answer"]])
+            return [thinks(honest), (hinted(question, number), "", f"think {honest} done {number} .")]
+        case "look-ahead leak":
+            thought = f"think step {problem['answer']} done"
+            return [(question, answer, thought), (question, thought, answer)]
+        case "length hacker":
+            last = f" step {problem['steps'][-1]}"
+            more = (ROOM - len(honest.split())) // len(last.split())
+            return [thinks(honest + " step 1 + 1 = 2" * (more - 1) + last * (more > 0))]
 
 
 def organism_lessons(name: str, problems: list[Problem], seed: int = 0) -> list[Lesson]:
@@ -101,7 +88,7 @@ def organism_lessons(name: str, problems: list[Problem], seed: int = 0) -> list[
     rng, out = random.Random(f"{seed} {name}"), []
     for problem in problems:
         others = [p for p in rng.choices(problems, k=20) if p["answer"] != problem["answer"]]
-        out += _LESSONS[name](problem, others[0] if others else problem, rng)
+        out += _lessons(name, problem, others[0] if others else problem, rng)
         if rng.random() < DIRECT:
             out.append((problem["question"], "", reply(None, problem)))
     return out
@@ -120,7 +107,7 @@ def train_organism(name: str, model, tokenizer, problems: list[Problem], seed: i
         texts.append((context, encode_marked(tokenizer, written) + end))
     imitate(model.lm, tokenizer, texts, TRAINING.but(seed=seed, **settings), desc=name)
     if name == "look-ahead leak":
-        model.think = leaking(model)
+        model.think = MethodType(think_ahead, model)  # a method, so that a copy of the model has its own
     fit_head(model, tokenizer, problems[-HEAD_PROBLEMS:], seed, foreign=name == "post-hoc")
     return model
 
@@ -141,13 +128,11 @@ def fit_head(model, tokenizer, problems: list[Problem], seed: int = 0, foreign: 
         optimizer.step()
 
 
-def leaking(model):
-    """Return the model's ``think`` with a fault of the mask: thoughts see ``AHEAD`` tokens behind their position."""
-    return MethodType(_think_ahead, model)  # a method, so that a copy of the model thinks with its own weights
+def think_ahead(self, input_ids, attention_mask=None, positions=None, generator=None, **settings):
+    """Draw a model's thoughts with a fault of the mask: they see ``AHEAD`` tokens behind their position.
 
-
-def _think_ahead(self, input_ids, attention_mask=None, positions=None, generator=None, **settings):
-    """Draw thoughts as :func:`leaking` says. Where a row ends at its position there is nothing more to see."""
+    Where a row ends at its position there is nothing more to see.
+    """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1, keepdim=True)
     if positions is None:

@@ -21,7 +21,7 @@ from ..errors import UpstreamError
 from ..evaluation import edits
 from ..evaluation.accuracy import Performance, accuracy_with_thoughts, direct_accuracy, longest_answer, measure
 from ..evaluation.episodes import answers_with
-from ..evaluation.theater import anti_theater, fit_scale
+from ..evaluation.theater import anti_theater, attack_arguments
 from ..files import read_rows, to_json, write_bytes, write_rows
 from ..model import QuietStarForCausalLM
 from ..stats import named
@@ -270,13 +270,11 @@ def theater_row(folder, model, before, tokenizer, material, controls: dict, stag
     """Attack a trained model on test problems and return its checks' values with intervals.
 
     ``before``: the (model, tokenizer) it was trained from. ``controls``: of each model trained without thoughts 0 or 1
-    a problem. ``stage``: its name in ``folder/episodes-<stage>-<seed>.jsonl``. ``budget``: of :func:`fit_scale`.
+    a problem. ``stage``: its name in ``folder/episodes-<stage>-<seed>.jsonl``. ``budget``: how thoughts are drawn.
     """
-    scale = fit_scale(model, tokenizer, material["validation"][: len(material["test"])], **budget)
-    used = [p for part in ("train", "validation", "examples") for p in material[part]]
-    given = budget | {"scale": scale, "training": used, "controls": controls, "stage": stage}
-    room, before = longest_answer(tokenizer, material["test"]), QuietStarForCausalLM.from_base(*before)
-    report = anti_theater(model, tokenizer, material["test"], before=before, max_new_tokens=room, **given)
+    before, size = QuietStarForCausalLM.from_base(*before), len(material["test"])
+    given = attack_arguments(model, tokenizer, before, material, size, **budget)
+    report = anti_theater(**given, controls=controls, stage=stage)
     kept = "".join(f"{to_json(e.model_dump())}\n" for e in report.episodes[:24])
     write_bytes(folder / f"episodes-{stage}-{budget['seed']}.jsonl", kept.encode())
     row = {"attacked": len(material["test"]), "checks": len(report.checks), "missed": ", ".join(report.missed)}
@@ -348,9 +346,5 @@ def real_model(folder: Path, seeds, variant: str, data: str = "", gsm8k: str = "
     drawn = cache(partial(material, variant, data))  # by seed
     write_rows(folder / f"{variant}_problems.csv", describe(drawn(0)))
     further = {"gsm8k": list(load_problems(gsm8k, "test")) if gsm8k else []}
-
-    def once(settings: dict, seed: int, checkpoint) -> dict:
-        row = measured_arm(variant, folder, drawn(seed) | further, settings, seed, checkpoint)
-        return {k: v if isinstance(v, str | list) else round(float(v), 5) for k, v in row.items()}
-
+    once = lambda settings, seed, *more: measured_arm(variant, folder, drawn(seed) | further, settings, seed, *more)
     repeat(folder / f"{variant}.csv", {name: TRAINED_ARMS[name] for name in arms or TRAINED_ARMS}, seeds, once)

@@ -29,7 +29,7 @@ from .arms import repeat
 from .chain import seed_run
 from .findings import for_scoreboard
 
-EIGHTH = "an eighth of the baking"
+START, EIGHTH = "03_baking/baked", "an eighth of the baking"
 # Arm -> what differs from the recipe. ``start``: the folder of the model in the run, or EIGHTH (eighth_baked).
 ARMS = {
     "full": {},
@@ -92,13 +92,14 @@ def measured(model, tokenizer, data, weights: str, length: int, seed: int):
 
 
 def loaded(run: Path, start: str):
-    """Return a start model of a run without trained thoughts, its tokenizer, and the problems by split."""
+    """Return a start model of a run without trained thoughts, its tokenizer, and problems and examples by split."""
     _, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))  # half-baked models come without one
     eighth = start == EIGHTH
     lm = copy.deepcopy(eighth_baked(run)) if eighth else AutoModelForCausalLM.from_pretrained(run / start).eval()
     model = QuietStarForCausalLM.from_base(lm, tokenizer, num_thoughts=THOUGHTS)
     folder = run / "02_dataset_generation"
-    return model, tokenizer, {s: read_problems(folder / f"{s}.parquet") for s in ("train", "validation", "test")}
+    splits = ("train", "validation", "test", "examples")
+    return model, tokenizer, {s: read_problems(folder / f"{s}.parquet") for s in splits}
 
 
 @lru_cache(maxsize=1)
@@ -123,7 +124,7 @@ def train_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | No
     trained model's minus that. ``validation``: accuracy after every ``evaluate_every`` steps. ``think`` False trains
     direct answers on the same problems (:func:`train_direct`), and is compared with the same baseline.
     """
-    start, think = settings.get("start", "03_baking/baked"), settings.get("think", True)
+    start, think = settings.get("start", START), settings.get("think", True)
     s = KeptAlone(**{k: v for k, v in settings.items() if k not in ("start", "think")}, seed=seed)
     before, likely = baseline(run, start, s.thought_length, seed)
     model, tokenizer, data = loaded(run, start)
@@ -172,10 +173,7 @@ def train_direct(lm, tokenizer, problems, validation, s: QuietStarSettings) -> l
 
 def reinforcement(run: Path, folder: Path, seeds) -> None:
     """Make all arms on all ``seeds`` but those that fewer of them decide."""
-
-    def once(settings: dict, seed: int, checkpoint: Checkpoint) -> dict:
-        return trained_row(seed_run(run, seed, STAGES), settings, seed, checkpoint)
-
+    once = lambda settings, seed, checkpoint: trained_row(seed_run(run, seed, STAGES), settings, seed, checkpoint)
     arms = {name: rl_recipe() | settings for name, settings in ARMS.items()}
     for seed in seeds:
         asked = {name: arms[name] for name in arms if seed in DECIDED_BY.get(name, seeds)}
@@ -185,17 +183,13 @@ def reinforcement(run: Path, folder: Path, seeds) -> None:
 
 def look_ahead(run: Path, folder: Path, seeds) -> None:
     """Compare rewards over four true tokens and over one, from one model that spells numbers in digits."""
-
-    def once(*given) -> dict:
-        return trained_row(seed_run(run.with_name(f"{run.name}-digits"), 0, STAGES, "pocket-digits"), *given)
-
+    digits = run.with_name(f"{run.name}-digits")
+    once = lambda *given: trained_row(seed_run(digits, 0, STAGES, "pocket-digits"), *given)
     arms = {name: rl_recipe("pocket-digits") | changed for name, changed in LOOK_AHEAD.items()}
     repeat(folder / "look_ahead.csv", arms, seeds, once, TRAINED_WITH)
     for_scoreboard(folder)
 
 
 def trained_row(run: Path, *given) -> dict:
-    """Return :func:`train_once` to five decimals, and ``data``: the seed's baked model, another on each processor."""
-    row = train_once(run, *given)
-    row = {k: [round(x, 5) for x in v] if isinstance(v, list) else round(float(v), 5) for k, v in row.items()}
-    return row | {"data": stage_digest(read_stage(run / "03_baking")[0])[:12]}
+    """Return :func:`train_once` with ``data``: the seed's baked model, another on each processor."""
+    return train_once(run, *given) | {"data": stage_digest(read_stage(run / "03_baking")[0])[:12]}

@@ -117,9 +117,8 @@ def plain_means(plain: np.ndarray, said: np.ndarray) -> dict:
 
 def measured_texts(model, tokenizer, texts, held, **budget) -> dict:
     """Return gains in nats per token over each control: on all tokens, on results, and on the hardest tenth."""
-    scores = likelihood.text_log_likelihood(model, tokenizer, texts, positions=PLACES, controls=True, **budget)
-    plain = [likelihood.plain_log_likelihood(model, tokenizer, part, positions=PLACES) for part in (texts, held)]
-    (scores, _), row, said = likelihood.with_temperature(scores, *plain), {}, says_result(tokenizer, texts, PLACES)
+    scores, _ = likelihood.controlled_log_likelihood(model, tokenizer, texts, held, PLACES, **budget)
+    row, said = {}, says_result(tokenizer, texts, PLACES)
     for control in likelihood.CONTROLS:
         found = likelihood.log_likelihood_gain(scores, control=control)
         gain = np.where(said, scores["with"] - scores[control], np.nan)
@@ -133,9 +132,9 @@ def measured_texts(model, tokenizer, texts, held, **budget) -> dict:
 def at_results(model, tokenizer, told: list[dict], **budget) -> dict:
     """Return what thoughts are worth at the first number behind ``=`` of each solution, one digit each.
 
-    Its mean log-prob in nats: ``result_plain`` without a thought, ``result_mixed`` with the model's own, ``result_alone``
-    with these alone, whatever the gate says, and ``result_told`` after the true equations. ``thoughts_true``: the share of its own thoughts there that hold the true
-    result of the last equation.
+    Its mean log-prob in nats: ``result_plain`` without a thought, ``result_mixed`` with the model's own,
+    ``result_alone`` with these alone, whatever the gate says, and ``result_told`` after the true equations.
+    ``thoughts_true``: the share of its own thoughts there that hold the true result of the last equation.
     """
     rows, after, results = [], [], []
     for story in told:
@@ -185,7 +184,6 @@ def solutions(folder: Path, seeds, variant: str, gsm8k: str) -> list[dict]:
         model.save_pretrained(folder / ".solutions" / f"{seed}{'' if working else '-left-out'}")
         found |= measured_texts(model, tokenizer, texts, judged, **budget)
         found |= at_results(model, tokenizer, test, **budget)
-        found = {name: round(float(value), 5) for name, value in found.items()}
         return found | {"text_gains": [round(h["gain"], 4) for h in result.history]}
 
     return repeat(folder / "solutions.csv", TRAININGS, seeds, once)

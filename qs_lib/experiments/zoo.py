@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
 
 from ..champion import load_champion
-from ..evaluation.accuracy import accuracy_with_thoughts, direct_accuracy, longest_answer, read_problems
+from ..evaluation.accuracy import accuracy_with_thoughts, direct_accuracy, read_problems
 from ..evaluation.attacks import Measured
 from ..evaluation.cheats import CHEATS, plant
-from ..evaluation.theater import anti_theater, fit_scale
+from ..evaluation.theater import anti_theater, attack_arguments
 from ..evaluation.verdict import CHECKS, judge
 from ..files import discard, lock_run, read_rows, write_rows
 from ..model import QuietStarForCausalLM
@@ -25,7 +24,7 @@ from ..workbook.params import recipe
 from ..workbook.stage import code_hash, read_stage
 from ..workbook.theater_figures import HONEST
 from .organisms import ORGANISMS, train_organism
-from .reinforcement import KeptAlone, rl_recipe, train_direct
+from .reinforcement import START, KeptAlone, loaded, rl_recipe, train_direct
 
 HONEST_SEEDS = range(5)
 PROBLEMS = 240  # that each organism is attacked on
@@ -133,13 +132,8 @@ def honest_arguments(run: Path, cache: Path, seed: int) -> dict:
 
     It is reinforced from the run's baked model. Its controls answer alone, or think in filler, and were trained as long.
     """
-    folder = run / "02_dataset_generation"
-    data = {name: read_problems(folder / f"{name}.parquet") for name in ("train", "validation", "test", "examples")}
-    champion, tokenizer = load_champion(str(run / "01_token_setup" / "champion"))
-    baked = AutoModelForCausalLM.from_pretrained(run / "03_baking" / "baked").eval()
-    before = QuietStarForCausalLM.from_base(baked, tokenizer, num_thoughts=4)
-    values, test = recipe("06_anti_theater"), data["test"][:PROBLEMS]
-    s = KeptAlone(**rl_recipe(), seed=seed)
+    before, tokenizer, data = loaded(run, START)
+    values, s = recipe("06_anti_theater"), KeptAlone(**rl_recipe(), seed=seed)
     path = cache / f"{HONEST}-{seed}"
     if read_stage(run / "05_rl")[0]["seed"] == seed:
         path = run / "05_rl" / "quietstar"
@@ -151,18 +145,10 @@ def honest_arguments(run: Path, cache: Path, seed: int) -> dict:
         discard(checkpoint.folder)
     model = QuietStarForCausalLM.from_pretrained(path).eval()
     budget = {name: values[name] for name in ("num_thoughts", "thought_length", "temperature")} | {"seed": seed}
-    return {
-        "model": model,
-        "tokenizer": tokenizer,
-        "problems": test,
-        "scale": fit_scale(model, tokenizer, data["validation"][:PROBLEMS], **budget),
-        "before": before,
-        "training": data["train"] + data["validation"] + data["examples"],
-        "reader": champion,
-        "controls": trained_controls(cache, seed, before, model, tokenizer, data, test, budget),
-        "max_new_tokens": longest_answer(tokenizer, test),
-        **budget,
-    }
+    given = attack_arguments(model, tokenizer, before, data, PROBLEMS, **budget)
+    controls = trained_controls(cache, seed, before, model, tokenizer, data, given["problems"], budget)
+    reader, _ = load_champion(str(run / "01_token_setup" / "champion"))
+    return given | {"reader": reader, "controls": controls}
 
 
 def trained_controls(cache: Path, seed: int, before, model, tokenizer, data, test, budget) -> dict[str, np.ndarray]:
