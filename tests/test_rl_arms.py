@@ -6,6 +6,7 @@ from tiny import tiny_quiet_star
 
 from qs_lib.data import pocket
 from qs_lib.experiments import arms, baking, chain, reinforcement
+from qs_lib.experiments.__main__ import EXPERIMENTS
 from qs_lib.files import find_run, read_rows
 from qs_lib.training.settings import QuietStarSettings
 from qs_lib.workbook.stage import read_stage, stage_digest
@@ -79,17 +80,18 @@ def test_direct_training_makes_the_answers_likelier_and_needs_no_thought(few):
 
 
 def test_the_committed_rows_are_those_of_the_arms_as_they_are(monkeypatch, tmp_path):
-    """Every row of both files is found again by its settings: repeating the experiments trains nothing."""
+    """Every row of these files is found again by its settings: repeating the experiments trains nothing."""
     monkeypatch.setattr(reinforcement, "for_scoreboard", lambda folder: None)
 
     def train(*_):
         raise AssertionError("a row was not found")
 
-    for name, module in (("rl", reinforcement), ("baking", baking)):
+    found = {"rl": (reinforcement, "seed_run"), "baking": (baking, "bake_once"), "chain": (chain, "seed_run")}
+    for name, (module, trains) in found.items():
         source = find_run("") / "experiments" / f"{name}.csv"
         (tmp_path / source.name).write_bytes(source.read_bytes())
-        monkeypatch.setattr(module, "seed_run" if name == "rl" else "bake_once", train)
-        (module.reinforcement if name == "rl" else module.baking)(find_run(""), tmp_path, [0, 1, 2])
+        monkeypatch.setattr(module, trains, train)
+        EXPERIMENTS[name](find_run(""), tmp_path, [0, 1, 2])
         assert (tmp_path / source.name).read_bytes() == source.read_bytes()
 
 
