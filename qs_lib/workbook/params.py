@@ -8,7 +8,6 @@ anything (:func:`check_parameters`), because papermill runs code written in a pa
 
 import ast
 import json
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +19,6 @@ from ..files import REPOSITORY, RUN_NAME
 from ..settings import Settings, unknown_name
 from ..training.settings import BakingSettings, PretrainSettings, QuietStarSettings
 
-PARAMETER_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
-
 
 class NotebookParams(Settings):
     """What every notebook takes. Each adds its own in a subclass below, on top of the settings of its training."""
@@ -32,22 +29,16 @@ class NotebookParams(Settings):
 
     @classmethod
     def from_notebook(cls, namespace: dict) -> "NotebookParams":
-        """The parameters of the running notebook, from its ``globals()``. Raises as :meth:`check` does.
+        """The parameters of the running notebook, from its ``globals()``. Raises ``ParameterError``.
 
         Names come from the class and from the cell papermill injected (found in IPython's ``In``), so that other
         variables of a long JupyterLab session do not count as parameters.
         """
         cells = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]
-        injected = set()
+        names = set(cls.model_fields)
         for statement in ast.parse(cells[-1]).body if cells else []:
-            injected |= {target.id for target in getattr(statement, "targets", []) if isinstance(target, ast.Name)}
-        known = set(cls.model_fields) & set(namespace)
-        return cls.check({name: namespace[name] for name in known | injected if name in namespace})
-
-    @classmethod
-    def check(cls, values: dict) -> "NotebookParams":
-        """The parameters from a dict. Raises ``ParameterError`` for an unknown name or a bad value."""
-        return cls(**values)
+            names |= {target.id for target in getattr(statement, "targets", []) if isinstance(target, ast.Name)}
+        return cls(**{name: namespace[name] for name in names if name in namespace})
 
 
 def notebook_parameters(notebook: str | Path) -> dict:
@@ -78,12 +69,12 @@ def check_parameters(notebook: str | Path, given: dict) -> dict:
     """
     defaults = notebook_parameters(notebook)
     for name in given:
-        if not isinstance(name, str) or not PARAMETER_NAME.fullmatch(name) or name not in defaults:
+        if name not in defaults:
             raise ParameterError(unknown_name(str(name), defaults))
     values = defaults | given
     model = NOTEBOOKS.get(Path(notebook).stem)
     if model:
-        return model.check(values).model_dump(mode="json")
+        return model(**values).model_dump(mode="json")
     try:
         return json.loads(json.dumps(values, allow_nan=False))
     except (TypeError, ValueError):
