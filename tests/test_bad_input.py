@@ -186,9 +186,9 @@ FORK = multiprocessing.get_context("fork")  # a fresh Python would import torch 
 
 
 def hold(pipe, *what):
-    lock = lock_run(*what)
-    pipe.send(lock.is_locked)
-    pipe.recv()
+    with lock_run(*what) as lock:
+        pipe.send(lock.is_locked)
+        pipe.recv()
 
 
 @contextlib.contextmanager

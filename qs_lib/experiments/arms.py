@@ -23,8 +23,8 @@ def repeat(path: Path, arms: dict[str, dict], seeds, measure, defaults: dict | N
     lacks a setting was made before there was one: it stands for the value in ``defaults``. Rows also hold ``seconds``,
     ``threads`` and the git ``commit``. Raises ``StageError`` if another process writes the same file.
     """
-    lock, defaults = lock_run(path.parent, f"experiment {path.stem}", f".{path.stem}.lock"), defaults or {}
-    try:
+    defaults = defaults or {}
+    with lock_run(path.parent, f"experiment {path.stem}", f".{path.stem}.lock"):
         wanted = [(arm, settings, seed) for seed in seeds for arm, settings in arms.items()]
         for arm, settings, seed in (bar := tqdm(wanted, desc=path.stem)):
             bar.set_postfix_str(f"{arm}, seed {seed}")
@@ -39,8 +39,6 @@ def repeat(path: Path, arms: dict[str, dict], seeds, measure, defaults: dict | N
                 discard(checkpoint.folder)
         rows = read_rows(path)
         return [row_of(rows, arm, seed, settings, defaults) for arm, settings in arms.items() for seed in seeds]
-    finally:
-        lock.release()
 
 
 def row_of(rows: list[dict], arm: str, seed: int, settings: dict, defaults: dict) -> dict | None:

@@ -108,13 +108,10 @@ def run_stages(options: argparse.Namespace) -> Path:
     values = {path: check_parameters(path, given[path]) for path in chosen}  # all, before the first minute is spent
 
     run = run_folder(options.run_name)
-    lock = lock_run(run, "make run", ".driver.lock")
-    try:
+    with lock_run(run, "make run", ".driver.lock"):
         print(f"run {options.run_name}: {len(chosen)} stages into {shown_path(run)}", flush=True)
         for path in chosen:
             run_stage(path, run, given[path], values[path], options.fresh, options.keep, options.debug)
-    finally:
-        lock.release(force=True)
     return run
 
 

@@ -181,7 +181,7 @@ class Stage:
         record |= {"notebook_sha256": os.environ.get("QS_NOTEBOOK_SHA256") or on_disk, **machine()}
         self.write_json("run.json", record)
         discard(self.folder / CHECKPOINTS)
-        self._lock.release(force=True)
+        self._lock.lock.release(force=True)
         return summary
 
 

@@ -106,8 +106,7 @@ def run_sweep(name: str, points: list[dict], x="", y=(), **engine) -> list[dict]
     Raises ``StageError`` if another process runs the same sweep, ``WorkbookError`` for an engine that is not there.
     """
     folder, parameters = Path(points[0]["outputs"]), list(points[0]["values"])
-    lock = lock_run(folder, f"sweep {name}")
-    try:
+    with lock_run(folder, f"sweep {name}"):
         done, order = {}, [point["run"] for point in points]
         for row in run_points(points, **engine):
             done[row["run"]] = row
@@ -121,8 +120,6 @@ def run_sweep(name: str, points: list[dict], x="", y=(), **engine) -> list[dict]
             with files.atomic_write(folder / "sweep.png") as temporary:
                 drawn.savefig(temporary, format="png")
         return rows
-    finally:
-        lock.release(force=True)
 
 
 def figure(rows: list[dict], x: str, y: tuple[str, ...] | list[str], parameters: list[str]):
@@ -241,14 +238,11 @@ def run_point(point: dict) -> dict:
     os.environ |= set_here | {"OMP_NUM_THREADS": str(point["threads"]), "QS_COMMAND": point["command"]}
     try:
         run = files.run_folder(point["run"])
-        lock = lock_run(run, "a sweep", ".driver.lock", LOCK_WAIT)
-        try:
-            lock_run(run, "a sweep", wait=LOCK_WAIT).release(force=True)
-            link_upstream(run, Path(point["upstream"]), [Path(notebook).stem for notebook in point["notebooks"]])
+        with lock_run(run, "a sweep", ".driver.lock", LOCK_WAIT):
+            with lock_run(run, "a sweep", wait=LOCK_WAIT):
+                link_upstream(run, Path(point["upstream"]), [Path(notebook).stem for notebook in point["notebooks"]])
             with open(run / ".log", "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
                 return row | _run_stages(point, run)
-        finally:
-            lock.release(force=True)
     except (WorkbookError, OSError) as error:
         return row | {"error": str(error).splitlines()[0]}
 
