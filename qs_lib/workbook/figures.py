@@ -83,7 +83,8 @@ def _spread(intervals) -> np.ndarray:
     return np.maximum([mean - low, high - mean], 0)
 
 
-def _finish(axis, grid: bool = False, legend: dict | None = None, **labels) -> None:
+def finish(axis, grid: bool = False, legend: dict | None = None, **labels) -> None:
+    """Give an axis its labels and limits, and a small legend."""
     axis.set(**labels)
     if grid:
         axis.grid(alpha=0.3)
@@ -141,7 +142,7 @@ def lines(series: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str
     figure, axis = new_figure(6.8, 3.4)
     for (name, points), look in zip(series.items(), LOOKS[len(series) - 1 :: -1], strict=True):
         _draw_line(axis, points, look, name)
-    _finish(axis, grid=True, xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
+    finish(axis, grid=True, xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
     return figure
 
 
@@ -160,7 +161,7 @@ def sweep_panels(rows: list[dict], x: str, ys: list[str], parameters: list[str])
             means = list(pd.DataFrame(points).groupby(0, sort=False)[1].mean().items()) if points else []
             _draw_line(axis, means, look, safe_label(name) or "mean")
             axis.plot([p for p, _ in points], [value for _, value in points], ".", color=look.colour, ms=3, alpha=0.6)
-        _finish(axis, grid=True, xlabel=safe_label(x), ylabel=safe_label(y))
+        finish(axis, grid=True, xlabel=safe_label(x), ylabel=safe_label(y))
     return figure
 
 
@@ -186,7 +187,7 @@ def difficulty_shares(splits: dict[str, list[int]]):
     shares = {name: [np.mean([min(d, 9) == n for d in ds]) for n in levels] for name, ds in splits.items()}
     _bars(axis, shares, [f"{n} or more" if n == 9 else str(n) for n in levels])
     axis.set(xlabel="difficulty (worked steps)", ylabel="share of the split's problems")
-    _finish(axis, legend={"ncol": 3, "loc": "upper right"}, ylim=(0, 1.25 * axis.get_ylim()[1]))
+    finish(axis, legend={"ncol": 3, "loc": "upper right"}, ylim=(0, 1.25 * axis.get_ylim()[1]))
     return figure
 
 
@@ -196,7 +197,7 @@ def arm_accuracies(runs: dict[str, dict[str, list[float]]], width: float = 7.2, 
     runs = {name: values for name, values in runs.items() if values}
     arms = list(next(iter(runs.values())))
     _bars(axis, {run: [v[arm] for arm in arms] for run, v in runs.items()}, [arm.replace("_", "\n") for arm in arms])
-    _finish(axis, ylabel="test accuracy (share of problems)", ylim=(0, 1.02), **labels)
+    finish(axis, ylabel="test accuracy (share of problems)", ylim=(0, 1.02), **labels)
     return figure
 
 
@@ -269,7 +270,7 @@ def look_ahead_gains(gains: list[list[float]], words: list[str]):
     axis.axhline(0, color="black", lw=0.8, ls=":")
     axis.set_xticks(range(len(words)), [safe_label(x) for x in words], family="monospace")
     axis.margins(y=0.1)
-    _finish(axis, xlabel="true tokens after the thought, in order", ylabel="gain in log-likelihood (nats)")
+    finish(axis, xlabel="true tokens after the thought, in order", ylabel="gain in log-likelihood (nats)")
     return figure
 
 
@@ -327,7 +328,7 @@ def accuracy_by_difficulty(problems: list[dict], before, after):
     figure, axis = new_figure(6.5, 3.6, dpi=100)
     shares = {name: [interval(v[difficulty == n]) for n in levels] for name, v in runs.items()}
     _bars(axis, shares, [f"{n}\n({(difficulty == n).sum()})" for n in levels], LOOKS[1::-1])
-    _finish(axis, xlabel="worked steps a problem needs", ylabel="accuracy with thoughts (share)", ylim=(0, 1.02))
+    finish(axis, xlabel="worked steps a problem needs", ylabel="accuracy with thoughts (share)", ylim=(0, 1.02))
     return figure
 
 
@@ -366,7 +367,7 @@ def latency_by_setting(rows: list[dict], target_ms: float):
     for (label, own), look in zip(groups.items(), LOOKS * 2, strict=False):
         _median_to_p95(axis, [r["num_thoughts"] for r in own], own, look, label, "-")
     axis.axhline(target_ms, color="black", ls="--", lw=1, label=f"target {target_ms:g} ms")
-    _finish(axis, xlabel="thoughts per position", ylabel="forward pass (ms), median to 95th percentile", ylim=(0, None))
+    finish(axis, xlabel="thoughts per position", ylabel="forward pass (ms), median to 95th percentile", ylim=(0, None))
     return figure
 
 
@@ -382,7 +383,7 @@ def model_latency(rows: list[dict], target_ms: float):
     names = [f"L{r['text_length']} {setting(r)}" for r in rows if r["model"] == models[0]]
     left.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
     left.axhline(target_ms, color="black", ls="--", lw=1, label=f"target {target_ms:g} ms")
-    _finish(left, yscale="log", ylabel="forward pass (ms)", xlabel="text length, positions x thoughts x tokens")
+    finish(left, yscale="log", ylabel="forward pass (ms)", xlabel="text length, positions x thoughts x tokens")
     shown = [r for r in rows if r["text_length"] == longest]
     places, below = range(len(shown)), np.zeros(len(shown))
     looks = ((GREY, "//"), (ORANGE, ".."), ("white", "xx"), (BLUE, ""))
