@@ -24,7 +24,6 @@ from .scoreboard import outcome, value_text
 from .stage import CODE_CHANGED, notebook_hash, read_stage, stage_finished
 
 NOT_SETTABLE = {"run_name", "upstream"}  # parameters that the driver sets itself
-PROGRAM = "python -m qs_lib.workbook.run"
 RUN_OPTIONS = {  # of the command line
     "--variant": {"default": "pocket", "help": "params/<stage>/VARIANT.yaml; 'defaults' is the small CI run"},
     "--run": {"dest": "run_name", "metavar": "NAME", "help": "outputs/NAME; default: VARIANT-run"},
@@ -64,11 +63,10 @@ def given_parameters(notebook: Path, options: argparse.Namespace) -> dict:
 
 def named_stages(notebooks: list[Path], names) -> list[Path]:
     """Return the notebooks of these stages, each given as ``05_rl`` or ``05``. Raises ``ParameterError`` for others."""
-    called = {path: {path.stem, path.stem.split("_")[0]} for path in notebooks}
     for name in names:
-        if not any(name in words for words in called.values()):
+        if not any(name in (path.stem, path.stem[:2]) for path in notebooks):
             raise ParameterError(unknown_name(name, [path.stem for path in notebooks]).replace("parameter", "stage", 1))
-    return [path for path in notebooks if not called[path].isdisjoint(names)]
+    return [path for path in notebooks if path.stem in names or path.stem[:2] in names]
 
 
 def overrides(notebooks: list[Path], words) -> dict[Path, dict]:
@@ -149,7 +147,7 @@ def print_scoreboard(path: Path) -> None:
     """Print ``scoreboard.json`` as a table. Raises ``StageError`` if it cannot be read."""
     table = [("id", "criterion", "target", "value [95 % interval]", "outcome")]
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8"))
         table += [[str(row["id"]), row["criterion"], row["target"], value_text(row), outcome(row)] for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StageError(f"{path} is not a scoreboard ({error!r}); make it with notebook 08_scoreboard") from None
@@ -186,7 +184,7 @@ def parsed(program: str, about: str, options: dict[str, dict], arguments: list[s
 
 def run_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options of a run, by default those of the command line."""
-    given = parsed(PROGRAM, "Run notebooks 01 to 08 as one chain.", RUN_OPTIONS, arguments)
+    given = parsed("python -m qs_lib.workbook.run", "Run notebooks 01 to 08 as one chain.", RUN_OPTIONS, arguments)
     given.run_name = given.run_name or f"{given.variant}-run"
     given.notebooks = given.notebooks.resolve()
     return given

@@ -77,16 +77,15 @@ def points_of(
         if not any(parameter in names for names in known.values()):
             raise ParameterError(unknown_name(parameter, set().union(*known.values())))
     check_variant(variant, notebooks[0].parent.parent)
-    shared = {"notebooks": [str(path) for path in notebooks], "outputs": str(outputs_root() / "sweeps" / name)}
-    shared |= {"upstream": str(find_run(upstream).resolve()), "keep": keep, "threads": threads}
-    shared["command"] = f"python -m qs_lib.workbook.sweep {name}"
+    shared = {"outputs": str(outputs_root() / "sweeps" / name), "upstream": str(find_run(upstream).resolve())}
+    shared |= {"keep": keep, "threads": threads, "command": f"python -m qs_lib.workbook.sweep {name}"}
     points, fixed = [], {path: read_variant(path.stem, variant, path.parent.parent) for path in notebooks}
     for chosen in itertools.product(*grid.values()):
         values = dict(zip(grid, chosen, strict=True))
-        given = {path: fixed[path] | {k: v for k, v in values.items() if k in known[path]} for path in notebooks}
-        for path in notebooks:
-            check_parameters(path, given[path])
-        points.append({"run": point_name(values), "values": values, "given": list(given.values()), **shared})
+        given = {str(path): fixed[path] | {k: v for k, v in values.items() if k in known[path]} for path in notebooks}
+        for path, own in given.items():
+            check_parameters(path, own)
+        points.append({"run": point_name(values), "values": values, "given": given, **shared})
     return points
 
 
@@ -229,8 +228,8 @@ def run_point(point: dict) -> dict:
     """Run what is not finished of a point and return its row.
 
     ``point``: ``run`` (name), ``outputs`` (folder of all points), ``upstream`` (folder of the run that earlier stages
-    are read from), ``notebooks`` (paths, in order), ``given`` (parameters of each), ``values`` (of the grid),
-    ``keep``, ``threads`` and ``command``. The row: ``run``, the grid's values, the stages' summaries, ``seconds``,
+    are read from), ``given`` (path of a notebook -> its parameters, in order), ``values`` (of the grid), ``keep``,
+    ``threads`` and ``command``. The row: ``run``, the grid's values, the stages' summaries, ``seconds``,
     ``peak_memory_mb``, and the ``command``, ``commit`` and kind of ``machine`` that made it, or the ``error``.
     The process works on one point at a time.
     """
@@ -240,7 +239,7 @@ def run_point(point: dict) -> dict:
         run = files.run_folder(point["run"])
         with lock_run(run, "a sweep", ".driver.lock", LOCK_WAIT):
             with lock_run(run, "a sweep", wait=LOCK_WAIT):
-                link_upstream(run, Path(point["upstream"]), [Path(notebook).stem for notebook in point["notebooks"]])
+                link_upstream(run, Path(point["upstream"]), [Path(notebook).stem for notebook in point["given"]])
             with open(run / ".log", "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
                 return row | _run_stages(point, run)
     except (WorkbookError, OSError) as error:
@@ -250,8 +249,8 @@ def run_point(point: dict) -> dict:
 def _run_stages(point: dict, run: Path) -> dict:
     """Run the point's notebooks and return its part of the row. A name that is taken gets its stage's in front."""
     found = {"seconds": 0.0, "peak_memory_mb": 0}
-    for notebook, given in zip(map(Path, point["notebooks"]), point["given"], strict=True):
-        given = given | {"run_name": point["run"], "upstream": point["run"]}
+    for notebook, given in point["given"].items():
+        notebook, given = Path(notebook), given | {"run_name": point["run"], "upstream": point["run"]}
         record = run_stage(notebook, run, given, check_parameters(notebook, given), keep=point["keep"])
         taken = {*found, *point["values"]}
         plain = {k: v for k, v in record["summary"].items() if isinstance(v, (bool, int, float, str))}
@@ -307,8 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
         points = [point | {"command": given.command} for point in points]
         x, y = given.x or plan.get("x", ""), tuple(given.y) or tuple(plan.get("y", ()))
         print(f"sweep {name}: {len(points)} points, {given.engine}", flush=True)
-        engine = {name: getattr(given, name) for name in ("engine", "workers", "address")}
-        rows = run_sweep(name, points, x, y, **engine)
+        rows = run_sweep(name, points, x, y, engine=given.engine, workers=given.workers, address=given.address)
         print(f"table and figure: {points[0]['outputs']}")
         return int(any("error" in row for row in rows))
 
