@@ -147,8 +147,7 @@ def lines(series: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str
 
 
 def sweep_panels(rows: list[dict], x: str, ys: list[str], parameters: list[str]):
-    """Draw one panel per number of ``ys`` against the parameter ``x``: a small mark for each row, and for each
-    combination of ``parameters`` a line through the means of its rows."""
+    """Draw a panel per number of ``ys``: a mark per row, and a line of means per combination of ``parameters``."""
     figure, axes = new_figure(max(5.6, 4.2 * len(ys)), 3.4, len(ys))
     groups = {}
     for row in rows:
@@ -372,8 +371,7 @@ def latency_by_setting(rows: list[dict], target_ms: float):
 
 
 def model_latency(rows: list[dict], target_ms: float):
-    """Draw rows of ``model_sizes.measure_models``: left, median to 95th percentile by setting, and
-    right, what each setting of the longest text is made of (shares of the median)."""
+    """Draw rows of ``model_sizes.measure_models``: times by setting, and what those of the longest text consist of."""
     figure, (left, right) = new_figure(12, 4.2, 2, dpi=100)
     models, longest = list(dict.fromkeys(r["model"] for r in rows)), max(r["text_length"] for r in rows)
     setting = "{positions}x{num_thoughts}x{thought_length}".format_map
@@ -393,8 +391,8 @@ def model_latency(rows: list[dict], target_ms: float):
         below += share
     right.set_yticks(places, [f"{r['model']} {setting(r)}" for r in shown], fontsize=8)
     right.invert_yaxis()
-    right.set(xlabel=f"share of the median, text of {longest} tokens", xlim=(0, 1))
-    right.legend(fontsize=8, ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    above = {"ncol": 4, "loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+    finish(right, legend=above, xlabel=f"share of the median, text of {longest} tokens", xlim=(0, 1))
     return figure
 
 
@@ -422,12 +420,12 @@ def calibration(scores: dict[str, Reliability]):
     A larger mark stands for more thoughts. On the dotted line a score would be the probability of being right.
     """
     figure, axes = new_figure(4 * len(scores), 3.8, len(scores), dpi=100, sharey=True)
-    names = ("score", "right", "low", "high", "count")
     for axis, (name, one) in zip(np.atleast_1d(axes), scores.items(), strict=True):
-        x, y, low, high, count = (np.array([b[k] for b in one.bins]) for k in names)
+        bins = pd.DataFrame(one.bins)
+        x, y, share = bins["score"], bins["right"], bins["count"] / bins["count"].sum()
         axis.plot([0, 1], [0, 1], ":", color="black", lw=1)
-        axis.errorbar(x, y, yerr=_spread(np.stack([y, low, high], 1)), fmt="none", ecolor=GREY, capsize=3)
-        axis.scatter(x, y, s=15 + 150 * count / count.sum(), marker="o", color=BLUE)
+        axis.errorbar(x, y, yerr=_spread(bins[["right", "low", "high"]]), fmt="none", ecolor=GREY, capsize=3)
+        axis.scatter(x, y, s=15 + 150 * share, marker="o", color=BLUE)
         title = f"calibration error {one.error[0]:.2f}\nright before wrong {one.preference[0]:.2f}"
         axis.set(xlabel=f"{name} (0 to 1)", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         axis.set_title(title, fontsize=10)

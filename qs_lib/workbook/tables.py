@@ -115,16 +115,16 @@ def embedding_norms(model, tokenizer) -> dict:
     return {"real": [norm for i, norm in enumerate(norms) if i not in ids], "new": new}
 
 
-def nearest_tokens(model, tokenizer, count: int = 3) -> pd.DataFrame:
-    """Return the ``count`` other tokens whose input rows are nearest to each thinking token's (cosine)."""
+def nearest_tokens(model, tokenizer) -> pd.DataFrame:
+    """Return the three other tokens whose input rows are nearest to each thinking token's (cosine)."""
     weight = torch.nn.functional.normalize(model.get_input_embeddings().weight.detach()[: len(tokenizer)], dim=1)
     ids = thinking_ids(tokenizer)
     cosine = weight[ids] @ weight.T
     cosine[:, ids] = -torch.inf
-    near, which = (found.tolist() for found in cosine.topk(count, dim=1))
-    names = [[tokenizer.decode([i]).strip() for i in row] for row in which]
-    rows = [[f"{n} ({c:.1f})" for n, c in zip(*pair, strict=True)] for pair in zip(names, near, strict=True)]
-    return pd.DataFrame(rows, index=list(THINKING_TOKENS), columns=[f"nearest {n + 1}" for n in range(count)])
+    table = pd.DataFrame(index=list(THINKING_TOKENS))
+    for n, (near, which) in enumerate(zip(*(found.T.tolist() for found in cosine.topk(3, dim=1)), strict=True), 1):
+        table[f"nearest {n}"] = [f"{tokenizer.decode([i]).strip()} ({c:.1f})" for c, i in zip(near, which, strict=True)]
+    return table
 
 
 def marked(reply: str) -> str:
@@ -135,13 +135,9 @@ def marked(reply: str) -> str:
 
 def aligned_tokens(item: BakingItem, tokenizer) -> pd.DataFrame:
     """Return what teacher and student have read last where a reply token is asked of both, and that token."""
-
-    def words(ids):
-        return [tokenizer.decode([i]).strip() for i in ids]
-
-    columns = {"teacher has read": words(item.teacher_ids[at] for at in item.teacher_at)}
-    columns |= {"student has read": words(item.student_ids[at] for at in item.student_at)}
-    return pd.DataFrame(columns | {"both predict": words(item.targets)})
+    columns = {"teacher has read": [item.teacher_ids[at] for at in item.teacher_at]}
+    columns |= {"student has read": [item.student_ids[at] for at in item.student_at], "both predict": item.targets}
+    return pd.DataFrame(columns).map(lambda i: tokenizer.decode([i]).strip())
 
 
 def reply_rows(
@@ -165,14 +161,14 @@ def strategy_use(rows: list[dict]) -> dict[str, dict[str, float]]:
     return shares.reindex(columns=columns, fill_value=0.0).to_dict("index")
 
 
-def thoughts_html(thoughts, tokenizer, row: int = 0, position: int = 0) -> str:
-    """Return the thoughts drawn at one position (``qs_lib.Thoughts``) as static HTML, all text escaped.
+def thoughts_html(thoughts, tokenizer) -> str:
+    """Return the thoughts drawn at the first position (``qs_lib.Thoughts``) as static HTML, all text escaped.
 
     The number under a token is its log-prob in nats. The less likely it was, the stronger its shade.
     """
     rows = []
-    for k, n in enumerate(thoughts.lengths[row, position].tolist()):
-        drawn = [x[row, position, k, :n].tolist() for x in (thoughts.tokens, thoughts.logprobs, thoughts.sampled)]
+    for k, n in enumerate(thoughts.lengths[0, 0].tolist()):
+        drawn = [x[0, 0, k, :n].tolist() for x in (thoughts.tokens, thoughts.logprobs, thoughts.sampled)]
         total = fixed(sum(x * sampled for _, x, sampled in zip(*drawn, strict=True)), 1)
         cells = f"<th scope='row'>thought {k + 1:d}<br><small>sum {safe_text(total)}</small></th><td>"
         for token, x, sampled in zip(*drawn, strict=True):
@@ -194,8 +190,6 @@ def answers_over_steps(episodes: list) -> pd.DataFrame:
 
 def model_latency_table(rows: list[dict]) -> pd.DataFrame:
     """Return rows of ``model_sizes.measure_models`` as a table: milliseconds, what dominates, the target met or not."""
-    if not rows:
-        return pd.DataFrame()
     names = {"model": "model", "text_length": "text", "positions": "places", "num_thoughts": "thoughts"}
     names |= {"thought_length": "tokens", "plain_ms": "plain_ms", "median_ms": "median_ms", "p95_ms": "p95_ms"}
     table = pd.DataFrame(rows).rename(columns=names)[[*names.values(), "repeats"]].round(1)
