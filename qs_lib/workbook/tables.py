@@ -121,10 +121,9 @@ def nearest_tokens(model, tokenizer) -> pd.DataFrame:
     ids = thinking_ids(tokenizer)
     cosine = weight[ids] @ weight.T
     cosine[:, ids] = -torch.inf
-    table = pd.DataFrame(index=list(THINKING_TOKENS))
-    for n, (near, which) in enumerate(zip(*(found.T.tolist() for found in cosine.topk(3, dim=1)), strict=True), 1):
-        table[f"nearest {n}"] = [f"{tokenizer.decode([i]).strip()} ({c:.1f})" for c, i in zip(near, which, strict=True)]
-    return table
+    near = zip(*(found.tolist() for found in cosine.topk(3, dim=1)), strict=True)
+    rows = [[f"{tokenizer.decode([i]).strip()} ({c:.1f})" for c, i in zip(*row, strict=True)] for row in near]
+    return pd.DataFrame(rows, index=list(THINKING_TOKENS), columns=["nearest 1", "nearest 2", "nearest 3"])
 
 
 def marked(reply: str) -> str:
