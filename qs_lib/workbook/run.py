@@ -103,24 +103,23 @@ def run_stages(options: argparse.Namespace) -> Path:
     chosen = named_stages(chosen, options.only) if options.only else chosen
     changed = overrides(chosen, options.words)
     given = {path: given_parameters(path, options) | changed[path] for path in chosen}
-    values = {path: check_parameters(path, given[path]) for path in chosen}  # all, before the first minute is spent
+    for path in chosen:  # all, before the first minute is spent
+        check_parameters(path, given[path])
 
     run = run_folder(options.run_name)
     with lock_run(run, "make run", ".driver.lock"):
         print(f"run {options.run_name}: {len(chosen)} stages into {shown_path(run)}", flush=True)
         for path in chosen:
-            run_stage(path, run, given[path], values[path], options.fresh, options.keep, options.debug)
+            run_stage(path, run, given[path], options.fresh, options.keep, options.debug)
     return run
 
 
-def run_stage(
-    path: Path, run: Path, given: dict, values: dict, fresh: bool = False, keep: bool = False, debug: bool = False
-) -> dict:
+def run_stage(path: Path, run: Path, given: dict, fresh=False, keep=False, debug=False) -> dict:
     """Execute one notebook into ``run`` unless its stage there is finished, and return the stage's record.
 
-    ``given``: what differs from the notebook's defaults. ``values``: all parameters, checked. Raises ``StageError``.
+    ``given``: what differs from the notebook's defaults. Raises ``StageError``, and ``ParameterError`` for bad values.
     """
-    source = notebook_hash(path)
+    source, values = notebook_hash(path), check_parameters(path, given)
     upstream = find_run(values["upstream"])
     finished, reason = stage_finished(run / path.stem, values, source, upstream, check_code=not keep)
     if finished and not fresh:

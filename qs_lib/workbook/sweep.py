@@ -135,9 +135,9 @@ def ready_made() -> list[dict]:
     """Return a row for each of ``params/sweeps``: name, question (its first comment), notebooks, runs, command."""
     rows = []
     for path in sorted((REPOSITORY / "params" / "sweeps").glob("*.yaml")):
-        plan, lines = read_sweep(path.stem), path.read_text(encoding="utf-8").splitlines()
-        comment = " ".join(line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
-        row = {"name": path.stem, "question": comment.partition("?")[0] + "?", "notebooks": " ".join(plan["notebooks"])}
+        plan, comment = read_sweep(path.stem), path.read_text(encoding="utf-8").partition("?")[0]
+        question = " ".join(line.lstrip("# ") for line in comment.splitlines()) + "?"
+        row = {"name": path.stem, "question": question, "notebooks": " ".join(plan["notebooks"])}
         runs = math.prod(map(len, plan["grid"].values()))
         rows.append(row | {"runs": runs, "command": f"make sweep X={path.stem}"})
     return rows
@@ -251,7 +251,7 @@ def _run_stages(point: dict, run: Path) -> dict:
     found = {"seconds": 0.0, "peak_memory_mb": 0}
     for notebook, given in point["given"].items():
         notebook, given = Path(notebook), given | {"run_name": point["run"], "upstream": point["run"]}
-        record = run_stage(notebook, run, given, check_parameters(notebook, given), keep=point["keep"])
+        record = run_stage(notebook, run, given, keep=point["keep"])
         taken = {*found, *point["values"]}
         plain = {k: v for k, v in record["summary"].items() if isinstance(v, (bool, int, float, str))}
         found |= {f"{notebook.stem}.{k}" if k in taken else k: v for k, v in plain.items()}
