@@ -450,7 +450,7 @@ def variant(place, text):
     path = place / "params/01_token_setup/mine.yaml"
     path.parent.mkdir(parents=True)
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    read_variant("01_token_setup", "mine", place)
+    read_variant("mine", place)
 
 
 def fingerprint(folder):

@@ -64,8 +64,7 @@ def notebook_parameters(notebook: str | Path) -> dict:
 def check_parameters(notebook: str | Path, given: dict) -> dict:
     """Return all parameters of the notebook, defaults included, as plain JSON values. Raises ParameterError.
 
-    Names, types and ranges are checked before papermill sees them. A notebook that is not one of the workbook's (no
-    class below) has its names checked only. Its own second cell checks the values.
+    A notebook that is not one of the workbook's (no class below) has its names checked only.
     """
     defaults = notebook_parameters(notebook)
     for name in given:
@@ -212,30 +211,23 @@ def read_yaml(path: Path):
         raise ParameterError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
 
 
-def read_variant(stage: str, variant: str, root: Path = REPOSITORY) -> dict:
-    """Return what a variant sets for a stage, if anything, not checked yet. Raises ParameterError if it is no flat mapping."""
-    path = root / "params" / stage / f"{variant}.yaml"
-    if not path.is_file():
-        return {}
-    given = read_yaml(path) or {}
-    if not isinstance(given, dict):
-        raise ParameterError(f"{path} must hold lines of the form 'name: value'")
+def read_variant(variant: str, root: Path = REPOSITORY) -> dict[str, dict]:
+    """Return stage -> what a variant sets for it, not checked yet, for all stages that it has a file for.
+
+    Raises ParameterError if it has none and is not "defaults", or if a file is no flat mapping.
+    """
+    paths = sorted((root / "params").glob("[0-9]*/*.yaml"))
+    known = {path.stem for path in paths} | {"defaults"}
+    if variant not in known:
+        raise ParameterError(unknown_name(variant, known).replace("parameter", "variant", 1))
+    given = {}
+    for path in (path for path in paths if path.stem == variant):
+        given[path.parent.name] = read_yaml(path) or {}
+        if not isinstance(given[path.parent.name], dict):
+            raise ParameterError(f"{path} must hold lines of the form 'name: value'")
     return given
-
-
-def stages_of(variant: str) -> dict[str, dict]:
-    """Stage -> what a variant sets for it, for all stages it has a file for."""
-    stages = sorted(path.parent.name for path in (REPOSITORY / "params").glob(f"[0-9]*/{variant}.yaml"))
-    return {stage: read_variant(stage, variant) for stage in stages}
 
 
 def recipe(stage: str, variant: str = "pocket") -> dict:
     """All parameters of a stage's notebook under a variant, its defaults included. Raises ParameterError."""
-    return check_parameters(REPOSITORY / "notebooks" / f"{stage}.ipynb", read_variant(stage, variant))
-
-
-def check_variant(variant: str, root: Path = REPOSITORY) -> None:
-    """Raises ParameterError if no notebook has a parameter file of this name."""
-    known = {path.stem for path in (root / "params").glob("[0-9]*/*.yaml")} | {"defaults"}
-    if variant not in known:
-        raise ParameterError(unknown_name(variant, known).replace("parameter", "variant", 1))
+    return check_parameters(REPOSITORY / "notebooks" / f"{stage}.ipynb", read_variant(variant).get(stage, {}))

@@ -19,7 +19,7 @@ from ..files import REPOSITORY, find_run, lock_run, run_folder
 from ..settings import unknown_name
 from ..stats import as_text
 from .execute import execute, shown_path
-from .params import check_parameters, check_variant, notebook_parameters, read_variant
+from .params import check_parameters, notebook_parameters, read_variant
 from .scoreboard import outcome, value_text
 from .stage import CODE_CHANGED, notebook_hash, read_stage, stage_finished
 
@@ -47,7 +47,7 @@ def stage_notebooks(folder: Path) -> list[Path]:
 
 def given_parameters(notebook: Path, options: argparse.Namespace) -> dict:
     """Return what file and command line set in a notebook. Raises ``ParameterError`` for a bad file or ``data``."""
-    given = read_variant(notebook.stem, options.variant, notebook.parent.parent)
+    given = read_variant(options.variant, notebook.parent.parent).get(notebook.stem, {})
     given |= {"run_name": options.run_name, "upstream": options.run_name}
     if options.seed is not None:
         given["seed"] = options.seed
@@ -99,7 +99,6 @@ def run_stages(options: argparse.Namespace) -> Path:
     chosen = stage_notebooks(options.notebooks)
     if not chosen:
         raise StageError(f"there are no notebooks in {options.notebooks}")
-    check_variant(options.variant, options.notebooks.parent)
     chosen = named_stages(chosen, options.only) if options.only else chosen
     changed = overrides(chosen, options.words)
     given = {path: given_parameters(path, options) | changed[path] for path in chosen}
@@ -146,7 +145,7 @@ def print_scoreboard(path: Path) -> None:
     """Print ``scoreboard.json`` as a table. Raises ``StageError`` if it cannot be read."""
     table = [("id", "criterion", "target", "value [95 % interval]", "outcome")]
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
         table += [[str(row["id"]), row["criterion"], row["target"], value_text(row), outcome(row)] for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StageError(f"{path} is not a scoreboard ({error!r}); make it with notebook 08_scoreboard") from None

@@ -26,7 +26,7 @@ from ..files import REPOSITORY, find_run, lock_run, outputs_root, read_rows
 from ..settings import unknown_name
 from ..stats import as_text
 from . import figures
-from .params import check_parameters, check_variant, notebook_parameters, read_variant, read_yaml
+from .params import check_parameters, notebook_parameters, read_variant, read_yaml
 from .run import NOT_SETTABLE, exit_code, parsed, run_stage
 
 COSTS = ("seconds", "peak_memory_mb")  # every row has them, and they differ from run to run
@@ -76,10 +76,9 @@ def points_of(
     for parameter in grid:
         if not any(parameter in names for names in known.values()):
             raise ParameterError(unknown_name(parameter, set().union(*known.values())))
-    check_variant(variant, notebooks[0].parent.parent)
     shared = {"outputs": str(outputs_root() / "sweeps" / name), "upstream": str(find_run(upstream).resolve())}
     shared |= {"keep": keep, "threads": threads, "command": f"python -m qs_lib.workbook.sweep {name}"}
-    points, fixed = [], {path: read_variant(path.stem, variant, path.parent.parent) for path in notebooks}
+    points, fixed = [], {path: read_variant(variant, path.parent.parent).get(path.stem, {}) for path in notebooks}
     for chosen in itertools.product(*grid.values()):
         values = dict(zip(grid, chosen, strict=True))
         given = {str(path): fixed[path] | {k: v for k, v in values.items() if k in known[path]} for path in notebooks}
