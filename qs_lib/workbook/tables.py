@@ -29,9 +29,10 @@ def committed(params, stage: str, name: str):
 
     It is empty where nothing is committed, and where ``params.upstream`` is given, when the notebook is a real run.
     """
-    if name.endswith(".jsonl"):
-        return [] if params.upstream else read_json_lines(find_run("") / stage / name)
-    return {} if params.upstream else _read_json(find_run("") / stage / name)
+    path, lines = find_run("") / stage / name, name.endswith(".jsonl")
+    if params.upstream or not path.is_file():
+        return [] if lines else {}
+    return read_json_lines(path) if lines else json.loads(path.read_text(encoding="utf-8"))
 
 
 def as_html(frame: pd.DataFrame) -> str:
@@ -52,10 +53,6 @@ def wrapped(*lines: str, indent: int = 4) -> str:
     return "\n".join(wrap.fill(line) for line in lines)
 
 
-def _read_json(path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def read_json_lines(path) -> list[dict]:
     """Return the rows of a JSON-lines file, such as a stage's ``metrics.jsonl``, and none where there is no file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
@@ -63,7 +60,8 @@ def read_json_lines(path) -> list[dict]:
 
 def read_bench() -> dict:
     """Return the committed file of ``make bench``, empty where there is none."""
-    return _read_json(find_run("").parent / "bench" / "thoughts.json")
+    path = find_run("").parent / "bench" / "thoughts.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def committed_path(name: str):
@@ -168,11 +166,11 @@ def thoughts_html(thoughts, tokenizer) -> str:
     rows = []
     for k, n in enumerate(thoughts.lengths[0, 0].tolist()):
         drawn = [x[0, 0, k, :n].tolist() for x in (thoughts.tokens, thoughts.logprobs, thoughts.sampled)]
-        total = fixed(sum(x * sampled for _, x, sampled in zip(*drawn, strict=True)), 1)
+        total = fixed(sum(drawn[1]), 1)
         cells = f"<th scope='row'>thought {k + 1:d}<br><small>sum {safe_text(total)}</small></th><td>"
         for token, x, sampled in zip(*drawn, strict=True):
             cells += "<span style='display:inline-block;text-align:center;padding:1px 3px;background:"
-            cells += f"{shade(min(0.75, 0.25 * abs(x) * sampled))}'>{safe_token(tokenizer.decode([token]))}<br>"
+            cells += f"{shade(min(0.75, 0.25 * abs(x)))}'>{safe_token(tokenizer.decode([token]))}<br>"
             cells += f"<small>{safe_text(fixed(x, 2)) if sampled else 'given'}</small></span>"
         rows.append(cells + "</td>")
     return LEFT + left(f"<table class='qs-left'><tbody><tr>{'</tr><tr>'.join(rows)}</tr></tbody></table>")
@@ -214,7 +212,7 @@ def verdicts(reports: dict[str, TheaterReport]) -> pd.DataFrame:
     columns = {"target": {c.id: c.target for one in reports.values() for c in one.checks}}
     for name, one in reports.items():
         told = {c.id: "reached" if c.reached else "open" if c.undecided else "not reached" for c in one.checks}
-        columns[name] = {c.id: f"{_check_value(c)} {told[c.id]}" for c in one.checks}
+        columns[name] = {c.id: f"{shown((c.value, c.low, c.high))} {told[c.id]}" for c in one.checks}
     return pd.DataFrame(columns).reindex([i for i in CHECKS if i in columns["target"]]).fillna("not made")
 
 
@@ -241,7 +239,7 @@ def stages(reports: dict[str, TheaterReport]) -> pd.DataFrame:
     """Return the models side by side, in the order given: what each stage of training adds."""
     columns = {}
     for name, one in reports.items():
-        made, accuracy = {c.id: _check_value(c) for c in one.checks}, one.accuracy
+        made, accuracy = {c.id: shown((c.value, c.low, c.high)) for c in one.checks}, one.accuracy
         rows = {"accuracy with own thoughts": shown(accuracy["own"]), "without thoughts": shown(accuracy["none"])}
         rows |= {"own minus none": made["ablation_gain"], "own minus foreign": made["foreign_gain"]}
         rows |= {"coherence against utility, r": made["coherence_utility_r"]}
@@ -268,7 +266,3 @@ def theater_summary(report: TheaterReport) -> dict[str, float]:
     for name, one in report.reliability.items():
         out |= named(f"{name}_calibration_error", one.error) | named(f"{name}_preference", one.preference)
     return out | {"checks_reached": len(report.checks) - len(report.missed), "checks": len(report.checks)}
-
-
-def _check_value(check) -> str:
-    return shown((check.value, check.low, check.high))
