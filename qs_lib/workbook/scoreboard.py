@@ -22,9 +22,9 @@ from .stage import Stage, read_stage
 TOKENS, DATASET, BAKING, RL = "01_token_setup", "02_dataset_generation", "03_baking", "05_rl"
 THEATER, LATENCY = "06_anti_theater", "07_latency"
 CHAIN_STAGES = (TOKENS, DATASET, BAKING, "04_parallel_thoughts", RL, THEATER, LATENCY)
-GAIN, LARGE_GAIN = "> 0, interval above 0", ">= 0.05, interval above 0"
+GAIN, LARGE_GAIN, HARD_GAIN = "> 0, interval above 0", ">= 0.05, interval above 0", ">= 0.2, interval above 0"
 AT_ONE = "claim: 0.42 at scale 1"
-OVER_ALONE, OVER_CONTROLS = ">= 0.3, interval above 0.2", ">= 0.2, interval above 0"
+OVER_ALONE = ">= 0.3, interval above 0.2"
 REPORTED = "reported"  # the target of a criterion that is shown and not judged
 COMPARISONS = {"": operator.eq, ">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
@@ -67,7 +67,7 @@ CRITERIA = (
     Criterion("token_scale_use", f"thinking-token use at gradient scale 100 ({AT_ONE})", ">= 0.89", "share"),
     Criterion("over_answers_alone", "accuracy minus that of equal training without thoughts", OVER_ALONE, "share"),
     Criterion("anywhere_nll", "gain on held-out text, thoughts at every position", ">= -0.01", "nats per token"),
-    Criterion("hard_nll", "gain on stories' hardest tenth over each control", OVER_CONTROLS, "nats per token"),
+    Criterion("hard_nll", "gain on stories' hardest tenth over each control", HARD_GAIN, "nats per token"),
     Criterion("coverage", "test coverage of qs_lib", ">= 0.90", "share"),
 )
 
