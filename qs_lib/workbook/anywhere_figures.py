@@ -1,7 +1,4 @@
-"""Figures and tables of thoughts inside running text.
-
-Rows are those of the pocket run's ``experiments/anywhere.csv``, or of SmolLM2's ``experiments/solutions.csv``.
-"""
+"""Figures and tables of thoughts inside running text, from rows of ``anywhere.csv`` and ``solutions.csv``."""
 
 import numpy as np
 import pandas as pd

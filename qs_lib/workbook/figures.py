@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from ..stats import Reliability, interval, pearson
 from ..viewing import doctor
 from ..viewing.escape import safe_label
-from ..viewing.html import BLUE, GREY, ORANGE
+from ..viewing.html import BLUE, GREY, ORANGE, PARTS
 
 
 class Look(NamedTuple):
@@ -340,7 +340,7 @@ def coherence_scatter(table: list[dict]):
     """Draw the utility of single thoughts against their coherence and each of its parts, with Pearson r."""
     figure, axes = new_figure(12, 3.4, 4, dpi=100, sharey=True)
     utility = np.array([row["utility"] for row in table])
-    for axis, name in zip(axes, ("composite", "semantic", "syntactic", "predictive"), strict=True):
+    for axis, name in zip(axes, PARTS, strict=True):
         score = np.array([row["coherence"][name] for row in table])
         axis.plot(score, utility, "o", ms=3, alpha=0.5, color=BLUE if name == "composite" else GREY)
         axis.axhline(0, color="black", lw=0.8, ls=":")

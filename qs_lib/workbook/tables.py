@@ -19,7 +19,7 @@ from ..files import atomic_write, find_run
 from ..stats import as_text, correlation, fixed, named, shown
 from ..training.baking import BakingItem
 from ..viewing.escape import safe_text, safe_token
-from ..viewing.html import left, shade
+from ..viewing.html import PARTS, left, shade
 
 LEFT = "<style>.qs-left :is(th, td) {text-align: left !important}</style>"
 
@@ -219,7 +219,7 @@ def verdicts(reports: dict[str, TheaterReport]) -> pd.DataFrame:
 def coherence_parts(report: TheaterReport, seed: int = 0) -> pd.DataFrame:
     """Return the correlation with utility of coherence and of each part of it, pooled and inside problems."""
     utility, rows = by_problem(report.table, "utility"), {}
-    for name in ("composite", "semantic", "syntactic", "predictive"):
+    for name in PARTS:
         score = by_problem(report.table, name)
         within = correlation(score, utility.clip(-5, 5), seed, within=True)
         pooled = correlation(score, utility, seed)
