@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 from concurrent import futures
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from .. import files
@@ -190,10 +190,8 @@ def on_dask(points: list[dict], workers: int, address: str):
     """Run points on Dask, which repeats one whose worker dies (three times, its own setting) and keeps its stages."""
     from dask import distributed
 
-    with ExitStack() as stack:
-        local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
-        cluster = address or stack.enter_context(distributed.LocalCluster(**local))
-        client = stack.enter_context(distributed.Client(cluster))
+    local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.Client(address) if address else distributed.Client(**local) as client:
         jobs = {client.submit(run_point, point, pure=False): point for point in points}
         for job in distributed.as_completed(jobs):
             yield result_of(job, jobs[job])
