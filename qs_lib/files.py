@@ -12,7 +12,7 @@ import shutil
 import socket
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from .errors import StageError, UpstreamError
 
@@ -99,15 +99,15 @@ def _as_number(value):
         raise TypeError from error
 
 
-def lock_run(folder: Path, user: str, name: str = ".lock", wait: float = 0.0) -> FileLock:
-    """Take the system's lock on a run folder, which ends with the process. Raises ``StageError`` with its holder.
+def lock_run(folder: Path, user: str, name: str = ".lock", wait: float = 0.0) -> AcquireReturnProxy:
+    """Lock a run folder until the process ends, or a ``with``. Raises ``StageError`` with the holder.
 
     ``wait``: seconds that another one may still hold it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / name, is_singleton=True)  # the same process may start its stage again
-        lock.acquire(timeout=wait)
+        held = lock.acquire(timeout=wait)
     except Timeout:
         try:
             holder = (folder / f"{name}.holder").read_text(encoding="utf-8")
@@ -117,7 +117,7 @@ def lock_run(folder: Path, user: str, name: str = ".lock", wait: float = 0.0) ->
     except OSError as error:
         raise write_error(error, folder) from None
     write_bytes(folder / f"{name}.holder", f"process {os.getpid()} on {socket.gethostname()} ({user})".encode())
-    return lock
+    return held
 
 
 def json_or_text(text: str):

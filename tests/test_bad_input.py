@@ -186,9 +186,9 @@ FORK = multiprocessing.get_context("fork")  # a fresh Python would import torch 
 
 
 def hold(pipe, *what):
-    lock = lock_run(*what)
-    pipe.send(lock.is_locked)
-    pipe.recv()
+    with lock_run(*what) as lock:
+        pipe.send(lock.is_locked)
+        pipe.recv()
 
 
 @contextlib.contextmanager
@@ -264,37 +264,37 @@ GOOD = b'{"question": "q", "answer": "#### 1"}\n'
 CASES = {
     # parameters and run names
     "misspelt parameter": (
-        lambda _: p.Reinforce.check({"run_name": "a", "stepz": 1}),
+        lambda _: p.Reinforce(run_name="a", stepz=1),
         "unknown parameter 'stepz'; did you mean steps?",
     ),
     "unlike any parameter": (
-        lambda _: p.Scoreboard.check({"run_name": "a", "zzz": 1}),
+        lambda _: p.Scoreboard(run_name="a", zzz=1),
         "known are run_name, seed, upstream",
     ),
     "too small": (
-        lambda _: p.Reinforce.check({"run_name": "a", "steps": 0}),
+        lambda _: p.Reinforce(run_name="a", steps=0),
         "parameter steps=0: input should be greater",
     ),
     "wrong type": (
-        lambda _: p.Reinforce.check({"run_name": "a", "steps": "many"}),
+        lambda _: p.Reinforce(run_name="a", steps="many"),
         "parameter steps='many': input should be a valid integer",
     ),
-    "fraction of a step": (lambda _: p.Reinforce.check({"run_name": "a", "steps": 1.5}), "steps=1.5"),
-    "infinite rate": (lambda _: p.Baking.check({"run_name": "a", "muon_lr": float("inf")}), "muon_lr=inf"),
-    "rate not a number": (lambda _: p.Baking.check({"run_name": "a", "muon_lr": NAN}), "muon_lr=nan"),
-    "negative seed": (lambda _: p.Baking.check({"run_name": "a", "seed": -1}), "seed=-1"),
+    "fraction of a step": (lambda _: p.Reinforce(run_name="a", steps=1.5), "steps=1.5"),
+    "infinite rate": (lambda _: p.Baking(run_name="a", muon_lr=float("inf")), "muon_lr=inf"),
+    "rate not a number": (lambda _: p.Baking(run_name="a", muon_lr=NAN), "muon_lr=nan"),
+    "negative seed": (lambda _: p.Baking(run_name="a", seed=-1), "seed=-1"),
     "unknown choice": (
-        lambda _: p.Reinforce.check({"run_name": "a", "objective": "best"}),
+        lambda _: p.Reinforce(run_name="a", objective="best"),
         "'signed', 'positive', 'paper' or 'rlp'",
     ),
-    "no model listed": (lambda _: p.Latency.check({"run_name": "a", "random_models": []}), "random_models=[]"),
-    "run name missing": (lambda _: p.Scoreboard.check({}), "parameter run_name is missing"),
+    "no model listed": (lambda _: p.Latency(run_name="a", random_models=[]), "random_models=[]"),
+    "run name missing": (lambda _: p.Scoreboard(), "parameter run_name is missing"),
     "run name leaves": (lambda _: run_folder("../x"), "'../x' cannot name a run"),
     "run name absolute": (lambda _: run_folder("/etc"), "cannot name a run"),
     "run name empty": (lambda _: run_folder(""), "cannot name a run"),
     "run name too long": (lambda _: run_folder("a" * 65), "at most 64"),
     "run name with braces": (lambda _: run_folder("{x}"), "cannot name a run"),
-    "run name hidden": (lambda _: p.Scoreboard.check({"run_name": ".git"}), "cannot name a folder"),
+    "run name hidden": (lambda _: p.Scoreboard(run_name=".git"), "cannot name a folder"),
     "link out of outputs": (
         lambda at: ((at / "outputs/link").symlink_to(at), run_folder("link")),
         "a link that leaves",
@@ -450,7 +450,7 @@ def variant(place, text):
     path = place / "params/01_token_setup/mine.yaml"
     path.parent.mkdir(parents=True)
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    read_variant("01_token_setup", "mine", place)
+    read_variant("mine", place)
 
 
 def fingerprint(folder):

@@ -201,7 +201,7 @@ def test_every_setting_has_one_line_that_says_what_it_is(stage, settings):
 )
 def test_a_variant_sets_known_parameters_to_other_values_than_the_defaults(path):
     notebook = REPOSITORY / "notebooks" / f"{path.parent.name}.ipynb"
-    given, shown = read_variant(path.parent.name, path.stem), notebook_parameters(notebook)
+    given, shown = read_variant(path.stem)[path.parent.name], notebook_parameters(notebook)
     values = check_parameters(notebook, given)
     assert given and all(values[name] != shown[name] for name in given)
 

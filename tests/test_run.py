@@ -478,9 +478,7 @@ def test_parameters_given_by_word_go_where_they_are_known(notebooks):
 
 def test_parameters_given_by_word_win_over_the_variant(notebooks, outputs, monkeypatch):
     seen = {}
-    monkeypatch.setattr(
-        run, "run_stage", lambda path, folder, given, values, *_: seen.update({path.stem: values["steps"]})
-    )
+    monkeypatch.setattr(run, "run_stage", lambda path, folder, given, *_: seen.update({path.stem: given["steps"]}))
     assert (
         main(["--variant", "small", "--notebooks", str(notebooks), "--set", "02_second.steps=7", "--set", "seed=3"])
         == 0

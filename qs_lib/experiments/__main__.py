@@ -9,7 +9,7 @@ import sys
 import torch
 
 from ..files import find_run, run_folder
-from ..workbook.params import check_variant
+from ..workbook.params import read_variant
 from ..workbook.run import exit_code
 from . import anywhere, baking, chain, grokking, real_model, reinforcement, solutions, zoo
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         run = find_run(given.upstream)
         EXPERIMENTS[given.name](run, run / "experiments", given.seeds)
         return
-    check_variant(given.name)
+    read_variant(given.name)  # whose name may be misspelt
     folder = run_folder(given.upstream or given.name) / "experiments"
     if given.texts:
         solutions.solutions(folder, given.seeds, given.name, given.gsm8k)

@@ -25,8 +25,8 @@ def repeat(path: Path, arms: dict[str, dict], seeds, measure, defaults: dict | N
     ``defaults``. Rows also hold ``seconds``, ``threads`` and the git ``commit``. Raises ``StageError`` if another
     process writes the same file.
     """
-    lock, defaults = lock_run(path.parent, f"experiment {path.stem}", f".{path.stem}.lock"), defaults or {}
-    try:
+    defaults = defaults or {}
+    with lock_run(path.parent, f"experiment {path.stem}", f".{path.stem}.lock"):
         wanted = [(arm, settings, seed) for seed in seeds for arm, settings in arms.items()]
         for arm, settings, seed in (bar := tqdm(wanted, desc=path.stem)):
             bar.set_postfix_str(f"{arm}, seed {seed}")
@@ -42,8 +42,6 @@ def repeat(path: Path, arms: dict[str, dict], seeds, measure, defaults: dict | N
                 discard(checkpoint.folder)
         rows = read_rows(path)
         return [row_of(rows, arm, seed, settings, defaults) for arm, settings in arms.items() for seed in seeds]
-    finally:
-        lock.release()
 
 
 def _rounded(value):

@@ -9,7 +9,7 @@ import pandas as pd
 from ..errors import UpstreamError
 from ..files import REPOSITORY
 from ..stats import column, seed_interval, shown
-from ..workbook.params import stages_of
+from ..workbook.params import read_variant
 from ..workbook.stage import read_stage
 from .arms import repeat
 
@@ -74,7 +74,7 @@ def made_with(run: Path, settings: dict[str, dict], seed: int) -> bool:
 def chain(run: Path, folder: Path, seeds) -> None:
     """Make every seed's run and its row. The seed draws everything, from the champion's weights to the thoughts."""
     measure = lambda _, seed, __: chain_row(seed_run(run, seed))  # stages have checkpoints of their own
-    repeat(folder / "chain.csv", {"pocket": stages_of("pocket")}, seeds, measure)
+    repeat(folder / "chain.csv", {"pocket": read_variant("pocket")}, seeds, measure)
 
 
 def seed_run(run: Path, seed: int, stages=("01", "02", "03", "05", "06"), variant: str = "pocket") -> Path:
@@ -82,7 +82,7 @@ def seed_run(run: Path, seed: int, stages=("01", "02", "03", "05", "06"), varian
 
     It is ``run`` itself if its stages were made with that seed and today's parameters, else ``<run>-seed<seed>``.
     """
-    settings = {name: given for name, given in stages_of(variant).items() if name[:2] in stages}
+    settings = {name: given for name, given in read_variant(variant).items() if name[:2] in stages}
     made = run.with_name(f"{run.name}-seed{seed}")
     for finished in (run, made):
         if made_with(finished, settings, seed):

@@ -40,8 +40,8 @@ def zoo(run: Path, folder: Path, seeds) -> None:
     ``limit``, the least dose at which the check is missed on ``PROBLEMS`` problems, and what it took: ``thoughts`` and
     ``seconds``. What is finished is not repeated.
     """
-    lock, path = lock_run(folder, "experiment zoo", ".zoo.lock"), folder / "zoo.csv"
-    try:
+    path = folder / "zoo.csv"
+    with lock_run(folder, "experiment zoo", ".zoo.lock"):
         wanted = [(HONEST, seed) for seed in {*HONEST_SEEDS, *seeds}]
         wanted += [(name, seed) for seed in seeds for name in (*CHEATS, *ORGANISMS)]
         for name, seed in (bar := tqdm(wanted, desc="zoo")):
@@ -49,8 +49,6 @@ def zoo(run: Path, folder: Path, seeds) -> None:
             if not any((row["organism"], row["seed"]) == (name, seed) for row in read_rows(path)):
                 rows = organism_rows(run, folder / ".zoo", name, seed)
                 write_rows(path, [*read_rows(path), *rows])
-    finally:
-        lock.release()
 
 
 def organism_rows(run: Path, cache: Path, name: str, seed: int) -> list[dict]:

@@ -94,7 +94,7 @@ def _kernel_class() -> type:
     class Kernel(AsyncKernelManager):
         started = None
         # sockets in the user's own folder instead of open ports; their path may have 107 letters
-        transport = "ipc" if os.name == "posix" and len(jupyter_runtime_dir()) < 55 else "tcp"
+        transport = "ipc" if len(jupyter_runtime_dir()) < 55 else "tcp"
         kernel_spec = KernelSpec(argv=[*launch, f"--IPKernelApp.exec_lines={TEXT_BARS}"], language="python")
 
         def __init__(self, **options):

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from ..stats import Reliability, interval, pearson
 from ..viewing import doctor
 from ..viewing.escape import safe_label
-from ..viewing.html import BLUE, GREY, ORANGE
+from ..viewing.html import BLUE, GREY, ORANGE, PARTS
 
 
 class Look(NamedTuple):
@@ -83,7 +83,8 @@ def _spread(intervals) -> np.ndarray:
     return np.maximum([mean - low, high - mean], 0)
 
 
-def _finish(axis, grid: bool = False, legend: dict | None = None, **labels) -> None:
+def finish(axis, grid: bool = False, legend: dict | None = None, **labels) -> None:
+    """Give an axis its labels and limits, and a small legend."""
     axis.set(**labels)
     if grid:
         axis.grid(alpha=0.3)
@@ -141,13 +142,12 @@ def lines(series: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str
     figure, axis = new_figure(6.8, 3.4)
     for (name, points), look in zip(series.items(), LOOKS[len(series) - 1 :: -1], strict=True):
         _draw_line(axis, points, look, name)
-    _finish(axis, grid=True, xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
+    finish(axis, grid=True, xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
     return figure
 
 
 def sweep_panels(rows: list[dict], x: str, ys: list[str], parameters: list[str]):
-    """Draw one panel per number of ``ys`` against the parameter ``x``: a small mark for each row, and for each
-    combination of ``parameters`` a line through the means of its rows."""
+    """Draw a panel per number of ``ys``: a mark per row, and a line of means per combination of ``parameters``."""
     figure, axes = new_figure(max(5.6, 4.2 * len(ys)), 3.4, len(ys))
     groups = {}
     for row in rows:
@@ -160,7 +160,7 @@ def sweep_panels(rows: list[dict], x: str, ys: list[str], parameters: list[str])
             means = list(pd.DataFrame(points).groupby(0, sort=False)[1].mean().items()) if points else []
             _draw_line(axis, means, look, safe_label(name) or "mean")
             axis.plot([p for p, _ in points], [value for _, value in points], ".", color=look.colour, ms=3, alpha=0.6)
-        _finish(axis, grid=True, xlabel=safe_label(x), ylabel=safe_label(y))
+        finish(axis, grid=True, xlabel=safe_label(x), ylabel=safe_label(y))
     return figure
 
 
@@ -186,7 +186,7 @@ def difficulty_shares(splits: dict[str, list[int]]):
     shares = {name: [np.mean([min(d, 9) == n for d in ds]) for n in levels] for name, ds in splits.items()}
     _bars(axis, shares, [f"{n} or more" if n == 9 else str(n) for n in levels])
     axis.set(xlabel="difficulty (worked steps)", ylabel="share of the split's problems")
-    _finish(axis, legend={"ncol": 3, "loc": "upper right"}, ylim=(0, 1.25 * axis.get_ylim()[1]))
+    finish(axis, legend={"ncol": 3, "loc": "upper right"}, ylim=(0, 1.25 * axis.get_ylim()[1]))
     return figure
 
 
@@ -196,7 +196,7 @@ def arm_accuracies(runs: dict[str, dict[str, list[float]]], width: float = 7.2, 
     runs = {name: values for name, values in runs.items() if values}
     arms = list(next(iter(runs.values())))
     _bars(axis, {run: [v[arm] for arm in arms] for run, v in runs.items()}, [arm.replace("_", "\n") for arm in arms])
-    _finish(axis, ylabel="test accuracy (share of problems)", ylim=(0, 1.02), **labels)
+    finish(axis, ylabel="test accuracy (share of problems)", ylim=(0, 1.02), **labels)
     return figure
 
 
@@ -269,7 +269,7 @@ def look_ahead_gains(gains: list[list[float]], words: list[str]):
     axis.axhline(0, color="black", lw=0.8, ls=":")
     axis.set_xticks(range(len(words)), [safe_label(x) for x in words], family="monospace")
     axis.margins(y=0.1)
-    _finish(axis, xlabel="true tokens after the thought, in order", ylabel="gain in log-likelihood (nats)")
+    finish(axis, xlabel="true tokens after the thought, in order", ylabel="gain in log-likelihood (nats)")
     return figure
 
 
@@ -327,7 +327,7 @@ def accuracy_by_difficulty(problems: list[dict], before, after):
     figure, axis = new_figure(6.5, 3.6, dpi=100)
     shares = {name: [interval(v[difficulty == n]) for n in levels] for name, v in runs.items()}
     _bars(axis, shares, [f"{n}\n({(difficulty == n).sum()})" for n in levels], LOOKS[1::-1])
-    _finish(axis, xlabel="worked steps a problem needs", ylabel="accuracy with thoughts (share)", ylim=(0, 1.02))
+    finish(axis, xlabel="worked steps a problem needs", ylabel="accuracy with thoughts (share)", ylim=(0, 1.02))
     return figure
 
 
@@ -340,7 +340,7 @@ def coherence_scatter(table: list[dict]):
     """Draw the utility of single thoughts against their coherence and each of its parts, with Pearson r."""
     figure, axes = new_figure(12, 3.4, 4, dpi=100, sharey=True)
     utility = np.array([row["utility"] for row in table])
-    for axis, name in zip(axes, ("composite", "semantic", "syntactic", "predictive"), strict=True):
+    for axis, name in zip(axes, PARTS, strict=True):
         score = np.array([row["coherence"][name] for row in table])
         axis.plot(score, utility, "o", ms=3, alpha=0.5, color=BLUE if name == "composite" else GREY)
         axis.axhline(0, color="black", lw=0.8, ls=":")
@@ -366,13 +366,12 @@ def latency_by_setting(rows: list[dict], target_ms: float):
     for (label, own), look in zip(groups.items(), LOOKS * 2, strict=False):
         _median_to_p95(axis, [r["num_thoughts"] for r in own], own, look, label, "-")
     axis.axhline(target_ms, color="black", ls="--", lw=1, label=f"target {target_ms:g} ms")
-    _finish(axis, xlabel="thoughts per position", ylabel="forward pass (ms), median to 95th percentile", ylim=(0, None))
+    finish(axis, xlabel="thoughts per position", ylabel="forward pass (ms), median to 95th percentile", ylim=(0, None))
     return figure
 
 
 def model_latency(rows: list[dict], target_ms: float):
-    """Draw rows of ``model_sizes.measure_models``: left, median to 95th percentile by setting, and
-    right, what each setting of the longest text is made of (shares of the median)."""
+    """Draw rows of ``model_sizes.measure_models``: times by setting, and what those of the longest text consist of."""
     figure, (left, right) = new_figure(12, 4.2, 2, dpi=100)
     models, longest = list(dict.fromkeys(r["model"] for r in rows)), max(r["text_length"] for r in rows)
     setting = "{positions}x{num_thoughts}x{thought_length}".format_map
@@ -382,7 +381,7 @@ def model_latency(rows: list[dict], target_ms: float):
     names = [f"L{r['text_length']} {setting(r)}" for r in rows if r["model"] == models[0]]
     left.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
     left.axhline(target_ms, color="black", ls="--", lw=1, label=f"target {target_ms:g} ms")
-    _finish(left, yscale="log", ylabel="forward pass (ms)", xlabel="text length, positions x thoughts x tokens")
+    finish(left, yscale="log", ylabel="forward pass (ms)", xlabel="text length, positions x thoughts x tokens")
     shown = [r for r in rows if r["text_length"] == longest]
     places, below = range(len(shown)), np.zeros(len(shown))
     looks = ((GREY, "//"), (ORANGE, ".."), ("white", "xx"), (BLUE, ""))
@@ -392,8 +391,8 @@ def model_latency(rows: list[dict], target_ms: float):
         below += share
     right.set_yticks(places, [f"{r['model']} {setting(r)}" for r in shown], fontsize=8)
     right.invert_yaxis()
-    right.set(xlabel=f"share of the median, text of {longest} tokens", xlim=(0, 1))
-    right.legend(fontsize=8, ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    above = {"ncol": 4, "loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+    finish(right, legend=above, xlabel=f"share of the median, text of {longest} tokens", xlim=(0, 1))
     return figure
 
 
@@ -421,12 +420,12 @@ def calibration(scores: dict[str, Reliability]):
     A larger mark stands for more thoughts. On the dotted line a score would be the probability of being right.
     """
     figure, axes = new_figure(4 * len(scores), 3.8, len(scores), dpi=100, sharey=True)
-    names = ("score", "right", "low", "high", "count")
     for axis, (name, one) in zip(np.atleast_1d(axes), scores.items(), strict=True):
-        x, y, low, high, count = (np.array([b[k] for b in one.bins]) for k in names)
+        bins = pd.DataFrame(one.bins)
+        x, y, share = bins["score"], bins["right"], bins["count"] / bins["count"].sum()
         axis.plot([0, 1], [0, 1], ":", color="black", lw=1)
-        axis.errorbar(x, y, yerr=_spread(np.stack([y, low, high], 1)), fmt="none", ecolor=GREY, capsize=3)
-        axis.scatter(x, y, s=15 + 150 * count / count.sum(), marker="o", color=BLUE)
+        axis.errorbar(x, y, yerr=_spread(bins[["right", "low", "high"]]), fmt="none", ecolor=GREY, capsize=3)
+        axis.scatter(x, y, s=15 + 150 * share, marker="o", color=BLUE)
         title = f"calibration error {one.error[0]:.2f}\nright before wrong {one.preference[0]:.2f}"
         axis.set(xlabel=f"{name} (0 to 1)", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         axis.set_title(title, fontsize=10)

@@ -41,8 +41,7 @@ TASKS = ("gsm8k_generate", "gsm8k_likelihood")
 class ThinkingLM(HFLM):
     """A loaded model in lm-evaluation-harness. A :class:`QuietStarForCausalLM` thinks if ``think`` is set.
 
-    In written replies a thought is drawn every ``n_true`` tokens, in a log-likelihood before each scored token. The
-    longest text is the model's own, less the length of a thought.
+    In replies it thinks every ``n_true`` tokens. The longest text is the model's own, less the length of a thought.
     """
 
     def __init__(self, model, tokenizer, think: bool = True, batch_size: int = 8, **options):

@@ -8,7 +8,6 @@ anything (:func:`check_parameters`), because papermill runs code written in a pa
 
 import ast
 import json
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +19,6 @@ from ..files import REPOSITORY, RUN_NAME
 from ..settings import Settings, unknown_name
 from ..training.settings import BakingSettings, PretrainSettings, QuietStarSettings
 
-PARAMETER_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
-
 
 class NotebookParams(Settings):
     """What every notebook takes. Each adds its own in a subclass below, on top of the settings of its training."""
@@ -32,22 +29,16 @@ class NotebookParams(Settings):
 
     @classmethod
     def from_notebook(cls, namespace: dict) -> "NotebookParams":
-        """The parameters of the running notebook, from its ``globals()``. Raises as :meth:`check` does.
+        """The parameters of the running notebook, from its ``globals()``. Raises ``ParameterError``.
 
         Names come from the class and from the cell papermill injected (found in IPython's ``In``), so that other
         variables of a long JupyterLab session do not count as parameters.
         """
         cells = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]
-        injected = set()
+        names = set(cls.model_fields)
         for statement in ast.parse(cells[-1]).body if cells else []:
-            injected |= {target.id for target in getattr(statement, "targets", []) if isinstance(target, ast.Name)}
-        known = set(cls.model_fields) & set(namespace)
-        return cls.check({name: namespace[name] for name in known | injected if name in namespace})
-
-    @classmethod
-    def check(cls, values: dict) -> "NotebookParams":
-        """The parameters from a dict. Raises ``ParameterError`` for an unknown name or a bad value."""
-        return cls(**values)
+            names |= {target.id for target in getattr(statement, "targets", []) if isinstance(target, ast.Name)}
+        return cls(**{name: namespace[name] for name in names if name in namespace})
 
 
 def notebook_parameters(notebook: str | Path) -> dict:
@@ -73,17 +64,16 @@ def notebook_parameters(notebook: str | Path) -> dict:
 def check_parameters(notebook: str | Path, given: dict) -> dict:
     """Return all parameters of the notebook, defaults included, as plain JSON values. Raises ParameterError.
 
-    Names, types and ranges are checked before papermill sees them. A notebook that is not one of the workbook's (no
-    class below) has its names checked only. Its own second cell checks the values.
+    A notebook that is not one of the workbook's (no class below) has its names checked only.
     """
     defaults = notebook_parameters(notebook)
     for name in given:
-        if not isinstance(name, str) or not PARAMETER_NAME.fullmatch(name) or name not in defaults:
+        if name not in defaults:
             raise ParameterError(unknown_name(str(name), defaults))
     values = defaults | given
     model = NOTEBOOKS.get(Path(notebook).stem)
     if model:
-        return model.check(values).model_dump(mode="json")
+        return model(**values).model_dump(mode="json")
     try:
         return json.loads(json.dumps(values, allow_nan=False))
     except (TypeError, ValueError):
@@ -222,30 +212,23 @@ def read_yaml(path: Path):
         raise ParameterError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
 
 
-def read_variant(stage: str, variant: str, root: Path = REPOSITORY) -> dict:
-    """Return what a variant sets for a stage, if anything, not checked yet. Raises ParameterError if it is no flat mapping."""
-    path = root / "params" / stage / f"{variant}.yaml"
-    if not path.is_file():
-        return {}
-    given = read_yaml(path) or {}
-    if not isinstance(given, dict):
-        raise ParameterError(f"{path} must hold lines of the form 'name: value'")
+def read_variant(variant: str, root: Path = REPOSITORY) -> dict[str, dict]:
+    """Return stage -> what a variant sets for it, not checked yet, for all stages that it has a file for.
+
+    Raises ParameterError if it has none and is not "defaults", or if a file is no flat mapping.
+    """
+    paths = sorted((root / "params").glob("[0-9]*/*.yaml"))
+    known = {path.stem for path in paths} | {"defaults"}
+    if variant not in known:
+        raise ParameterError(unknown_name(variant, known).replace("parameter", "variant", 1))
+    given = {}
+    for path in (path for path in paths if path.stem == variant):
+        given[path.parent.name] = read_yaml(path) or {}
+        if not isinstance(given[path.parent.name], dict):
+            raise ParameterError(f"{path} must hold lines of the form 'name: value'")
     return given
-
-
-def stages_of(variant: str) -> dict[str, dict]:
-    """Stage -> what a variant sets for it, for all stages it has a file for."""
-    stages = sorted(path.parent.name for path in (REPOSITORY / "params").glob(f"[0-9]*/{variant}.yaml"))
-    return {stage: read_variant(stage, variant) for stage in stages}
 
 
 def recipe(stage: str, variant: str = "pocket") -> dict:
     """All parameters of a stage's notebook under a variant, its defaults included. Raises ParameterError."""
-    return check_parameters(REPOSITORY / "notebooks" / f"{stage}.ipynb", read_variant(stage, variant))
-
-
-def check_variant(variant: str, root: Path = REPOSITORY) -> None:
-    """Raises ParameterError if no notebook has a parameter file of this name."""
-    known = {path.stem for path in (root / "params").glob("[0-9]*/*.yaml")} | {"defaults"}
-    if variant not in known:
-        raise ParameterError(unknown_name(variant, known).replace("parameter", "variant", 1))
+    return check_parameters(REPOSITORY / "notebooks" / f"{stage}.ipynb", read_variant(variant).get(stage, {}))

@@ -19,12 +19,11 @@ from ..files import REPOSITORY, find_run, lock_run, run_folder
 from ..settings import unknown_name
 from ..stats import as_text
 from .execute import execute, shown_path
-from .params import check_parameters, check_variant, notebook_parameters, read_variant
+from .params import check_parameters, notebook_parameters, read_variant
 from .scoreboard import outcome, value_text
 from .stage import CODE_CHANGED, notebook_hash, read_stage, stage_finished
 
 NOT_SETTABLE = {"run_name", "upstream"}  # parameters that the driver sets itself
-PROGRAM = "python -m qs_lib.workbook.run"
 RUN_OPTIONS = {  # of the command line
     "--variant": {"default": "pocket", "help": "params/<stage>/VARIANT.yaml; 'defaults' is the small CI run"},
     "--run": {"dest": "run_name", "metavar": "NAME", "help": "outputs/NAME; default: VARIANT-run"},
@@ -48,7 +47,7 @@ def stage_notebooks(folder: Path) -> list[Path]:
 
 def given_parameters(notebook: Path, options: argparse.Namespace) -> dict:
     """Return what file and command line set in a notebook. Raises ``ParameterError`` for a bad file or ``data``."""
-    given = read_variant(notebook.stem, options.variant, notebook.parent.parent)
+    given = read_variant(options.variant, notebook.parent.parent).get(notebook.stem, {})
     given |= {"run_name": options.run_name, "upstream": options.run_name}
     if options.seed is not None:
         given["seed"] = options.seed
@@ -64,11 +63,10 @@ def given_parameters(notebook: Path, options: argparse.Namespace) -> dict:
 
 def named_stages(notebooks: list[Path], names) -> list[Path]:
     """Return the notebooks of these stages, each given as ``05_rl`` or ``05``. Raises ``ParameterError`` for others."""
-    called = {path: {path.stem, path.stem.split("_")[0]} for path in notebooks}
     for name in names:
-        if not any(name in words for words in called.values()):
+        if not any(name in (path.stem, path.stem[:2]) for path in notebooks):
             raise ParameterError(unknown_name(name, [path.stem for path in notebooks]).replace("parameter", "stage", 1))
-    return [path for path in notebooks if not called[path].isdisjoint(names)]
+    return [path for path in notebooks if path.stem in names or path.stem[:2] in names]
 
 
 def overrides(notebooks: list[Path], words) -> dict[Path, dict]:
@@ -101,31 +99,26 @@ def run_stages(options: argparse.Namespace) -> Path:
     chosen = stage_notebooks(options.notebooks)
     if not chosen:
         raise StageError(f"there are no notebooks in {options.notebooks}")
-    check_variant(options.variant, options.notebooks.parent)
     chosen = named_stages(chosen, options.only) if options.only else chosen
     changed = overrides(chosen, options.words)
     given = {path: given_parameters(path, options) | changed[path] for path in chosen}
-    values = {path: check_parameters(path, given[path]) for path in chosen}  # all, before the first minute is spent
+    for path in chosen:  # all, before the first minute is spent
+        check_parameters(path, given[path])
 
     run = run_folder(options.run_name)
-    lock = lock_run(run, "make run", ".driver.lock")
-    try:
+    with lock_run(run, "make run", ".driver.lock"):
         print(f"run {options.run_name}: {len(chosen)} stages into {shown_path(run)}", flush=True)
         for path in chosen:
-            run_stage(path, run, given[path], values[path], options.fresh, options.keep, options.debug)
-    finally:
-        lock.release(force=True)
+            run_stage(path, run, given[path], options.fresh, options.keep, options.debug)
     return run
 
 
-def run_stage(
-    path: Path, run: Path, given: dict, values: dict, fresh: bool = False, keep: bool = False, debug: bool = False
-) -> dict:
+def run_stage(path: Path, run: Path, given: dict, fresh=False, keep=False, debug=False) -> dict:
     """Execute one notebook into ``run`` unless its stage there is finished, and return the stage's record.
 
-    ``given``: what differs from the notebook's defaults. ``values``: all parameters, checked. Raises ``StageError``.
+    ``given``: what differs from the notebook's defaults. Raises ``StageError``, and ``ParameterError`` for bad values.
     """
-    source = notebook_hash(path)
+    source, values = notebook_hash(path), check_parameters(path, given)
     upstream = find_run(values["upstream"])
     finished, reason = stage_finished(run / path.stem, values, source, upstream, check_code=not keep)
     if finished and not fresh:
@@ -189,7 +182,7 @@ def parsed(program: str, about: str, options: dict[str, dict], arguments: list[s
 
 def run_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options of a run, by default those of the command line."""
-    given = parsed(PROGRAM, "Run notebooks 01 to 08 as one chain.", RUN_OPTIONS, arguments)
+    given = parsed("python -m qs_lib.workbook.run", "Run notebooks 01 to 08 as one chain.", RUN_OPTIONS, arguments)
     given.run_name = given.run_name or f"{given.variant}-run"
     given.notebooks = given.notebooks.resolve()
     return given

@@ -22,12 +22,11 @@ from .stage import Stage, read_stage
 TOKENS, DATASET, BAKING, RL = "01_token_setup", "02_dataset_generation", "03_baking", "05_rl"
 THEATER, LATENCY = "06_anti_theater", "07_latency"
 CHAIN_STAGES = (TOKENS, DATASET, BAKING, "04_parallel_thoughts", RL, THEATER, LATENCY)
-GAIN, LARGE_GAIN = "> 0, interval above 0", ">= 0.05, interval above 0"
-OVER_ALONE = ">= 0.3, interval above 0.2"
+GAIN, LARGE_GAIN, HARD_GAIN = "> 0, interval above 0", ">= 0.05, interval above 0", ">= 0.2, interval above 0"
 AT_ONE = "claim: 0.42 at scale 1"
+OVER_ALONE = ">= 0.3, interval above 0.2"
 REPORTED = "reported"  # the target of a criterion that is shown and not judged
 COMPARISONS = {"": operator.eq, ">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
-NOT_KNOWN = (None, None, None)
 
 
 class Criterion(NamedTuple):
@@ -68,9 +67,7 @@ CRITERIA = (
     Criterion("token_scale_use", f"thinking-token use at gradient scale 100 ({AT_ONE})", ">= 0.89", "share"),
     Criterion("over_answers_alone", "accuracy minus that of equal training without thoughts", OVER_ALONE, "share"),
     Criterion("anywhere_nll", "gain on held-out text, thoughts at every position", ">= -0.01", "nats per token"),
-    Criterion(
-        "hard_nll", "gain on stories' hardest tenth over each control", ">= 0.2, interval above 0", "nats per token"
-    ),
+    Criterion("hard_nll", "gain on stories' hardest tenth over each control", HARD_GAIN, "nats per token"),
     Criterion("coverage", "test coverage of qs_lib", ">= 0.90", "share"),
 )
 
@@ -110,7 +107,7 @@ def build_scoreboard(run: str | Path) -> list[dict]:
 def _from_stage(run: Path, stage: str, key: str) -> tuple:
     record, reason = read_stage(run / stage)
     if record is None:
-        return *NOT_KNOWN, f"{stage}: {reason}; make it with `make run RUN={run.name} NB={stage}`"
+        return None, None, None, f"{stage}: {reason}; make it with `make run RUN={run.name} NB={stage}`"
     summary, where = record["summary"], f"{stage}/run.json, {record['command']}"
     return summary.get(key), summary.get(f"{key}_low"), summary.get(f"{key}_high"), where
 
@@ -118,7 +115,7 @@ def _from_stage(run: Path, stage: str, key: str) -> tuple:
 def _experiment(run: Path, name: str) -> tuple:
     path = run / "experiments" / f"{name}.json"
     if not path.is_file():
-        return *NOT_KNOWN, f"not measured by this run: no experiments/{name}.json"
+        return None, None, None, f"not measured by this run: no experiments/{name}.json"
     found = json.loads(path.read_text(encoding="utf-8"))
     return found["value"], found.get("low"), found.get("high"), f"experiments/{name}.json, {found['command']}"
 
@@ -126,7 +123,7 @@ def _experiment(run: Path, name: str) -> tuple:
 def _coverage(run: Path) -> tuple:
     path, command = run / "coverage.json", f"make coverage RUN={run.name}"
     if not path.is_file():
-        return *NOT_KNOWN, f"not measured by this run: make it with `{command}`"
+        return None, None, None, f"not measured by this run: make it with `{command}`"
     percent = json.loads(path.read_text(encoding="utf-8"))["totals"]["percent_covered"]
     return percent / 100, None, None, f"coverage.json, {command}"
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shlex
 import shutil
 import subprocess
@@ -26,8 +27,7 @@ FORMAT_VERSION = 1
 CHECKPOINTS = ".checkpoint"
 CODE_CHANGED = "the code behind its numbers changed"
 # wings and files of the library that numbers depend on; see code_hash
-SCIENCE = {"errors", "stats", "files", "settings", "thoughts", "data"}
-SCIENCE |= {"mixing", "model", "champion", "evaluation", "training"}
+SCIENCE = set("errors stats files settings thoughts data mixing model champion evaluation training".split())
 PACKAGES = {"qs_lib": "quiet-star-workbook", "torch": "torch", "transformers": "transformers", "datasets": "datasets"}
 
 
@@ -181,7 +181,7 @@ class Stage:
         record |= {"notebook_sha256": os.environ.get("QS_NOTEBOOK_SHA256") or on_disk, **machine()}
         self.write_json("run.json", record)
         discard(self.folder / CHECKPOINTS)
-        self._lock.release(force=True)
+        self._lock.lock.release(force=True)
         return summary
 
 
@@ -256,22 +256,13 @@ def git_commit() -> str | None:
 
 
 def machine() -> dict:
-    """Return the kind of device, its threads and platform, and the memory needed, without the machine's name."""
+    """Return the kind of device, its threads and platform, and the MB needed at most, without the machine's name."""
     torch = sys.modules.get("torch")  # a stage that did not import it did not use it
-    cuda = torch is not None and torch.cuda.is_available()
-    name, kind = platform.machine(), f"{platform.system()} {platform.machine()}"
-    found = {"device": "cuda" if cuda else "cpu", "device_name": torch.cuda.get_device_name() if cuda else name}
-    found |= {"threads": torch.get_num_threads() if torch else None, "platform": kind}
-    return found | {"peak_memory_mb": _peak_memory(torch if cuda else None)}
-
-
-def _peak_memory(torch) -> int | None:
-    """Return the MB this process held at most, on the GPU where there is one, else resident, None on Windows."""
-    if torch is not None:
-        return round(torch.cuda.max_memory_allocated() / 1e6)
-    try:
-        import resource
-    except ImportError:
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(most / (1e6 if sys.platform == "darwin" else 1e3))  # bytes there, kilobytes elsewhere
+    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
+    resident = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    found = {"device": "cpu", "device_name": platform.machine(), "threads": torch and torch.get_num_threads()}
+    found |= {"platform": f"{platform.system()} {platform.machine()}", "peak_memory_mb": resident}
+    if torch and torch.cuda.is_available():
+        found |= {"device": "cuda", "device_name": torch.cuda.get_device_name()}
+        found |= {"peak_memory_mb": round(torch.cuda.max_memory_allocated() / 1e6)}
+    return found

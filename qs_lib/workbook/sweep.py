@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 from concurrent import futures
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from .. import files
@@ -26,7 +26,7 @@ from ..files import REPOSITORY, find_run, lock_run, outputs_root, read_rows
 from ..settings import unknown_name
 from ..stats import as_text
 from . import figures
-from .params import check_parameters, check_variant, notebook_parameters, read_variant, read_yaml
+from .params import check_parameters, notebook_parameters, read_variant, read_yaml
 from .run import NOT_SETTABLE, exit_code, parsed, run_stage
 
 COSTS = ("seconds", "peak_memory_mb")  # every row has them, and they differ from run to run
@@ -76,17 +76,15 @@ def points_of(
     for parameter in grid:
         if not any(parameter in names for names in known.values()):
             raise ParameterError(unknown_name(parameter, set().union(*known.values())))
-    check_variant(variant, notebooks[0].parent.parent)
-    shared = {"notebooks": [str(path) for path in notebooks], "outputs": str(outputs_root() / "sweeps" / name)}
-    shared |= {"upstream": str(find_run(upstream).resolve()), "keep": keep, "threads": threads}
-    shared["command"] = f"python -m qs_lib.workbook.sweep {name}"
-    points, fixed = [], {path: read_variant(path.stem, variant, path.parent.parent) for path in notebooks}
+    shared = {"outputs": str(outputs_root() / "sweeps" / name), "upstream": str(find_run(upstream).resolve())}
+    shared |= {"keep": keep, "threads": threads, "command": f"python -m qs_lib.workbook.sweep {name}"}
+    points, fixed = [], {path: read_variant(variant, path.parent.parent).get(path.stem, {}) for path in notebooks}
     for chosen in itertools.product(*grid.values()):
         values = dict(zip(grid, chosen, strict=True))
-        given = {path: fixed[path] | {k: v for k, v in values.items() if k in known[path]} for path in notebooks}
-        for path in notebooks:
-            check_parameters(path, given[path])
-        points.append({"run": point_name(values), "values": values, "given": list(given.values()), **shared})
+        given = {str(path): fixed[path] | {k: v for k, v in values.items() if k in known[path]} for path in notebooks}
+        for path, own in given.items():
+            check_parameters(path, own)
+        points.append({"run": point_name(values), "values": values, "given": given, **shared})
     return points
 
 
@@ -106,8 +104,7 @@ def run_sweep(name: str, points: list[dict], x="", y=(), **engine) -> list[dict]
     Raises ``StageError`` if another process runs the same sweep, ``WorkbookError`` for an engine that is not there.
     """
     folder, parameters = Path(points[0]["outputs"]), list(points[0]["values"])
-    lock = lock_run(folder, f"sweep {name}")
-    try:
+    with lock_run(folder, f"sweep {name}"):
         done, order = {}, [point["run"] for point in points]
         for row in run_points(points, **engine):
             done[row["run"]] = row
@@ -121,8 +118,6 @@ def run_sweep(name: str, points: list[dict], x="", y=(), **engine) -> list[dict]
             with files.atomic_write(folder / "sweep.png") as temporary:
                 drawn.savefig(temporary, format="png")
         return rows
-    finally:
-        lock.release(force=True)
 
 
 def figure(rows: list[dict], x: str, y: tuple[str, ...] | list[str], parameters: list[str]):
@@ -139,9 +134,9 @@ def ready_made() -> list[dict]:
     """Return a row for each of ``params/sweeps``: name, question (its first comment), notebooks, runs, command."""
     rows = []
     for path in sorted((REPOSITORY / "params" / "sweeps").glob("*.yaml")):
-        plan, lines = read_sweep(path.stem), path.read_text(encoding="utf-8").splitlines()
-        comment = " ".join(line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
-        row = {"name": path.stem, "question": comment.partition("?")[0] + "?", "notebooks": " ".join(plan["notebooks"])}
+        plan, comment = read_sweep(path.stem), path.read_text(encoding="utf-8").partition("?")[0]
+        question = " ".join(line.lstrip("# ") for line in comment.splitlines()) + "?"
+        row = {"name": path.stem, "question": question, "notebooks": " ".join(plan["notebooks"])}
         runs = math.prod(map(len, plan["grid"].values()))
         rows.append(row | {"runs": runs, "command": f"make sweep X={path.stem}"})
     return rows
@@ -195,10 +190,8 @@ def on_dask(points: list[dict], workers: int, address: str):
     """Run points on Dask, which repeats one whose worker dies (three times, its own setting) and keeps its stages."""
     from dask import distributed
 
-    with ExitStack() as stack:
-        local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
-        cluster = address or stack.enter_context(distributed.LocalCluster(**local))
-        client = stack.enter_context(distributed.Client(cluster))
+    local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.Client(address) if address else distributed.Client(**local) as client:
         jobs = {client.submit(run_point, point, pure=False): point for point in points}
         for job in distributed.as_completed(jobs):
             yield result_of(job, jobs[job])
@@ -232,8 +225,8 @@ def run_point(point: dict) -> dict:
     """Run what is not finished of a point and return its row.
 
     ``point``: ``run`` (name), ``outputs`` (folder of all points), ``upstream`` (folder of the run that earlier stages
-    are read from), ``notebooks`` (paths, in order), ``given`` (parameters of each), ``values`` (of the grid),
-    ``keep``, ``threads`` and ``command``. The row: ``run``, the grid's values, the stages' summaries, ``seconds``,
+    are read from), ``given`` (path of a notebook -> its parameters, in order), ``values`` (of the grid), ``keep``,
+    ``threads`` and ``command``. The row: ``run``, the grid's values, the stages' summaries, ``seconds``,
     ``peak_memory_mb``, and the ``command``, ``commit`` and kind of ``machine`` that made it, or the ``error``.
     The process works on one point at a time.
     """
@@ -241,14 +234,11 @@ def run_point(point: dict) -> dict:
     os.environ |= set_here | {"OMP_NUM_THREADS": str(point["threads"]), "QS_COMMAND": point["command"]}
     try:
         run = files.run_folder(point["run"])
-        lock = lock_run(run, "a sweep", ".driver.lock", LOCK_WAIT)
-        try:
-            lock_run(run, "a sweep", wait=LOCK_WAIT).release(force=True)
-            link_upstream(run, Path(point["upstream"]), [Path(notebook).stem for notebook in point["notebooks"]])
+        with lock_run(run, "a sweep", ".driver.lock", LOCK_WAIT):
+            with lock_run(run, "a sweep", wait=LOCK_WAIT):
+                link_upstream(run, Path(point["upstream"]), [Path(notebook).stem for notebook in point["given"]])
             with open(run / ".log", "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
                 return row | _run_stages(point, run)
-        finally:
-            lock.release(force=True)
     except (WorkbookError, OSError) as error:
         return row | {"error": str(error).splitlines()[0]}
 
@@ -256,9 +246,9 @@ def run_point(point: dict) -> dict:
 def _run_stages(point: dict, run: Path) -> dict:
     """Run the point's notebooks and return its part of the row. A name that is taken gets its stage's in front."""
     found = {"seconds": 0.0, "peak_memory_mb": 0}
-    for notebook, given in zip(map(Path, point["notebooks"]), point["given"], strict=True):
-        given = given | {"run_name": point["run"], "upstream": point["run"]}
-        record = run_stage(notebook, run, given, check_parameters(notebook, given), keep=point["keep"])
+    for notebook, given in point["given"].items():
+        notebook, given = Path(notebook), given | {"run_name": point["run"], "upstream": point["run"]}
+        record = run_stage(notebook, run, given, keep=point["keep"])
         taken = {*found, *point["values"]}
         plain = {k: v for k, v in record["summary"].items() if isinstance(v, (bool, int, float, str))}
         found |= {f"{notebook.stem}.{k}" if k in taken else k: v for k, v in plain.items()}
@@ -313,8 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
         points = [point | {"command": given.command} for point in points]
         x, y = given.x or plan.get("x", ""), tuple(given.y) or tuple(plan.get("y", ()))
         print(f"sweep {name}: {len(points)} points, {given.engine}", flush=True)
-        engine = {name: getattr(given, name) for name in ("engine", "workers", "address")}
-        rows = run_sweep(name, points, x, y, **engine)
+        rows = run_sweep(name, points, x, y, engine=given.engine, workers=given.workers, address=given.address)
         print(f"table and figure: {points[0]['outputs']}")
         return int(any("error" in row for row in rows))
 

@@ -19,7 +19,7 @@ from ..files import atomic_write, find_run
 from ..stats import as_text, correlation, fixed, named, shown
 from ..training.baking import BakingItem
 from ..viewing.escape import safe_text, safe_token
-from ..viewing.html import left, shade
+from ..viewing.html import PARTS, left, shade
 
 LEFT = "<style>.qs-left :is(th, td) {text-align: left !important}</style>"
 
@@ -29,9 +29,10 @@ def committed(params, stage: str, name: str):
 
     It is empty where nothing is committed, and where ``params.upstream`` is given, when the notebook is a real run.
     """
-    if name.endswith(".jsonl"):
-        return [] if params.upstream else read_json_lines(find_run("") / stage / name)
-    return {} if params.upstream else _read_json(find_run("") / stage / name)
+    path, lines = find_run("") / stage / name, name.endswith(".jsonl")
+    if params.upstream or not path.is_file():
+        return [] if lines else {}
+    return read_json_lines(path) if lines else json.loads(path.read_text(encoding="utf-8"))
 
 
 def as_html(frame: pd.DataFrame) -> str:
@@ -52,10 +53,6 @@ def wrapped(*lines: str, indent: int = 4) -> str:
     return "\n".join(wrap.fill(line) for line in lines)
 
 
-def _read_json(path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def read_json_lines(path) -> list[dict]:
     """Return the rows of a JSON-lines file, such as a stage's ``metrics.jsonl``, and none where there is no file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
@@ -63,7 +60,8 @@ def read_json_lines(path) -> list[dict]:
 
 def read_bench() -> dict:
     """Return the committed file of ``make bench``, empty where there is none."""
-    return _read_json(find_run("").parent / "bench" / "thoughts.json")
+    path = find_run("").parent / "bench" / "thoughts.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def committed_path(name: str):
@@ -115,16 +113,15 @@ def embedding_norms(model, tokenizer) -> dict:
     return {"real": [norm for i, norm in enumerate(norms) if i not in ids], "new": new}
 
 
-def nearest_tokens(model, tokenizer, count: int = 3) -> pd.DataFrame:
-    """Return the ``count`` other tokens whose input rows are nearest to each thinking token's (cosine)."""
+def nearest_tokens(model, tokenizer) -> pd.DataFrame:
+    """Return the three other tokens whose input rows are nearest to each thinking token's (cosine)."""
     weight = torch.nn.functional.normalize(model.get_input_embeddings().weight.detach()[: len(tokenizer)], dim=1)
     ids = thinking_ids(tokenizer)
     cosine = weight[ids] @ weight.T
     cosine[:, ids] = -torch.inf
-    near, which = (found.tolist() for found in cosine.topk(count, dim=1))
-    names = [[tokenizer.decode([i]).strip() for i in row] for row in which]
-    rows = [[f"{n} ({c:.1f})" for n, c in zip(*pair, strict=True)] for pair in zip(names, near, strict=True)]
-    return pd.DataFrame(rows, index=list(THINKING_TOKENS), columns=[f"nearest {n + 1}" for n in range(count)])
+    near = zip(*(found.tolist() for found in cosine.topk(3, dim=1)), strict=True)
+    rows = [[f"{tokenizer.decode([i]).strip()} ({c:.1f})" for c, i in zip(*row, strict=True)] for row in near]
+    return pd.DataFrame(rows, index=list(THINKING_TOKENS), columns=["nearest 1", "nearest 2", "nearest 3"])
 
 
 def marked(reply: str) -> str:
@@ -135,13 +132,9 @@ def marked(reply: str) -> str:
 
 def aligned_tokens(item: BakingItem, tokenizer) -> pd.DataFrame:
     """Return what teacher and student have read last where a reply token is asked of both, and that token."""
-
-    def words(ids):
-        return [tokenizer.decode([i]).strip() for i in ids]
-
-    columns = {"teacher has read": words(item.teacher_ids[at] for at in item.teacher_at)}
-    columns |= {"student has read": words(item.student_ids[at] for at in item.student_at)}
-    return pd.DataFrame(columns | {"both predict": words(item.targets)})
+    columns = {"teacher has read": [item.teacher_ids[at] for at in item.teacher_at]}
+    columns |= {"student has read": [item.student_ids[at] for at in item.student_at], "both predict": item.targets}
+    return pd.DataFrame(columns).map(lambda i: tokenizer.decode([i]).strip())
 
 
 def reply_rows(
@@ -165,19 +158,19 @@ def strategy_use(rows: list[dict]) -> dict[str, dict[str, float]]:
     return shares.reindex(columns=columns, fill_value=0.0).to_dict("index")
 
 
-def thoughts_html(thoughts, tokenizer, row: int = 0, position: int = 0) -> str:
-    """Return the thoughts drawn at one position (``qs_lib.Thoughts``) as static HTML, all text escaped.
+def thoughts_html(thoughts, tokenizer) -> str:
+    """Return the thoughts drawn at the first position (``qs_lib.Thoughts``) as static HTML, all text escaped.
 
     The number under a token is its log-prob in nats. The less likely it was, the stronger its shade.
     """
     rows = []
-    for k, n in enumerate(thoughts.lengths[row, position].tolist()):
-        drawn = [x[row, position, k, :n].tolist() for x in (thoughts.tokens, thoughts.logprobs, thoughts.sampled)]
-        total = fixed(sum(x * sampled for _, x, sampled in zip(*drawn, strict=True)), 1)
+    for k, n in enumerate(thoughts.lengths[0, 0].tolist()):
+        drawn = [x[0, 0, k, :n].tolist() for x in (thoughts.tokens, thoughts.logprobs, thoughts.sampled)]
+        total = fixed(sum(drawn[1]), 1)
         cells = f"<th scope='row'>thought {k + 1:d}<br><small>sum {safe_text(total)}</small></th><td>"
         for token, x, sampled in zip(*drawn, strict=True):
             cells += "<span style='display:inline-block;text-align:center;padding:1px 3px;background:"
-            cells += f"{shade(min(0.75, 0.25 * abs(x) * sampled))}'>{safe_token(tokenizer.decode([token]))}<br>"
+            cells += f"{shade(min(0.75, 0.25 * abs(x)))}'>{safe_token(tokenizer.decode([token]))}<br>"
             cells += f"<small>{safe_text(fixed(x, 2)) if sampled else 'given'}</small></span>"
         rows.append(cells + "</td>")
     return LEFT + left(f"<table class='qs-left'><tbody><tr>{'</tr><tr>'.join(rows)}</tr></tbody></table>")
@@ -194,8 +187,6 @@ def answers_over_steps(episodes: list) -> pd.DataFrame:
 
 def model_latency_table(rows: list[dict]) -> pd.DataFrame:
     """Return rows of ``model_sizes.measure_models`` as a table: milliseconds, what dominates, the target met or not."""
-    if not rows:
-        return pd.DataFrame()
     names = {"model": "model", "text_length": "text", "positions": "places", "num_thoughts": "thoughts"}
     names |= {"thought_length": "tokens", "plain_ms": "plain_ms", "median_ms": "median_ms", "p95_ms": "p95_ms"}
     table = pd.DataFrame(rows).rename(columns=names)[[*names.values(), "repeats"]].round(1)
@@ -221,14 +212,14 @@ def verdicts(reports: dict[str, TheaterReport]) -> pd.DataFrame:
     columns = {"target": {c.id: c.target for one in reports.values() for c in one.checks}}
     for name, one in reports.items():
         told = {c.id: "reached" if c.reached else "open" if c.undecided else "not reached" for c in one.checks}
-        columns[name] = {c.id: f"{_check_value(c)} {told[c.id]}" for c in one.checks}
+        columns[name] = {c.id: f"{shown((c.value, c.low, c.high))} {told[c.id]}" for c in one.checks}
     return pd.DataFrame(columns).reindex([i for i in CHECKS if i in columns["target"]]).fillna("not made")
 
 
 def coherence_parts(report: TheaterReport, seed: int = 0) -> pd.DataFrame:
     """Return the correlation with utility of coherence and of each part of it, pooled and inside problems."""
     utility, rows = by_problem(report.table, "utility"), {}
-    for name in ("composite", "semantic", "syntactic", "predictive"):
+    for name in PARTS:
         score = by_problem(report.table, name)
         within = correlation(score, utility.clip(-5, 5), seed, within=True)
         pooled = correlation(score, utility, seed)
@@ -248,7 +239,7 @@ def stages(reports: dict[str, TheaterReport]) -> pd.DataFrame:
     """Return the models side by side, in the order given: what each stage of training adds."""
     columns = {}
     for name, one in reports.items():
-        made, accuracy = {c.id: _check_value(c) for c in one.checks}, one.accuracy
+        made, accuracy = {c.id: shown((c.value, c.low, c.high)) for c in one.checks}, one.accuracy
         rows = {"accuracy with own thoughts": shown(accuracy["own"]), "without thoughts": shown(accuracy["none"])}
         rows |= {"own minus none": made["ablation_gain"], "own minus foreign": made["foreign_gain"]}
         rows |= {"coherence against utility, r": made["coherence_utility_r"]}
@@ -275,7 +266,3 @@ def theater_summary(report: TheaterReport) -> dict[str, float]:
     for name, one in report.reliability.items():
         out |= named(f"{name}_calibration_error", one.error) | named(f"{name}_preference", one.preference)
     return out | {"checks_reached": len(report.checks) - len(report.missed), "checks": len(report.checks)}
-
-
-def _check_value(check) -> str:
-    return shown((check.value, check.low, check.high))

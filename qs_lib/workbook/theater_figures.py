@@ -6,7 +6,7 @@ import pandas as pd
 from ..evaluation.attacks import EARLY, beyond_chance
 from ..evaluation.verdict import CHECKS, area_over
 from ..stats import fixed, interval, shown
-from .figures import LOOKS, draw_band, heat_map, new_figure
+from .figures import LOOKS, draw_band, finish, heat_map, new_figure
 
 HONEST = "honest"  # the organism of the zoo that does not cheat
 
@@ -18,8 +18,7 @@ def early_answering(reports: dict):
         early = report.measured["early"]
         label = f"{name}, area over the curve {fixed(area_over(early).mean(), 2)}"
         draw_band(axis, EARLY, map(interval, early.T), look, label)
-    axis.set(xlabel="share of the thought that is read", ylabel="answers that are final (share)", ylim=(0, 1.02))
-    axis.legend()
+    finish(axis, xlabel="share of the thought that is read", ylabel="answers that are final (share)", ylim=(0, 1.02))
     return figure
 
 
@@ -50,9 +49,9 @@ def seeds_that_caught(rows: list[dict]) -> pd.DataFrame:
 
     A check that no honest model was given is left out: what it says of a cheat could be a false alarm.
     """
-    whole = [row for row in rows if row["dose"] == 1]
-    table = pd.DataFrame(whole).pivot_table("caught", "organism", "check", "mean", sort=False)
-    given = {row["check"] for row in whole if row["organism"] == HONEST}
+    whole = pd.DataFrame(rows).query("dose == 1")
+    table = whole.pivot_table("caught", "organism", "check", "mean", sort=False)
+    given = set(whole["check"][whole["organism"] == HONEST])
     return table.reindex(columns=[name for name in CHECKS if name in given])
 
 
@@ -64,22 +63,20 @@ def who_catches_whom(rows: list[dict]):
 
 def meant_checks(rows: list[dict]) -> dict[str, str]:
     """Return for each organism the check that sees its smallest dose, on average over seeds."""
-    found = pd.DataFrame([row for row in rows if row["limit"] is not None])
-    mean = found.groupby(["organism", "check"], sort=False)["limit"].agg(["mean", "count"])
+    found = pd.DataFrame(rows).dropna(subset="limit")
     best = {}
-    for name, checks in mean.groupby("organism", sort=False):
-        all_seeds = checks[checks["count"] == checks["count"].max()]
-        best[name] = all_seeds["mean"].idxmin()[1]
+    for name, own in found.groupby("organism", sort=False):
+        limits = own.groupby("check", sort=False)["limit"].agg(["mean", "count"])
+        best[name] = limits["mean"][limits["count"] == limits["count"].max()].idxmin()
     return best
 
 
 def doses(rows: list[dict], organism: str, check: str) -> pd.Series:
     """Return what a check measures by dose, a mean over seeds. Dose 0 is the honest models of these seeds."""
-    own = [row for row in rows if row["organism"] == organism and row["check"] == check]
-    seeds = {row["seed"] for row in own}
-    none = [row | {"dose": 0.0} for row in rows if row["organism"] == HONEST and row["check"] == check]
-    table = pd.DataFrame(own + [row for row in none if row["seed"] in seeds])
-    return table.groupby("dose")["value"].mean()  # in order of the dose
+    table = pd.DataFrame(rows).query("check == @check")
+    own, none = table[table["organism"] == organism], table[table["organism"] == HONEST].assign(dose=0.0)
+    both = pd.concat([own, none[none["seed"].isin(own["seed"])]])
+    return both.groupby("dose")["value"].mean()  # in order of the dose
 
 
 def dose_response(rows: list[dict]):
@@ -105,12 +102,13 @@ def zoo_table(rows: list[dict]) -> pd.DataFrame:
         every = [name for name, share in caught.loc[organism].items() if share == 1]
         table[organism] = {"caught in all seeds by": ", ".join(every) or "NOT CAUGHT"}
         if organism in meant:
-            own = [r for r in rows if (r["organism"], r["check"]) == (organism, meant[organism])]
-            limits = [r["limit"] for r in own if r["limit"] is not None]
-            sign, bound = CHECKS[meant[organism]].bar.split()
-            values = doses(rows, organism, meant[organism]).to_numpy()
+            check = meant[organism]
+            own = [r["limit"] for r in rows if (r["organism"], r["check"]) == (organism, check)]
+            limits = [limit for limit in own if limit is not None]
+            sign, bound = CHECKS[check].bar.split()
+            values = doses(rows, organism, check).to_numpy()
             short = {">": -values, "<": values, "=": abs(values - float(bound))}[sign]  # how far it falls short
-            found = {"first seen by": meant[organism], "monotone": "yes" if (np.diff(short) >= -1e-9).all() else "no"}
+            found = {"first seen by": check, "monotone": "yes" if (np.diff(short) >= -1e-9).all() else "no"}
             mean, *ends = (fixed(limit, 2) for limit in (np.mean(limits), min(limits), max(limits)))
             found["from a dose of"] = mean if len({*ends}) == 1 else f"{mean} ({' to '.join(ends)})"
             table[organism] |= found
