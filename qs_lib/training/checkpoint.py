@@ -105,7 +105,7 @@ class Checkpoint:
             saved = unpack(state["parts"], tensors)
             for name, part in parts.items():
                 restore(part, saved[name])
-            random.setstate(as_tuple(saved["python"]))
+            random.setstate(saved["python"])
             np.random.set_state(saved["numpy"])
             torch.set_rng_state(saved["torch"])
             self.rows = saved["rows"]
@@ -161,7 +161,7 @@ def restore(part, saved) -> None:
     if hasattr(part, "load_state_dict"):
         part.load_state_dict(saved)
     elif isinstance(part, random.Random):
-        part.setstate(as_tuple(saved))
+        part.setstate(saved)
     elif isinstance(part, torch.Generator):
         part.set_state(saved)
     elif isinstance(part, list):
@@ -169,11 +169,6 @@ def restore(part, saved) -> None:
     else:
         part.clear()
         part.update(saved)
-
-
-def as_tuple(value):
-    """Lists as tuples all the way down, as ``random.setstate`` wants them."""
-    return tuple(map(as_tuple, value)) if isinstance(value, (list, tuple)) else value
 
 
 def pack(head: dict, tree) -> bytes:
