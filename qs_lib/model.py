@@ -253,7 +253,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         tags = {"think_id": c.think_token_id, "end_id": c.end_think_token_id}
         return generate_thoughts(self.lm, input_ids, attention_mask, positions, **tags, **settings)
 
-    def read(self, input_ids, attention_mask=None, position_ids=None, cache=None) -> torch.Tensor:
+    def read(self, input_ids, attention_mask=None, cache=None) -> torch.Tensor:
         """Return the wrapped model's last hidden states (batch, new tokens, hidden). Fills ``cache``.
 
         Raises ``WorkbookError`` if the model has too few positions, or cannot go on from this kind of cache.
@@ -267,7 +267,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None and (exact is None or len(exact.layers) > len(cache.layers)):
             name = type(self.lm).__name__
             raise WorkbookError(f"{name} cannot read on from a {type(cache).__name__}() exactly: use a ThinkingCache")
-        return masked_states(base, input_ids, attention_mask, position_ids, cache)
+        return masked_states(base, input_ids, attention_mask, cache)
 
     def branch_weights(self, base, thought, weights: str = "head") -> torch.Tensor:
         """Return weights (..., 1 + K) from hidden states base (..., hidden) and thought (..., K, hidden).
