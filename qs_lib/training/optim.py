@@ -232,7 +232,7 @@ class MuonGrokfast(torch.optim.Optimizer):
                 (self._muon if group["name"] == "muon" else self._adamw)(params, grads, group)
         if threshold is not None:
             self.clip_report = clip_heads(self.watch, threshold)
-            self.watch.reset()
+            self.watch.max_logits.clear()
         return loss
 
     def _raise_if_not_finite(self):
