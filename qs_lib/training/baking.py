@@ -6,7 +6,7 @@ import math
 import random
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -260,8 +260,8 @@ def bake(
             pass
     teacher = model.eval() if s.lora_rank else copy.deepcopy(model).eval().requires_grad_(False)
     data = lessons(teacher, tokenizer, examples, problems, validation, s, prompts)
-    before, rng = unprompted_kl(teacher, tokenizer, data.held_out), random.Random(s.seed)
-    lengths, size = [len(i.student_ids) for i in data.thoughts], s.batch_size - s.rehearsed
+    before = held_out_kl(teacher, teacher, tokenizer, [unprompted(item) for item in data.held_out])
+    rng, lengths, size = random.Random(s.seed), [len(i.student_ids) for i in data.thoughts], s.batch_size - s.rehearsed
     batches = math.ceil(len(lengths) / size)
     steps, order, result = s.epochs * batches, [], BakingResult(before, math.nan, math.nan)
     with training(model, tokenizer, s) as trained, checkpoint or Checkpoint() as saving:
@@ -323,26 +323,15 @@ def dose_of(trained, teacher, tokenizer, held_out: list[BakingItem], validation:
 
 
 @torch.no_grad()
-def held_out_kl(student, teacher, tokenizer, items: list[BakingItem], batch_size: int = 120) -> float:
+def held_out_kl(student, teacher, tokenizer, items: list[BakingItem]) -> float:
     """Return the mean KL (nats per reply token) of the student (unprompted) from the prompted teacher."""
-    parts = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    parts = [items[i : i + 120] for i in range(0, len(items), 120)]
     total = [forward_kl(*aligned_log_probs(student, teacher, part, tokenizer)[:2]) for part in parts]
     return torch.cat(total).mean().item()
 
 
-@torch.no_grad()
-def unprompted_kl(teacher, tokenizer, items: list[BakingItem], batch_size: int = 120) -> float:
-    """Return the gap that baking has to close: the same KL for the champion, which reads the same words unprompted."""
-    total, tags = [], thinking_ids(tokenizer)
-    for i in range(0, len(items), batch_size):
-        part = items[i : i + batch_size]
-        told = _teacher_logits(teacher, part, tokenizer)
-        cut = [x.teacher_at[0] - x.student_at[0] for x in part]  # length of the prompt
-        head = [x.student_ids[: x.student_at[0] + 1] for x in part]
-        rows = [h + x.teacher_ids[x.teacher_at[0] + 1 :] for h, x in zip(head, part, strict=True)]
-        places = [[k - c for k in x.teacher_at] for x, c in zip(part, cut, strict=True)]
-        bare = logits_at(teacher, rows, places, tokenizer)
-        for logits in (told, bare):
-            logits[:, tags] = -torch.inf
-        total.append(forward_kl(F.log_softmax(bare, -1), F.log_softmax(told, -1)))
-    return torch.cat(total).mean().item()
+def unprompted(item: BakingItem) -> BakingItem:
+    """Return the item as the champion reads it without a prompt, in the same plain words: the gap to close."""
+    prompt = item.teacher_at[0] - item.student_at[0]  # its length
+    ids = item.student_ids[: item.student_at[0] + 1] + item.teacher_ids[item.teacher_at[0] + 1 :]
+    return replace(item, student_ids=ids, student_at=[k - prompt for k in item.teacher_at], direct=True)
