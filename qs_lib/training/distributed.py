@@ -81,17 +81,12 @@ def total(values: torch.Tensor, how=None) -> torch.Tensor:
 
 def mean(value: float) -> float:
     """Mean of a number over the processes; not finite for all if it is not for one."""
-    return value if count() == 1 else total(torch.tensor(value, dtype=torch.float64)).item() / count()
-
-
-def means(metrics: dict) -> dict:
-    """The same for each number of a dict."""
-    return metrics if count() == 1 else {name: mean(value) for name, value in metrics.items()}
+    return total(torch.tensor(value, dtype=torch.float64)).item() / count()
 
 
 def either(flag: bool) -> bool:
     """Whether ``flag`` is set in any process."""
-    return flag if count() == 1 else total(torch.tensor(float(flag))).item() > 0
+    return total(torch.tensor(float(flag))).item() > 0
 
 
 def weigh(loss: torch.Tensor, over) -> torch.Tensor:

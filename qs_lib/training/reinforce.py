@@ -161,7 +161,8 @@ def train_quiet_star(
             taken = update(loss, optimizer, scheduler, clipped, "the loss")
             if s.objective == "rlp":
                 follow(reference, model.lm)
-            metrics = distributed.means(metrics) | taken | {"step": step + 1, "diversity": diversity}
+            metrics = {name: distributed.mean(value) for name, value in metrics.items()} | taken
+            metrics |= {"step": step + 1, "diversity": diversity}
             if validates:
                 watched += watch(model, tokenizer, validation, s, step + 1)
                 name, score = validate(model, tokenizer, validation, s)
