@@ -271,10 +271,7 @@ def bake(
         scheduler = scheduled(optimizer, steps, warm_up=20, constant=0.4)
         parts = {"model": trained, "optimizer": optimizer, "scheduler": scheduler, "rng": rng}
         parts |= {"order": order, "epochs": result.epochs}
-        distributed.check_equal(trained, "before training")
-        first = saving.resume(parts)
-        bar = distributed.bar(range(first, steps), "bake", initial=first, total=steps)
-        for step in bar:
+        for step, bar in saving.steps(parts, steps, "bake"):
             epoch, at = step // batches + 1, step % batches
             if at == 0:
                 order[:] = length_batches(lengths, size, rng)
@@ -289,8 +286,6 @@ def bake(
                 bar.set_postfix(accuracy=f"{dose['accuracy']:.3f}", use=f"{dose['thinking_use']:.2f}")
                 if distributed.first():
                     on_epoch(epoch, trained)
-            saving.after(step + 1, parts, last=step + 1 == steps)
-        distributed.check_equal(trained, "after training")
     result.kl_after = result.epochs[-1]["kl"]
     result.gap_closed, result.seconds = 1 - result.kl_after / before, time.monotonic() - started
     return result

@@ -28,9 +28,8 @@ class Checkpoint:
 
         with Checkpoint(folder, {"steps": steps, ...}) as checkpoint:
             parts = {"model": model, "optimizer": optimizer, "order": rng, "losses": losses}
-            for step in range(checkpoint.resume(parts), steps):
+            for step, bar in checkpoint.steps(parts, steps, "name of the bar"):
                 ...
-                checkpoint.after(step + 1, parts, last=step + 1 == steps)
 
     ``parts``: name -> whatever has ``state_dict``, a ``random.Random``, a ``torch.Generator``, or a list or dict that
     is changed in place. The global generators of torch, numpy and Python are saved beside them. ``identity``: what must
@@ -76,6 +75,19 @@ class Checkpoint:
 
     def _leave(self):
         raise SystemExit(143) if self._signal == signal.SIGTERM else KeyboardInterrupt
+
+    def steps(self, parts: dict, count: int, name: str):
+        """Yield each step (from 0) that is left of ``count``, with the bar, and save after it. ``parts`` has the ``model``.
+
+        Raises ``TrainingError`` if several processes hold different weights before or after training.
+        """
+        distributed.check_equal(parts["model"], "before training")
+        first = self.resume(parts)
+        bar = distributed.bar(range(first, count), name, initial=first, total=count)
+        for step in bar:
+            yield step, bar
+            self.after(step + 1, parts, last=step + 1 == count)
+        distributed.check_equal(parts["model"], "after training")
 
     def resume(self, parts: dict) -> int:
         """Restore ``parts`` from the newest whole checkpoint of this training; returns the number of finished steps.

@@ -3,7 +3,6 @@
 import random
 
 import torch
-from tqdm.auto import tqdm
 
 from ..data.strategies import PROMPTS
 from ..data.tokens import encode_context, length_batches
@@ -51,8 +50,7 @@ def imitate(
         weights = [p for p in trained.parameters() if p.requires_grad]
         parts = {"model": trained, "optimizer": optimizer, "scheduler": scheduler, "rng": rng}
         parts |= {"order": order, "kept": kept}
-        first = saving.resume(parts)
-        for step in tqdm(range(first, steps), desc, initial=first, total=steps):
+        for step, _ in saving.steps(parts, steps, desc):
             if step % count == 0:
                 order[:] = length_batches(lengths, s.batch_size, rng)
             trained.train()  # else no layer would be run again in place of being kept
@@ -63,7 +61,6 @@ def imitate(
                 kept["scores"].append(score())
                 if kept["scores"][-1] == max(kept["scores"]):
                     kept["weights"] = [p.detach().clone() for p in weights]
-            saving.after(step + 1, parts, last=step + 1 == steps)
         for p, best in zip(weights, kept["weights"], strict=True):
             p.data.copy_(best)
     return kept["scores"]

@@ -71,23 +71,17 @@ def pretrain(
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     parts |= {"order": rng, "queue": queue, "losses": losses}
     model.train()
-    distributed.check_equal(model, "before training")
     with checkpoint or Checkpoint() as saving:
-        first = saving.resume(parts)
-        bar = distributed.bar(range(first, s.steps), "champion", initial=first, total=s.steps)
-        for step in bar:
+        for step, bar in saving.steps(parts, s.steps, "champion"):
             queue[:] = queue or length_batches(lengths, s.batch_size, rng)
             loss = document_loss(model, tokenizer, [sequences[i] for i in queue.pop()], s.context_weight)
             clipped = {"model": model.parameters()}
             losses.append(update(loss, optimizer, scheduler, clipped, "the champion's loss")["loss"])
-            last = step == s.steps - 1
-            if (step + 1) % every == 0 or last:
+            if (step + 1) % every == 0 or step + 1 == s.steps:
                 recent = sum(losses[-every:]) / len(losses[-every:])
                 bar.set_postfix(loss=f"{recent:.3f}")
                 saving.log(step=step + 1, loss=recent, lr=scheduler.get_last_lr()[0])
-            saving.after(step + 1, parts, last=last)
     model.eval()
-    distributed.check_equal(model, "after training")
     tail = losses[-max(1, s.steps // 10) :]
     return sum(tail) / len(tail)
 
