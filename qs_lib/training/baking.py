@@ -280,7 +280,10 @@ def bake(
             if (step + 1) % max(1, min(20, steps // 10)) == 0:
                 saving.log(step=step + 1, epoch=epoch, **taken)
             if at + 1 == batches:
-                dose = {"epoch": epoch, **dose_of(trained, teacher, tokenizer, data.held_out, validation, s)}
+                with largest_logit(trained) as largest:
+                    kl = held_out_kl(trained, teacher, tokenizer, data.held_out)
+                dose = {"epoch": epoch, "kl": kl} | largest
+                dose |= reply_statistics(trained, tokenizer, validation, s.max_new_tokens)
                 result.epochs.append(dose)
                 saving.log(step=step + 1, **dose)
                 bar.set_postfix(accuracy=f"{dose['accuracy']:.3f}", use=f"{dose['thinking_use']:.2f}")
@@ -308,13 +311,6 @@ def baking_step(trained, teacher, tokenizer, batch: list[BakingItem], optimizer,
         taken = update(loss, optimizer, scheduler, {"model": weights}, "the baking loss")
     trained.eval()
     return taken | {"kl": distributed.mean(kl.item())}
-
-
-def dose_of(trained, teacher, tokenizer, held_out: list[BakingItem], validation: list[dict], s: BakingSettings) -> dict:
-    """Return the held-out ``kl`` of a half-baked model, ``max_logit`` where it can be seen, and reply_statistics."""
-    with largest_logit(trained) as largest:
-        kl = held_out_kl(trained, teacher, tokenizer, held_out)
-    return {"kl": kl} | largest | reply_statistics(trained, tokenizer, validation, s.max_new_tokens)
 
 
 @torch.no_grad()
