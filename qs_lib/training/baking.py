@@ -138,8 +138,7 @@ def logits_at(model, *texts):
 
     ``texts``: their ids, lists of positions in each, and the tokenizer.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return LanguageHead(base)(_states_at(model, *texts))
+    return LanguageHead(model)(_states_at(model, *texts))
 
 
 def _states_at(model, rows, positions, tokenizer):
