@@ -1,21 +1,13 @@
 """Several processes, one training: each works on its share of every global batch, and all take the same step.
 
-The training loops run unchanged under torchrun, on one machine or several:
-
-    # bake.py:  torchrun --standalone --nproc_per_node 2 bake.py
-    distributed.start(expected=2)
-    model, tokenizer = qs.load_champion(...)
-    qs.bake(model, tokenizer, ...)
-    if distributed.first():
-        model.save_pretrained(...)
+A script that torchrun starts, on one machine or several, calls ``start`` first and saves where ``first()`` holds, as
+notebook 09 shows. Accelerate starts the same process group (``Accelerator()`` in place of ``start``): hand the loops the
+model itself, not the prepared one.
 
 Batch sizes are those of all processes together. Draws come from the same seeds in each process, so that all see the
-same global batch; a loss is a mean over it, and gradients are averaged. The result is the single process's up to the
-rounding of sums. Bars, metrics and checkpoints are the first process's; validation and the teacher's replies are
+same global batch. A loss is a mean over it, and gradients are averaged. The result is the single process's up to the
+rounding of sums. Bars, metrics and checkpoints are the first process's. Validation and the teacher's replies are
 computed by each, for they would only wait for each other. In a single process every function here does nothing.
-
-Accelerate starts the same process group (``Accelerator()`` in place of ``start``): hand the loops the model itself, not
-the prepared one.
 """
 
 import hashlib
