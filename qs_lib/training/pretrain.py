@@ -14,28 +14,25 @@ from .loop import scheduled, update
 from .optim import MuonGrokfast
 from .settings import PretrainSettings
 
+HARD = 3  # from so many steps on a problem is hard
+
 
 def corpus(
-    problems: list[dict],
-    seed: int = 0,
-    direct: float = 0.25,
-    facts: float = 0.05,
-    hard_worked: float = 1.0,
-    hard_from: int = 3,
+    problems: list[dict], seed: int = 0, direct: float = 0.25, facts: float = 0.05, hard_worked: float = 1.0
 ) -> list[tuple[str, str]]:
     """Write pre-training documents as (context, reply) texts.
 
     A share ``direct`` answers without work, and a share ``facts`` is a single equation. The rest are worked solutions
-    after a strategy prompt: one that fits, or, one time in four where a single one does, chain of thought. A problem of
-    ``hard_from`` steps or more keeps its worked solution with probability ``hard_worked`` and is answered directly
-    otherwise: worked solutions of hard problems are rare in the wild, their answers are not. Practice goes where it is
-    needed: a problem of fewer steps makes a document with probability steps / ``hard_from``.
+    after a strategy prompt: one that fits, or, one time in four where a single one does, chain of thought. A hard problem
+    keeps its worked solution with probability ``hard_worked`` and is answered directly otherwise: worked solutions of
+    hard problems are rare in the wild, their answers are not. Practice goes where it is needed: a problem of fewer
+    steps makes a document with probability steps / ``HARD``.
     """
     rng, documents = random.Random(seed), []
     for problem in problems:
-        if rng.random() > min(problem["difficulty"], hard_from) / hard_from:
+        if rng.random() > min(problem["difficulty"], HARD) / HARD:
             continue
-        kind, hard = rng.random(), problem["difficulty"] >= hard_from
+        kind, hard = rng.random(), problem["difficulty"] >= HARD
         if not problem["steps"] or kind < direct or (hard and rng.random() > hard_worked and kind >= direct + facts):
             documents.append((problem["question"], reply(None, problem)))
         elif kind < direct + facts:
