@@ -61,13 +61,13 @@ def share(rows):
     return rows if count() == 1 or len(rows) < count() else rows[rank() :: count()]
 
 
-def total(values: torch.Tensor, how=None) -> torch.Tensor:
-    """Sum (or ``how``, a ``ReduceOp``) over the processes, elementwise, on the values' device."""
+def total(values: torch.Tensor, how: str = "SUM") -> torch.Tensor:
+    """Sum (or ``how``, the name of a ``ReduceOp``) over the processes, elementwise, on the values' device."""
     if count() == 1:
         return values
     there = "cuda" if dist.get_backend() == "nccl" else "cpu"
     moved = values.detach().to(there, copy=True)
-    dist.all_reduce(moved, how or dist.ReduceOp.SUM)
+    dist.all_reduce(moved, getattr(dist.ReduceOp, how))
     return moved.to(values.device)
 
 
@@ -128,7 +128,7 @@ def check_equal(model, when: str) -> str:
         return ""
     digest = checksum(model)
     number = torch.tensor([int(digest[:12], 16)])
-    if (total(number, dist.ReduceOp.MIN) != total(number, dist.ReduceOp.MAX)).any():
+    if (total(number, "MIN") != total(number, "MAX")).any():
         advice = "load the same model and seed torch alike in each"
         raise TrainingError(f"the processes hold different weights {when}: {advice}")
     return digest

@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnwatchedError
+from . import distributed
 
 NAME = "max_logits"
 WATCHES = {}  # attention module -> the watch that is open on its model
@@ -153,8 +154,7 @@ def clip_heads(watch, threshold):
     """
     report = ClipReport(max_logit=-torch.inf)
     for layer, largest in sorted(watch.max_logits.items()):
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        largest = distributed.total(largest, "MAX")
         maxima = largest.tolist()
         report.max_logit = max(report.max_logit, *maxima)
         above = [(layer, head, value) for head, value in enumerate(maxima) if value > threshold]
