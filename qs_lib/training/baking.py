@@ -306,8 +306,7 @@ def baking_step(trained, teacher, tokenizer, batch: list[BakingItem], optimizer,
         with torch.autocast(trained.device.type, torch.bfloat16, enabled=s.bf16):
             loss, kl = baking_loss(trained, teacher, mine, tokenizer, s.ce_weight)
         loss = distributed.weigh(loss, len(mine))
-        weights = [p for p in trained.parameters() if p.requires_grad]
-        taken = update(loss, optimizer, scheduler, {"model": weights}, "the baking loss")
+        taken = update(loss, optimizer, scheduler, {"model": trained.parameters()}, "the baking loss")
     trained.eval()
     return taken | {"kl": distributed.mean(kl.item())}
 
