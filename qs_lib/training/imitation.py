@@ -27,19 +27,11 @@ def learn_prompts(model, tokenizer, examples, settings: BakingSettings, prompts=
     imitate(model, tokenizer, texts, s, desc="learn prompts", checkpoint=checkpoint)
 
 
-def imitate(
-    lm,
-    tokenizer,
-    texts: list[tuple[list[int], list[int]]],
-    s: BakingSettings,
-    score=lambda: 0.0,
-    desc="imitate",
-    checkpoint: Checkpoint | None = None,
-) -> list[float]:
+def imitate(lm, tokenizer, texts, s: BakingSettings, score=lambda: 0.0, desc="imitate", checkpoint=None) -> list[float]:
     """Train on replies by cross-entropy, in place, and return ``score()`` after each epoch. The best weights stay.
 
-    ``texts``: (context, reply) as ids. Rates, adapter and batches are those of a baking, without its KL. With a
-    ``checkpoint`` a stopped training goes on where it was.
+    ``texts``: (context, reply) of each, as lists of ids. Rates, adapter and batches are those of a baking, without its
+    KL. With a ``checkpoint`` a stopped training goes on where it was.
     """
     rng, order, kept = random.Random(s.seed), [], {"scores": []}
     lengths, count = [len(c) + len(r) for c, r in texts], -(-len(texts) // s.batch_size)
