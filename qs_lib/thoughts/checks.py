@@ -1,4 +1,4 @@
-"""Checks that a reader can watch: planted faults in worked examples, and the thought engine against plain forwards."""
+"""Checks that a reader can watch: the thought engine against plain forward passes, and what each token reads."""
 
 from dataclasses import replace
 

@@ -57,7 +57,6 @@ class PlainSteps:
         self.done = 0
 
     def forward(self, tokens):
-        """Return hidden states (S, W, hidden) of the next tokens (S, W) of each stream."""
         start, self.done = self.done, self.done + tokens.shape[1]
         self.own[:, start : self.done] = tokens
         ids = self.ids[:, : int(self.limit.max())]
@@ -66,7 +65,6 @@ class PlainSteps:
         return states[torch.arange(len(states), device=ids.device).unsqueeze(1), column]
 
     def select(self, streams):
-        """Keep (or repeat) the streams in the index tensor."""
         self.own, self.row, self.limit = self.own[streams], self.row[streams], self.limit[streams]
 
 
