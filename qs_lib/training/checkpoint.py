@@ -77,9 +77,10 @@ class Checkpoint:
         raise SystemExit(143) if self._signal == signal.SIGTERM else KeyboardInterrupt
 
     def steps(self, parts: dict, count: int, name: str):
-        """Yield each step (from 0) that is left of ``count``, with the bar, and save after it. ``parts`` has the ``model``.
+        """Yield each step (from 0) that is left of ``count``, with the bar, and save after it.
 
-        Raises ``TrainingError`` if several processes hold different weights before or after training.
+        ``parts`` must have the ``model``. Raises ``TrainingError`` if several processes hold different weights before or
+        after training.
         """
         distributed.check_equal(parts["model"], "before training")
         first = self.resume(parts)

@@ -1,8 +1,8 @@
 """Several processes, one training: each works on its share of every global batch, and all take the same step.
 
 A script that torchrun starts, on one machine or several, calls ``start`` first and saves where ``first()`` holds, as
-notebook 09 shows. Accelerate starts the same process group (``Accelerator()`` in place of ``start``): hand the loops the
-model itself, not the prepared one.
+notebook 09 shows. Accelerate starts the same process group (``Accelerator()`` in place of ``start``): hand the loops
+the model itself, not the prepared one.
 
 Batch sizes are those of all processes together. Draws come from the same seeds in each process, so that all see the
 same global batch. A loss is a mean over it, and gradients are averaged. The result is the single process's up to the

@@ -23,10 +23,10 @@ def corpus(
     """Write pre-training documents as (context, reply) texts.
 
     A share ``direct`` answers without work, and a share ``facts`` is a single equation. The rest are worked solutions
-    after a strategy prompt: one that fits, or, one time in four where a single one does, chain of thought. A hard problem
-    keeps its worked solution with probability ``hard_worked`` and is answered directly otherwise: worked solutions of
-    hard problems are rare in the wild, their answers are not. Practice goes where it is needed: a problem of fewer
-    steps makes a document with probability steps / ``HARD``.
+    after a strategy prompt: one that fits, or, one time in four where a single one does, chain of thought. A hard
+    problem keeps its worked solution with probability ``hard_worked`` and is answered directly otherwise: worked
+    solutions of hard problems are rare in the wild, their answers are not. Practice goes where it is needed: a problem
+    of fewer steps makes a document with probability steps / ``HARD``.
     """
     rng, documents = random.Random(seed), []
     for problem in problems:

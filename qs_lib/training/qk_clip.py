@@ -20,7 +20,7 @@ QK_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
 
 
 class Watch:
-    """``max_logits`` {layer index: tensor of heads}, the largest seen since it was cleared. ``layers``: their modules."""
+    """``max_logits`` {layer index: tensor of heads}: the largest since it was cleared. ``layers``: their modules."""
 
     def __init__(self):
         self.max_logits, self.layers = {}, {}
@@ -92,7 +92,7 @@ def watch_max_logits(model):
 
 @contextmanager
 def largest_logit(model):
-    """Yield a dict that gets the largest attention logit of any head in the passes within, as ``max_logit``, at the end.
+    """Yield a dict that gets the largest attention logit of any head in the passes within, ``max_logit``, at the end.
 
     It stays empty for a family that cannot be watched. Where the logit runs away, training soon breaks.
     """
