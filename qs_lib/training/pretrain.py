@@ -14,7 +14,7 @@ from .loop import scheduled, update
 from .optim import MuonGrokfast
 from .settings import PretrainSettings
 
-HARD = 3  # from so many steps on a problem is hard
+HARD_STEPS = 3  # from so many steps on a problem is hard
 
 
 def corpus(
@@ -26,13 +26,13 @@ def corpus(
     after a strategy prompt: one that fits, or, one time in four where a single one does, chain of thought. A hard
     problem keeps its worked solution with probability ``hard_worked`` and is answered directly otherwise: worked
     solutions of hard problems are rare in the wild, their answers are not. Practice goes where it is needed: a problem
-    of fewer steps makes a document with probability steps / ``HARD``.
+    of fewer steps makes a document with probability steps / ``HARD_STEPS``.
     """
     rng, documents = random.Random(seed), []
     for problem in problems:
-        if rng.random() > min(problem["difficulty"], HARD) / HARD:
+        if rng.random() > min(problem["difficulty"], HARD_STEPS) / HARD_STEPS:
             continue
-        kind, hard = rng.random(), problem["difficulty"] >= HARD
+        kind, hard = rng.random(), problem["difficulty"] >= HARD_STEPS
         if not problem["steps"] or kind < direct or (hard and rng.random() > hard_worked and kind >= direct + facts):
             documents.append((problem["question"], reply(None, problem)))
         elif kind < direct + facts:
