@@ -253,7 +253,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         tags = {"think_id": c.think_token_id, "end_id": c.end_think_token_id}
         return generate_thoughts(self.lm, input_ids, attention_mask, positions, **tags, **settings)
 
-    def read(self, input_ids, attention_mask=None, position_ids=None, cache=None) -> torch.Tensor:
+    def read(self, input_ids, attention_mask=None, cache=None) -> torch.Tensor:
         """Return the wrapped model's last hidden states (batch, new tokens, hidden). Fills ``cache``.
 
         Raises ``WorkbookError`` if the model has too few positions, or cannot go on from this kind of cache.
@@ -267,7 +267,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None and (exact is None or len(exact.layers) > len(cache.layers)):
             name = type(self.lm).__name__
             raise WorkbookError(f"{name} cannot read on from a {type(cache).__name__}() exactly: use a ThinkingCache")
-        return masked_states(base, input_ids, attention_mask, position_ids, cache)
+        return masked_states(base, input_ids, attention_mask, cache)
 
     def branch_weights(self, base, thought, weights: str = "head") -> torch.Tensor:
         """Return weights (..., 1 + K) from hidden states base (..., hidden) and thought (..., K, hidden).
@@ -285,7 +285,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         """Return :meth:`branch_weights` (batch, P, n_true, 1 + K) at the true tokens of a ``qs_lib.Rescored``."""
         return self.branch_weights(scored.base_hidden, scored.thought_hidden.transpose(2, 3), weights)
 
-    def mix(self, base, thought, weights=None, among=None, sharpening=1.0) -> torch.Tensor:
+    def mix(self, base, thought, weights=None, among=None, sharpening=None) -> torch.Tensor:
         """Return mixed log-probs (..., vocab) from last hidden states base (..., hidden) and thought (..., K, hidden).
 
         ``weights`` (..., 1 + K) replace the head's. ``among`` and ``sharpening``: see :meth:`visible_log_probs`.
@@ -312,21 +312,19 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             mixed = mix_log_probs(weights, scored.base_logprobs, scored.true_logprobs.transpose(2, 3))
         return mixed.masked_fill(~scored.valid, 0)
 
-    def visible_log_probs(self, hidden: torch.Tensor, among=None, sharpening=1.0) -> torch.Tensor:
+    def visible_log_probs(self, hidden: torch.Tensor, among=None, sharpening=None) -> torch.Tensor:
         """Return log-probs (..., vocab) without the thinking tokens, from last hidden states (..., hidden).
 
-        With ``among`` (M,), token ids: of these tokens only, (..., M). Logits are divided by ``sharpening`` first, a
-        number, or several (S,), which give (..., S, vocab).
+        With ``among`` (M,), token ids: of these tokens only, (..., M). With ``sharpening`` (S,) logits are divided by
+        each of these first: (..., S, vocab).
         """
         logits = LanguageHead(self.lm)(hidden)
         if among is None:
             logits[..., self.config.hidden_ids] = -torch.inf
         else:
             logits = logits[..., among]
-        if isinstance(sharpening, torch.Tensor):
+        if sharpening is not None:
             logits = logits.unsqueeze(-2) / sharpening.unsqueeze(-1)
-        elif sharpening != 1:
-            logits = logits / sharpening
         return logits.log_softmax(-1)
 
     def _write(self, input_ids, attention_mask, cache):

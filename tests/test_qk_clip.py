@@ -183,6 +183,8 @@ def test_maxima_of_other_processes_count(monkeypatch):
     own = {layer: tops.clone() for layer, tops in watch.max_logits.items()}
     threshold = 2 * max(tops.max().item() for tops in own.values())
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tops, op: tops[1:2].clamp_(min=4 * threshold))
     old = model.model.layers[0].self_attn.q_proj.weight.clone()
     report = clip_heads(watch, threshold)

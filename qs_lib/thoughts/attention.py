@@ -270,16 +270,11 @@ def forward(base, input_ids, position_ids, work):
     if torch.is_grad_enabled():
         # transformers checkpoints in training mode only, and its backward pass would not find `work`.
         settings = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _at_work(work))}
-        for layer in layers(base):
-            if layer.gradient_checkpointing:
+        for layer in base.modules():
+            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
                 layer.forward = partial(checkpoint, layer.forward, **settings)
     with _at_work(work):
         return base(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-
-
-def layers(model):
-    """Return the transformer layers of a Hugging Face model or its backbone, whatever its family calls them."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def recompute_layers(model):

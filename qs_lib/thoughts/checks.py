@@ -1,4 +1,4 @@
-"""Checks that a reader can watch: planted faults in worked examples, and the thought engine against plain forwards."""
+"""Checks that a reader can watch: the thought engine against plain forward passes, and what each token reads."""
 
 from dataclasses import replace
 
@@ -72,8 +72,9 @@ def visible_keys(model, input_ids: torch.Tensor, thoughts):
 
     ``input_ids`` (1, length). Returns (seen, rule, queries, keys). ``seen`` bool (queries, keys) is measured. ``rule``
     says the same by definition: the text up to the position, and the thought's own tokens so far. ``queries``, ``keys``
-    name both axes. Measured on the CPU with random words, in double precision, on the same architecture with fresh
-    weights: trained attention is so sharp that much of what may be read leaves no trace.
+    name both axes. What is seen changes a prediction's entropy, or the last state. Measured on the CPU with random
+    words, in double precision, on the same architecture with fresh weights: trained attention is so sharp that much of
+    what may be read leaves no trace.
     """
     input_ids, thoughts = input_ids.cpu(), thoughts.map(torch.Tensor.cpu)
     with torch.random.fork_rng(devices=[]):
@@ -89,8 +90,7 @@ def visible_keys(model, input_ids: torch.Tensor, thoughts):
     def predictions(ids, tokens):
         scored = rescore_thoughts(model, ids, replace(thoughts, tokens=tokens), n_true=1)
         last = scored.thought_hidden[0, ..., 0, :].sum(-1, keepdim=True)
-        shape = torch.cat([scored.thought_entropy[0, ..., 1:], last], -1)
-        return shape.flatten(), torch.cat([scored.thought_logprobs[0, ..., 1:], last], -1).flatten()
+        return torch.cat([scored.thought_entropy[0, ..., 1:], last], -1).flatten()
 
     base, columns = predictions(input_ids, words), []
     for tensor in (input_ids, words):
@@ -99,10 +99,7 @@ def visible_keys(model, input_ids: torch.Tensor, thoughts):
             changed[at] = changed[at] - 1 if changed[at] > 0 else 1
             changed = changed.view_as(tensor)
             ids, tokens = (changed, words) if tensor is input_ids else (input_ids, changed)
-            shape, target = (now != before for now, before in zip(predictions(ids, tokens), base, strict=True))
-            if tensor is words and at % length:
-                target[at - 1] = False  # the changed token is what is predicted here, not what is read
-            columns.append(shape | target)
+            columns.append(predictions(ids, tokens) != base)
     place = [(p, k, t) for p in range(count) for k in range(number) for t in range(length)]
     positions, text = thoughts.positions[0].tolist(), range(input_ids.shape[1])
     rule = [[j <= positions[p] for j in text] + [u[:2] == (p, k) and u[2] <= t for u in place] for p, k, t in place]

@@ -57,7 +57,6 @@ class PlainSteps:
         self.done = 0
 
     def forward(self, tokens):
-        """Return hidden states (S, W, hidden) of the next tokens (S, W) of each stream."""
         start, self.done = self.done, self.done + tokens.shape[1]
         self.own[:, start : self.done] = tokens
         ids = self.ids[:, : int(self.limit.max())]
@@ -66,7 +65,6 @@ class PlainSteps:
         return states[torch.arange(len(states), device=ids.device).unsqueeze(1), column]
 
     def select(self, streams):
-        """Keep (or repeat) the streams in the index tensor."""
         self.own, self.row, self.limit = self.own[streams], self.row[streams], self.limit[streams]
 
 
@@ -245,9 +243,8 @@ def _goes_on(model, make):
     return found.shape == expected.shape and not _differ(expected[real], found[real])
 
 
-def masked_states(base, ids, mask=None, position_ids=None, cache=None):
+def masked_states(base, ids, mask=None, cache=None):
     """Return final hidden states (R, new tokens, hidden) of one pass. ``mask`` covers the tokens in ``cache`` too."""
-    if position_ids is None and mask is not None:
-        position_ids = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-    text = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
+    places = None if mask is None else (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    text = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
     return base(**text, past_key_values=cache, use_cache=cache is not None).last_hidden_state

@@ -6,7 +6,6 @@ each thought.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -99,26 +98,13 @@ def _look_ahead(head, forbid, full, states, start, exists, targets, place, shape
     return scattered(hidden[inverse]), scattered(logprob), scattered(everything[inverse]) if full else None
 
 
-class _Layout(NamedTuple):
-    """What goes into the pass, for U thought units (sorted by row, then position) and S = U * N streams.
-
-    ``packed``: texts that have thoughts, read as far as needed, and the streams: a thought and the true tokens after
-    it but the last, which is only predicted. ``line``, ``limit`` (U,): text of each unit, and tokens of it that the
-    unit sees. ``unit``, ``length``, ``place`` (S,): unit of a stream, tokens of its thought, and its place in the
-    flattened (batch, P, N). ``true``, ``exists`` (U, n_true): the true tokens, and which of them exist.
-    """
-
-    packed: Packed
-    line: torch.Tensor
-    limit: torch.Tensor
-    unit: torch.Tensor
-    length: torch.Tensor
-    place: torch.Tensor
-    true: torch.Tensor
-    exists: torch.Tensor
-
-
 def _layout(rows, thoughts, n_true, after_thoughts):
+    """Return what goes into the pass, for U thought units (sorted by row, then position) and S = U * N streams.
+
+    ``Packed``: texts that have thoughts, read as far as needed, and the streams: a thought and the true tokens after
+    it but the last, which is only predicted. ``length``, ``place`` (S,): tokens of a stream's thought, and its place in
+    the flattened (batch, P, N). ``true``, ``exists`` (U, n_true): the true tokens, and which of them exist.
+    """
     device, (number, longest) = rows.ids.device, thoughts.tokens.shape[2:]
     width, limit = rows.ids.shape[1], rows.position + 1
     ahead = (rows.lengths[rows.row] - limit).clamp(max=n_true)
@@ -138,7 +124,7 @@ def _layout(rows, thoughts, n_true, after_thoughts):
     own, own_real = torch.where(after < 0, written, given), after < last
     packed = Packed(rows.ids[used], text_real, line[unit], limit[unit], own, own_real)
     place = (rows.slot.unsqueeze(1) * number + torch.arange(number, device=device)).flatten()
-    return _Layout(packed, line, limit, unit, length, place, true, step < ahead.unsqueeze(1))
+    return packed, length, place, true, step < ahead.unsqueeze(1)
 
 
 def _flat_states(model, packed):
@@ -173,22 +159,24 @@ def rescore_thoughts(
     if n_true < 1:
         raise ValueError("n_true must be at least 1.")
     rows = align_rows(model.device, input_ids, attention_mask, thoughts.positions)
-    head, layout = LanguageHead(model), _layout(rows, thoughts, n_true, after)
+    head, (packed, length, place, true, exists) = LanguageHead(model), _layout(rows, thoughts, n_true, after)
     forbid, forbid_true = (forbidden(ids, head.size, model.device) for ids in (thoughts.forbid, forbid_true))
-    text_states, own_states = _flat_states(model, layout.packed)
-    counts = (real.sum(1) for real in (layout.packed.text_real, layout.packed.own_real))
+    text_states, own_states = _flat_states(model, packed)
+    counts = (real.sum(1) for real in (packed.text_real, packed.own_real))
     text_start, own_start = (count.cumsum(0) - count for count in counts)
-    slots, shape, unit = thoughts.positions.shape, thoughts.tokens.shape, layout.unit
+    slots, shape = thoughts.positions.shape, thoughts.tokens.shape
     # The state before each sampled token.
-    stream, step = thoughts.sampled.flatten(0, 2)[layout.place].nonzero(as_tuple=True)
-    before, target = own_states[own_start[stream] + step - 1], layout.packed.own[stream, step]
+    stream, step = thoughts.sampled.flatten(0, 2)[place].nonzero(as_tuple=True)
+    before, target = own_states[own_start[stream] + step - 1], packed.own[stream, step]
     logprob, entropy = target_scores(head, before, target, thoughts.temperature, forbid, entropy=after)
-    sampled = partial(_scattered, shape, layout.place[stream] * shape[3] + step)
+    sampled = partial(_scattered, shape, place[stream] * shape[3] + step)
     look_ahead = partial(_look_ahead, head, forbid_true, true_logits)
-    start, exists, true = own_start + layout.length - 1, layout.exists[unit], layout.true[unit]
-    states = own_states, start, exists, true, layout.place, shape[:3]
-    thought_hidden, true_logprobs, true_full = look_ahead(*states) if after else (None, None, None)
-    start, exists, true = text_start[layout.line] + layout.limit - 1, layout.exists, layout.true
+    thought_hidden, true_logprobs, true_full = None, None, None
+    if after:
+        each = (x.repeat_interleave(shape[2], 0) for x in (exists, true))  # of a unit, for each of its thoughts
+        streams = own_states, own_start + length - 1, *each, place, shape[:3]
+        thought_hidden, true_logprobs, true_full = look_ahead(*streams)
+    start = (text_start[packed.row] + packed.limit - 1)[:: shape[2]]  # once a unit
     base_hidden, base_logprobs, base_full = look_ahead(text_states, start, exists, true, rows.slot, slots)
     logprobs = sampled(logprob), sampled(entropy) if after else None, true_logprobs, base_logprobs
     valid, true = (_scattered(slots, rows.slot, x) for x in (exists, true))

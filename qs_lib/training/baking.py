@@ -6,7 +6,7 @@ import math
 import random
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -138,8 +138,7 @@ def logits_at(model, *texts):
 
     ``texts``: their ids, lists of positions in each, and the tokenizer.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return LanguageHead(base)(_states_at(model, *texts))
+    return LanguageHead(model)(_states_at(model, *texts))
 
 
 def _states_at(model, rows, positions, tokenizer):
@@ -260,8 +259,8 @@ def bake(
             pass
     teacher = model.eval() if s.lora_rank else copy.deepcopy(model).eval().requires_grad_(False)
     data = lessons(teacher, tokenizer, examples, problems, validation, s, prompts)
-    before, rng = unprompted_kl(teacher, tokenizer, data.held_out), random.Random(s.seed)
-    lengths, size = [len(i.student_ids) for i in data.thoughts], s.batch_size - s.rehearsed
+    before = held_out_kl(teacher, teacher, tokenizer, [unprompted(item) for item in data.held_out])
+    rng, lengths, size = random.Random(s.seed), [len(i.student_ids) for i in data.thoughts], s.batch_size - s.rehearsed
     batches = math.ceil(len(lengths) / size)
     steps, order, result = s.epochs * batches, [], BakingResult(before, math.nan, math.nan)
     with training(model, tokenizer, s) as trained, checkpoint or Checkpoint() as saving:
@@ -271,10 +270,7 @@ def bake(
         scheduler = scheduled(optimizer, steps, warm_up=20, constant=0.4)
         parts = {"model": trained, "optimizer": optimizer, "scheduler": scheduler, "rng": rng}
         parts |= {"order": order, "epochs": result.epochs}
-        distributed.check_equal(trained, "before training")
-        first = saving.resume(parts)
-        bar = distributed.bar(range(first, steps), "bake", initial=first, total=steps)
-        for step in bar:
+        for step, bar in saving.steps(parts, steps, "bake"):
             epoch, at = step // batches + 1, step % batches
             if at == 0:
                 order[:] = length_batches(lengths, size, rng)
@@ -283,14 +279,15 @@ def bake(
             if (step + 1) % max(1, min(20, steps // 10)) == 0:
                 saving.log(step=step + 1, epoch=epoch, **taken)
             if at + 1 == batches:
-                dose = {"epoch": epoch, **dose_of(trained, teacher, tokenizer, data.held_out, validation, s)}
+                with largest_logit(trained) as largest:
+                    kl = held_out_kl(trained, teacher, tokenizer, data.held_out)
+                dose = {"epoch": epoch, "kl": kl} | largest
+                dose |= reply_statistics(trained, tokenizer, validation, s.max_new_tokens)
                 result.epochs.append(dose)
                 saving.log(step=step + 1, **dose)
                 bar.set_postfix(accuracy=f"{dose['accuracy']:.3f}", use=f"{dose['thinking_use']:.2f}")
                 if distributed.first():
                     on_epoch(epoch, trained)
-            saving.after(step + 1, parts, last=step + 1 == steps)
-        distributed.check_equal(trained, "after training")
     result.kl_after = result.epochs[-1]["kl"]
     result.gap_closed, result.seconds = 1 - result.kl_after / before, time.monotonic() - started
     return result
@@ -309,40 +306,21 @@ def baking_step(trained, teacher, tokenizer, batch: list[BakingItem], optimizer,
         with torch.autocast(trained.device.type, torch.bfloat16, enabled=s.bf16):
             loss, kl = baking_loss(trained, teacher, mine, tokenizer, s.ce_weight)
         loss = distributed.weigh(loss, len(mine))
-        weights = [p for p in trained.parameters() if p.requires_grad]
-        taken = update(loss, optimizer, scheduler, {"model": weights}, "the baking loss")
+        taken = update(loss, optimizer, scheduler, {"model": trained.parameters()}, "the baking loss")
     trained.eval()
     return taken | {"kl": distributed.mean(kl.item())}
 
 
-def dose_of(trained, teacher, tokenizer, held_out: list[BakingItem], validation: list[dict], s: BakingSettings) -> dict:
-    """Return the held-out ``kl`` of a half-baked model, ``max_logit`` where it can be seen, and reply_statistics."""
-    with largest_logit(trained) as largest:
-        kl = held_out_kl(trained, teacher, tokenizer, held_out)
-    return {"kl": kl} | largest | reply_statistics(trained, tokenizer, validation, s.max_new_tokens)
-
-
 @torch.no_grad()
-def held_out_kl(student, teacher, tokenizer, items: list[BakingItem], batch_size: int = 120) -> float:
+def held_out_kl(student, teacher, tokenizer, items: list[BakingItem]) -> float:
     """Return the mean KL (nats per reply token) of the student (unprompted) from the prompted teacher."""
-    parts = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    parts = [items[i : i + 120] for i in range(0, len(items), 120)]
     total = [forward_kl(*aligned_log_probs(student, teacher, part, tokenizer)[:2]) for part in parts]
     return torch.cat(total).mean().item()
 
 
-@torch.no_grad()
-def unprompted_kl(teacher, tokenizer, items: list[BakingItem], batch_size: int = 120) -> float:
-    """Return the gap that baking has to close: the same KL for the champion, which reads the same words unprompted."""
-    total, tags = [], thinking_ids(tokenizer)
-    for i in range(0, len(items), batch_size):
-        part = items[i : i + batch_size]
-        told = _teacher_logits(teacher, part, tokenizer)
-        cut = [x.teacher_at[0] - x.student_at[0] for x in part]  # length of the prompt
-        head = [x.student_ids[: x.student_at[0] + 1] for x in part]
-        rows = [h + x.teacher_ids[x.teacher_at[0] + 1 :] for h, x in zip(head, part, strict=True)]
-        places = [[k - c for k in x.teacher_at] for x, c in zip(part, cut, strict=True)]
-        bare = logits_at(teacher, rows, places, tokenizer)
-        for logits in (told, bare):
-            logits[:, tags] = -torch.inf
-        total.append(forward_kl(F.log_softmax(bare, -1), F.log_softmax(told, -1)))
-    return torch.cat(total).mean().item()
+def unprompted(item: BakingItem) -> BakingItem:
+    """Return the item as the champion reads it without a prompt, in the same plain words: the gap to close."""
+    prompt = item.teacher_at[0] - item.student_at[0]  # its length
+    ids = item.student_ids[: item.student_at[0] + 1] + item.teacher_ids[item.teacher_at[0] + 1 :]
+    return replace(item, student_ids=ids, student_at=[k - prompt for k in item.teacher_at], direct=True)

@@ -28,9 +28,8 @@ class Checkpoint:
 
         with Checkpoint(folder, {"steps": steps, ...}) as checkpoint:
             parts = {"model": model, "optimizer": optimizer, "order": rng, "losses": losses}
-            for step in range(checkpoint.resume(parts), steps):
+            for step, bar in checkpoint.steps(parts, steps, "name of the bar"):
                 ...
-                checkpoint.after(step + 1, parts, last=step + 1 == steps)
 
     ``parts``: name -> whatever has ``state_dict``, a ``random.Random``, a ``torch.Generator``, or a list or dict that
     is changed in place. The global generators of torch, numpy and Python are saved beside them. ``identity``: what must
@@ -77,6 +76,20 @@ class Checkpoint:
     def _leave(self):
         raise SystemExit(143) if self._signal == signal.SIGTERM else KeyboardInterrupt
 
+    def steps(self, parts: dict, count: int, name: str):
+        """Yield each step (from 0) that is left of ``count``, with the bar, and save after it.
+
+        ``parts`` must have the ``model``. Raises ``TrainingError`` if several processes hold different weights before or
+        after training.
+        """
+        distributed.check_equal(parts["model"], "before training")
+        first = self.resume(parts)
+        bar = distributed.bar(range(first, count), name, initial=first, total=count)
+        for step in bar:
+            yield step, bar
+            self.after(step + 1, parts, last=step + 1 == count)
+        distributed.check_equal(parts["model"], "after training")
+
     def resume(self, parts: dict) -> int:
         """Restore ``parts`` from the newest whole checkpoint of this training; returns the number of finished steps.
 
@@ -105,7 +118,7 @@ class Checkpoint:
             saved = unpack(state["parts"], tensors)
             for name, part in parts.items():
                 restore(part, saved[name])
-            random.setstate(as_tuple(saved["python"]))
+            random.setstate(saved["python"])
             np.random.set_state(saved["numpy"])
             torch.set_rng_state(saved["torch"])
             self.rows = saved["rows"]
@@ -161,7 +174,7 @@ def restore(part, saved) -> None:
     if hasattr(part, "load_state_dict"):
         part.load_state_dict(saved)
     elif isinstance(part, random.Random):
-        part.setstate(as_tuple(saved))
+        part.setstate(saved)
     elif isinstance(part, torch.Generator):
         part.set_state(saved)
     elif isinstance(part, list):
@@ -169,11 +182,6 @@ def restore(part, saved) -> None:
     else:
         part.clear()
         part.update(saved)
-
-
-def as_tuple(value):
-    """Lists as tuples all the way down, as ``random.setstate`` wants them."""
-    return tuple(map(as_tuple, value)) if isinstance(value, (list, tuple)) else value
 
 
 def pack(head: dict, tree) -> bytes:

@@ -1,21 +1,13 @@
 """Several processes, one training: each works on its share of every global batch, and all take the same step.
 
-The training loops run unchanged under torchrun, on one machine or several:
-
-    # bake.py:  torchrun --standalone --nproc_per_node 2 bake.py
-    distributed.start(expected=2)
-    model, tokenizer = qs.load_champion(...)
-    qs.bake(model, tokenizer, ...)
-    if distributed.first():
-        model.save_pretrained(...)
+A script that torchrun starts, on one machine or several, calls ``start`` first and saves where ``first()`` holds, as
+notebook 09 shows. Accelerate starts the same process group (``Accelerator()`` in place of ``start``): hand the loops
+the model itself, not the prepared one.
 
 Batch sizes are those of all processes together. Draws come from the same seeds in each process, so that all see the
-same global batch; a loss is a mean over it, and gradients are averaged. The result is the single process's up to the
-rounding of sums. Bars, metrics and checkpoints are the first process's; validation and the teacher's replies are
+same global batch. A loss is a mean over it, and gradients are averaged. The result is the single process's up to the
+rounding of sums. Bars, metrics and checkpoints are the first process's. Validation and the teacher's replies are
 computed by each, for they would only wait for each other. In a single process every function here does nothing.
-
-Accelerate starts the same process group (``Accelerator()`` in place of ``start``): hand the loops the model itself, not
-the prepared one.
 """
 
 import hashlib
@@ -69,29 +61,24 @@ def share(rows):
     return rows if count() == 1 or len(rows) < count() else rows[rank() :: count()]
 
 
-def total(values: torch.Tensor, how=None) -> torch.Tensor:
-    """Sum (or ``how``, a ``ReduceOp``) over the processes, elementwise, on the values' device."""
+def total(values: torch.Tensor, how: str = "SUM") -> torch.Tensor:
+    """Sum (or ``how``, the name of a ``ReduceOp``) over the processes, elementwise, on the values' device."""
     if count() == 1:
         return values
     there = "cuda" if dist.get_backend() == "nccl" else "cpu"
     moved = values.detach().to(there, copy=True)
-    dist.all_reduce(moved, how or dist.ReduceOp.SUM)
+    dist.all_reduce(moved, getattr(dist.ReduceOp, how))
     return moved.to(values.device)
 
 
 def mean(value: float) -> float:
     """Mean of a number over the processes; not finite for all if it is not for one."""
-    return value if count() == 1 else total(torch.tensor(value, dtype=torch.float64)).item() / count()
-
-
-def means(metrics: dict) -> dict:
-    """The same for each number of a dict."""
-    return metrics if count() == 1 else {name: mean(value) for name, value in metrics.items()}
+    return total(torch.tensor(value, dtype=torch.float64)).item() / count()
 
 
 def either(flag: bool) -> bool:
     """Whether ``flag`` is set in any process."""
-    return flag if count() == 1 else total(torch.tensor(float(flag))).item() > 0
+    return total(torch.tensor(float(flag))).item() > 0
 
 
 def weigh(loss: torch.Tensor, over) -> torch.Tensor:
@@ -141,7 +128,7 @@ def check_equal(model, when: str) -> str:
         return ""
     digest = checksum(model)
     number = torch.tensor([int(digest[:12], 16)])
-    if (total(number, dist.ReduceOp.MIN) != total(number, dist.ReduceOp.MAX)).any():
+    if (total(number, "MIN") != total(number, "MAX")).any():
         advice = "load the same model and seed torch alike in each"
         raise TrainingError(f"the processes hold different weights {when}: {advice}")
     return digest

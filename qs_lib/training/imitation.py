@@ -3,7 +3,6 @@
 import random
 
 import torch
-from tqdm.auto import tqdm
 
 from ..data.strategies import PROMPTS
 from ..data.tokens import encode_context, length_batches
@@ -28,19 +27,11 @@ def learn_prompts(model, tokenizer, examples, settings: BakingSettings, prompts=
     imitate(model, tokenizer, texts, s, desc="learn prompts", checkpoint=checkpoint)
 
 
-def imitate(
-    lm,
-    tokenizer,
-    texts: list[tuple[list[int], list[int]]],
-    s: BakingSettings,
-    score=lambda: 0.0,
-    desc="imitate",
-    checkpoint: Checkpoint | None = None,
-) -> list[float]:
+def imitate(lm, tokenizer, texts, s: BakingSettings, score=lambda: 0.0, desc="imitate", checkpoint=None) -> list[float]:
     """Train on replies by cross-entropy, in place, and return ``score()`` after each epoch. The best weights stay.
 
-    ``texts``: (context, reply) as ids. Rates, adapter and batches are those of a baking, without its KL. With a
-    ``checkpoint`` a stopped training goes on where it was.
+    ``texts``: (context, reply) of each, as lists of ids. Rates, adapter and batches are those of a baking, without its
+    KL. With a ``checkpoint`` a stopped training goes on where it was.
     """
     rng, order, kept = random.Random(s.seed), [], {"scores": []}
     lengths, count = [len(c) + len(r) for c, r in texts], -(-len(texts) // s.batch_size)
@@ -51,8 +42,7 @@ def imitate(
         weights = [p for p in trained.parameters() if p.requires_grad]
         parts = {"model": trained, "optimizer": optimizer, "scheduler": scheduler, "rng": rng}
         parts |= {"order": order, "kept": kept}
-        first = saving.resume(parts)
-        for step in tqdm(range(first, steps), desc, initial=first, total=steps):
+        for step, _ in saving.steps(parts, steps, desc):
             if step % count == 0:
                 order[:] = length_batches(lengths, s.batch_size, rng)
             trained.train()  # else no layer would be run again in place of being kept
@@ -63,7 +53,6 @@ def imitate(
                 kept["scores"].append(score())
                 if kept["scores"][-1] == max(kept["scores"]):
                     kept["weights"] = [p.detach().clone() for p in weights]
-            saving.after(step + 1, parts, last=step + 1 == steps)
         for p, best in zip(weights, kept["weights"], strict=True):
             p.data.copy_(best)
     return kept["scores"]

@@ -12,17 +12,17 @@ from ..thoughts.attention import recompute_layers
 from . import distributed
 
 
-def schedule(step: int, steps: int, warm_up: int = 50, floor: float = 0.02, constant: float = 0.5) -> float:
-    """Return the learning rate's factor: linear warm-up, 1 up to ``constant`` of the steps, linear to ``floor``."""
-    if step < min(warm_up, steps // 10):
-        return (step + 1) / min(warm_up, steps // 10)
-    done = (step / max(1, steps) - constant) / (1 - constant)
-    return 1.0 if done <= 0 else 1 - (1 - floor) * min(1.0, done)
+def scheduled(optimizer, steps: int, warm_up: int = 50, constant: float = 0.5) -> LambdaLR:
+    """Return a scheduler: linear warm-up, the whole rate up to ``constant`` of the steps, then linear to 2 % of it."""
+    warm_up = min(warm_up, steps // 10)
 
+    def factor(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / warm_up
+        done = (step / max(1, steps) - constant) / (1 - constant)
+        return 1.0 if done <= 0 else 1 - 0.98 * min(1.0, done)
 
-def scheduled(optimizer, steps: int, **shape) -> LambdaLR:
-    """Return the scheduler of a training of ``steps`` steps. ``shape`` goes to :func:`schedule`."""
-    return LambdaLR(optimizer, lambda step: schedule(step, steps, **shape))
+    return LambdaLR(optimizer, factor)
 
 
 def update(loss: torch.Tensor, optimizer, scheduler, clipped: dict, name: str) -> dict[str, float]:

@@ -10,7 +10,6 @@ from ..errors import TrainingError
 from ..settings import unknown_name
 from .qk_clip import clip_heads
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # Names of an output layer in models that have no get_output_embeddings().
 HEAD_NAMES = {"lm_head", "embed_out", "unembed", "head", "classifier", "score"}
 # With bfloat16 instructions, matrices whose smaller side reaches this are 2 to 5 times faster in bfloat16.
@@ -76,10 +75,10 @@ def check_rule(rule: dict) -> None:
 def orthogonalize(matrices):
     """Muon's update direction of each matrix of a batch (n, rows, cols), rows <= cols: U S V^T -> about U V^T.
 
-    Five quintic Newton-Schulz steps X <- aX + (bA + cA^2)X with A = X X^T, (a, b, c) = (3.4445, -4.7750, 2.0315),
-    started from X / ||X||_F (Keller Jordan 2024). Singular values end between about 0.7 and 1.2, by design not at 1.
+    Five quintic Newton-Schulz steps X <- aX + (bA + cA^2)X with A = X X^T, started from X / ||X||_F (Keller Jordan
+    2024). Singular values end between about 0.7 and 1.2, by design not at 1.
     """
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = 3.4445, -4.7750, 2.0315
     half = matrices.shape[1] >= FLOAT32_BELOW and (matrices.is_cuda or CPU_HAS_BF16)
     x = matrices.to(torch.bfloat16 if half else torch.float32)
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -232,7 +231,7 @@ class MuonGrokfast(torch.optim.Optimizer):
                 (self._muon if group["name"] == "muon" else self._adamw)(params, grads, group)
         if threshold is not None:
             self.clip_report = clip_heads(self.watch, threshold)
-            self.watch.reset()
+            self.watch.max_logits.clear()
         return loss
 
     def _raise_if_not_finite(self):

@@ -14,28 +14,25 @@ from .loop import scheduled, update
 from .optim import MuonGrokfast
 from .settings import PretrainSettings
 
+HARD_STEPS = 3  # from so many steps on a problem is hard
+
 
 def corpus(
-    problems: list[dict],
-    seed: int = 0,
-    direct: float = 0.25,
-    facts: float = 0.05,
-    hard_worked: float = 1.0,
-    hard_from: int = 3,
+    problems: list[dict], seed: int = 0, direct: float = 0.25, facts: float = 0.05, hard_worked: float = 1.0
 ) -> list[tuple[str, str]]:
     """Write pre-training documents as (context, reply) texts.
 
     A share ``direct`` answers without work, and a share ``facts`` is a single equation. The rest are worked solutions
-    after a strategy prompt: one that fits, or, one time in four where a single one does, chain of thought. A problem of
-    ``hard_from`` steps or more keeps its worked solution with probability ``hard_worked`` and is answered directly
-    otherwise: worked solutions of hard problems are rare in the wild, their answers are not. Practice goes where it is
-    needed: a problem of fewer steps makes a document with probability steps / ``hard_from``.
+    after a strategy prompt: one that fits, or, one time in four where a single one does, chain of thought. A hard
+    problem keeps its worked solution with probability ``hard_worked`` and is answered directly otherwise: worked
+    solutions of hard problems are rare in the wild, their answers are not. Practice goes where it is needed: a problem
+    of fewer steps makes a document with probability steps / ``HARD_STEPS``.
     """
     rng, documents = random.Random(seed), []
     for problem in problems:
-        if rng.random() > min(problem["difficulty"], hard_from) / hard_from:
+        if rng.random() > min(problem["difficulty"], HARD_STEPS) / HARD_STEPS:
             continue
-        kind, hard = rng.random(), problem["difficulty"] >= hard_from
+        kind, hard = rng.random(), problem["difficulty"] >= HARD_STEPS
         if not problem["steps"] or kind < direct or (hard and rng.random() > hard_worked and kind >= direct + facts):
             documents.append((problem["question"], reply(None, problem)))
         elif kind < direct + facts:
@@ -71,23 +68,17 @@ def pretrain(
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     parts |= {"order": rng, "queue": queue, "losses": losses}
     model.train()
-    distributed.check_equal(model, "before training")
     with checkpoint or Checkpoint() as saving:
-        first = saving.resume(parts)
-        bar = distributed.bar(range(first, s.steps), "champion", initial=first, total=s.steps)
-        for step in bar:
+        for step, bar in saving.steps(parts, s.steps, "champion"):
             queue[:] = queue or length_batches(lengths, s.batch_size, rng)
             loss = document_loss(model, tokenizer, [sequences[i] for i in queue.pop()], s.context_weight)
             clipped = {"model": model.parameters()}
             losses.append(update(loss, optimizer, scheduler, clipped, "the champion's loss")["loss"])
-            last = step == s.steps - 1
-            if (step + 1) % every == 0 or last:
+            if (step + 1) % every == 0 or step + 1 == s.steps:
                 recent = sum(losses[-every:]) / len(losses[-every:])
                 bar.set_postfix(loss=f"{recent:.3f}")
                 saving.log(step=step + 1, loss=recent, lr=scheduler.get_last_lr()[0])
-            saving.after(step + 1, parts, last=last)
     model.eval()
-    distributed.check_equal(model, "after training")
     tail = losses[-max(1, s.steps // 10) :]
     return sum(tail) / len(tail)
 

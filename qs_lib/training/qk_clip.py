@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnwatchedError
+from . import distributed
 
 NAME = "max_logits"
 WATCHES = {}  # attention module -> the watch that is open on its model
@@ -18,61 +19,11 @@ QUERY_ROWS = 256  # rows of scores held at a time
 QK_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
 
 
-class watch_max_logits:
-    """Context in which every forward pass of `model` records the largest attention logit of each head.
+class Watch:
+    """``max_logits`` {layer index: tensor of heads}: the largest since it was cleared. ``layers``: their modules."""
 
-        with watch_max_logits(model) as watch:
-            model(input_ids)
-        watch.max_logits            # {layer index: tensor of heads}
-
-    The logit is scaling * q.k before the softmax, over all allowed (query, key) pairs of all calls since the start or
-    the last `reset()`; every pass counts, so keep a teacher's passes outside. The model computes what it computes with
-    "sdpa"; its own attention implementations are put back at the end, also after an error. On entry one pass over two
-    tokens checks that every attention layer is really seen, and raises UnwatchedError where a family bypasses the
-    attention interface or has no "sdpa".
-    """
-
-    def __init__(self, model):
-        self.model = model
+    def __init__(self):
         self.max_logits, self.layers = {}, {}
-
-    def __enter__(self):
-        backbones = [m for m in self.model.modules() if isinstance(m, PreTrainedModel)]
-        lacking = [type(m).__name__ for m in backbones if not m._supports_sdpa]
-        if lacking:
-            unseen = "so its logits cannot be watched: set qk_clip_threshold to 0"
-            raise UnwatchedError(f"{lacking[0]} cannot run with sdpa attention, {unseen}")
-        numbered = [m for m in self.model.modules() if hasattr(m, "layer_idx")]
-        expected = [m for m in numbered if type(m).__name__.endswith("Attention")]
-        if any(m in WATCHES for m in expected):
-            raise RuntimeError("this model is already being watched")
-        self.configs = {id(m.config): (m.config, m.config._attn_implementation) for m in backbones}
-        try:
-            for config, _ in self.configs.values():
-                config._attn_implementation = NAME
-            WATCHES.update((m, self) for m in expected)
-            device = next(self.model.parameters()).device
-            # Dropout of the trial pass must not shift the random numbers of the training.
-            with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                self.model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device))
-            if not expected or len(self.layers) != len(expected):
-                called = f"the attention interface was called in {len(self.layers)} of {len(expected)} attention layers"
-                raise UnwatchedError(f"{type(self.model).__name__}: {called}: set qk_clip_threshold to 0")
-        except BaseException:
-            self.__exit__()
-            raise
-        self.reset()
-        return self
-
-    def __exit__(self, *exception):
-        for config, implementation in self.configs.values():
-            config._attn_implementation = implementation
-        for module in [m for m, watch in WATCHES.items() if watch is self]:
-            del WATCHES[module]
-
-    def reset(self):
-        """Forget the maxima seen so far."""
-        self.max_logits = {}
 
     @torch.no_grad()
     def record(self, module, query, key, mask, scaling, is_causal):
@@ -96,9 +47,55 @@ class watch_max_logits:
 
 
 @contextmanager
+def watch_max_logits(model):
+    """Yield a :class:`Watch` that sees every forward pass of ``model``.
+
+        with watch_max_logits(model) as watch:
+            model(input_ids)
+        watch.max_logits            # {layer index: tensor of heads}
+
+    The logit is scaling * q.k before the softmax, over all allowed (query, key) pairs of all calls. Every pass counts,
+    so keep a teacher's passes outside. The model computes what it computes with "sdpa". Its own attention
+    implementations are put back at the end, also after an error. On entry one pass over two tokens checks that every
+    attention layer is really seen. Raises UnwatchedError where a family bypasses the attention interface or has no
+    "sdpa".
+    """
+    backbones = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    lacking = [type(m).__name__ for m in backbones if not m._supports_sdpa]
+    if lacking:
+        unseen = "so its logits cannot be watched: set qk_clip_threshold to 0"
+        raise UnwatchedError(f"{lacking[0]} cannot run with sdpa attention, {unseen}")
+    numbered = [m for m in model.modules() if hasattr(m, "layer_idx")]
+    expected = [m for m in numbered if type(m).__name__.endswith("Attention")]
+    if any(m in WATCHES for m in expected):
+        raise RuntimeError("this model is already being watched")
+    watch, own = Watch(), {id(m.config): (m.config, m.config._attn_implementation) for m in backbones}
+    try:
+        for config, _ in own.values():
+            config._attn_implementation = NAME
+        WATCHES.update((m, watch) for m in expected)
+        device = next(model.parameters()).device
+        # Dropout of the trial pass must not shift the random numbers of the training.
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device))
+        if not expected or len(watch.layers) != len(expected):
+            called = f"the attention interface was called in {len(watch.layers)} of {len(expected)} attention layers"
+            raise UnwatchedError(f"{type(model).__name__}: {called}: set qk_clip_threshold to 0")
+        watch.max_logits.clear()
+        yield watch
+    finally:
+        for config, implementation in own.values():
+            config._attn_implementation = implementation
+        for m in expected:
+            WATCHES.pop(m, None)
+
+
+@contextmanager
 def largest_logit(model):
-    """Context whose value, a dict, holds at its end the largest attention logit of any head in the passes within, as
-    ``max_logit``, and stays empty for a family that cannot be watched. Where it runs away, training soon breaks."""
+    """Yield a dict that gets the largest attention logit of any head in the passes within, ``max_logit``, at the end.
+
+    It stays empty for a family that cannot be watched. Where the logit runs away, training soon breaks.
+    """
     found = {}
     with ExitStack() as stack:
         try:
@@ -157,8 +154,7 @@ def clip_heads(watch, threshold):
     """
     report = ClipReport(max_logit=-torch.inf)
     for layer, largest in sorted(watch.max_logits.items()):
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        largest = distributed.total(largest, "MAX")
         maxima = largest.tolist()
         report.max_logit = max(report.max_logit, *maxima)
         above = [(layer, head, value) for head, value in enumerate(maxima) if value > threshold]

@@ -130,11 +130,8 @@ def train_quiet_star(
         trained = [p for p in model.parameters() if p.requires_grad]
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": rng, "generator": generator}
         parts |= {"history": result.history, "episodes": episodes, "watched": watched, "best": best}
-        distributed.check_equal(model, "before training")
-        first = saving.resume(parts)
-        watched += watch(model, tokenizer, validation, s, 0) if first == 0 else []
-        bar = distributed.bar(range(first, s.steps), "quiet-star", initial=first, total=s.steps)
-        for step in bar:
+        for step, bar in saving.steps(parts, s.steps, "quiet-star"):
+            watched += watch(model, tokenizer, validation, s, 0) if step == 0 else []
             began = time.monotonic()
             drawn = draw_rollouts(model, tokenizer, problems, step, s, rng, generator)
             kept, left, diversity = keep_disputed(drawn, s, generator)
@@ -161,7 +158,8 @@ def train_quiet_star(
             taken = update(loss, optimizer, scheduler, clipped, "the loss")
             if s.objective == "rlp":
                 follow(reference, model.lm)
-            metrics = distributed.means(metrics) | taken | {"step": step + 1, "diversity": diversity}
+            metrics = {name: distributed.mean(value) for name, value in metrics.items()} | taken
+            metrics |= {"step": step + 1, "diversity": diversity}
             if validates:
                 watched += watch(model, tokenizer, validation, s, step + 1)
                 name, score = validate(model, tokenizer, validation, s)
@@ -174,9 +172,7 @@ def train_quiet_star(
             saving.log(**metrics, seconds=time.monotonic() - began)
             if validates:
                 _warn_if_tied(result.history[-s.evaluate_every :], s)
-            saving.after(step + 1, parts, last=step == s.steps - 1)
             bar.set_postfix(reward=f"{metrics['reward']:.2f}", validation=f"{best['validation']:.3f}")
-        distributed.check_equal(model, "after training")
         for p, weights in zip(trained, best["weights"], strict=True):
             p.data.copy_(weights)
     if not s.nll_weight:
