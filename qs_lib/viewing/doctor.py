@@ -3,6 +3,7 @@
 ``python -m qs_lib.viewing.doctor RUN``. Rows are those of ``metrics.jsonl``, of a finished run or of one that goes on.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -25,7 +26,6 @@ class Finding(NamedTuple):
     name: str
     verdict: str
     sentence: str
-    rule: str
 
 
 def examine(rows, episodes=(), copied: float | None = None) -> list[Finding]:
@@ -40,10 +40,13 @@ def examine(rows, episodes=(), copied: float | None = None) -> list[Finding]:
     if chosen is rules.PRETRAINING_RULES and names & {"thinking_use", "epoch"}:
         chosen = rules.BAKING_RULES
     if len(rows) < rules.LEAST and not len(rules.Course(rows).values("thinking_use")):
-        return [Finding("rows", "unknown", f"{len(rows)} rows say nothing yet, it takes {rules.LEAST}", "")]
-    course = rules.Course(rows, list(episodes), copied)
-    told = [(rule, *rule(course)) for rule in chosen]
-    return [Finding(rule.__name__.replace("_", " "), *found, rule.__doc__ or "") for rule, *found in told]
+        return [Finding("rows", "unknown", f"{len(rows)} rows say nothing yet, it takes {rules.LEAST}")]
+    course, findings = rules.Course(rows, list(episodes), copied), []
+    for rule in chosen:
+        verdict, found, *step = rule(course)
+        told = ": ".join([found, *step]) if verdict in ("look", "sick") else found
+        findings.append(Finding(rule.__name__.replace("_", " "), verdict, told))
+    return findings
 
 
 def as_lines(findings: list[Finding]) -> list[str]:
@@ -55,10 +58,8 @@ def read_metrics(path: Path) -> tuple[list[dict], int]:
     """Return the rows of a ``metrics.jsonl`` and how many lines are none, as the last of a run that goes on may be."""
     rows, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
     for line in lines:
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-        except (ValueError, RecursionError):
-            continue
     rows = [row for row in rows if isinstance(row, dict)]
     return rows, len(lines) - len(rows)
 
