@@ -27,7 +27,7 @@ SAFE_CALLS = {
     "render",
     "overview",
     "_effect",
-    "_outcome",
+    "outcome",
     "_nats",
     "_shade",
     "shade",

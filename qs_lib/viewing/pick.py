@@ -4,13 +4,13 @@ from pathlib import Path
 
 from ..errors import WorkbookError
 from ..evaluation.episodes import Episode, read_episodes
-from .html import disagree, helped, right, spacing, wrong
+from .html import helped, outcome, spacing
 
 FILTERS = {
     "all": lambda episodes: episodes,
-    "wrong": lambda episodes: [e for e in episodes if wrong(e)],
-    "right": lambda episodes: [e for e in episodes if right(e)],
-    "thoughts disagree": lambda episodes: [e for e in episodes if disagree(e)],
+    "wrong": lambda episodes: [e for e in episodes if outcome(e.answer_with, e.answer) == "wrong"],
+    "right": lambda episodes: [e for e in episodes if outcome(e.answer_with, e.answer) == "right"],
+    "thoughts disagree": lambda episodes: [e for e in episodes if different_answers(e) > 1],
     "most helped": lambda episodes: sorted((e for e in episodes if helped(e) > 0), key=helped, reverse=True),
     "most hurt": lambda episodes: sorted((e for e in episodes if helped(e) < 0), key=helped),
 }
@@ -19,7 +19,7 @@ SORTS = {
     "utility, best first": lambda e: -helped(e),
     "coherence, best first": lambda e: -mean_coherence(e),
     "hardest first": lambda e: -e.difficulty,
-    "most different answers first": lambda e: -len({t.answer for t in e.thoughts}),
+    "most different answers first": lambda e: -different_answers(e),
 }
 
 
@@ -28,6 +28,11 @@ def episodes_of(source) -> list[Episode]:
     if source is ...:
         raise WorkbookError("a copied line has three dots: put your own episodes, model and tokenizer in their place")
     return read_episodes(source) if isinstance(source, (str, Path)) else list(source)
+
+
+def different_answers(episode: Episode) -> int:
+    """Count the different answers that the thoughts lead to, each alone."""
+    return len({t.answer for t in episode.thoughts})
 
 
 def mean_coherence(episode: Episode) -> float:
