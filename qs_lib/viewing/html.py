@@ -57,7 +57,7 @@ def helped(episode: Episode) -> float:
     return sum(t.utility or 0.0 for t in episode.thoughts) / max(1, len(episode.thoughts))
 
 
-def outcome(given: str, truth: str | None) -> str:
+def right_or_wrong(given: str, truth: str | None) -> str:
     """Return "right" or "wrong", or that the truth is not known."""
     return "truth not known" if truth is None else "right" if given == truth else "wrong"
 
@@ -143,7 +143,7 @@ def _answers(e: Episode) -> str:
         return f"<p>{'; '.join([*facts, 'No thoughts have been drawn here.'])}</p>"
     facts += [f"truth: <b>{'not known' if e.answer is None else safe_text(e.answer)}</b>"]
     for name, given in (("without thoughts", e.answer_without), ("with thoughts", e.answer_with)):
-        known = "" if e.answer is None else f" ({outcome(given, e.answer)})"
+        known = "" if e.answer is None else f" ({right_or_wrong(given, e.answer)})"
         facts += [f"{name} <b>{safe_text(given) or '(nothing)'}</b>" + known]
     facts += [] if e.answer is None else [f"the thoughts {_effect(helped(e))} on average"]
     return f"<p>{'; '.join(facts)}</p>"
@@ -225,7 +225,7 @@ def overview(episodes: Iterable[Episode], limit: int = 50) -> str:
         f"<tr><td>{n}</td><td>{safe_text(e.question, 160)}</td>"
         f"<td>{'not known' if e.answer is None else safe_text(e.answer, 40)}</td>"
         f"<td>{safe_text(e.answer_without, 40)}</td><td>{safe_text(e.answer_with, 40)}</td>"
-        f"<td>{outcome(e.answer_with, e.answer)}</td><td>{'' if e.answer is None else _nats(helped(e))}</td></tr>"
+        f"<td>{right_or_wrong(e.answer_with, e.answer)}</td><td>{'' if e.answer is None else _nats(helped(e))}</td></tr>"
         for n, e in enumerate(episodes[:limit], 1)
     )
     titles = ("no.", "question", "truth", "without", "with thoughts", "outcome", "mean utility (nats)")

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from ..errors import WorkbookError
 from ..evaluation.episodes import Episode, read_episodes
-from .html import helped, outcome, spacing
+from .html import helped, right_or_wrong, spacing
 
 FILTERS = {
     "all": lambda episodes: episodes,
-    "wrong": lambda episodes: [e for e in episodes if outcome(e.answer_with, e.answer) == "wrong"],
-    "right": lambda episodes: [e for e in episodes if outcome(e.answer_with, e.answer) == "right"],
+    "wrong": lambda episodes: [e for e in episodes if right_or_wrong(e.answer_with, e.answer) == "wrong"],
+    "right": lambda episodes: [e for e in episodes if right_or_wrong(e.answer_with, e.answer) == "right"],
     "thoughts disagree": lambda episodes: [e for e in episodes if different_answers(e) > 1],
     "most helped": lambda episodes: sorted((e for e in episodes if helped(e) > 0), key=helped, reverse=True),
     "most hurt": lambda episodes: sorted((e for e in episodes if helped(e) < 0), key=helped),
