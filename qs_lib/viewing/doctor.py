@@ -36,9 +36,8 @@ def examine(rows, episodes=(), copied: float | None = None) -> list[Finding]:
     """
     rows = [row for row in rows if isinstance(row, dict)]
     names = set().union(*rows)
-    chosen = rules.REINFORCEMENT_RULES if "reward" in names else rules.PRETRAINING_RULES
-    if chosen is rules.PRETRAINING_RULES and names & {"thinking_use", "epoch"}:
-        chosen = rules.BAKING_RULES
+    others = rules.BAKING_RULES if names & {"thinking_use", "epoch"} else rules.PRETRAINING_RULES
+    chosen = rules.REINFORCEMENT_RULES if "reward" in names else others
     if len(rows) < rules.LEAST and not len(rules.Course(rows).values("thinking_use")):
         return [Finding("rows", "unknown", f"{len(rows)} rows say nothing yet, it takes {rules.LEAST}")]
     course, findings = rules.Course(rows, list(episodes), copied), []
@@ -76,6 +75,7 @@ def copied_questions(data: Path) -> float | None:
 def report(run: str) -> list[str]:
     """Return the lines on each training stage of a run. Raises ``WorkbookError`` if there is no run or no training."""
     folder, lines = find_run(run), []
+    copied = copied_questions(folder / "02_dataset_generation")
     stages = {path.parent.name for path in folder.glob("*/metrics.jsonl")}
     if not stages:
         raise WorkbookError(f"run {folder.name} has no training to examine; make it with `make run RUN={folder.name}`")
@@ -83,13 +83,13 @@ def report(run: str) -> list[str]:
         if stage not in stages:
             lines.append(f"{stage}: no metrics.jsonl yet, make it with `make run RUN={folder.name} NB={stage}`")
             continue
-        (rows, torn), path, episodes = read_metrics(folder / stage / "metrics.jsonl"), folder / stage, []
+        rows, torn = read_metrics(folder / stage / "metrics.jsonl")
+        saved, episodes = folder / stage / "episodes.jsonl", []
         told = f", {torn} lines cannot be read" if torn else ""
         try:
-            episodes = read_episodes(path / "episodes.jsonl") if (path / "episodes.jsonl").is_file() else []
+            episodes = read_episodes(saved) if saved.is_file() else []
         except ValueError as error:
             told += f", {error}"
-        copied = copied_questions(folder / "02_dataset_generation") if any("reward" in row for row in rows) else None
         lines.append(f"{stage}: {len(rows)} rows{told}")
         lines += [f"  {line}" for line in as_lines(examine(rows, episodes, copied))]
     return lines
