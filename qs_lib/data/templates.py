@@ -244,14 +244,12 @@ def redrawn(path: Path, count: int, seen: set[str], seed: int = 0) -> list[Probl
     sizes = Counter(shapes.values())
     turns = [t for t, shape in shapes.items() for _ in range(round((max(sizes.values()) / sizes[shape]) ** 0.6))]
     rng.shuffle(turns)
+    spent = set()  # templates that hold no more
     while turns and len(found) < count:
-        spent = set()
         for template in turns[: count - len(found)]:
-            for _ in range(TRIES):
-                drawn = None if template in spent else redraw(template, rng)
-                if drawn is None or drawn["question"] not in seen:
-                    break
-            if drawn is None or drawn["question"] in seen:
+            draws = (None if template in spent else redraw(template, rng) for _ in range(TRIES))
+            drawn = next((p for p in draws if p is None or p["question"] not in seen), None)
+            if drawn is None:
                 spent.add(template)
             else:
                 seen.add(drawn["question"])

@@ -177,8 +177,7 @@ def marker_spellings(tokenizer) -> dict[int, list[int]]:
         apart = "so marker words cannot be told apart by their first token"
         raise WorkbookError(f"this tokenizer cuts the space before every word off, {apart}: take another tokenizer")
     if len(first) < len(words):
-        same = "two marker words begin with the same token in this tokenizer"
-        raise WorkbookError(f"{same}; choose other words in tokens.py")
+        raise WorkbookError("two marker words begin with the same token here: choose other words in tokens.py")
     return dict(zip(thinking_ids(tokenizer), words, strict=True))
 
 
