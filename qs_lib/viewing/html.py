@@ -62,10 +62,10 @@ def right_or_wrong(given: str, truth: str | None) -> str:
     return "truth not known" if truth is None else "right" if given == truth else "wrong"
 
 
-def render(episode: Episode, style: bool = True, title: bool = True, edit=None) -> str:
+def render(episode: Episode, edit=None, alone: bool = True) -> str:
     """Return one problem: its answers, a row for every thought, and what opens on demand.
 
-    ``title``: its text too. ``edit``: number, original and edited thought (two ``Answered``) to set side by side.
+    ``edit``: number, original and edited thought (two ``Answered``) to set side by side. ``alone``: with style and text.
     """
     thoughts = episode.thoughts[:MOST_THOUGHTS]
     first = {(*t.tokens, t.answer): k for k, t in reversed(list(enumerate(thoughts, 1)))}
@@ -73,11 +73,11 @@ def render(episode: Episode, style: bool = True, title: bool = True, edit=None) 
     titles = ["thought", "text (unlikely tokens in colour)", "leads to", "mixing weight", "coherence"]
     titles += ["gain (nats)"] if known else []
     rows = [_thought(k, t, first[(*t.tokens, t.answer)], known) for k, t in enumerate(thoughts, 1)]
-    body = (heading(episode) if title else "") + _answers(episode) + (_edited(*edit) if edit else "")
-    body += _table(titles, "".join(rows)) if rows else ""
+    body = _answers(episode) + (_edited(*edit) if edit else "") + (_table(titles, "".join(rows)) if rows else "")
     if len(episode.thoughts) > len(thoughts):
         body += f"<p>{len(episode.thoughts) - len(thoughts)} more thoughts are not shown.</p>"
-    return (STYLE if style else "") + page(body + _predictions(episode, thoughts))
+    body += _predictions(episode, thoughts)
+    return STYLE + page(heading(episode) + body) if alone else page(body)
 
 
 def page(body: str) -> str:
@@ -136,9 +136,9 @@ def heading(e: Episode, read: str = "") -> str:
 
 
 def _answers(e: Episode) -> str:
-    step = f"step {e.step:,d}" if e.step is not None else ""
-    facts = [f"<span>stage {safe_text(e.stage)}</span>"] if e.stage and e.stage != step else []
-    facts += [step] if step else []
+    steps = [] if e.step is None else [f"step {e.step:,d}"]
+    facts = [f"<span>stage {safe_text(e.stage)}</span>"] if e.stage and [e.stage] != steps else []
+    facts += steps
     if not e.thoughts:
         return f"<p>{'; '.join([*facts, 'No thoughts have been drawn here.'])}</p>"
     facts += [f"truth: <b>{'not known' if e.answer is None else safe_text(e.answer)}</b>"]

@@ -289,9 +289,8 @@ class ThoughtInspector(widgets.VBox):
         self.token.value = own
         # numbered: the front end finds the chosen label by its text
         self.strip.options = [(f"{i} {safe_option(t, 24)}", i) for i, t in enumerate(tokens[first:], first)]
-        self.strip.value = self.token.value if first <= self.token.value < len(tokens) else None
         self._busy = False
-        self._show()
+        self._move()
 
     def _move(self, change=None) -> None:
         if not self._busy:
@@ -385,7 +384,7 @@ class ThoughtInspector(widgets.VBox):
         for name, one in zip(names, ones, strict=True):
             edit = self.edits.get((name, episode.question, place))
             parts.append(f"<h3>{safe_text(name)}</h3>" if name else "")
-            parts[-1] += f"<p>{safe_text(one)}</p>" if isinstance(one, str) else render(one, False, False, edit)
+            parts[-1] += f"<p>{safe_text(one)}</p>" if isinstance(one, str) else render(one, edit, alone=False)
         if len(parts) == 1:
             return page(title) + parts[0]
         return page(title) + f"<div class='qs-pair'>{''.join(f'<div>{part}</div>' for part in parts)}</div>"

@@ -10,7 +10,7 @@ FILTERS = {
     "all": lambda episodes: episodes,
     "wrong": lambda episodes: [e for e in episodes if right_or_wrong(e.answer_with, e.answer) == "wrong"],
     "right": lambda episodes: [e for e in episodes if right_or_wrong(e.answer_with, e.answer) == "right"],
-    "thoughts disagree": lambda episodes: [e for e in episodes if different_answers(e) > 1],
+    "thoughts disagree": lambda episodes: [e for e in episodes if len({t.answer for t in e.thoughts}) > 1],
     "most helped": lambda episodes: sorted((e for e in episodes if helped(e) > 0), key=helped, reverse=True),
     "most hurt": lambda episodes: sorted((e for e in episodes if helped(e) < 0), key=helped),
 }
@@ -19,7 +19,7 @@ SORTS = {
     "utility, best first": lambda e: -helped(e),
     "coherence, best first": lambda e: -mean_coherence(e),
     "hardest first": lambda e: -e.difficulty,
-    "most different answers first": lambda e: -different_answers(e),
+    "most different answers first": lambda e: -len({t.answer for t in e.thoughts}),
 }
 
 
@@ -28,11 +28,6 @@ def episodes_of(source) -> list[Episode]:
     if source is ...:
         raise WorkbookError("a copied line has three dots: put your own episodes, model and tokenizer in their place")
     return read_episodes(source) if isinstance(source, (str, Path)) else list(source)
-
-
-def different_answers(episode: Episode) -> int:
-    """Count the different answers that the thoughts lead to, each alone."""
-    return len({t.answer for t in episode.thoughts})
 
 
 def mean_coherence(episode: Episode) -> float:
