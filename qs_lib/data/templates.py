@@ -3,7 +3,6 @@
 import ast
 import csv
 import hashlib
-import operator
 import os
 import random
 import re
@@ -16,14 +15,12 @@ from typing import NamedTuple
 
 from ..errors import SourceError, WorkbookError
 from . import Problem
-from .strategies import fitting, result
+from .strategies import ARITHMETIC, SIGN_OF, fitting, result
 
 COLUMNS = ("Question", "Numbers", "Equation", "Answer")
 FAMILY = "word problem"
 ANSWERS_BELOW = 10_000
 TRIES = 100  # draws of numbers until an equation comes out as it should
-_EXACT = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-_SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 _PLACE = re.compile(r"number(\d+)")
 _PLAIN = re.compile(r"\d{1,9}(\.\d{1,9})?")
 _DIVISION = re.compile(r"/ number(\d+) number(\d+)")
@@ -83,10 +80,10 @@ def worked_steps(prefix: str) -> list[str]:
 
     def value() -> Fraction:
         token = next(tokens)
-        if token not in _EXACT:
+        if token not in ARITHMETIC:
             return Fraction(plain(token))
         left, right = value(), value()
-        made = _EXACT[token](left, right)
+        made = ARITHMETIC[token](left, right)
         steps.append(f"{_written(left)} {token} {_written(right)} = {_written(made)}")
         return made
 
@@ -103,8 +100,8 @@ def to_prefix(infix: str) -> str:
     """Turn ``( 9.0 - 2.0 )`` into ``- 9.0 2.0``. Raises ``ValueError`` on anything but + - * / ( ) and numbers."""
 
     def walk(node) -> str:
-        if isinstance(node, ast.BinOp) and type(node.op) in _SIGNS:
-            return f"{_SIGNS[type(node.op)]} {walk(node.left)} {walk(node.right)}"
+        if isinstance(node, ast.BinOp) and type(node.op) in SIGN_OF:
+            return f"{SIGN_OF[type(node.op)]} {walk(node.left)} {walk(node.right)}"
         return ast.unparse(node)
 
     try:
