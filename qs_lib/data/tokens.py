@@ -229,12 +229,12 @@ def padded(tokenizer, rows: list[list[int]], device=None, side: str = "right") -
     return pad(rows, tokenizer.pad_token_id, side, device), pad(ones, 0, side, device)
 
 
-def length_batches(lengths: list[int], batch_size: int, rng: random.Random, pool: int = 8) -> list[list[int]]:
-    """Shuffle one epoch, sort it by length inside pools of ``pool`` batches, and return index batches, shuffled."""
-    order, batches = list(range(len(lengths))), []
+def length_batches(lengths: list[int], batch_size: int, rng: random.Random) -> list[list[int]]:
+    """Shuffle one epoch, sort it by length inside pools of eight batches, and return index batches, shuffled."""
+    order, batches, pool = list(range(len(lengths))), [], 8 * batch_size
     rng.shuffle(order)
-    for i in range(0, len(order), pool * batch_size):
-        chunk = sorted(order[i : i + pool * batch_size], key=lambda k: lengths[k])
+    for i in range(0, len(order), pool):
+        chunk = sorted(order[i : i + pool], key=lambda k: lengths[k])
         cut = [chunk[j : j + batch_size] for j in range(0, len(chunk), batch_size)]
         rng.shuffle(cut)
         batches += cut

@@ -95,11 +95,10 @@ def report(run: str) -> list[str]:
     return lines
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
     """Print what the doctor says of a run, by default the committed one, and return the exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
     try:
-        lines = report(given[0] if given else "")
+        lines = report(arguments[0] if arguments else "")
     except (WorkbookError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -108,4 +107,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
