@@ -183,7 +183,7 @@ class ThoughtInspector(widgets.VBox):
         return [n for n in self._names() if n in self.models]
 
     def _check_reading(self) -> None:
-        if len(self.current.tokens) and self._tokens()[: len(self.current.tokens)] != self.current.tokens:
+        if self._tokens()[: len(self.current.tokens)] != self.current.tokens:
             raise WorkbookError("the tokenizer reads this text otherwise than the model that made these episodes did")
 
     def edit(self) -> list[Answered]:
@@ -258,8 +258,7 @@ class ThoughtInspector(widgets.VBox):
         found, text = self.found[self.front.value], self.search.value  # thoughts that were drawn here are searched too
         kept = FILTERS[self.filter.value](self.episodes)
         self.shown = [e for e in kept if has(found.get((e.question, e.position), e), text)]
-        if SORTS[self.sort.value]:
-            self.shown.sort(key=SORTS[self.sort.value])
+        self.shown.sort(key=SORTS[self.sort.value])
         self._busy = True
         self.index.max = max(1, len(self.shown))
         self.index.value = place

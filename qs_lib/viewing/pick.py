@@ -15,7 +15,7 @@ FILTERS = {
     "most hurt": lambda episodes: sorted((e for e in episodes if helped(e) < 0), key=helped),
 }
 SORTS = {
-    "as chosen": None,
+    "as chosen": lambda e: 0,
     "utility, best first": lambda e: -helped(e),
     "coherence, best first": lambda e: -mean_coherence(e),
     "hardest first": lambda e: -e.difficulty,

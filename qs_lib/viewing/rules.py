@@ -2,8 +2,7 @@
 
 A rule takes a :class:`Course` and returns its verdict, "healthy", "look", "sick" or "unknown", what it found, and the
 next step, which is told with "look" and "sick". Its docstring is its documentation: threshold and reason. Where one
-disease explains another, only the cause is named. Not in the files, so not told: a leak into training and validation
-alike.
+disease explains another, only the cause is named. A leak into training and validation alike is not in the files.
 """
 
 from typing import NamedTuple
@@ -78,8 +77,7 @@ def dead_groups(c: Course) -> tuple[str, ...]:
     """Find groups whose rewards are all equal: look from 75 %, sick from 90 %.
 
     They train nothing. Noise of the gradient grows by the root of the share left: by 2 at 75 %, by 3 at 90 %. The
-    pocket run gains nine points with up to 68 %. Rows without ``tied`` have ``signal``. The first 20 steps are not
-    judged: a curriculum begins with problems that all thoughts solve.
+    pocket run gains nine points with up to 68 %. Rows without ``tied`` have ``signal``.
     """
     tied, signal = c.late("tied"), c.late("signal")
     if len(c.rows) < WARM_UP or tied is None and signal is None:
@@ -261,17 +259,15 @@ def rate(c: Course) -> tuple[str, ...]:
 
 
 def gradients(c: Course) -> tuple[str, ...]:
-    """Find gradients, before they are clipped to norm 1, that are 0 (sick), or end 10 (look) or 100 times (sick) above
-    their median before.
+    """Find gradients that are 0 (sick), or end 10 (look) or 100 times (sick) above their median before.
 
-    A part whose gradient is 0 learns nothing. Clipping keeps one wild step small, but not a direction that is noise.
+    Norms are those before clipping. A part whose gradient is 0 learns nothing. Clipping keeps one wild step small, but
+    not a direction that is noise.
     """
-    parts = sorted({name for row in c.rows for name in row if name.startswith("gradient_")})
+    names = sorted({name for row in c.rows for name in row if name.startswith("gradient_")})
+    parts = {name: c.values(name) for name in names if c.ends(name)}
     told, verdicts, sick_rate = [], [], rate(c)[0] == "sick"
-    for name in parts:
-        x = c.values(name)
-        if len(x) < LEAST:
-            continue
+    for name, x in parts.items():
         n = min(max(10, len(x) // 10), len(x) // 2)  # a few wild steps in a row are no end: the pocket run has five
         before, last = float(np.median(x[:-n])), float(np.median(x[-n:]))
         told.append(f"{last:.2g} for the {name.removeprefix('gradient_')} (before {before:.2g})")
