@@ -200,8 +200,7 @@ def check(example: dict) -> list[str]:
     """Return what is wrong with a worked example, as sentences, none where its program finds nothing.
 
     It reads the text alone: every equation must be true, the last number must be the answer, and the marker words must
-    be those of the strategy, which must fit. If ``example["strict"]``, operands must stand in the question or be
-    computed before.
+    be those of the strategy, which must fit. If ``example["strict"]``, operands must be in the question or computed.
     """
     faults, text = [], example["reply"]
     thought = text.removeprefix("think ").split(" done ")[0]

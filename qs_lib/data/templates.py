@@ -179,9 +179,8 @@ def read_templates(path: Path) -> list[Template]:
 def redraw(template: Template, rng: random.Random) -> Problem | None:
     """Return a template's problem with new numbers, verified, or None if none is found.
 
-    The new numbers have the size of the old ones and as many decimals. They are equal where those are, so that an
-    equation which takes one for the other stays right, and differ where those differ. Results are whole and above 0
-    where the old ones are.
+    The new numbers have the size of the old ones and as many decimals. They are equal just where those are, so that an
+    equation which takes one for the other stays right. Results are whole and above 0 where the old ones are.
     """
     given = problem_of(template)
     if given is None:
