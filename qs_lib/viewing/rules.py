@@ -14,6 +14,7 @@ from ..evaluation.episodes import Episode
 LEAST = 10  # rows below which no trend is told from noise
 WARM_UP = 20  # steps in which learning rates rise; a curriculum's first problems are solved by all thoughts
 SETTLED = 50  # rows before which curriculum, warm-up and the gate's opening look like diseases
+WORSE = ("healthy", "look", "sick")  # verdicts in order
 GROUPS = 8  # recorded groups below which their shares say nothing
 
 
@@ -63,11 +64,6 @@ def graded(value: float, look: float, sick: float) -> str:
     return "sick" if value >= sick else "look" if value >= look else "healthy"
 
 
-def worst(verdicts: list[str]) -> str:
-    """Return the worst of several verdicts."""
-    return next(v for v in ("sick", "look", "healthy") if v in verdicts)
-
-
 def missing(name: str) -> tuple[str, str]:
     """Return what a rule says where its metrics are not there, or in too few rows."""
     return "unknown", f"it takes {LEAST} rows or more with {name}"
@@ -77,19 +73,17 @@ def dead_groups(c: Course) -> tuple[str, ...]:
     """Find groups whose rewards are all equal: look from 75 %, sick from 90 %.
 
     They train nothing. Noise of the gradient grows by the root of the share left: by 2 at 75 %, by 3 at 90 %. The
-    pocket run gains nine points with up to 68 %. Rows without ``tied`` have ``signal``.
+    pocket run gains nine points with up to 68 %.
     """
-    tied, signal = c.late("tied"), c.late("signal")
-    if len(c.rows) < WARM_UP or tied is None and signal is None:
-        return "unknown", f"it takes {WARM_UP} rows with tied or signal"
-    share = tied if tied is not None else 1 - signal
-    verdict, right = graded(share, 0.75, 0.9), c.late("correct")
+    tied, right = c.late("tied"), c.late("correct")
+    if len(c.rows) < WARM_UP or tied is None:
+        return "unknown", f"it takes {WARM_UP} rows with tied"
+    verdict = graded(tied, 0.75, 0.9)
     if verdict != "healthy" and thoughts_ignored(c)[0] == "sick":
         return "unknown", "rewards are equal because thoughts change nothing"
     easy = right is None or right >= 0.5
     step = "harder problems (lower pass_high)" if easy else "easier problems (raise pass_low)"
-    lack = "spread in reward" if tied is not None else "advantage above 0.1"
-    return verdict, f"{share:.0%} of the groups have no {lack}", f"raise temperature or choose {step}"
+    return verdict, f"{tied:.0%} of the groups have no spread in reward", f"raise temperature or choose {step}"
 
 
 def difficulty(c: Course) -> tuple[str, ...]:
@@ -228,7 +222,7 @@ def kl(c: Course) -> tuple[str, ...]:
     each, base = drift / max(1, tokens), base or 0.0
     told = f"thoughts are {each:.2g} nats per token from the reference, predictions without them {base:.2g}"
     verdicts = graded(each, 0.5, 1), graded(base, 0.1, 0.5)
-    verdict = worst(verdicts)
+    verdict = max(verdicts, key=WORSE.index)
     raised = "kl_coefficient" if verdicts[0] == verdict else "base_kl"
     return verdict, told, f"raise {raised}, or lower the learning rates"
 
@@ -277,7 +271,7 @@ def gradients(c: Course) -> tuple[str, ...]:
         return missing("gradient_model")
     without = any(c.late(name) == 0 for name in parts)
     advice = "a part without one is frozen, or not in the loss" if without else "lower the learning rates"
-    return worst(verdicts), f"gradient norms end at {', '.join(told)}", advice
+    return max(verdicts, key=WORSE.index), f"gradient norms end at {', '.join(told)}", advice
 
 
 def pace(c: Course) -> tuple[str, ...]:
