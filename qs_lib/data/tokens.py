@@ -90,8 +90,7 @@ def add_thinking_tokens(model, tokenizer):
         bias = getattr(model.get_output_embeddings(), "bias", None)
         if bias is not None:
             bias[ids] = bias[old_rows].mean()
-    every = thinking_ids(tokenizer)
-    model.config.think_token_id, model.config.end_think_token_id = every[0], every[1]
+    model.config.think_token_id, model.config.end_think_token_id, *_ = thinking_ids(tokenizer)
     return model, tokenizer
 
 

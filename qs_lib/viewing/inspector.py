@@ -142,7 +142,7 @@ class ThoughtInspector(widgets.VBox):
 
     def step(self, by: int) -> None:
         """Move by so many problems, inside the list."""
-        self.index.value = min(max(1, self.index.value + by), self.index.max)
+        self.index.value += by
 
     def think(self) -> list[Episode]:
         """Draw thoughts at the chosen token with the settings of the controls, by every model in view, and show them.
