@@ -207,9 +207,8 @@ def _likeliest(top: list[tuple[str, float]]) -> str:
 
 
 def _predictions(e: Episode, thoughts: list[Thought]) -> str:
-    rows = [("without thoughts", e.no_thought_weight, e.base_tokens)]
-    rows += [(f"after thought {k}", t.weight, t.next_tokens) for k, t in enumerate(thoughts, 1)]
-    rows += [("mixed", None, e.mixed_tokens)]
+    after = [(f"after thought {k}", t.weight, t.next_tokens) for k, t in enumerate(thoughts, 1)]
+    rows = [("without thoughts", e.no_thought_weight, e.base_tokens), *after, ("mixed", None, e.mixed_tokens)]
     body = ""
     for name, weight, top in (row for row in rows if row[2]):
         body += f"<tr><th scope='row'>{name}</th><td>{_likeliest(top[:5])}</td>"
