@@ -27,7 +27,7 @@ SAFE_CALLS = {
     "render",
     "overview",
     "_effect",
-    "_outcome",
+    "right_or_wrong",
     "_nats",
     "_shade",
     "shade",

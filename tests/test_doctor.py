@@ -168,7 +168,7 @@ def test_the_pocket_run_is_healthy_at_its_end_and_reinforcement_after_its_warm_u
 def test_sentences_give_number_cause_and_next_step():
     (found,) = [f for f in doctor.examine(course(tied=lambda t: 0.82)) if f.verdict == "look"]
     assert "% of the groups have no spread in reward: raise temperature or choose harder problems" in found.sentence
-    assert "75 %" in found.rule and isinstance(found, tuple)
+    assert "75 %" in rules.dead_groups.__doc__ and isinstance(found, tuple)
     hacked = [f.sentence for f in doctor.examine(course(**DISEASES["reward hacking"][1])) if f.verdict == "sick"]
     assert "thoughts grew from" in hacked[0] and "lower thought_length" in hacked[0]
 

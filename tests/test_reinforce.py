@@ -382,7 +382,7 @@ def test_the_paper_scores_thoughts_at_its_own_temperature(monkeypatch):
 def test_positions_without_thoughts_count_nothing():
     """Thoughts at two places of each row and at one more that is none: loss and parts are those of the two."""
     model, tokenizer = tiny_quiet_star()
-    ids, mask = c.text_batch(tokenizer, problems(size=4))
+    ids, mask = c.think_where(model.lm, tokenizer, problems(size=4), "every")[:2]
     two = torch.tensor([[3, 6]] * 4)
     three = torch.cat([two, torch.full((4, 1), -1)], 1)
     found = []

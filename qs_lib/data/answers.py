@@ -1,5 +1,6 @@
 """Answers as text: the number that a data set or a reply gives, read in one way everywhere."""
 
+import contextlib
 import re
 import unicodedata
 from decimal import Decimal
@@ -85,11 +86,7 @@ def whole_reply(text: str) -> str:
 
 def last_number(text: str) -> str:
     """Return the number of a reply that may be a sentence: the only one, or the last, or "" where there is none."""
-    try:
-        return written_number(text)
-    except WorkbookError:
-        found = _WITHIN_A_TEXT.findall(text)
-    try:
-        return written_number(found[-1]) if found else ""
-    except WorkbookError:
-        return ""
+    for part in (text, *_WITHIN_A_TEXT.findall(text)[-1:]):
+        with contextlib.suppress(WorkbookError):
+            return written_number(part)
+    return ""

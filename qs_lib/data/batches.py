@@ -31,24 +31,19 @@ def text_of(problem: Problem) -> tuple[str, str]:
     return problem["question"], reply("cot" if problem["steps"] else None, problem)
 
 
-def text_batch(tokenizer, problems: list[Problem], device=None):
-    """Return whole texts, cut at the tokenizer's greatest length: ids and mask ``(batch, length)``, padded right."""
-    rows = [encode(tokenizer, *text_of(p)).ids[: tokenizer.model_max_length] for p in problems]
-    return padded(tokenizer, rows, device)
-
-
 @torch.no_grad()
 def think_where(lm, tokenizer, problems: list[Problem], where: str = "question", count: int = 8, generator=None):
     """Return a batch, ids and mask ``(batch, length)``, and the positions to think at, ``(batch, P)`` or None for all.
 
-    ``where``: after the ``question`` of an answered problem, or in whole texts at ``every`` token or at ``count`` of
-    them. ``random`` ones, drawn from ``generator``, stand for every token at a chosen price. ``difficult`` ones have
+    ``where``: after the ``question`` of an answered problem, or in whole texts, cut at the tokenizer's greatest length,
+    at ``every`` token or at ``count`` of them. ``random`` ones, drawn from ``generator``, stand for every token at a chosen price. ``difficult`` ones have
     the next token that the model itself finds least likely. ``uncertain`` ones have its prediction of highest entropy,
     which needs no truth. Raises ``WorkbookError`` for another place.
     """
     if where == "question":
         return answer_batch(tokenizer, problems, lm.device)
-    ids, mask = text_batch(tokenizer, problems, lm.device)
+    rows = [encode(tokenizer, *text_of(p)).ids[: tokenizer.model_max_length] for p in problems]
+    ids, mask = padded(tokenizer, rows, lm.device)
     if where == "every":
         return ids, mask, None
     if where == "random":

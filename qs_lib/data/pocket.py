@@ -87,7 +87,7 @@ def _price(rng, n):
     steps = _walk(unit, *changes)
     if n < 3:
         return f"{text} how much in all ?", steps, []
-    paid = total + rng.randint(1, LARGEST - total if total > LARGEST - 9 else 9)
+    paid = total + rng.randint(1, min(9, LARGEST - total))
     return f"{text} {name} pays {paid} . how much back ?", [*steps, *_walk(paid, ("-", total))], []
 
 
@@ -194,21 +194,27 @@ def _of_split(draw, split: str, size: int, what: str, distinct: bool = True) -> 
     return found
 
 
-def _told(rng: random.Random) -> tuple[str, list[tuple[str, list[str], str]]]:
-    """Draw a story: how it opens, and for each result the text up to it, the equations behind it, and of what it is."""
+def _story(rng: random.Random) -> tuple[str, dict]:
+    """Draw a story: its text, and its record as ``stories`` describes it."""
     name, item, total = rng.choice(NAMES), rng.choice(ITEMS), rng.randint(1, 15)
-    opening, parts = f"{name} has {total} {item} .", []
+    opening, parts = f"{name} has {total} {item} .", []  # what leads to each result, and the equations behind it
     for n in rng.sample([1, 2, 3], 3):
         told, changes, left = _history(rng, name, total, n)
-        parts.append((f"{told} now {name} has", _walk(total, *changes), item))
+        parts.append((f"{told} now {name} has", _walk(total, *changes)))
         total = left
         if rng.random() < 0.3 and 2 <= total <= LARGEST // 3:  # the story goes on with another, who has more
             name, times = rng.choice([other for other in NAMES if other != name]), rng.randint(2, 3)
-            parts.append((f"{name} has {times} times as many . {name} has", _walk(total, ("*", times)), item))
+            parts.append((f"{name} has {times} times as many . {name} has", _walk(total, ("*", times))))
             total *= times
             if total > 20:
                 break
-    return opening, parts
+    text, results = opening, []
+    for before, steps in parts:
+        text, answer = f"{text} {before}", steps[-1].split()[-1]
+        results.append({"before": text, "answer": answer, "steps": steps})
+        text = f"{text} {answer} {item} ."
+    record = {"question": opening, "story": text[len(opening) + 1 :], "results": results}
+    return text, record | {"difficulty": max(len(r["steps"]) for r in results), "family": "story"}
 
 
 def stories(split: str, size: int, seed: int = 0) -> list[Problem]:
@@ -218,18 +224,7 @@ def stories(split: str, size: int, seed: int = 0) -> list[Problem]:
     text before it, the number, and the equations behind it. Raises ``WorkbookError`` if there are too few.
     """
     rng = random.Random(f"{seed}-{split}-stories")
-
-    def draw(_) -> tuple[str, dict]:
-        opening, parts = _told(rng)
-        text, results = opening, []
-        for before, steps, item in parts:
-            text = f"{text} {before}"
-            results.append({"before": text, "answer": steps[-1].split()[-1], "steps": steps})
-            text = f"{text} {results[-1]['answer']} {item} ."
-        record = {"question": opening, "story": text[len(opening) + 1 :], "results": results}
-        return text, record | {"difficulty": max(len(r["steps"]) for r in results), "family": "story"}
-
-    return _of_split(draw, split, size, "stories")
+    return _of_split(lambda _: _story(rng), split, size, "stories")
 
 
 def word_tokenizer(extra_words: list[str]):

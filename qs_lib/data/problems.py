@@ -235,8 +235,6 @@ def hub_answers() -> bool:
         return False
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT).close()
-    except urllib.error.HTTPError:
-        pass  # it answers, if only that it does not like the question
-    except (OSError, ValueError):
-        return False
+    except (OSError, ValueError) as error:
+        return isinstance(error, urllib.error.HTTPError)  # it answers, if only that it does not like the question
     return True

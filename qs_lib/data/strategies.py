@@ -31,7 +31,8 @@ PROMPTS = {
 }
 OPERATIONS = {"+": "plus", "-": "minus", "*": "times", "/": "over"}
 LEAD_WORDS = ("back", "odds", "fields", "so", *OPERATIONS.values())
-_ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+SIGN_OF = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 _OPENINGS = {"parts": "mece", "refute": "falsification", "expert": "expert"}
 _OPENINGS |= {"reason back": "orthogonal", "reason odds": "bayesian", "reason fields": "multidomain"}
 
@@ -40,8 +41,8 @@ def exact_value(expression: str) -> Fraction:
     """Compute an arithmetic expression of numbers and + - * / ( ). Raises ``ValueError`` on anything else."""
 
     def value(node):
-        if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
-            return _ARITHMETIC[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.BinOp) and type(node.op) in SIGN_OF:
+            return ARITHMETIC[SIGN_OF[type(node.op)]](value(node.left), value(node.right))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return -value(node.operand)
         if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
@@ -199,8 +200,7 @@ def check(example: dict) -> list[str]:
     """Return what is wrong with a worked example, as sentences, none where its program finds nothing.
 
     It reads the text alone: every equation must be true, the last number must be the answer, and the marker words must
-    be those of the strategy, which must fit. If ``example["strict"]``, operands must stand in the question or be
-    computed before.
+    be those of the strategy, which must fit. If ``example["strict"]``, operands must be in the question or computed.
     """
     faults, text = [], example["reply"]
     thought = text.removeprefix("think ").split(" done ")[0]

@@ -3,7 +3,6 @@
 import ast
 import csv
 import hashlib
-import operator
 import os
 import random
 import re
@@ -16,14 +15,12 @@ from typing import NamedTuple
 
 from ..errors import SourceError, WorkbookError
 from . import Problem
-from .strategies import fitting, result
+from .strategies import ARITHMETIC, SIGN_OF, fitting, result
 
 COLUMNS = ("Question", "Numbers", "Equation", "Answer")
 FAMILY = "word problem"
 ANSWERS_BELOW = 10_000
 TRIES = 100  # draws of numbers until an equation comes out as it should
-_EXACT = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-_SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 _PLACE = re.compile(r"number(\d+)")
 _PLAIN = re.compile(r"\d{1,9}(\.\d{1,9})?")
 _DIVISION = re.compile(r"/ number(\d+) number(\d+)")
@@ -83,10 +80,10 @@ def worked_steps(prefix: str) -> list[str]:
 
     def value() -> Fraction:
         token = next(tokens)
-        if token not in _EXACT:
+        if token not in ARITHMETIC:
             return Fraction(plain(token))
         left, right = value(), value()
-        made = _EXACT[token](left, right)
+        made = ARITHMETIC[token](left, right)
         steps.append(f"{_written(left)} {token} {_written(right)} = {_written(made)}")
         return made
 
@@ -103,8 +100,8 @@ def to_prefix(infix: str) -> str:
     """Turn ``( 9.0 - 2.0 )`` into ``- 9.0 2.0``. Raises ``ValueError`` on anything but + - * / ( ) and numbers."""
 
     def walk(node) -> str:
-        if isinstance(node, ast.BinOp) and type(node.op) in _SIGNS:
-            return f"{_SIGNS[type(node.op)]} {walk(node.left)} {walk(node.right)}"
+        if isinstance(node, ast.BinOp) and type(node.op) in SIGN_OF:
+            return f"{SIGN_OF[type(node.op)]} {walk(node.left)} {walk(node.right)}"
         return ast.unparse(node)
 
     try:
@@ -182,9 +179,8 @@ def read_templates(path: Path) -> list[Template]:
 def redraw(template: Template, rng: random.Random) -> Problem | None:
     """Return a template's problem with new numbers, verified, or None if none is found.
 
-    The new numbers have the size of the old ones and as many decimals. They are equal where those are, so that an
-    equation which takes one for the other stays right, and differ where those differ. Results are whole and above 0
-    where the old ones are.
+    The new numbers have the size of the old ones and as many decimals. They are equal just where those are, so that an
+    equation which takes one for the other stays right. Results are whole and above 0 where the old ones are.
     """
     given = problem_of(template)
     if given is None:
@@ -244,14 +240,12 @@ def redrawn(path: Path, count: int, seen: set[str], seed: int = 0) -> list[Probl
     sizes = Counter(shapes.values())
     turns = [t for t, shape in shapes.items() for _ in range(round((max(sizes.values()) / sizes[shape]) ** 0.6))]
     rng.shuffle(turns)
+    spent = set()  # templates that hold no more
     while turns and len(found) < count:
-        spent = set()
         for template in turns[: count - len(found)]:
-            for _ in range(TRIES):
-                drawn = None if template in spent else redraw(template, rng)
-                if drawn is None or drawn["question"] not in seen:
-                    break
-            if drawn is None or drawn["question"] in seen:
+            draws = (None if template in spent else redraw(template, rng) for _ in range(TRIES))
+            drawn = next((p for p in draws if p is None or p["question"] not in seen), None)
+            if drawn is None:
                 spent.add(template)
             else:
                 seen.add(drawn["question"])

@@ -90,8 +90,7 @@ def add_thinking_tokens(model, tokenizer):
         bias = getattr(model.get_output_embeddings(), "bias", None)
         if bias is not None:
             bias[ids] = bias[old_rows].mean()
-    every = thinking_ids(tokenizer)
-    model.config.think_token_id, model.config.end_think_token_id = every[0], every[1]
+    model.config.think_token_id, model.config.end_think_token_id, *_ = thinking_ids(tokenizer)
     return model, tokenizer
 
 
@@ -177,8 +176,7 @@ def marker_spellings(tokenizer) -> dict[int, list[int]]:
         apart = "so marker words cannot be told apart by their first token"
         raise WorkbookError(f"this tokenizer cuts the space before every word off, {apart}: take another tokenizer")
     if len(first) < len(words):
-        same = "two marker words begin with the same token in this tokenizer"
-        raise WorkbookError(f"{same}; choose other words in tokens.py")
+        raise WorkbookError("two marker words begin with the same token here: choose other words in tokens.py")
     return dict(zip(thinking_ids(tokenizer), words, strict=True))
 
 
@@ -230,12 +228,12 @@ def padded(tokenizer, rows: list[list[int]], device=None, side: str = "right") -
     return pad(rows, tokenizer.pad_token_id, side, device), pad(ones, 0, side, device)
 
 
-def length_batches(lengths: list[int], batch_size: int, rng: random.Random, pool: int = 8) -> list[list[int]]:
-    """Shuffle one epoch, sort it by length inside pools of ``pool`` batches, and return index batches, shuffled."""
-    order, batches = list(range(len(lengths))), []
+def length_batches(lengths: list[int], batch_size: int, rng: random.Random) -> list[list[int]]:
+    """Shuffle one epoch, sort it by length inside pools of eight batches, and return index batches, shuffled."""
+    order, batches, pool = list(range(len(lengths))), [], 8 * batch_size
     rng.shuffle(order)
-    for i in range(0, len(order), pool * batch_size):
-        chunk = sorted(order[i : i + pool * batch_size], key=lambda k: lengths[k])
+    for i in range(0, len(order), pool):
+        chunk = sorted(order[i : i + pool], key=lambda k: lengths[k])
         cut = [chunk[j : j + batch_size] for j in range(0, len(chunk), batch_size)]
         rng.shuffle(cut)
         batches += cut

@@ -3,6 +3,7 @@
 ``python -m qs_lib.viewing.doctor RUN``. Rows are those of ``metrics.jsonl``, of a finished run or of one that goes on.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -25,7 +26,6 @@ class Finding(NamedTuple):
     name: str
     verdict: str
     sentence: str
-    rule: str
 
 
 def examine(rows, episodes=(), copied: float | None = None) -> list[Finding]:
@@ -36,14 +36,16 @@ def examine(rows, episodes=(), copied: float | None = None) -> list[Finding]:
     """
     rows = [row for row in rows if isinstance(row, dict)]
     names = set().union(*rows)
-    chosen = rules.REINFORCEMENT_RULES if "reward" in names else rules.PRETRAINING_RULES
-    if chosen is rules.PRETRAINING_RULES and names & {"thinking_use", "epoch"}:
-        chosen = rules.BAKING_RULES
+    others = rules.BAKING_RULES if names & {"thinking_use", "epoch"} else rules.PRETRAINING_RULES
+    chosen = rules.REINFORCEMENT_RULES if "reward" in names else others
     if len(rows) < rules.LEAST and not len(rules.Course(rows).values("thinking_use")):
-        return [Finding("rows", "unknown", f"{len(rows)} rows say nothing yet, it takes {rules.LEAST}", "")]
-    course = rules.Course(rows, list(episodes), copied)
-    told = [(rule, *rule(course)) for rule in chosen]
-    return [Finding(rule.__name__.replace("_", " "), *found, rule.__doc__ or "") for rule, *found in told]
+        return [Finding("rows", "unknown", f"{len(rows)} rows say nothing yet, it takes {rules.LEAST}")]
+    course, findings = rules.Course(rows, list(episodes), copied), []
+    for rule in chosen:
+        verdict, found, *step = rule(course)
+        told = ": ".join([found, *step]) if verdict in ("look", "sick") else found
+        findings.append(Finding(rule.__name__.replace("_", " "), verdict, told))
+    return findings
 
 
 def as_lines(findings: list[Finding]) -> list[str]:
@@ -55,10 +57,8 @@ def read_metrics(path: Path) -> tuple[list[dict], int]:
     """Return the rows of a ``metrics.jsonl`` and how many lines are none, as the last of a run that goes on may be."""
     rows, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
     for line in lines:
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-        except (ValueError, RecursionError):
-            continue
     rows = [row for row in rows if isinstance(row, dict)]
     return rows, len(lines) - len(rows)
 
@@ -75,6 +75,7 @@ def copied_questions(data: Path) -> float | None:
 def report(run: str) -> list[str]:
     """Return the lines on each training stage of a run. Raises ``WorkbookError`` if there is no run or no training."""
     folder, lines = find_run(run), []
+    copied = copied_questions(folder / "02_dataset_generation")
     stages = {path.parent.name for path in folder.glob("*/metrics.jsonl")}
     if not stages:
         raise WorkbookError(f"run {folder.name} has no training to examine; make it with `make run RUN={folder.name}`")
@@ -82,23 +83,22 @@ def report(run: str) -> list[str]:
         if stage not in stages:
             lines.append(f"{stage}: no metrics.jsonl yet, make it with `make run RUN={folder.name} NB={stage}`")
             continue
-        (rows, torn), path, episodes = read_metrics(folder / stage / "metrics.jsonl"), folder / stage, []
+        rows, torn = read_metrics(folder / stage / "metrics.jsonl")
+        saved, episodes = folder / stage / "episodes.jsonl", []
         told = f", {torn} lines cannot be read" if torn else ""
         try:
-            episodes = read_episodes(path / "episodes.jsonl") if (path / "episodes.jsonl").is_file() else []
+            episodes = read_episodes(saved) if saved.is_file() else []
         except ValueError as error:
             told += f", {error}"
-        copied = copied_questions(folder / "02_dataset_generation") if any("reward" in row for row in rows) else None
         lines.append(f"{stage}: {len(rows)} rows{told}")
         lines += [f"  {line}" for line in as_lines(examine(rows, episodes, copied))]
     return lines
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
     """Print what the doctor says of a run, by default the committed one, and return the exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
     try:
-        lines = report(given[0] if given else "")
+        lines = report(arguments[0] if arguments else "")
     except (WorkbookError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -107,4 +107,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

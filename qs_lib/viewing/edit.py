@@ -29,11 +29,14 @@ def plain_words(text: str) -> str:
     return _OUTER.sub("", " ".join(PLAIN_WORDS.get(part, part) for part in parts if part))
 
 
-def thought_ids(tokenizer, text: str) -> list[int]:
+def thought_ids(tokenizer, text: str | list[str]) -> list[int]:
     """Return the ids of a thought with both tags. Plain words become thinking tokens as in worked examples.
 
-    Raises ``WorkbookError`` for a thought that is empty, far too long, opens inside itself or has an unknown word.
+    The ``tokens`` of an episode's thought are taken as they are. Raises ``WorkbookError`` for a text that is empty, far
+    too long, opens inside itself or has an unknown word.
     """
+    if not isinstance(text, str):
+        return [i for token in text for i in tokenizer.encode(token, add_special_tokens=False)]
     if len(text) > MOST_CHARACTERS:
         raise WorkbookError(f"the thought has {len(text):,} characters and at most {MOST_CHARACTERS:,} are read")
     words, (start, end, *inner) = plain_words(text.encode("utf-8", "replace").decode()), thinking_ids(tokenizer)
@@ -52,16 +55,10 @@ def thought_ids(tokenizer, text: str) -> list[int]:
 def answer_with(model, tokenizer, text, thoughts: list, position=None, answer=None, n_true=4) -> list[Answered]:
     """Return what a ``QuietStarForCausalLM`` makes of each thought alone, after token ``position`` of a text.
 
-    ``thoughts``: texts (see ``thought_ids``), or the ``tokens`` of an episode's thoughts, taken as they are. The other
-    parameters and the truth are those of ``think_at``. ``logprobs`` are at temperature 1.
-    Raises ``WorkbookError`` as ``think_at`` and ``thought_ids`` do.
+    ``thoughts``: as ``thought_ids`` takes them. The other parameters and the truth are those of ``think_at``.
+    ``logprobs`` are at temperature 1. Raises ``WorkbookError`` as ``think_at`` and ``thought_ids`` do.
     """
-    given = [
-        thought_ids(tokenizer, t)
-        if isinstance(t, str)
-        else [i for x in t for i in tokenizer.encode(x, add_special_tokens=False)]
-        for t in thoughts
-    ]
+    given = [thought_ids(tokenizer, t) for t in thoughts]
     context = checked_context(model, tokenizer, text, position, max(map(len, given)) + ANSWER_LENGTH)
     last, document = len(context) - 1 if position is None else position, context
     left = len(context) - 1 - last  # tokens of the text that follow

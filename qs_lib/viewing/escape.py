@@ -64,6 +64,6 @@ def safe_line(text: str) -> str:
     return "".join(part if i % 2 else _UNSEEN.sub(_visible, part) for i, part in enumerate(kept))
 
 
-def safe_label(text: str, limit: int = 40) -> str:
+def safe_label(text: str) -> str:
     """Return ``text`` for the label of a figure: on one line, and no formula begins at a dollar sign."""
-    return safe_option(text, limit).replace("$", r"\$")
+    return safe_option(text).replace("$", r"\$")

@@ -57,25 +57,15 @@ def helped(episode: Episode) -> float:
     return sum(t.utility or 0.0 for t in episode.thoughts) / max(1, len(episode.thoughts))
 
 
-def right(episode: Episode) -> bool:
-    """Say whether the answer with thoughts is the true one."""
-    return episode.answer is not None and episode.answer_with == episode.answer
+def right_or_wrong(given: str, truth: str | None) -> str:
+    """Return "right" or "wrong", or that the truth is not known."""
+    return "truth not known" if truth is None else "right" if given == truth else "wrong"
 
 
-def wrong(episode: Episode) -> bool:
-    """Say whether the truth is known and the answer with thoughts is another."""
-    return episode.answer is not None and episode.answer_with != episode.answer
-
-
-def disagree(episode: Episode) -> bool:
-    """Say whether the thoughts, each alone, lead to different next tokens."""
-    return len({t.answer for t in episode.thoughts}) > 1
-
-
-def render(episode: Episode, style: bool = True, title: bool = True, edit=None) -> str:
+def render(episode: Episode, edit=None, alone: bool = True) -> str:
     """Return one problem: its answers, a row for every thought, and what opens on demand.
 
-    ``title``: its text too. ``edit``: number, original and edited thought (two ``Answered``) to set side by side.
+    ``edit``: number, original and edited thought (two ``Answered``) to set side by side. ``alone``: with style and text.
     """
     thoughts = episode.thoughts[:MOST_THOUGHTS]
     first = {(*t.tokens, t.answer): k for k, t in reversed(list(enumerate(thoughts, 1)))}
@@ -83,11 +73,11 @@ def render(episode: Episode, style: bool = True, title: bool = True, edit=None) 
     titles = ["thought", "text (unlikely tokens in colour)", "leads to", "mixing weight", "coherence"]
     titles += ["gain (nats)"] if known else []
     rows = [_thought(k, t, first[(*t.tokens, t.answer)], known) for k, t in enumerate(thoughts, 1)]
-    body = (heading(episode) if title else "") + _answers(episode) + (_edited(*edit) if edit else "")
-    body += _table(titles, "".join(rows)) if rows else ""
+    body = _answers(episode) + (_edited(*edit) if edit else "") + (_table(titles, "".join(rows)) if rows else "")
     if len(episode.thoughts) > len(thoughts):
         body += f"<p>{len(episode.thoughts) - len(thoughts)} more thoughts are not shown.</p>"
-    return (STYLE if style else "") + page(body + _predictions(episode, thoughts))
+    body += _predictions(episode, thoughts)
+    return STYLE + page(heading(episode) + body) if alone else page(body)
 
 
 def page(body: str) -> str:
@@ -146,21 +136,17 @@ def heading(e: Episode, read: str = "") -> str:
 
 
 def _answers(e: Episode) -> str:
-    step = f"step {e.step:,d}" if e.step is not None else ""
-    facts = [f"<span>stage {safe_text(e.stage)}</span>"] if e.stage and e.stage != step else []
-    facts += [step] if step else []
+    steps = [] if e.step is None else [f"step {e.step:,d}"]
+    facts = [f"<span>stage {safe_text(e.stage)}</span>"] if e.stage and [e.stage] != steps else []
+    facts += steps
     if not e.thoughts:
         return f"<p>{'; '.join([*facts, 'No thoughts have been drawn here.'])}</p>"
     facts += [f"truth: <b>{'not known' if e.answer is None else safe_text(e.answer)}</b>"]
     for name, given in (("without thoughts", e.answer_without), ("with thoughts", e.answer_with)):
-        outcome = "" if e.answer is None else f" ({_outcome(given, e.answer)})"
-        facts += [f"{name} <b>{safe_text(given) or '(nothing)'}</b>" + outcome]
+        known = "" if e.answer is None else f" ({right_or_wrong(given, e.answer)})"
+        facts += [f"{name} <b>{safe_text(given) or '(nothing)'}</b>" + known]
     facts += [] if e.answer is None else [f"the thoughts {_effect(helped(e))} on average"]
     return f"<p>{'; '.join(facts)}</p>"
-
-
-def _outcome(given: str, truth: str | None) -> str:
-    return "truth not known" if truth is None else "right" if given == truth else "wrong"
 
 
 def _effect(utility: float) -> str:
@@ -221,9 +207,8 @@ def _likeliest(top: list[tuple[str, float]]) -> str:
 
 
 def _predictions(e: Episode, thoughts: list[Thought]) -> str:
-    rows = [("without thoughts", e.no_thought_weight, e.base_tokens)]
-    rows += [(f"after thought {k}", t.weight, t.next_tokens) for k, t in enumerate(thoughts, 1)]
-    rows += [("mixed", None, e.mixed_tokens)]
+    after = [(f"after thought {k}", t.weight, t.next_tokens) for k, t in enumerate(thoughts, 1)]
+    rows = [("without thoughts", e.no_thought_weight, e.base_tokens), *after, ("mixed", None, e.mixed_tokens)]
     body = ""
     for name, weight, top in (row for row in rows if row[2]):
         body += f"<tr><th scope='row'>{name}</th><td>{_likeliest(top[:5])}</td>"
@@ -239,7 +224,7 @@ def overview(episodes: Iterable[Episode], limit: int = 50) -> str:
         f"<tr><td>{n}</td><td>{safe_text(e.question, 160)}</td>"
         f"<td>{'not known' if e.answer is None else safe_text(e.answer, 40)}</td>"
         f"<td>{safe_text(e.answer_without, 40)}</td><td>{safe_text(e.answer_with, 40)}</td>"
-        f"<td>{_outcome(e.answer_with, e.answer)}</td><td>{'' if e.answer is None else _nats(helped(e))}</td></tr>"
+        f"<td>{right_or_wrong(e.answer_with, e.answer)}</td><td>{'' if e.answer is None else _nats(helped(e))}</td></tr>"
         for n, e in enumerate(episodes[:limit], 1)
     )
     titles = ("no.", "question", "truth", "without", "with thoughts", "outcome", "mean utility (nats)")

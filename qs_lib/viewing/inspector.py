@@ -142,7 +142,7 @@ class ThoughtInspector(widgets.VBox):
 
     def step(self, by: int) -> None:
         """Move by so many problems, inside the list."""
-        self.index.value = min(max(1, self.index.value + by), self.index.max)
+        self.index.value += by
 
     def think(self) -> list[Episode]:
         """Draw thoughts at the chosen token with the settings of the controls, by every model in view, and show them.
@@ -183,7 +183,7 @@ class ThoughtInspector(widgets.VBox):
         return [n for n in self._names() if n in self.models]
 
     def _check_reading(self) -> None:
-        if len(self.current.tokens) and self._tokens()[: len(self.current.tokens)] != self.current.tokens:
+        if self._tokens()[: len(self.current.tokens)] != self.current.tokens:
             raise WorkbookError("the tokenizer reads this text otherwise than the model that made these episodes did")
 
     def edit(self) -> list[Answered]:
@@ -258,8 +258,7 @@ class ThoughtInspector(widgets.VBox):
         found, text = self.found[self.front.value], self.search.value  # thoughts that were drawn here are searched too
         kept = FILTERS[self.filter.value](self.episodes)
         self.shown = [e for e in kept if has(found.get((e.question, e.position), e), text)]
-        if SORTS[self.sort.value]:
-            self.shown.sort(key=SORTS[self.sort.value])
+        self.shown.sort(key=SORTS[self.sort.value])
         self._busy = True
         self.index.max = max(1, len(self.shown))
         self.index.value = place
@@ -289,9 +288,8 @@ class ThoughtInspector(widgets.VBox):
         self.token.value = own
         # numbered: the front end finds the chosen label by its text
         self.strip.options = [(f"{i} {safe_option(t, 24)}", i) for i, t in enumerate(tokens[first:], first)]
-        self.strip.value = self.token.value if first <= self.token.value < len(tokens) else None
         self._busy = False
-        self._show()
+        self._move()
 
     def _move(self, change=None) -> None:
         if not self._busy:
@@ -385,7 +383,7 @@ class ThoughtInspector(widgets.VBox):
         for name, one in zip(names, ones, strict=True):
             edit = self.edits.get((name, episode.question, place))
             parts.append(f"<h3>{safe_text(name)}</h3>" if name else "")
-            parts[-1] += f"<p>{safe_text(one)}</p>" if isinstance(one, str) else render(one, False, False, edit)
+            parts[-1] += f"<p>{safe_text(one)}</p>" if isinstance(one, str) else render(one, edit, alone=False)
         if len(parts) == 1:
             return page(title) + parts[0]
         return page(title) + f"<div class='qs-pair'>{''.join(f'<div>{part}</div>' for part in parts)}</div>"

@@ -4,18 +4,18 @@ from pathlib import Path
 
 from ..errors import WorkbookError
 from ..evaluation.episodes import Episode, read_episodes
-from .html import disagree, helped, right, spacing, wrong
+from .html import helped, right_or_wrong, spacing
 
 FILTERS = {
     "all": lambda episodes: episodes,
-    "wrong": lambda episodes: [e for e in episodes if wrong(e)],
-    "right": lambda episodes: [e for e in episodes if right(e)],
-    "thoughts disagree": lambda episodes: [e for e in episodes if disagree(e)],
+    "wrong": lambda episodes: [e for e in episodes if right_or_wrong(e.answer_with, e.answer) == "wrong"],
+    "right": lambda episodes: [e for e in episodes if right_or_wrong(e.answer_with, e.answer) == "right"],
+    "thoughts disagree": lambda episodes: [e for e in episodes if len({t.answer for t in e.thoughts}) > 1],
     "most helped": lambda episodes: sorted((e for e in episodes if helped(e) > 0), key=helped, reverse=True),
     "most hurt": lambda episodes: sorted((e for e in episodes if helped(e) < 0), key=helped),
 }
 SORTS = {
-    "as chosen": None,
+    "as chosen": lambda e: 0,
     "utility, best first": lambda e: -helped(e),
     "coherence, best first": lambda e: -mean_coherence(e),
     "hardest first": lambda e: -e.difficulty,

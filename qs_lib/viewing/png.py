@@ -1,13 +1,12 @@
 """An episode as a picture: its text, and each thought with its tokens in the colour of their surprise."""
 
-import io
 import textwrap
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from ..evaluation.episodes import Episode
-from ..files import write_bytes
+from ..files import atomic_write
 from ..stats import fixed
 from .escape import safe_line
 from .html import MOST_TOKENS, ORANGE, spacing
@@ -15,7 +14,7 @@ from .html import MOST_TOKENS, ORANGE, spacing
 WIDTH = 110  # characters a line
 SIZE = 9  # points of the type, whose characters are 0.6 of it wide
 LINE = 0.2  # inches
-Piece = tuple[str, float]  # a text, and how opaque its colour is (0 to 1)
+Piece = tuple[int, str, float]  # the column of a text, the text, and how opaque its colour is (0 to 1)
 
 
 def save_png(episode: Episode, path: str | Path) -> Path:
@@ -24,37 +23,33 @@ def save_png(episode: Episode, path: str | Path) -> Path:
     figure = Figure(figsize=(WIDTH * 0.6 * SIZE / 72 + 0.4, LINE * len(lines) + 0.4), dpi=150, facecolor="white")
     width, height = figure.get_size_inches()
     for row, pieces in enumerate(lines):
-        column = 0
-        for text, strength in pieces:
+        for column, text, strength in pieces:
             x, y = (0.2 + column * 0.6 * SIZE / 72) / width, 1 - (0.3 + LINE * row) / height
             box = {"facecolor": ORANGE, "alpha": strength, "pad": 0.8, "lw": 0} if strength else None
             figure.text(x, y, text, size=SIZE, family="monospace", color="black", bbox=box, parse_math=False)
-            column += len(text)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_bytes(Path(path), buffer.getvalue())
+    with atomic_write(Path(path)) as temporary:
+        figure.savefig(temporary, format="png")
     return Path(path)
 
 
 def _lines(e: Episode) -> list[list[Piece]]:
     """Lay an episode out in lines of pieces."""
     told = f"without thoughts: {e.answer_without or '-'}; with thoughts: {e.answer_with or '-'}; truth: {e.answer}"
-    lines = [[(line, 0.0)] for text in (e.question, told) for line in textwrap.wrap(safe_line(text), WIDTH)]
+    lines = [[(0, line, 0.0)] for text in (e.question, told) for line in textwrap.wrap(safe_line(text), WIDTH)]
     for number, thought in enumerate(e.thoughts):
-        facts = f"Thought {number}: answer {safe_line(thought.answer)}"
-        facts += "" if thought.weight is None else f", weight {fixed(thought.weight, 2)}"
+        facts = f"Thought {number}: answer {safe_line(thought.answer)}, weight {fixed(thought.weight, 2)}"
         facts += "" if thought.utility is None else f", gain {fixed(thought.utility, 2, signed=True)} nats"
-        lines += [[], [(facts, 0.0)], *_wrapped(thought)]
+        lines += [[], [(0, facts, 0.0)], *_wrapped(thought)]
     return lines
 
 
 def _wrapped(thought) -> list[list[Piece]]:
     """Break a thought's coloured tokens into lines."""
-    lines, used, gap = [[]], 0, spacing(thought.tokens)
+    lines, column, gap = [[]], 0, len(spacing(thought.tokens))
     for token, logprob in list(zip(thought.tokens, thought.logprobs, strict=False))[:MOST_TOKENS]:
         text = safe_line(token.replace("\n", "\u23ce").replace("\r", ""))[:WIDTH] or " "
-        if used + len(text) > WIDTH:
-            lines, used = [*lines, []], 0
-        lines[-1] += [(text, min(0.5, max(0.0, -logprob) * 0.2)), *([(gap, 0.0)] if gap else [])]
-        used += len(text) + len(gap)
+        if column + len(text) > WIDTH:
+            lines, column = [*lines, []], 0
+        lines[-1].append((column, text, min(0.5, max(0.0, -logprob) * 0.2)))
+        column += len(text) + gap
     return lines

@@ -1,8 +1,8 @@
 """The rules of the training doctor: what healthy and sick trainings look like in their metrics.
 
-A rule takes a :class:`Course` and returns its verdict, "healthy", "look", "sick" or "unknown", and a sentence with the
-next step. Its docstring is its documentation: threshold and reason. Where one disease explains another, only the cause
-is named. Not in the files, so not told: a leak into training and validation alike.
+A rule takes a :class:`Course` and returns its verdict, "healthy", "look", "sick" or "unknown", what it found, and the
+next step, which is told with "look" and "sick". Its docstring is its documentation: threshold and reason. Where one
+disease explains another, only the cause is named. A leak into training and validation alike is not in the files.
 """
 
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from ..evaluation.episodes import Episode
 LEAST = 10  # rows below which no trend is told from noise
 WARM_UP = 20  # steps in which learning rates rise; a curriculum's first problems are solved by all thoughts
 SETTLED = 50  # rows before which curriculum, warm-up and the gate's opening look like diseases
+WORSE = ("healthy", "look", "sick")  # verdicts in order
 GROUPS = 8  # recorded groups below which their shares say nothing
 
 
@@ -29,9 +30,9 @@ class Course(NamedTuple):
         found = [row.get(name) for row in (self.rows if rows is None else rows)]
         return np.array([x for x in found if finite(x)], float)
 
-    def ends(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+    def ends(self, name: str, rows=None) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the first and last tenth of a metric's numbers, at least five each, or None if there are too few."""
-        x = self.values(name)
+        x = self.values(name, rows)
         n = max(5, len(x) // 10)
         return (x[:n], x[-n:]) if len(x) >= LEAST else None
 
@@ -42,12 +43,11 @@ class Course(NamedTuple):
 
     def validated(self) -> list[int]:
         """Return which rows hold a held-out accuracy."""
-        return [i for i, row in enumerate(self.rows) if len(self.values("validation_accuracy", [row]))]
+        return [i for i, row in enumerate(self.rows) if finite(row.get("validation_accuracy"))]
 
     def since_best(self) -> tuple[float, float, list[dict]] | None:
         """Return (best, last) held-out accuracy and the rows from the best on. None before the second validation."""
-        at = self.validated()
-        scores = self.values("validation_accuracy")
+        at, scores = self.validated(), self.values("validation_accuracy")
         if len(scores) < 2:
             return None
         best = int(scores.argmax())
@@ -69,28 +69,24 @@ def missing(name: str) -> tuple[str, str]:
     return "unknown", f"it takes {LEAST} rows or more with {name}"
 
 
-def dead_groups(c: Course) -> tuple[str, str]:
+def dead_groups(c: Course) -> tuple[str, ...]:
     """Find groups whose rewards are all equal: look from 75 %, sick from 90 %.
 
     They train nothing. Noise of the gradient grows by the root of the share left: by 2 at 75 %, by 3 at 90 %. The
-    pocket run gains nine points with up to 68 %. Rows without ``tied`` have ``signal``. The first 20 steps are not
-    judged: a curriculum begins with problems that all thoughts solve.
+    pocket run gains nine points with up to 68 %.
     """
-    tied, signal = c.late("tied"), c.late("signal")
-    if len(c.rows) < WARM_UP or tied is None and signal is None:
-        return "unknown", f"it takes {WARM_UP} rows with tied or signal"
-    share = tied if tied is not None else 1 - signal
-    verdict, right = graded(share, 0.75, 0.9), c.late("correct")
+    tied, right = c.late("tied"), c.late("correct")
+    if len(c.rows) < WARM_UP or tied is None:
+        return "unknown", f"it takes {WARM_UP} rows with tied"
+    verdict = graded(tied, 0.75, 0.9)
     if verdict != "healthy" and thoughts_ignored(c)[0] == "sick":
         return "unknown", "rewards are equal because thoughts change nothing"
     easy = right is None or right >= 0.5
     step = "harder problems (lower pass_high)" if easy else "easier problems (raise pass_low)"
-    lack = "spread in reward" if tied is not None else "advantage above 0.1"
-    advice = "" if verdict == "healthy" else f": raise temperature or choose {step}"
-    return verdict, f"{share:.0%} of the groups have no {lack}{advice}"
+    return verdict, f"{tied:.0%} of the groups have no spread in reward", f"raise temperature or choose {step}"
 
 
-def difficulty(c: Course) -> tuple[str, str]:
+def difficulty(c: Course) -> tuple[str, ...]:
     """Find problems that nearly all thoughts solve, or none: look if 95 % or 5 % are right, sick below 1 %.
 
     At 95 % four thoughts are all right in 81 % of the groups, so recorded groups count from 80 % in all or none.
@@ -110,23 +106,13 @@ def difficulty(c: Course) -> tuple[str, str]:
     recorded = len(groups) >= GROUPS and every + none >= 0.8
     if right is not None and right <= 0.05 or recorded and none > every:
         hopeless = right < 0.01 if right is not None else none >= 0.95
-        return "sick" if hopeless else "look", f"{told}: choose easier problems (raise pass_low) or bake longer"
+        return "sick" if hopeless else "look", told, "choose easier problems (raise pass_low) or bake longer"
     if right is not None and right >= 0.95 or recorded:
-        return "look", f"{told}: choose harder problems (lower pass_high), or stop if these were the goal"
+        return "look", told, "choose harder problems (lower pass_high), or stop if these were the goal"
     return "healthy", told
 
 
-def rise(c: Course, rows: list[dict]) -> float:
-    """Return how much reward rose in these rows, first to last tenth, 0 where that is within two standard errors."""
-    ends = c._replace(rows=rows).ends("reward")
-    if ends is None:
-        return 0.0
-    error = np.sqrt(sum(x.var(ddof=1) / len(x) for x in ends))
-    grown = float(ends[1].mean() - ends[0].mean())
-    return grown if grown > 2 * error else 0.0
-
-
-def reward_hacking(c: Course) -> tuple[str, str]:
+def reward_hacking(c: Course) -> tuple[str, ...]:
     """Find reward that rises while held-out accuracy falls below its best: look from 0.05, sick from 0.1.
 
     A share of 480 problems has a standard error of 0.023 at most, so 0.05 is two. Of fewer problems it says more than
@@ -137,24 +123,27 @@ def reward_hacking(c: Course) -> tuple[str, str]:
         return "unknown", "it takes two validations with validation_accuracy"
     best, last, rows = since
     told = f"held-out accuracy is {last:.3f}, its best {best:.3f}"
-    if best - last < 0.05 or not (grown := rise(c, rows)):
+    first, end = c.ends("reward", rows) or (np.zeros(2), np.zeros(2))
+    error = np.sqrt(first.var(ddof=1) / len(first) + end.var(ddof=1) / len(end))
+    grown = float(end.mean() - first.mean())
+    if best - last < 0.05 or grown <= 2 * error:
         return "healthy", f"{told}, and reward does not rise against it"
-    length = c._replace(rows=rows).ends("length")
+    length = c.ends("length", rows)
     longer = length is not None and length[1].mean() > 1.5 * length[0].mean()
     grew = f" and thoughts grew from {length[0].mean():.0f} to {length[1].mean():.0f} tokens" if longer else ""
     advice = "lower thought_length" if longer else "raise kl_coefficient"
-    told = f"reward rose by {grown:.2g}{grew} while {told}: keep the best weights, {advice}, or mend the reward"
-    return graded(best - last, 0.05, 0.1), told
+    told = f"reward rose by {grown:.2g}{grew} while {told}"
+    return graded(best - last, 0.05, 0.1), told, f"keep the best weights, {advice}, or mend the reward"
 
 
-def length(c: Course) -> tuple[str, str]:
+def length(c: Course) -> tuple[str, ...]:
     """Find thoughts that grow or shrink by 1.5 (look) or 2 (sick) while held-out accuracy does not rise by 0.02.
 
     Twice the tokens is twice the time for nothing, half of them is thinking given up. Both are taken from the first
     validation on: before it a curriculum lengthens thoughts (the pocket run's from 11 to 21 tokens).
     """
     at, scores = c.validated(), c.values("validation_accuracy")
-    ends = c._replace(rows=c.rows[max(0, at[0] - 4) :] if at else []).ends("length")
+    ends = c.ends("length", c.rows[max(0, at[0] - 4) :] if at else [])
     if ends is None or len(scores) < 2:
         return "unknown", f"it takes two validations with validation_accuracy and {LEAST} rows with length between"
     first, last = (float(x.mean()) for x in ends)
@@ -166,10 +155,10 @@ def length(c: Course) -> tuple[str, str]:
     if reward_hacking(c)[0] in ("look", "sick"):
         return "unknown", "it is told with the reward"
     advice = "lower thought_length" if last > first else "raise nll_weight or lower the learning rates"
-    return verdict, f"{told} while held-out accuracy changed by {gain:+.3f}: {advice}"
+    return verdict, f"{told} while held-out accuracy changed by {gain:+.3f}", advice
 
 
-def entropy(c: Course) -> tuple[str, str]:
+def entropy(c: Course) -> tuple[str, ...]:
     """Find entropy that fell to a fifth of its start (look) or a tenth (sick).
 
     Its level says little: the baked pocket model starts at 0.03 nats per token and learns. Below a tenth thoughts are
@@ -181,11 +170,10 @@ def entropy(c: Course) -> tuple[str, str]:
     first, last = (float(x.mean()) for x in ends)
     verdict = graded(first / max(1e-12, last), 5, 10) if first > 0 else "healthy"
     told = f"entropy of thoughts went from {first:.2g} to {last:.2g} nats per token"
-    advice = ": raise temperature or kl_coefficient, or lower the learning rates"
-    return verdict, told + (advice if verdict != "healthy" else "")
+    return verdict, told, "raise temperature or kl_coefficient, or lower the learning rates"
 
 
-def gate(c: Course) -> tuple[str, str]:
+def gate(c: Course) -> tuple[str, ...]:
     """Find a weight of no thought that stays: look from 0.9, sick from 0.97, after 50 steps.
 
     It starts at 1 by construction, and the pocket run is at 0.17 by step 50. At 0.97 thoughts give 3 % of a prediction.
@@ -193,12 +181,11 @@ def gate(c: Course) -> tuple[str, str]:
     weight, n = c.late("no_thought_weight"), len(c.values("no_thought_weight"))
     if weight is None or n < SETTLED:
         return "unknown", f"the gate starts shut, it takes {SETTLED} rows with no_thought_weight"
-    verdict = graded(weight, 0.9, 0.97)
-    advice = "" if verdict == "healthy" else ", the gate is shut: raise head_lr or nll_weight"
-    return verdict, f"the prediction without thoughts has weight {weight:.2f} after {n} steps{advice}"
+    told = f"the prediction without thoughts has weight {weight:.2f} after {n} steps"
+    return graded(weight, 0.9, 0.97), told, "the gate is shut, raise head_lr or nll_weight"
 
 
-def thoughts_ignored(c: Course) -> tuple[str, str]:
+def thoughts_ignored(c: Course) -> tuple[str, ...]:
     """Find thoughts that change nothing: sick if none gains or loses 0.02 nats although answers are wrong.
 
     A gain of 0.02 nats changes a probability by 2 %. Of recorded thoughts it is seen directly. Of ``reward`` it is seen
@@ -211,17 +198,17 @@ def thoughts_ignored(c: Course) -> tuple[str, str]:
         most = max(abs(t.utility) for t in kept)
         wrong = any(t.answer != e.answer for e in c.episodes[-32:] for t in e.thoughts if e.answer)
         told = f"the largest gain or loss of {len(kept)} recorded thoughts is {most:.2g} nats"
-        return ("sick", f"{told}: {advice}") if most < 0.02 and wrong else ("healthy", told)
+        return "sick" if most < 0.02 and wrong else "healthy", told, advice
     if rows is None or right is None or signal is None:
         return missing("reward, correct and signal")
     most = float(np.abs(rows[1]).max())
     told = f"mean rewards of the last steps reach {most:.2g}"
     if most < 0.02 and signal < 0.05 and 0.05 < right < 0.95:
-        return "sick", f"{told} nats although {right:.0%} are right, so thoughts change nothing: {advice}"
+        return "sick", f"{told} nats although {right:.0%} are right, so thoughts change nothing", advice
     return "healthy", told
 
 
-def kl(c: Course) -> tuple[str, str]:
+def kl(c: Course) -> tuple[str, ...]:
     """Find drift from the reference: look from 0.5 nats per token of a thought, sick from 1; without, from 0.1 and 0.5.
 
     At 1 nat the reference finds each token e times less likely, and the pocket run ends at 0.09. What is said without
@@ -235,12 +222,12 @@ def kl(c: Course) -> tuple[str, str]:
     each, base = drift / max(1, tokens), base or 0.0
     told = f"thoughts are {each:.2g} nats per token from the reference, predictions without them {base:.2g}"
     verdicts = graded(each, 0.5, 1), graded(base, 0.1, 0.5)
-    verdict = next(v for v in ("sick", "look", "healthy") if v in verdicts)
-    advice = "raise kl_coefficient" if verdicts[0] == verdict else "raise base_kl"
-    return verdict, told + ("" if verdict == "healthy" else f": {advice}, or lower the learning rates")
+    verdict = max(verdicts, key=WORSE.index)
+    raised = "kl_coefficient" if verdicts[0] == verdict else "base_kl"
+    return verdict, told, f"raise {raised}, or lower the learning rates"
 
 
-def rate(c: Course) -> tuple[str, str]:
+def rate(c: Course) -> tuple[str, ...]:
     """Find a learning rate that is too high: a loss that is not finite, or is at the end 5 times what it was before.
 
     Or held-out accuracy that fell by 0.1 (look) or 0.2 (sick) below its best while reward did not rise. The loss must
@@ -251,32 +238,30 @@ def rate(c: Course) -> tuple[str, str]:
         return missing("loss")
     advice = "lower the learning rates (muon_lr, adamw_lr) to a third"
     if broken := sum(not finite(x) for x in losses):
-        return "sick", f"{broken} losses are not finite: {advice}"
+        return "sick", f"{broken} losses are not finite", advice
     n = max(5, len(losses) // 10)
     before, last = (float(np.median(np.abs(x))) for x in (losses[:-n], losses[-n:]))
     told = f"the loss is {last:.2g}, it was {before:.2g}"
     if len(losses) >= SETTLED and last >= 5 * before and last - before >= 1:
-        return "sick", f"{told}: {advice}"
+        return "sick", told, advice
     since = c.since_best()
     if since and reward_hacking(c)[0] == "healthy":
         verdict = graded(since[0] - since[1], 0.1, 0.2)
         if verdict != "healthy":
-            return verdict, f"held-out accuracy fell from {since[0]:.3f} to {since[1]:.3f} and {told}: {advice}"
+            return verdict, f"held-out accuracy fell from {since[0]:.3f} to {since[1]:.3f} and {told}", advice
     return "healthy", told
 
 
-def gradients(c: Course) -> tuple[str, str]:
-    """Find gradients, before they are clipped to norm 1, that are 0 (sick), or end 10 (look) or 100 times (sick) above
-    their median before.
+def gradients(c: Course) -> tuple[str, ...]:
+    """Find gradients that are 0 (sick), or end 10 (look) or 100 times (sick) above their median before.
 
-    A part whose gradient is 0 learns nothing. Clipping keeps one wild step small, but not a direction that is noise.
+    Norms are those before clipping. A part whose gradient is 0 learns nothing. Clipping keeps one wild step small, but
+    not a direction that is noise.
     """
-    parts = sorted({name for row in c.rows for name in row if name.startswith("gradient_")})
+    names = sorted({name for row in c.rows for name in row if name.startswith("gradient_")})
+    parts = {name: c.values(name) for name in names if c.ends(name)}
     told, verdicts, sick_rate = [], [], rate(c)[0] == "sick"
-    for name in parts:
-        x = c.values(name)
-        if len(x) < LEAST:
-            continue
+    for name, x in parts.items():
         n = min(max(10, len(x) // 10), len(x) // 2)  # a few wild steps in a row are no end: the pocket run has five
         before, last = float(np.median(x[:-n])), float(np.median(x[-n:]))
         told.append(f"{last:.2g} for the {name.removeprefix('gradient_')} (before {before:.2g})")
@@ -284,14 +269,12 @@ def gradients(c: Course) -> tuple[str, str]:
         verdicts.append("sick" if last == 0 else graded(grown, 10, 100))
     if not told:
         return missing("gradient_model")
-    verdict = next(v for v in ("sick", "look", "healthy") if v in verdicts)
-    advice = "" if verdict == "healthy" else ": lower the learning rates"
-    if any(c.late(name) == 0 for name in parts):
-        advice = ": a part without one is frozen, or not in the loss"
-    return verdict, f"gradient norms end at {', '.join(told)}{advice}"
+    without = any(c.late(name) == 0 for name in parts)
+    advice = "a part without one is frozen, or not in the loss" if without else "lower the learning rates"
+    return max(verdicts, key=WORSE.index), f"gradient norms end at {', '.join(told)}", advice
 
 
-def pace(c: Course) -> tuple[str, str]:
+def pace(c: Course) -> tuple[str, ...]:
     """Tell what a minute of training gained in held-out accuracy, first to last validation. It is never an illness."""
     at, scores, seconds = c.validated(), c.values("validation_accuracy"), c.values("seconds")
     if len(at) < 2 or len(seconds) < len(c.rows):
@@ -302,29 +285,27 @@ def pace(c: Course) -> tuple[str, str]:
     return "healthy", told
 
 
-def leaking_validation(c: Course) -> tuple[str, str]:
+def leaking_validation(c: Course) -> tuple[str, ...]:
     """Find a validation that is too good: look 0.35 above ``correct`` at every validation, sick if questions are copies.
 
     Accuracy pools several thoughts and training takes disputed problems first: the pocket run is 0.13 to 0.21 above.
     Metrics alone do not prove a leak, and a validation before training, which would tell more, is not among them.
     """
     if c.copied:
-        return "sick", f"{c.copied:.1%} of the validation questions are training questions: split the data anew"
+        return "sick", f"{c.copied:.1%} of the validation questions are training questions", "split the data anew"
     gaps, start = [], 0
-    for i, row in enumerate(c.rows):
-        score, right = c.values("validation_accuracy", [row]), c.values("correct", c.rows[start : i + 1])
-        if len(score) and len(right):
-            gaps.append(float(score[0] - right.mean()))
-        if len(score):
-            start = i + 1
+    for i in c.validated():
+        right, start = c.values("correct", c.rows[start : i + 1]), i + 1
+        if len(right):
+            gaps.append(c.rows[i]["validation_accuracy"] - float(right.mean()))
     if not gaps:
         return "unknown", "it takes a validation_accuracy and correct"
     known = "no question is copied to the letter" if c.copied == 0 else "the questions were not compared"
     told = f"held-out accuracy is {min(gaps):+.2f} or more from that of training, {known}"
-    return ("look", f"{told}: compare the splits for near copies") if min(gaps) >= 0.35 else ("healthy", told)
+    return "look" if min(gaps) >= 0.35 else "healthy", told, "compare the splits for near copies"
 
 
-def learning(c: Course) -> tuple[str, str]:
+def learning(c: Course) -> tuple[str, ...]:
     """Find a loss that does not fall: look if it ends above 0.9 of its start, sick if it ends above it."""
     ends = c.ends("loss")
     if ends is None:
@@ -332,12 +313,11 @@ def learning(c: Course) -> tuple[str, str]:
     if rate(c)[0] == "sick":
         return "unknown", "it is told with the learning rate"
     first, last = (float(np.median(x)) for x in ends)
-    verdict = graded(last / max(1e-9, first), 0.9, 1)
-    advice = "" if verdict == "healthy" else ": raise the learning rates, or train longer"
-    return verdict, f"the loss went from {first:.2g} to {last:.2g}{advice}"
+    told = f"the loss went from {first:.2g} to {last:.2g}"
+    return graded(last / max(1e-9, first), 0.9, 1), told, "raise the learning rates, or train longer"
 
 
-def thinking(c: Course) -> tuple[str, str]:
+def thinking(c: Course) -> tuple[str, ...]:
     """Find baking that does not take: less than 80 % of the replies think (look) or half (sick).
 
     Reinforcement after it draws thoughts from this habit. Also look where accuracy fell by 0.05 below an earlier epoch.
@@ -347,20 +327,19 @@ def thinking(c: Course) -> tuple[str, str]:
         return "unknown", "it takes an epoch with thinking_use"
     told, verdict = f"{use[-1]:.0%} of the replies think", graded(1 - use[-1], 0.2, 0.5)
     if verdict != "healthy":
-        return verdict, f"{told}: bake more epochs or give more worked examples"
+        return verdict, told, "bake more epochs or give more worked examples"
     if len(accuracy) and accuracy.max() - accuracy[-1] >= 0.05:
-        return "look", f"{told}, but accuracy fell from {accuracy.max():.3f} to {accuracy[-1]:.3f}: bake fewer epochs"
+        return "look", f"{told}, but accuracy fell from {accuracy.max():.3f} to {accuracy[-1]:.3f}", "bake fewer epochs"
     return verdict, told
 
 
-def attention_logits(c: Course) -> tuple[str, str]:
+def attention_logits(c: Course) -> tuple[str, ...]:
     """Find attention logits that explode: look from 50, sick from 100, the bound of Kimi K2's QK-Clip."""
     largest = c.values("max_logit")
     if not len(largest):
         return "unknown", "it takes a validation or an epoch with max_logit"
-    verdict = graded(largest[-1], 50, 100)
-    advice = "" if verdict == "healthy" else ": set qk_clip_threshold=100, or lower muon_lr"
-    return verdict, f"the largest attention logit is {largest[-1]:.3g}{advice}"
+    told = f"the largest attention logit is {largest[-1]:.3g}"
+    return graded(largest[-1], 50, 100), told, "set qk_clip_threshold=100, or lower muon_lr"
 
 
 REINFORCEMENT_RULES = (dead_groups, difficulty, reward_hacking, length, entropy, gate, thoughts_ignored, kl, rate)
