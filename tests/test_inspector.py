@@ -629,6 +629,8 @@ def test_a_view_is_saved_as_a_picture(tmp_path, monkeypatch):
     inspector._save()
     path = tmp_path / "inspector" / "view.png"
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and "view.png" in inspector.status.value
+    heads = [text.split(":")[0] for line in png._lines(shown) for _, text, _ in line if text.startswith("Thought ")]
+    assert heads == [f"Thought {k}" for k in range(1, len(shown.thoughts) + 1)]  # as the page counts them
 
     def orange(one) -> int:
         pixels = plt.imread(png.save_png(one, tmp_path / "one.png"))

@@ -75,7 +75,7 @@ def measure_latency(
     times = {name: [] for name in work}
     for _ in tqdm(range(repeats + 1), desc="latency"):
         for name, one in work.items():
-            times[name].append(_ms(one))
+            times[name].append(milliseconds(one))
     median = {name: float(np.median(ms[1:])) for name, ms in times.items()}  # without the warm-up
     p95 = {name: float(np.quantile(ms[1:], 0.95)) for name, ms in times.items()}
     rows = []
@@ -142,7 +142,8 @@ def _status_bytes(name: str) -> int:
     return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(name + ":"))
 
 
-def _ms(work, *arguments) -> float:
+def milliseconds(work, *arguments) -> float:
+    """Return how long ``work(*arguments)`` takes."""
     start = time.perf_counter()
     work(*arguments)
     if torch.cuda.is_initialized():

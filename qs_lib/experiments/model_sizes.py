@@ -7,7 +7,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..evaluation.latency import _ms, forward_with_thoughts
+from ..evaluation.latency import forward_with_thoughts, milliseconds
 from ..model import QuietStarForCausalLM
 from ..thoughts.attention import LanguageHead
 from ..thoughts.sampler import sample
@@ -54,9 +54,9 @@ def measure_models(
         start = time.perf_counter()
         while len(times[grid[0]]) < repeats or time.perf_counter() - start < seconds:
             for n, ids in texts.items():
-                plain[n].append(_ms(model.read, ids))
+                plain[n].append(milliseconds(model.read, ids))
             for n, *setting in grid:
-                times[n, *setting].append(_ms(forward_with_thoughts, model, texts[n], *setting))
+                times[n, *setting].append(milliseconds(forward_with_thoughts, model, texts[n], *setting))
         parameters = sum(p.numel() for p in model.lm.parameters())
         for (n, *setting), taken in times.items():
             median, p95, plain_ms = map(float, (np.median(taken), np.quantile(taken, 0.95), np.median(plain[n])))
@@ -79,7 +79,7 @@ def shares(model, total_ms: float, plain_ms: float, positions: int, num_thoughts
     base, uniform = states[None, :positions], torch.rand(len(states))
 
     def median(work):
-        return float(np.median([_ms(work) for _ in range(4)][1:]))
+        return float(np.median([milliseconds(work) for _ in range(4)][1:]))
 
     parts = {"reading": 2 * plain_ms}
     parts["sampling"] = (thought_length - 2) * median(lambda: sample(head(states), uniform))

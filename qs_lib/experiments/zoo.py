@@ -16,7 +16,7 @@ from ..evaluation.attacks import Measured
 from ..evaluation.cheats import CHEATS, plant
 from ..evaluation.theater import anti_theater, attack_arguments
 from ..evaluation.verdict import CHECKS, judge
-from ..files import discard, lock_run, read_rows, write_rows
+from ..files import atomic_write, discard, lock_run, read_rows, write_rows
 from ..model import QuietStarForCausalLM
 from ..training.checkpoint import Checkpoint
 from ..training.reinforce import train_quiet_star
@@ -116,9 +116,7 @@ def organism_measured(run: Path, cache: Path, name: str, seed: int) -> tuple[Mea
         for check in report.checks:  # beside the model's own thoughts, which all share
             spent = [report.cost[x] for x in CHECKS[check.id].needs if x in report.cost and x != "own"]
             costs[f"cost {check.id}"] = sum(c.drawn + c.read for c in spent), sum(c.seconds for c in spent)
-        cache.mkdir(parents=True, exist_ok=True)
-        np.savez(path.with_suffix(".part.npz"), **report.measured, **costs)
-        path.with_suffix(".part.npz").rename(path)
+        save_arrays(path, **report.measured, **costs)
     with np.load(path) as file:
         arrays = dict(file)
     costs = {name.removeprefix("cost "): arrays.pop(name) for name in list(arrays) if name.startswith("cost ")}
@@ -149,6 +147,13 @@ def honest_arguments(run: Path, cache: Path, seed: int) -> dict:
     return given | {"reader": reader, "controls": controls}
 
 
+def save_arrays(path: Path, **arrays) -> None:
+    """Write a numpy archive, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
 def trained_controls(cache: Path, seed: int, before, model, tokenizer, data, test, budget) -> dict[str, np.ndarray]:
     """Return 0 or 1 for each test problem of two models that were trained as long without thoughts.
 
@@ -162,7 +167,6 @@ def trained_controls(cache: Path, seed: int, before, model, tokenizer, data, tes
         train_organism("filler user", filler, tokenizer, data["train"], seed)
         found = {"answers alone": direct_accuracy(direct, tokenizer, test)}
         found["filler"] = accuracy_with_thoughts(filler, tokenizer, test, **budget)["mixed"].numpy()
-        cache.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **found)
+        save_arrays(path, **found)
     with np.load(path) as file:
         return dict(file)

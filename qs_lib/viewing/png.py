@@ -36,7 +36,7 @@ def _lines(e: Episode) -> list[list[Piece]]:
     """Lay an episode out in lines of pieces."""
     told = f"without thoughts: {e.answer_without or '-'}; with thoughts: {e.answer_with or '-'}; truth: {e.answer}"
     lines = [[(0, line, 0.0)] for text in (e.question, told) for line in textwrap.wrap(safe_line(text), WIDTH)]
-    for number, thought in enumerate(e.thoughts):
+    for number, thought in enumerate(e.thoughts, 1):
         facts = f"Thought {number}: answer {safe_line(thought.answer)}, weight {fixed(thought.weight, 2)}"
         facts += "" if thought.utility is None else f", gain {fixed(thought.utility, 2, signed=True)} nats"
         lines += [[], [(0, facts, 0.0)], *_wrapped(thought)]
