@@ -149,6 +149,20 @@ def test_a_share_of_a_step_is_whole_texts_and_the_head_learns_where_it_gains(mon
     assert model.gain_head.weight.abs().sum() > 0  # the gate opened, so that there was something to expect
 
 
+def test_texts_are_scored_in_bfloat16_like_questions(monkeypatch):
+    model, tokenizer = tiny_quiet_star()
+    halves = []
+
+    def spy(*given, real=r.quiet_star_loss):
+        halves.append(torch.is_autocast_enabled("cpu"))
+        return real(*given)
+
+    monkeypatch.setattr(r, "quiet_star_loss", spy)
+    given = (model, tokenizer, problems(size=8), problems("validation", 4))
+    r.train_quiet_star(*given, running=r.RunningText(TOLD[:8]), steps=1, batch_size=2, bf16=True)
+    assert halves == [True, True]
+
+
 def test_without_a_share_nothing_of_it_happens():
     model, tokenizer = tiny_quiet_star()
     result = r.train_quiet_star(model, tokenizer, problems(size=8), problems("validation", 4), steps=1, batch_size=2)

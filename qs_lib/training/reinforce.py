@@ -141,11 +141,11 @@ def train_quiet_star(
                 if len(left.ids) and s.nll_weight and s.head_sees_all:
                     beside = len(left.ids) / len(kept.ids)  # each problem counts alike
                     loss = loss + beside * s.nll_weight * head_nll(model, tokenizer, *others[1:], s)
-            if running:
-                inside = draw_rollouts(model, tokenizer, running.texts, step, running.settings(s), rng, generator)
-                other, found, _ = quiet_star_loss(model, reference, tokenizer, *inside[1:], running.settings(s))
-                loss = (1 - running.share) * loss + running.share * other
-                metrics |= {f"text_{name}": value for name, value in found.items()}
+                if running:
+                    inside = draw_rollouts(model, tokenizer, running.texts, step, running.settings(s), rng, generator)
+                    other, found, _ = quiet_star_loss(model, reference, tokenizer, *inside[1:], running.settings(s))
+                    loss = (1 - running.share) * loss + running.share * other
+                    metrics |= {f"text_{name}": value for name, value in found.items()}
             validates = (step + 1) % s.evaluate_every == 0 or step == s.steps - 1
             if validates and loss.isfinite():
                 found = first_groups(model, tokenizer, mine, credit, s, f"step {step + 1}")
