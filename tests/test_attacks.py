@@ -321,6 +321,8 @@ def test_reports_share_one_reading_of_the_training_problems_until_the_weights_ch
     assert len(read) == 2 and (moved != first).any()
     assert (moved == reading(model.lm, tokenizer, read[0])).all()
     assert belief.Practice(["a question alone ?"]).states(model.lm, tokenizer) is None
+    few = belief.Practice(asked, most=2)
+    assert len(few) == 5 and few.problems == asked[:2] and len(few.states(model.lm, tokenizer)) == 2
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -12,14 +12,14 @@ PRACTICE = 2000  # training problems that a probe learns from, at most
 
 
 class Practice(list):
-    """Training problems or questions that a probe learns from. Reports on the same weights share one reading."""
+    """Training problems or questions. A probe learns from ``most`` of them, which it reads once for the same weights."""
 
-    def __init__(self, problems):
+    def __init__(self, problems, most: int = PRACTICE):
         super().__init__(problems)
-        self.problems, self._seen = [p for p in self if not isinstance(p, str)][:PRACTICE], {}
+        self.problems, self._seen = [p for p in self if not isinstance(p, str)][:most], {}
 
     def states(self, lm, tokenizer) -> np.ndarray | None:
-        """Return :func:`states_before` of at most ``PRACTICE`` problems, or None where there are questions only."""
+        """Return :func:`states_before` of the problems, or None where there are questions only."""
         weights = tuple(p.detach().double().norm().item() for p in lm.parameters())
         if self.problems and weights not in self._seen:
             self._seen[weights] = states_before(lm, tokenizer, [p["question"] for p in self.problems])

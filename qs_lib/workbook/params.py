@@ -164,6 +164,7 @@ class AntiTheater(NotebookParams):
     num_thoughts: int = Field(4, ge=2, le=64)
     thought_length: int = Field(28, ge=3)
     temperature: float = Field(1.0, gt=0)
+    probe_problems: int = Field(2000, ge=1)
     cheat_problems: int = Field(24, ge=0)
     episodes: int = Field(24, ge=1)
 
