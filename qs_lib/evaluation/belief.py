@@ -12,7 +12,7 @@ PRACTICE = 2000  # training problems that a probe learns from, at most
 
 
 class Practice(list):
-    """Training problems or questions. A probe learns from ``most`` of them, which it reads once for the same weights."""
+    """Training problems or questions. A probe learns from ``most``, which it reads once for the same weights."""
 
     def __init__(self, problems, most: int = PRACTICE):
         super().__init__(problems)
