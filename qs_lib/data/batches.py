@@ -36,9 +36,9 @@ def think_where(lm, tokenizer, problems: list[Problem], where: str = "question",
     """Return a batch, ids and mask ``(batch, length)``, and the positions to think at, ``(batch, P)`` or None for all.
 
     ``where``: after the ``question`` of an answered problem, or in whole texts, cut at the tokenizer's greatest length,
-    at ``every`` token or at ``count`` of them. ``random`` ones, drawn from ``generator``, stand for every token at a chosen price. ``difficult`` ones have
-    the next token that the model itself finds least likely. ``uncertain`` ones have its prediction of highest entropy,
-    which needs no truth. Raises ``WorkbookError`` for another place.
+    at ``every`` token or at ``count`` of them. ``random`` ones, drawn from ``generator``, stand for every token at a
+    chosen price. ``difficult`` ones have the next token that the model itself finds least likely. ``uncertain`` ones
+    have its prediction of highest entropy, which needs no truth. Raises ``WorkbookError`` for another place.
     """
     if where == "question":
         return answer_batch(tokenizer, problems, lm.device)

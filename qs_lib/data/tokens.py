@@ -57,9 +57,9 @@ def add_thinking_tokens(model, tokenizer):
     A new input or output row lies in the direction of the mean of a few plain words that say what the token means
     (``_TOKENS``), seen from the mean of all rows and at the median distance from it. Scaled from zero instead, the part
     that all rows share would grow too, and the tokens swallow the predictions of a pretrained model. Rows and logits of
-    all other tokens stay as they are, a padded embedding matrix is never shrunk, and a token the tokenizer has already keeps its id, row and
-    flags: a second call changes nothing. Sets ``config.think_token_id`` and ``config.end_think_token_id``, and padding
-    to end-of-text where the tokenizer has none. Raises ``WorkbookError``, with nothing changed, if the tokenizer has no
+    all other tokens stay as they are, a padded embedding matrix is never shrunk, and a token that is there keeps its id,
+    row and flags: a second call changes nothing. Sets ``config.think_token_id`` and ``config.end_think_token_id``, and
+    padding to end-of-text where the tokenizer has none. Raises ``WorkbookError``, with nothing changed, if it has no
     end-of-text, or gives a new token the id of another because its ids have holes.
     """
     check_end_of_text(tokenizer)

@@ -58,7 +58,7 @@ class TrainingResult:
     """What training did.
 
     ``history``: one dict per step. ``episodes``: some groups of thoughts that were trained on, before each validation.
-    ``watched``: thoughts on a few held-out problems, before the first step and at each validation (:func:`qs_lib.training.watching.watch`).
+    ``watched``: thoughts on a few held-out problems, before the first step and at each validation (``watching.watch``).
     ``best_step`` and ``best_validation``: the weights that were kept.
     """
 
