@@ -97,10 +97,10 @@ def test_the_library_does_not_grow_further_beyond_its_aim_and_says_that_it_is_be
     steps and what makes an adapter fast (it was 12,870), then running text, where to think in it, and RLP (it was 14,600),
     then agreement beyond chance and a gate by place (it was 15,250), then a mixing head that is fitted in the
     end, and thoughts in people's text (15,270). It was 15,457 before checks, tables and clipping said the same in less,
-    and 15,363 before the settings could be read without torch and a pretrained file was read once.
+    and 15,400 before every wing was read for what is said twice, done by a library, or used by nobody.
     """
     total = sum(house.lines(FILES).values())
-    assert total <= 15_400
+    assert total <= 15_100
     assert total < house.AIM or f"aim is {house.AIM:,} lines: not reached" in CONTRIBUTING
 
 
