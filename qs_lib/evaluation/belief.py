@@ -8,13 +8,12 @@ from .accuracy import sorted_batches
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # relative to the mean of the kernel's diagonal
 FOLDS = 5
-PRACTICE = 2000  # training problems that a probe learns from, at most
 
 
 class Practice(list):
     """Training problems or questions. A probe learns from ``most``, which it reads once for the same weights."""
 
-    def __init__(self, problems, most: int = PRACTICE):
+    def __init__(self, problems, most: int = 2000):
         super().__init__(problems)
         self.problems, self._seen = [p for p in self if not isinstance(p, str)][:most], {}
 

@@ -29,10 +29,9 @@ def committed(params, stage: str, name: str):
 
     It is empty where nothing is committed, and where ``params.upstream`` is given, when the notebook is a real run.
     """
-    path, lines = find_run("") / stage / name, name.endswith(".jsonl")
-    if params.upstream or not path.is_file():
-        return [] if lines else {}
-    return read_json_lines(path) if lines else json.loads(path.read_text(encoding="utf-8"))
+    if name.endswith(".jsonl"):
+        return [] if params.upstream else read_json_lines(find_run("") / stage / name)
+    return {} if params.upstream else _read_json(find_run("") / stage / name)
 
 
 def as_html(frame: pd.DataFrame) -> str:
@@ -53,6 +52,10 @@ def wrapped(*lines: str, indent: int = 4) -> str:
     return "\n".join(wrap.fill(line) for line in lines)
 
 
+def _read_json(path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def read_json_lines(path) -> list[dict]:
     """Return the rows of a JSON-lines file, such as a stage's ``metrics.jsonl``, and none where there is no file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
@@ -60,8 +63,7 @@ def read_json_lines(path) -> list[dict]:
 
 def read_bench() -> dict:
     """Return the committed file of ``make bench``, empty where there is none."""
-    path = find_run("").parent / "bench" / "thoughts.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _read_json(find_run("").parent / "bench" / "thoughts.json")
 
 
 def committed_path(name: str):

@@ -63,8 +63,7 @@ def who_catches_whom(rows: list[dict]):
 
 def meant_checks(rows: list[dict]) -> dict[str, str]:
     """Return for each organism the check that sees its smallest dose, on average over seeds."""
-    found = pd.DataFrame(rows).dropna(subset="limit")
-    best = {}
+    found, best = pd.DataFrame(rows).dropna(subset="limit"), {}
     for name, own in found.groupby("organism", sort=False):
         limits = own.groupby("check", sort=False)["limit"].agg(["mean", "count"])
         best[name] = limits["mean"][limits["count"] == limits["count"].max()].idxmin()
