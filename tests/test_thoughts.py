@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as tf
 
-from qs_lib.thoughts import attention, checks, fallback, prefix, sampler
+from qs_lib.thoughts import attention, checks, fallback, generate, prefix, sampler
 from qs_lib.thoughts.generate import generate_thoughts
 from qs_lib.thoughts.rescore import rescore_thoughts
 
@@ -404,6 +404,29 @@ def test_tokens_without_states_are_the_same(length):
         assert bare.hidden is None
         for name in ("tokens", "logprobs", "sampled", "lengths"):
             assert torch.equal(getattr(whole, name), getattr(bare, name)), name
+
+
+def test_equal_beginnings_are_read_once(monkeypatch):
+    """Thoughts share what they have in common: each beginning is read once in sampling, each thought in re-scoring."""
+    monkeypatch.setattr(generate, "_COMPACT_BELOW", 1.0)  # what has ended is not read on
+    model, (ids, mask) = build("llama", torch.float64), batch()
+    options = {"num_thoughts": 8, "forbid": range(4, 58), "temperature": 0.7}
+    check(model, ids, mask, LAST, **options)
+    read = []
+    with model.get_input_embeddings().register_forward_hook(lambda module, given, out: read.append(given[0].numel())):
+        thoughts = think(model, ids, mask, LAST, with_hidden=False, **options)
+        sampled = sum(read[1:])  # the first reads the texts
+        with torch.no_grad():
+            rescore_thoughts(model, ids, thoughts, mask, n_true=1)
+    groups = [[t[:n] for t, n in zip(*row)] for row in zip(thoughts.tokens[:, 0].tolist(), thoughts.lengths[:, 0])]
+    begun = [{tuple(t[:n]) for t in group if len(t) > n} for group in groups for n in range(2, 6)]
+    assert sampled == sum(map(len, begun)) < (thoughts.lengths - 2).clamp(min=0).sum()
+    texts, whole = 7 + 8 + 1, [{tuple(t) for t in group} for group in groups]
+    assert read[-1] == texts + sum(len(t) for group in whole for t in group)
+    assert sum(map(len, whole)) < 20 and min(map(len, whole)) > 1
+    found, expected = (gradients(model, ids, mask, thoughts, score) for score in (rescore_thoughts, naive.rescore))
+    for a, b in zip(found, expected):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9
 
 
 def test_rescoring_by_parts():

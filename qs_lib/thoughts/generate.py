@@ -16,7 +16,8 @@ from .fallback import PlainSteps, check_room, shares_prefix, spliced
 from .prefix import PrefixPass, StepPass, align_rows
 from .sampler import draw_seed, forbidden, sample, uniforms
 
-_COMPACT_BELOW = 0.85
+_COMPACT_BELOW = 0.85  # share of running thoughts at which they are computed alone from then on
+_TOKENS = 2**32  # above any vocabulary: (stream, token) as one number
 
 
 @dataclass
@@ -124,7 +125,8 @@ def generate_thoughts(
         model = view(model, own_attention=not shared)
         texts, head = _Texts(backbone(model), rows, think_id, thought_length, shared), LanguageHead(model)
         draw = partial(_draw, head, temperature, top_p, forbidden(forbid, head.size, model.device))
-        for part in _unit_slices(rows.row, max(1, max_streams // num_thoughts)):
+        size = max(1, max_streams // num_thoughts)
+        for part in (slice(start, start + size) for start in range(0, len(rows.row), size)):
             _Group(*texts.steps(part), draw, result, place[part], uniform[part]).write()
     return result
 
@@ -164,14 +166,6 @@ def _streams(rows, number, length, seed, numbers):
     return rows.slot.unsqueeze(1) * number + thought, uniform.unflatten(0, (len(row), number))
 
 
-def _unit_slices(row, size):
-    """Cut units (sorted by row) into slices of at most ``size``, at row borders where whole rows fit."""
-    count = row.unique(return_counts=True)[1]
-    if len(count) and (count == count[0]).all() and count[0] <= size:
-        size -= size % int(count[0])
-    return [slice(start, start + size) for start in range(0, len(row), size)]
-
-
 class _Texts:
     """The texts that have thoughts. They are read once if their thoughts can share them."""
 
@@ -205,10 +199,12 @@ class _Texts:
 
 
 class _Group:
-    """The thoughts of some units, written together from <think> to </think>. A stream is one thought.
+    """The thoughts of some units, written together from <think> to </think>.
 
-    ``place`` (S,): where the streams that are still computed stand in the flattened result. ``token`` (S,): the last
-    token of each. ``running`` (S,): it has not ended, and ``left`` counts these. ``uniform`` (S, T): draws its tokens.
+    A stream is a beginning that the model reads: thoughts that have drawn the same tokens so far share one. ``place``
+    (M,): where the thoughts still computed stand in the flattened result. ``stream``, ``token`` (M,): the stream of
+    each, and its last token. ``running`` (M,): it has not ended, and ``left`` counts these. ``uniform`` (M, T): draws
+    its tokens.
     """
 
     def __init__(self, step, first, draw, result, place, uniform):
@@ -216,40 +212,45 @@ class _Group:
         fields = (result.tokens, result.logprobs, result.sampled, result.lengths)
         self.tokens, self.logprobs, self.sampled, self.lengths = (x.flatten(0, 2) for x in fields)
         self.hidden = None if result.hidden is None else result.hidden.flatten(0, 2)
-        self.token = torch.full_like(place[:, 0], result.think_id)  # (U,) until the thoughts of a position part
         self.place, self.uniform = place.flatten(), uniform.flatten(0, 1)
+        self.stream = torch.arange(len(place), device=place.device).repeat_interleave(place.shape[1])
+        self.token = torch.full_like(self.place, result.think_id)
         self.running, self.left = torch.ones_like(self.place, dtype=torch.bool), len(self.place)
 
     def write(self):
         """Write every thought: read the last token, draw the next one, until all have ended."""
         length = self.tokens.shape[1]
-        self.tokens[self.place, 0] = self.token.repeat_interleave(len(self.place) // len(self.token))
+        self.tokens[self.place, 0] = self.token
         for t in range(1, length - 1):
-            hidden = self.read_think() if t == 1 else self.read(t)
+            hidden = self.read(t) if t > 1 or self.first is None else self.first
             if self.left:
                 self.draw(t, hidden)
             if not self.left:
                 return
         self.close(length)
 
-    def read_think(self):
-        """Return the states after <think> (U, hidden), read once a unit. From then on each thought is a stream."""
-        hidden = self.step.forward(self.token.unsqueeze(1)).squeeze(1) if self.first is None else self.first
-        unit = torch.arange(len(hidden), device=hidden.device)
-        self.step.select(unit.repeat_interleave(len(self.place) // len(unit)))
-        return hidden
-
     def read(self, t):
-        """Return the states after the tokens drawn last (S, hidden). Thoughts of ``t`` tokens may end with them."""
-        self.drop_ended()
-        hidden = self.step.forward(self.token.unsqueeze(1)).squeeze(1)
+        """Return the states (S, hidden) after the tokens drawn last. Thoughts of ``t`` tokens may end with them."""
+        hidden = self.step.forward(self.part().unsqueeze(1)).squeeze(1)
         if self.hidden is not None:
             self.end(self.token == self.end_id, t, hidden)
         return hidden
 
+    def part(self):
+        """Part the streams whose thoughts have drawn different tokens. Return the last token of each stream (S,)."""
+        if self.left <= _COMPACT_BELOW * len(self.place):
+            keep = self.running.nonzero().squeeze(1)
+            thoughts = self.stream, self.token, self.place, self.uniform, self.running
+            self.stream, self.token, self.place, self.uniform, self.running = (x[keep] for x in thoughts)
+        both, self.stream = (self.stream * _TOKENS + self.token).unique(return_inverse=True)
+        before, token = both // _TOKENS, both % _TOKENS
+        if len(both) != len(self.step.row) or (before[1:] == before[:-1]).any():
+            self.step.select(before)
+        return token
+
     def draw(self, t, hidden):
         """Draw token number ``t`` of every thought and record it."""
-        token, logprob = self.draw_tokens(hidden, self.uniform[:, t])
+        token, logprob = self.draw_tokens(hidden, self.stream, self.uniform[:, t])
         self.token = torch.where(self.running, token, self.end_id)
         self.tokens[self.place, t], self.sampled[self.place, t] = self.token, self.running
         self.logprobs[self.place, t] = logprob.masked_fill(~self.running, 0).to(self.logprobs.dtype)
@@ -257,48 +258,34 @@ class _Group:
             self.end(self.token == self.end_id, t + 1)
 
     def end(self, which, length, hidden=None):
-        """End the running thoughts among ``which`` (S,) with ``length`` tokens, and keep their states."""
+        """End the running thoughts among ``which`` (M,) with ``length`` tokens, and keep their states."""
         ended = (which & self.running).nonzero().squeeze(1)
         if len(ended):
             self.lengths[self.place[ended]] = length
             if hidden is not None:
-                self.hidden[self.place[ended]] = hidden[ended]
+                self.hidden[self.place[ended]] = hidden[self.stream[ended]]
             self.running[ended] = False
             self.left -= len(ended)
-
-    def drop_ended(self):
-        """Compute the running thoughts alone once enough of the others have ended."""
-        if self.left <= _COMPACT_BELOW * len(self.place):
-            keep = self.running.nonzero().squeeze(1)
-            streams = self.token, self.place, self.uniform, self.running
-            self.token, self.place, self.uniform, self.running = (x[keep] for x in streams)
-            self.step.select(keep)
 
     def close(self, length):
         """End what still runs with a forced </think>, read in one step with the token before it."""
         if self.hidden is None:
             self.end(self.running, length)
             return
-        self.drop_ended()
-        pairs = torch.stack([self.token, torch.full_like(self.token, self.end_id)], 1)
-        ended, states = self.token == self.end_id, self.step.forward(pairs)
-        repeat = len(self.place) // len(ended)  # above 1 when nothing was drawn: one state serves all thoughts
-        if repeat > 1:
-            ended, states = ended.repeat_interleave(repeat), states.repeat_interleave(repeat, 0)
-        self.end(ended, length - 1, states[:, 0])
+        token = self.part()
+        states = self.step.forward(torch.stack([token, torch.full_like(token, self.end_id)], 1))
+        self.end(self.token == self.end_id, length - 1, states[:, 0])
         self.end(self.running, length, states[:, 1])
 
 
-def _draw(head, temperature, top_p, forbid, hidden, uniform):
-    """Draw tokens (S,) and their log-probs (S,) from uniform numbers (S,), some rows of logits at a time.
+def _draw(head, temperature, top_p, forbid, hidden, stream, uniform):
+    """Draw tokens (M,) and their log-probs (M,), some rows of logits at a time.
 
-    At the first step a row of ``hidden`` (U, hidden) serves all thoughts of a position.
+    ``hidden`` (S, hidden): states of the streams. ``stream``, ``uniform`` (M,): the stream that each thought is drawn
+    from, and its uniform number.
     """
-    repeat = len(uniform) // len(hidden)
-    size = max(128, head.rows) // repeat or 1
-    parts = []
-    for start in range(0, len(hidden), size):
-        logits = head(hidden[start : start + size])
-        logits = logits.repeat_interleave(repeat, 0) if repeat > 1 else logits
-        parts.append(sample(logits, uniform[start * repeat : (start + size) * repeat], temperature, top_p, forbid))
+    parts, size = [], max(128, head.rows)
+    for some, numbers in zip(stream.split(size), uniform.split(size), strict=True):
+        used, own = some.unique(return_inverse=True)
+        parts.append(sample(head(hidden[used])[own], numbers, temperature, top_p, forbid))
     return parts[0] if len(parts) == 1 else tuple(torch.cat(part) for part in zip(*parts))

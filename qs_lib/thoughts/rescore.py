@@ -98,12 +98,23 @@ def _look_ahead(head, forbid, full, states, start, exists, targets, place, shape
     return scattered(hidden[inverse]), scattered(logprob), scattered(everything[inverse]) if full else None
 
 
-def _layout(rows, thoughts, n_true, after_thoughts):
-    """Return what goes into the pass, for U thought units (sorted by row, then position) and S = U * N streams.
+def _distinct(thoughts, slot):
+    """Return which thoughts of some units are read (S,), and for all of them (U * N,) where in those their own is.
 
-    ``Packed``: texts that have thoughts, read as far as needed, and the streams: a thought and the true tokens after
-    it but the last, which is only predicted. ``length``, ``place`` (S,): tokens of a stream's thought, and its place in
-    the flattened (batch, P, N). ``true``, ``exists`` (U, n_true): the true tokens, and which of them exist.
+    Of equal thoughts of a unit the first is read. ``slot`` (U,): the units' places in the flattened (batch, P).
+    """
+    marks = torch.cat([thoughts.tokens, thoughts.sampled, thoughts.lengths[..., None]], -1).flatten(0, 1)[slot]
+    first = (marks.unsqueeze(2) == marks.unsqueeze(1)).all(-1).byte().argmax(-1)
+    start = torch.arange(len(slot), device=slot.device) * marks.shape[1]
+    return (start.unsqueeze(1) + first).flatten().unique(return_inverse=True)
+
+
+def _layout(rows, thoughts, first, n_true, after_thoughts):
+    """Return what goes into the pass, for U thought units (sorted by row, then position) and S streams.
+
+    ``Packed``: texts that have thoughts, read as far as needed, and the streams: a thought (its number in the U * N is
+    ``first`` (S,)) and the true tokens after it but the last, which is only predicted. ``true``, ``exists`` (U, n_true):
+    the true tokens, and which of them exist.
     """
     device, (number, longest) = rows.ids.device, thoughts.tokens.shape[2:]
     width, limit = rows.ids.shape[1], rows.position + 1
@@ -113,9 +124,8 @@ def _layout(rows, thoughts, n_true, after_thoughts):
     used, line = rows.row.unique(return_inverse=True)
     step = torch.arange(n_true, device=device)
     true = rows.ids[rows.row.unsqueeze(1), (limit.unsqueeze(1) + step).clamp(max=width - 1)]
-    unit = torch.arange(len(limit), device=device).repeat_interleave(number)
-    length = thoughts.lengths.flatten(0, 1)[rows.slot].flatten()
-    tokens = thoughts.tokens.flatten(0, 1)[rows.slot].flatten(0, 1)
+    unit, thought = first // number, first % number
+    tokens, length = (x.flatten(0, 1)[rows.slot[unit], thought] for x in (thoughts.tokens, thoughts.lengths))
     column = torch.arange(longest + n_true - 1, device=device)
     after = column - length.unsqueeze(1)
     written, given = tokens[:, column.clamp(max=longest - 1)], true[unit].gather(1, after.clamp(0, n_true - 1))
@@ -123,8 +133,7 @@ def _layout(rows, thoughts, n_true, after_thoughts):
     last = fed[unit].unsqueeze(1) if after_thoughts else -1  # nothing then needs the state of </think>
     own, own_real = torch.where(after < 0, written, given), after < last
     packed = Packed(rows.ids[used], text_real, line[unit], limit[unit], own, own_real)
-    place = (rows.slot.unsqueeze(1) * number + torch.arange(number, device=device)).flatten()
-    return packed, length, place, true, step < ahead.unsqueeze(1)
+    return packed, true, step < ahead.unsqueeze(1)
 
 
 def _flat_states(model, packed):
@@ -150,33 +159,40 @@ def rescore_thoughts(
     thoughts, and their entropy: a reference model is asked for neither. Dropout is off, so that the log-probs are those
     of the policy that sampled.
 
-    One pass reads prefix rows, thoughts and true tokens without padding. Its memory grows linearly with the number of
-    tokens: to bound it, score ``thoughts.part(...)``, some rows or positions at a time. Gradients are exact, but not
-    twice differentiable. Quiet-STaR's code keeps the sampling graph. Here sampling is without gradient.
+    One pass reads prefix rows, thoughts and true tokens without padding, and equal thoughts of a position once. Its
+    memory grows linearly with the number of tokens: to bound it, score ``thoughts.part(...)``, some rows or positions
+    at a time. Gradients are exact, but not twice differentiable. Quiet-STaR's code keeps the sampling graph. Here
+    sampling is without gradient.
 
     Raises ``ValueError`` if shapes or ids are wrong, ``NotImplementedError`` if the model is not served.
     """
     if n_true < 1:
         raise ValueError("n_true must be at least 1.")
     rows = align_rows(model.device, input_ids, attention_mask, thoughts.positions)
-    head, (packed, length, place, true, exists) = LanguageHead(model), _layout(rows, thoughts, n_true, after)
+    head, (first, stream) = LanguageHead(model), _distinct(thoughts, rows.slot)
+    packed, true, exists = _layout(rows, thoughts, first, n_true, after)
     forbid, forbid_true = (forbidden(ids, head.size, model.device) for ids in (thoughts.forbid, forbid_true))
     text_states, own_states = _flat_states(model, packed)
     counts = (real.sum(1) for real in (packed.text_real, packed.own_real))
     text_start, own_start = (count.cumsum(0) - count for count in counts)
     slots, shape = thoughts.positions.shape, thoughts.tokens.shape
+    place = (rows.slot.unsqueeze(1) * shape[2] + torch.arange(shape[2], device=model.device)).flatten()
     # The state before each sampled token.
-    stream, step = thoughts.sampled.flatten(0, 2)[place].nonzero(as_tuple=True)
-    before, target = own_states[own_start[stream] + step - 1], packed.own[stream, step]
+    own, step = thoughts.sampled.flatten(0, 2)[place[first]].nonzero(as_tuple=True)
+    before, target = own_states[own_start[own] + step - 1], packed.own[own, step]
     logprob, entropy = target_scores(head, before, target, thoughts.temperature, forbid, entropy=after)
-    sampled = partial(_scattered, shape, place[stream] * shape[3] + step)
+
+    def sampled(values):
+        each = _scattered(torch.Size((len(first), shape[3])), own * shape[3] + step, values)
+        return _scattered(shape[:3], place, each[stream])
+
     look_ahead = partial(_look_ahead, head, forbid_true, true_logits)
     thought_hidden, true_logprobs, true_full = None, None, None
     if after:
         each = (x.repeat_interleave(shape[2], 0) for x in (exists, true))  # of a unit, for each of its thoughts
-        streams = own_states, own_start + length - 1, *each, place, shape[:3]
-        thought_hidden, true_logprobs, true_full = look_ahead(*streams)
-    start = (text_start[packed.row] + packed.limit - 1)[:: shape[2]]  # once a unit
+        last = own_start[stream] + thoughts.lengths.flatten()[place] - 1
+        thought_hidden, true_logprobs, true_full = look_ahead(own_states, last, *each, place, shape[:3])
+    start = text_start[rows.row.unique(return_inverse=True)[1]] + rows.position
     base_hidden, base_logprobs, base_full = look_ahead(text_states, start, exists, true, rows.slot, slots)
     logprobs = sampled(logprob), sampled(entropy) if after else None, true_logprobs, base_logprobs
     valid, true = (_scattered(slots, rows.slot, x) for x in (exists, true))

@@ -17,7 +17,9 @@ FILTERS = {
 SORTS = {
     "as chosen": lambda e: 0,
     "utility, best first": lambda e: -helped(e),
-    "coherence, best first": lambda e: -mean_coherence(e),
+    "coherence, best first": lambda e: (
+        -sum(t.coherence.get("composite", 0.0) for t in e.thoughts) / max(1, len(e.thoughts))
+    ),
     "hardest first": lambda e: -e.difficulty,
     "most different answers first": lambda e: -len({t.answer for t in e.thoughts}),
 }
@@ -28,11 +30,6 @@ def episodes_of(source) -> list[Episode]:
     if source is ...:
         raise WorkbookError("a copied line has three dots: put your own episodes, model and tokenizer in their place")
     return read_episodes(source) if isinstance(source, (str, Path)) else list(source)
-
-
-def mean_coherence(episode: Episode) -> float:
-    """Return the mean composite coherence of the episode's thoughts (0 to 1), 0 where there are none."""
-    return sum(t.coherence.get("composite", 0.0) for t in episode.thoughts) / max(1, len(episode.thoughts))
 
 
 def has(episode: Episode, text: str) -> bool:
