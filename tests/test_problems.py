@@ -93,7 +93,7 @@ def test_bad_sources_are_one_sentence(tmp_path, monkeypatch):
     def unreachable(*arguments, **options):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr("qs_lib.data.problems.load_dataset", unreachable)
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
     with pytest.raises(ConnectionError, match="give their folder instead"):
         qs.load_problems("gsm8k")
 

@@ -283,7 +283,7 @@ def test_the_hub_and_a_file_give_the_same_records(tmp_path, monkeypatch):
         asked.append((name, split))
         return rows[name]
 
-    monkeypatch.setattr(sources, "load_dataset", hub)
+    monkeypatch.setattr("datasets.load_dataset", hub)
     monkeypatch.setattr(sources, "hub_answers", lambda: True)
     found = {s: qs.load_problems("asdiv", s) for s in SPLITS}
     assert sum(map(len, found.values())) == 36 and all(map(len, found.values()))

@@ -10,7 +10,6 @@ import urllib.request
 from numbers import Integral
 from pathlib import Path
 
-from datasets import Dataset, DownloadConfig, load_dataset
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -35,7 +34,7 @@ OTHER_NAMES = ("valid", "val", "dev", "eval", "validate")  # of a validation spl
 
 def load_problems(
     source: str | Path = "pocket", split: str = "train", limit: int | None = None, seed: int = 0, distinct: bool = True
-) -> Dataset:
+):
     """Load problems of ``split`` (train, validation or test) as a ``datasets.Dataset`` of ``Problem`` records.
 
     ``source`` is ``"pocket"`` (generated: ``limit`` of them, 2,000 by default), ``"gsm8k"``, ``"svamp"`` or ``"asdiv"``
@@ -54,6 +53,8 @@ def load_problems(
         raise WorkbookError(f"split is {split!r}; it must be train, validation or test")
     if limit is not None and (not isinstance(limit, Integral) or limit < 1):
         raise WorkbookError(f"limit is {limit!r}; it must be a whole number from 1, or None for all")
+    from datasets import Dataset  # the better part of a second, which most commands need not wait
+
     source = str(source)
     if source == "pocket":
         return Dataset.from_list(pocket.generate(split, 2000 if limit is None else limit, seed, distinct))
@@ -166,10 +167,11 @@ def _unique(pairs: list[tuple]) -> dict:
 
 def _from_hub(source: str, split: str) -> list[Problem]:
     """Read a data set from the hub, or the copy that was downloaded before where the hub does not answer."""
+    from datasets import DownloadConfig, load_dataset
+
     name, there = HUB_NAMES[source][0], hub_answers()
     try:
-        config = DownloadConfig(local_files_only=not there)
-        rows = load_dataset(*HUB_NAMES[source], split=split, download_config=config)
+        rows = load_dataset(*HUB_NAMES[source], split=split, download_config=DownloadConfig(local_files_only=not there))
         problems = []
         for row in rows:
             with contextlib.suppress(WorkbookError if source in TEST_ALONE else ()):  # an answer such as 1/3

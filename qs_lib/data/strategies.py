@@ -12,8 +12,6 @@ import random
 from collections.abc import Sequence
 from fractions import Fraction
 
-from datasets import Dataset, DatasetDict
-
 from ..errors import WorkbookError, at_least
 from . import Problem
 from .tokens import in_words
@@ -230,14 +228,16 @@ def _equations(thought: str) -> list[str]:
     return [p.strip() for p in pieces if "=" in p]
 
 
-def reasoning_dataset(problems, held_out=(), cot: int = 400, per_strategy: int = 200, seed: int = 0) -> DatasetDict:
+def reasoning_dataset(problems, held_out=(), cot: int = 400, per_strategy: int = 200, seed: int = 0):
     """Make ``cot`` chain-of-thought and ``per_strategy`` examples for each of the seven strategies, all different.
 
     ``problems`` are training records (``load_problems``). ``held_out`` are records whose questions may not appear.
-    Returns ``train`` and ``held_out`` splits with question, answer, strategy, prompt, reply, steps, difficulty, family
-    and fits. Families that fit one strategy only are kept for it. Raises ``WorkbookError`` naming the strategy that falls
-    short or the example that fails its check, or for counts below 1.
+    Returns a ``datasets.DatasetDict``, splits ``train`` and ``held_out``, with question, answer, strategy, prompt, reply,
+    steps, difficulty, family and fits. Families that fit one strategy only are kept for it. Raises ``WorkbookError``
+    naming the strategy that falls short or the example that fails its check, or for counts below 1.
     """
+    from datasets import Dataset, DatasetDict  # see ``load_problems``
+
     at_least(0, cot=cot, per_strategy=per_strategy)
     if cot == per_strategy == 0:
         raise WorkbookError("cot and per_strategy are both 0: no example would be made")

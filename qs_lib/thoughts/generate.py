@@ -201,10 +201,9 @@ class _Texts:
 class _Group:
     """The thoughts of some units, written together from <think> to </think>.
 
-    A stream is a beginning that the model reads: thoughts that have drawn the same tokens so far share one. ``place``
-    (M,): where the thoughts still computed stand in the flattened result. ``stream``, ``token`` (M,): the stream of
-    each, and its last token. ``running`` (M,): it has not ended, and ``left`` counts these. ``uniform`` (M, T): draws
-    its tokens.
+    A stream is a beginning: thoughts that have drawn the same tokens so far share one. ``place`` (M,): where the
+    thoughts still computed stand in the flattened result. ``stream``, ``token`` (M,): the stream of each, and its last
+    token. ``running`` (M,): it has not ended, and ``left`` counts these. ``uniform`` (M, T): draws its tokens.
     """
 
     def __init__(self, step, first, draw, result, place, uniform):

@@ -1,6 +1,7 @@
 """Which episodes the inspector shows, in which order: by filter, by search, by step of training."""
 
 from pathlib import Path
+from statistics import fmean
 
 from ..errors import WorkbookError
 from ..evaluation.episodes import Episode, read_episodes
@@ -17,9 +18,7 @@ FILTERS = {
 SORTS = {
     "as chosen": lambda e: 0,
     "utility, best first": lambda e: -helped(e),
-    "coherence, best first": lambda e: (
-        -sum(t.coherence.get("composite", 0.0) for t in e.thoughts) / max(1, len(e.thoughts))
-    ),
+    "coherence, best first": lambda e: -fmean([t.coherence.get("composite", 0.0) for t in e.thoughts] or [0.0]),
     "hardest first": lambda e: -e.difficulty,
     "most different answers first": lambda e: -len({t.answer for t in e.thoughts}),
 }
