@@ -49,12 +49,12 @@ def load_problems(
     question is held out for it. One file gives all three splits in the same way, every tenth problem for the test.
     Raises ``SourceError``, ``HubError`` or ``WorkbookError`` with one sentence that says what to do.
     """
+    from datasets import Dataset  # the better part of a second, which most commands need not wait
+
     if split not in ("train", "validation", "test"):
         raise WorkbookError(f"split is {split!r}; it must be train, validation or test")
     if limit is not None and (not isinstance(limit, Integral) or limit < 1):
         raise WorkbookError(f"limit is {limit!r}; it must be a whole number from 1, or None for all")
-    from datasets import Dataset  # the better part of a second, which most commands need not wait
-
     source = str(source)
     if source == "pocket":
         return Dataset.from_list(pocket.generate(split, 2000 if limit is None else limit, seed, distinct))

@@ -113,8 +113,8 @@ def _layout(rows, thoughts, first, n_true, after_thoughts):
     """Return what goes into the pass, for U thought units (sorted by row, then position) and S streams.
 
     ``Packed``: texts that have thoughts, read as far as needed, and the streams: a thought (its number in the U * N is
-    ``first`` (S,)) and the true tokens after it but the last, which is only predicted. ``true``, ``exists`` (U, n_true):
-    the true tokens, and which of them exist.
+    ``first`` (S,)) and the true tokens after it but the last, which is only predicted. ``line`` (U,): the text of each
+    unit among these. ``true``, ``exists`` (U, n_true): the true tokens, and which of them exist.
     """
     device, (number, longest) = rows.ids.device, thoughts.tokens.shape[2:]
     width, limit = rows.ids.shape[1], rows.position + 1
@@ -133,7 +133,7 @@ def _layout(rows, thoughts, first, n_true, after_thoughts):
     last = fed[unit].unsqueeze(1) if after_thoughts else -1  # nothing then needs the state of </think>
     own, own_real = torch.where(after < 0, written, given), after < last
     packed = Packed(rows.ids[used], text_real, line[unit], limit[unit], own, own_real)
-    return packed, true, step < ahead.unsqueeze(1)
+    return packed, line, true, step < ahead.unsqueeze(1)
 
 
 def _flat_states(model, packed):
@@ -170,7 +170,7 @@ def rescore_thoughts(
         raise ValueError("n_true must be at least 1.")
     rows = align_rows(model.device, input_ids, attention_mask, thoughts.positions)
     head, (first, stream) = LanguageHead(model), _distinct(thoughts, rows.slot)
-    packed, true, exists = _layout(rows, thoughts, first, n_true, after)
+    packed, line, true, exists = _layout(rows, thoughts, first, n_true, after)
     forbid, forbid_true = (forbidden(ids, head.size, model.device) for ids in (thoughts.forbid, forbid_true))
     text_states, own_states = _flat_states(model, packed)
     counts = (real.sum(1) for real in (packed.text_real, packed.own_real))
@@ -192,7 +192,7 @@ def rescore_thoughts(
         each = (x.repeat_interleave(shape[2], 0) for x in (exists, true))  # of a unit, for each of its thoughts
         last = own_start[stream] + thoughts.lengths.flatten()[place] - 1
         thought_hidden, true_logprobs, true_full = look_ahead(own_states, last, *each, place, shape[:3])
-    start = text_start[rows.row.unique(return_inverse=True)[1]] + rows.position
+    start = text_start[line] + rows.position
     base_hidden, base_logprobs, base_full = look_ahead(text_states, start, exists, true, rows.slot, slots)
     logprobs = sampled(logprob), sampled(entropy) if after else None, true_logprobs, base_logprobs
     valid, true = (_scattered(slots, rows.slot, x) for x in (exists, true))
