@@ -52,7 +52,7 @@ def relative_error(ours, theirs):
 
 @pytest.mark.parametrize(("adjust_lr_fn", "bf16"), [("original", True), ("original", False), ("match_rms_adamw", True)])
 def test_lambda_zero_is_torch_muon_and_adamw(adjust_lr_fn, bf16, monkeypatch):
-    monkeypatch.setattr(optim, "CPU_HAS_BF16", bf16)
+    monkeypatch.setattr(optim, "FAST_BF16", bf16)
     start = tiny_llama()
     ours, theirs = copy.deepcopy(start), copy.deepcopy(start)
     optimizer = MuonGrokfast(
@@ -104,7 +104,7 @@ def test_lambda_zero_trains_like_torch():
 
 @pytest.mark.parametrize(("rows", "cols", "tolerance"), [(48, 48, 1e-4), (1, 7, 1e-5), (8, 300, 1e-4), (64, 96, 0.03)])
 def test_orthogonalize_is_the_quintic_iteration(rows, cols, tolerance, monkeypatch):
-    monkeypatch.setattr(optim, "CPU_HAS_BF16", True)
+    monkeypatch.setattr(optim, "FAST_BF16", True)
     x = torch.randn(3, rows, cols, generator=torch.Generator().manual_seed(0))
     u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
     s = s / s.norm(dim=1, keepdim=True)

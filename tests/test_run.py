@@ -461,6 +461,17 @@ def test_the_chain_runs_once_and_again_only_where_it_must(notebooks, outputs, ca
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(("busy", "given", "spins"), [(10, "1000", 6000), (50, "1000", 1000), (10, "77", 77)])
+def test_threads_of_a_stage_spin_longer_on_idle_cores(notebooks, outputs, monkeypatch, busy, given, spins):
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: busy)
+    monkeypatch.setattr("psutil.cpu_count", lambda: 2)
+    monkeypatch.setenv("GOMP_SPINCOUNT", given)
+    body = 'import os\nstart_stage(P, "01_first").finish({"spins": int(os.environ["GOMP_SPINCOUNT"])})'
+    write_notebook(notebooks, "01_first", body)
+    assert main(["--notebooks", str(notebooks), "--variant", "small", "--only", "01"]) == 0
+    assert read_stage(outputs / "small-run" / "01_first")[0]["summary"]["spins"] == spins
+
+
 def test_parameters_given_by_word_go_where_they_are_known(notebooks):
     write_notebook(notebooks, "02_second", SECOND)
     both = run.stage_notebooks(notebooks)

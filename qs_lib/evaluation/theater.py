@@ -14,9 +14,10 @@ The same thoughts are read in every attack. ``verdict.CHECKS`` lists what each c
 """
 
 import time
+from collections import namedtuple
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -55,12 +56,7 @@ class TheaterSettings(Settings):
     quick: bool = False  # a look at ``QUICK`` problems with the cheapest attacks
 
 
-class Cost(NamedTuple):
-    """What an attack took: thoughts drawn, thoughts read for an answer, and seconds."""
-
-    drawn: int
-    read: int
-    seconds: float
+Cost = namedtuple("Cost", "drawn read seconds")  # of an attack: thoughts drawn, and thoughts read for an answer
 
 
 @dataclass

@@ -89,13 +89,14 @@ def _kernel_class() -> type:
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_core.paths import jupyter_runtime_dir
 
-    launch = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"]
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"]
+    argv += [f"--IPKernelApp.exec_lines={TEXT_BARS}"]
 
     class Kernel(AsyncKernelManager):
         started = None
         # sockets in the user's own folder instead of open ports; their path may have 107 letters
         transport = "ipc" if len(jupyter_runtime_dir()) < 55 else "tcp"
-        kernel_spec = KernelSpec(argv=[*launch, f"--IPKernelApp.exec_lines={TEXT_BARS}"], language="python")
+        kernel_spec = KernelSpec(argv=argv, language="python", env=_waiting())
 
         def __init__(self, **options):
             super().__init__(**options)
@@ -110,6 +111,18 @@ def _kernel_class() -> type:
                 process.send_signal(number)
 
     return Kernel
+
+
+def _waiting() -> dict[str, str]:
+    """Return how often a kernel's threads spin before they sleep: more often where the cores are idle now.
+
+    A step of the pocket champion then takes a third less. Beside a busy program it would take half as much again.
+    """
+    import psutil
+
+    ours = os.environ["GOMP_SPINCOUNT"] == "1000"  # not the user's
+    neighbours = psutil.cpu_percent(0.3) / 100 * psutil.cpu_count()  # cores that other programs use
+    return {"GOMP_SPINCOUNT": "6000"} if ours and neighbours < 0.5 else {}
 
 
 @contextlib.contextmanager

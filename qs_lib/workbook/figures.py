@@ -2,7 +2,7 @@
 
 import os
 import time
-from typing import NamedTuple
+from collections import namedtuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,16 +15,7 @@ from ..viewing import doctor
 from ..viewing.escape import safe_label
 from ..viewing.html import BLUE, GREY, ORANGE, PARTS
 
-
-class Look(NamedTuple):
-    """How one series is told from the others."""
-
-    colour: str
-    dash: str
-    marker: str
-    hatch: str
-
-
+Look = namedtuple("Look", "colour dash marker hatch")  # how one series is told from the others
 LOOKS = (
     Look(BLUE, "-", "o", ""),
     Look(GREY, "--", "s", "//"),
@@ -174,8 +165,12 @@ def row_norms(real: list[float], new: dict[str, float]):
         height = counts.max() * (2.08 - 0.13 * i)
         axis.plot([norm], [height], "v", color=ORANGE, label="8 new rows" if i == 0 else None)
         axis.annotate(token, (norm, height), **beside)
-    axis.set(xlabel="length of the embedding row (Euclidean norm)", ylabel="rows (count)")
-    axis.legend(fontsize=8, loc="center right")
+    finish(
+        axis,
+        legend={"loc": "center right"},
+        xlabel="length of the embedding row (Euclidean norm)",
+        ylabel="rows (count)",
+    )
     return figure
 
 

@@ -43,9 +43,10 @@ from qs_lib.thoughts.generate import generate_thoughts
 from qs_lib.thoughts.prefix import Grid
 from qs_lib.thoughts.rescore import rescore_thoughts
 from qs_lib.thoughts.sampler import sample, uniforms
-from qs_lib.training.optim import CPU_HAS_BF16
+from qs_lib.training.optim import CPU_FEATURES
 
 THINK, END = 1, 2
+CPU_HAS_BF16 = any(CPU_FEATURES.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 MODELS = {  # hidden, intermediate, layers, heads, key heads, vocabulary
     "tiny": (64, 128, 2, 2, 1, 256),
     "1M": (128, 384, 4, 4, 2, 1024),
