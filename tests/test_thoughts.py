@@ -184,6 +184,19 @@ def test_in_small_pieces(family, monkeypatch):
         assert (a - b).norm() <= 1e-3 * b.norm() + 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral_sliding", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("seed", range(3))
+def test_texts_of_equal_length_with_thoughts_of_different_length(family, seed):
+    """Rows that see as many tokens of their texts share a mask, but not where a window moves with each thought."""
+    model = build(family)
+    ids = torch.randint(5, 60, (3, 9), generator=torch.Generator().manual_seed(seed))
+    thoughts = check(model, ids, None, torch.full((3, 1), 8), temperature=8.0, forbid=range(10, 60))
+    assert len(thoughts.lengths.unique()) > 1
+    expected, found = (gradients(model, ids, None, thoughts, score) for score in (naive.rescore, rescore_thoughts))
+    for a, b in zip(found, expected):
+        assert (a - b).norm() <= 1e-3 * b.norm() + 1e-5
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
 def test_without_the_fused_operation(family, monkeypatch):
     monkeypatch.setattr(attention, "_CPU_FLASH", None)
@@ -510,12 +523,14 @@ def test_model_is_put_back():
         ({"positions": torch.tensor([[11], [0], [0]])}, "below 11"),
         ({"positions": torch.tensor([[0], [0], [0]])}, "padding"),
         ({"positions": torch.zeros(2, 1, dtype=torch.long)}, "LongTensor"),
+        ({"positions": torch.ones(3, 11, dtype=torch.bool)}, "not torch.bool"),
         ({"mask": torch.ones(3, 4)}, "attention_mask has shape"),
         ({"think_id": None}, "think_token_id is not set"),
         ({"forbid": (END,)}, "must stay possible"),
         ({"forbid": (60,)}, "must lie in"),
         ({"thought_length": 1}, "thought_length"),
         ({"temperature": -1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
         ({"num_thoughts": 0}, "num_thoughts"),
     ],
 )

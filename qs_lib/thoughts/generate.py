@@ -96,7 +96,7 @@ def generate_thoughts(
     </think> is forced as the last token. ``temperature`` 0 is greedy. ``forbid``: ids that are never sampled, and
     <think> never is. ``with_hidden=False`` saves the pass that reads </think>. ``max_streams``: thoughts computed
     together, which bounds memory. ``generator`` gives one seed. A token depends on it, on the number of its row
-    (``numbers`` (batch,), else 0, 1, ...), on position, thought and step, and on the text before it. Padding,
+    (``numbers`` (batch,), else 0, 1, ...), on position, thought and step, and on the text before it. In float32 padding,
     ``max_streams`` and the other rows change nothing. Dropout is off.
 
     To sample in bfloat16, pass a bfloat16 copy of the model and take log-probs from ``rescore_thoughts`` in float32.
@@ -108,8 +108,8 @@ def generate_thoughts(
     if num_thoughts < 1 or thought_length < 2:
         raise ValueError("num_thoughts must be at least 1 and thought_length at least 2 (both tags).")
     at_least(1, max_streams=max_streams)
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError("temperature must be >= 0 and top_p in (0, 1].")
+    if not (temperature == 0 or 1e-3 <= temperature <= 1e3) or not 0 < top_p <= 1:
+        raise ValueError("temperature must be 0 or between 0.001 and 1000, and top_p in (0, 1].")
     forbid = tuple(sorted({int(i) for i in forbid} | {think_id}))
     if end_id in forbid:
         raise ValueError("</think> must stay possible inside a thought; it is among the forbidden ids.")

@@ -35,7 +35,7 @@ class Rows(NamedTuple):
 
 def align_rows(device, input_ids, attention_mask, positions):
     """Move padding behind the text, sort positions, return ``Rows``. Raises ``ValueError`` if shapes or places misfit."""
-    input_ids = input_ids.to(device)
+    input_ids = input_ids.to(device, torch.long)
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must have shape (batch, length), not {tuple(input_ids.shape)}.")
     batch, length = input_ids.shape
@@ -47,8 +47,10 @@ def align_rows(device, input_ids, attention_mask, positions):
         positions = torch.arange(length, device=device).expand(batch, length).masked_fill(~real, -1)
     else:
         positions = positions.to(device)
-        if positions.dim() != 2 or len(positions) != batch or positions.is_floating_point():
-            raise ValueError(f"positions must be a LongTensor ({batch}, P), not {tuple(positions.shape)}.")
+        if positions.dim() != 2 or len(positions) != batch or positions.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"positions must be a LongTensor ({batch}, P), not {positions.dtype} {tuple(positions.shape)}."
+            )
         if positions.numel() and (positions.min() < -1 or positions.max() >= length):
             raise ValueError(f"positions must be -1 (none) or token indices below {length}.")
         if ((positions >= 0) & ~real.gather(1, positions.clamp(min=0))).any():
@@ -100,7 +102,8 @@ class Grid:
         self.pad = Pad(torch.bincount(row)[first:])
         self.rows = slice(first, first + self.pad.shape[0])
         self.limit, self.place = self._line(limit), self._line(place)
-        self.alike = bool((self.limit == self.limit[:1]).all())
+        limits, places = (bool((x == x[:1]).all()) for x in (self.limit, self.place))
+        self.alike = limits, limits and places  # whether one mask serves all lines: without a window, and with one
         self.tiles = []
         for start in range(0, self.pad.shape[1], tile):
             limits = self.limit[:, start : start + tile]
@@ -130,7 +133,7 @@ class Grid:
         if window is None and same:
             made = 0, last, None, None
         else:
-            lines = slice(0, 1 if self.alike else None)
+            lines = slice(0, 1 if self.alike[window is not None] else None)
             made = first, last, *key_mask(self.limit[lines, columns], place[lines], window, first, last, dtype)
         size = made[2].numel() if made[2] is not None else 0
         if key in self.masks or self.kept + size <= _KEPT_NUMBERS:
