@@ -523,7 +523,7 @@ def test_model_is_put_back():
         ({"positions": torch.tensor([[11], [0], [0]])}, "below 11"),
         ({"positions": torch.tensor([[0], [0], [0]])}, "padding"),
         ({"positions": torch.zeros(2, 1, dtype=torch.long)}, "LongTensor"),
-        ({"positions": torch.ones(3, 11, dtype=torch.bool)}, "not torch.bool"),
+        ({"positions": torch.ones(3, 11, dtype=torch.bool)}, "not torch.BoolTensor"),
         ({"mask": torch.ones(3, 4)}, "attention_mask has shape"),
         ({"think_id": None}, "think_token_id is not set"),
         ({"forbid": (END,)}, "must stay possible"),
