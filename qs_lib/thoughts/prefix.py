@@ -48,9 +48,7 @@ def align_rows(device, input_ids, attention_mask, positions):
     else:
         positions = positions.to(device)
         if positions.dim() != 2 or len(positions) != batch or positions.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"positions must be a LongTensor ({batch}, P), not {positions.type()} {[*positions.shape]}."
-            )
+            raise ValueError(f"positions must be LongTensor ({batch}, P), not {positions.type()} {[*positions.shape]}.")
         if positions.numel() and (positions.min() < -1 or positions.max() >= length):
             raise ValueError(f"positions must be -1 (none) or token indices below {length}.")
         if ((positions >= 0) & ~real.gather(1, positions.clamp(min=0))).any():
