@@ -28,7 +28,7 @@ def test_the_loss_is_the_naive_one_of_each_reply_alone(given):
     for context, reply in texts:
         logits = lm(torch.tensor([context + reply])).logits[0, len(context) - 1 : -1]
         naive += torch.nn.functional.cross_entropy(logits, torch.tensor(reply), reduction="sum")
-    assert imitation._reply_loss(lm, tokenizer, texts, False).item() == pytest.approx(naive.item() / 3, rel=1e-5)
+    assert imitation._reply_loss(lm, texts, False).item() == pytest.approx(naive.item() / 3, rel=1e-5)
 
 
 def test_prompts_are_learnt_only_if_asked(given):
@@ -42,9 +42,9 @@ def test_prompts_are_learnt_only_if_asked(given):
         (encode_context(tokenizer, c), encode_reply(tokenizer, e["reply"]))
         for c, e in zip(texts, examples, strict=True)
     ]
-    loss = imitation._reply_loss(lm, tokenizer, rows, False).item()
+    loss = imitation._reply_loss(lm, rows, False).item()
     qs.learn_prompts(lm, tokenizer, examples, SETTINGS.but(privilege="equation", prompt_epochs=8, adamw_lr=5e-3))
-    assert imitation._reply_loss(lm, tokenizer, rows, False).item() < 0.8 * loss
+    assert imitation._reply_loss(lm, rows, False).item() < 0.8 * loss
 
 
 def test_a_stopped_imitation_goes_on_to_the_bit(given, tmp_path, monkeypatch):

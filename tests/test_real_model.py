@@ -153,7 +153,7 @@ def test_kept_states_give_the_teachers_distribution_back():
     teacher, _ = tiny_lm(seed=1)
     items = plain_trajectories(teacher, tokenizer, problems()[:5])
     fresh = baking.aligned_log_probs(model, teacher, items, tokenizer)[1]
-    baking.keep_states(teacher, tokenizer, items, batch_size=2)
+    baking.keep_states(teacher, items, batch_size=2)
     assert [len(i.states) for i in items] == [len(i.targets) for i in items]
     with torch.no_grad():
         teacher.model.layers[0].mlp.up_proj.weight.zero_()  # it is not read again

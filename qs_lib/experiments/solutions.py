@@ -143,7 +143,7 @@ def at_results(model, tokenizer, told: list[dict], **budget) -> dict:
             rows.append(ids[: at + 1])
             after.append(ids[:at] + worked_thought(tokenizer, said))
             results.append(said["steps"][-1].split("= ")[-1])
-    logits = logits_at(model.lm, after, [[len(r) - 1] for r in after], tokenizer)
+    logits = logits_at(model.lm, after, [[len(r) - 1] for r in after])
     logits[:, list(model.config.hidden_ids)] = -torch.inf
     truths, budget = torch.tensor([r[-1] for r in rows], device=logits.device), Budget(**budget)
     ids, mask = padded(tokenizer, rows, model.device)

@@ -136,16 +136,16 @@ def _layout(rows, thoughts, first, n_true, after_thoughts):
     return packed, line, true, step < ahead.unsqueeze(1)
 
 
-def _flat_states(model, packed):
-    """Return the final states of all real text tokens (flat, hidden), and of all real own tokens (flat, hidden)."""
+def flat_states(model, packed):
+    """Return the final states (flat, hidden) of all real text tokens, then of all real own tokens."""
     if not len(packed.own):
-        return (model.get_input_embeddings().weight.new_zeros(0, LanguageHead(model).width),) * 2
+        return model.get_input_embeddings().weight.new_zeros(0, LanguageHead(model).width)
     own = packed.own_real.sum(1)
     longest = (packed.limit + own).argmax()
     check_room(model, int(packed.limit[longest]), int(own[longest]))
     shared = shares_prefix(model)
     base = backbone(view(model, own_attention=not shared))
-    return (packed_states if shared else plain_states)(base, packed).tensor_split([int(packed.text_real.sum())])
+    return (packed_states if shared else plain_states)(base, packed)
 
 
 def rescore_thoughts(
@@ -172,7 +172,7 @@ def rescore_thoughts(
     head, (first, stream) = LanguageHead(model), _distinct(thoughts, rows.slot)
     packed, line, true, exists = _layout(rows, thoughts, first, n_true, after)
     forbid, forbid_true = (forbidden(ids, head.size, model.device) for ids in (thoughts.forbid, forbid_true))
-    text_states, own_states = _flat_states(model, packed)
+    text_states, own_states = flat_states(model, packed).tensor_split([int(packed.text_real.sum())])
     counts = (real.sum(1) for real in (packed.text_real, packed.own_real))
     text_start, own_start = (count.cumsum(0) - count for count in counts)
     slots, shape = thoughts.positions.shape, thoughts.tokens.shape

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..data.strategies import PROMPTS, asked
-from ..data.tokens import encode_context, encode_reply, length_batches, mark, marker_spellings, padded, thinking_ids
+from ..data.tokens import encode_context, encode_reply, length_batches, mark, marker_spellings, thinking_ids
 from ..errors import WorkbookError
 from ..evaluation.accuracy import replies, reply_statistics, sorted_batches
-from ..thoughts.attention import LanguageHead, backbone
-from ..thoughts.fallback import padded_states
+from ..thoughts.attention import LanguageHead
+from ..thoughts.beginnings import states_at
 from . import distributed
 from .checkpoint import Checkpoint
 from .loop import forward_kl, frozen, scheduled, training, update
@@ -103,48 +103,39 @@ def aligned_log_probs(student, teacher, items: list[BakingItem], tokenizer) -> t
     index = new([k for k, item in enumerate(items) for _ in item.targets])
     direct = new([item.direct for item in items])[index]
     with torch.no_grad(), frozen(teacher) as as_it_was:
-        t = _teacher_logits(as_it_was, items, tokenizer).to(student.device)
+        t = _teacher_logits(as_it_was, items).to(student.device)
         no_tags = torch.zeros(t.shape[1], device=t.device).index_fill_(0, tags, -torch.inf)
         t = F.log_softmax(t + no_tags, -1)
         renamed = t[~direct]
         renamed[:, tags], renamed[:, words] = t[~direct][:, words], -torch.inf
         t[~direct] = renamed
-    s = logits_at(student, [i.student_ids for i in items], [i.student_at for i in items], tokenizer)
+    s = logits_at(student, [i.student_ids for i in items], [i.student_at for i in items])
     s = F.log_softmax(s + torch.where(direct[:, None], no_tags, 0.0), -1)
     return s, t, new([x for i in items for x in i.targets]), index
 
 
 @torch.no_grad()
-def keep_states(teacher, tokenizer, items: list[BakingItem], batch_size: int = 64) -> None:
+def keep_states(teacher, items: list[BakingItem], batch_size: int = 64) -> None:
     """Read what the teacher says at the items' positions, once. Its head gives the exact distribution back."""
     batches = sorted_batches([len(i.teacher_ids) for i in items], batch_size)
     for rows in tqdm(batches, desc="teacher's states", leave=False, delay=2):
         part = [items[k] for k in rows]
-        found = _states_at(teacher, [i.teacher_ids for i in part], [i.teacher_at for i in part], tokenizer)
+        found = states_at(teacher, [i.teacher_ids for i in part], [i.teacher_at for i in part])
         for item, states in zip(part, found.split([len(i.targets) for i in part]), strict=True):
             item.states = states.float().cpu()
 
 
-def _teacher_logits(teacher, items: list[BakingItem], tokenizer):
+def _teacher_logits(teacher, items: list[BakingItem]):
     """Return the teacher's logits (tokens, vocab) at the items' positions, from the states that were kept if they were."""
     kept = [i.states for i in items]
     if any(states is None for states in kept):
-        return logits_at(teacher, [i.teacher_ids for i in items], [i.teacher_at for i in items], tokenizer)
+        return logits_at(teacher, [i.teacher_ids for i in items], [i.teacher_at for i in items])
     return LanguageHead(teacher)(torch.cat(kept).to(teacher.device))
 
 
-def logits_at(model, *texts):
-    """Return the logits (tokens, vocab) of the model's own head at positions of texts, one text after the other.
-
-    ``texts``: their ids, lists of positions in each, and the tokenizer.
-    """
-    return LanguageHead(model)(_states_at(model, *texts))
-
-
-def _states_at(model, rows, positions, tokenizer):
-    ids, mask = padded(tokenizer, rows, model.device)
-    which = torch.tensor([k for k, p in enumerate(positions) for _ in p])
-    return padded_states(backbone(model), ids, mask)[which, torch.tensor([x for p in positions for x in p])]
+def logits_at(model, rows: list[list[int]], positions: list[list[int]]) -> torch.Tensor:
+    """Return the logits (tokens, vocab) of the model's own head at ``positions`` of each row, one after the other."""
+    return LanguageHead(model)(states_at(model, rows, positions))
 
 
 def baking_loss(student, teacher, items: list[BakingItem], tokenizer, ce_weight: float = 1.0):
@@ -218,7 +209,7 @@ def lessons(teacher, tokenizer, examples, problems, validation, s: BakingSetting
         raise WorkbookError(f"the prompted teacher writes no thought on held-out questions: {advice}")
     if not thoughts:
         raise WorkbookError("there is nothing to bake: give worked examples, or problems and trajectories above 0")
-    keep_states(teacher, tokenizer, [*thoughts, *direct, *held_out])
+    keep_states(teacher, [*thoughts, *direct, *held_out])
     return Lessons(thoughts, direct, held_out)
 
 

@@ -46,7 +46,7 @@ def imitate(lm, tokenizer, texts, s: BakingSettings, score=lambda: 0.0, desc="im
             if step % count == 0:
                 order[:] = length_batches(lengths, s.batch_size, rng)
             trained.train()  # else no layer would be run again in place of being kept
-            loss = _reply_loss(trained, tokenizer, [texts[i] for i in order[step % count]], s.bf16)
+            loss = _reply_loss(trained, [texts[i] for i in order[step % count]], s.bf16)
             update(loss, optimizer, scheduler, {"model": weights}, "the loss of imitation")
             trained.eval()
             if (step + 1) % count == 0:
@@ -58,10 +58,10 @@ def imitate(lm, tokenizer, texts, s: BakingSettings, score=lambda: 0.0, desc="im
     return kept["scores"]
 
 
-def _reply_loss(lm, tokenizer, texts, bf16: bool) -> torch.Tensor:
+def _reply_loss(lm, texts, bf16: bool) -> torch.Tensor:
     """Return the cross-entropy of the replies in nats, summed over their tokens, a mean over the texts."""
     rows, places = [c + r for c, r in texts], [range(len(c) - 1, len(c) + len(r) - 1) for c, r in texts]
     with torch.autocast(lm.device.type, torch.bfloat16, enabled=bf16):
-        logits = logits_at(lm, rows, places, tokenizer)
+        logits = logits_at(lm, rows, places)
     targets = torch.tensor([i for _, r in texts for i in r], device=lm.device)
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / len(texts)

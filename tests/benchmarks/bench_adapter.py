@@ -126,7 +126,7 @@ def bake(model, tokenizer, problems, given, flops):
         baking.thought_item(tokenizer, asked, e["question"], plain, True)
         for e, (asked, plain) in zip(examples, told, strict=True)
     ]
-    baking.keep_states(model.lm, tokenizer, batch)
+    baking.keep_states(model.lm, batch)
     with loop.training(model.lm, tokenizer, s) as lm:
         optimizer = baking._muon_grokfast(lm, s)
         scheduler = loop.scheduled(optimizer, 100)
