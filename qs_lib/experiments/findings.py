@@ -79,7 +79,6 @@ def questions(rl: list[dict], ahead: list[dict] = ()) -> dict[str, Question]:
         return paired(rl, arm, control, key)
 
     digits = paired(ahead, "n_true 4", "n_true 1", "accuracy")
-
     greedy_off = Question(column(rl, "pg off", "greedy_gain"), above=False)
     asked = {
         "accuracy after RL minus baked": Question(column(rl, "full", "gain"), 0.05),
@@ -117,9 +116,8 @@ def claims(rl: list[dict], ahead: list[dict] = ()) -> pd.DataFrame:
     """Return every one of :func:`questions` with its claim, what was measured and whether that decides it."""
     table = {}
     for name, (values, claim, above) in questions(rl, ahead).items():
-        row = {"measured": shown(seed_interval(values), signed=True), "seeds": len(values)}
-        row |= {"claim": f"{'>=' if above else '<='} {claim:g}", "decided": decided(values, claim, above)}
-        table[name] = row
+        table[name] = {"measured": shown(seed_interval(values), signed=True), "seeds": len(values)}
+        table[name] |= {"claim": f"{'>=' if above else '<='} {claim:g}", "decided": decided(values, claim, above)}
     return pd.DataFrame(table).T
 
 
