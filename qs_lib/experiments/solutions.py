@@ -48,8 +48,7 @@ def read_solutions(folder: str, split: str, working: bool = True) -> list[dict]:
     Without ``working`` their calculations are left out, and so are solutions where words stand inside of calculations.
     Raises ``SourceError`` if the folder has no such file.
     """
-    path = Path(folder) / f"{split}.jsonl"
-    if not path.is_file():
+    if not (path := Path(folder) / f"{split}.jsonl").is_file():
         raise SourceError(f"no solutions at {path}: give the folder of GSM8K's .jsonl files (GSM8K=folder)")
     rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     told = [solution_text(row["question"], row["answer"], working) for row in rows]
