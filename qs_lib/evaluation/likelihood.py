@@ -146,5 +146,4 @@ def log_likelihood_gain(scores: dict, hardest: float = 0.1, control: str = "with
     """
     gain = scores["with"] - scores[control]
     hard = np.where(scores["without"] <= np.nanquantile(scores["without"], hardest), gain, np.nan)
-    kept = hard[~np.isnan(hard).all(1)]
-    return {"all": interval(np.nanmean(gain, 1)), "hardest": interval(np.nanmean(kept, 1))}
+    return {"all": interval(np.nanmean(gain, 1)), "hardest": interval(np.nanmean(hard[~np.isnan(hard).all(1)], 1))}

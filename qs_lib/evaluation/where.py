@@ -70,8 +70,7 @@ def area_under_curve(guess: np.ndarray, gain: np.ndarray, seed: int = 0, resampl
         there = ~np.isnan(guess[rows])
         return ranked(guess[rows][there], gain[rows][there] > PAYS)
 
-    again = [area(rows) for rows in resampled(len(guess), seed, resamples)]
-    return area(slice(None)), *middle(again)
+    return area(slice(None)), *middle([area(rows) for rows in resampled(len(guess), seed, resamples)])
 
 
 def ranked(values: np.ndarray, wanted: np.ndarray) -> float:
