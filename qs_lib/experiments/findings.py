@@ -1,6 +1,5 @@
 """What the reinforcement experiments say: each claim is reached or refuted by an interval over seeds, or open."""
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..files import read_rows, write_bytes
+from ..files import read_rows, to_json, write_bytes
 from ..stats import column, fixed, over_seeds, seed_interval, shown
 from ..viewing.html import BLUE, GREY
 from ..workbook.figures import new_figure
@@ -190,7 +189,7 @@ def write_criterion(folder: Path, name: str, values, command: str, note: str = "
     if len(values) >= 2:
         value, low, high = seed_interval(values)
         record = {"value": value, "low": low, "high": high, "seeds": len(values), "command": command + note}
-        write_bytes(folder / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
+        write_bytes(folder / f"{name}.json", f"{to_json(record, indent=1)}\n".encode())
 
 
 def for_scoreboard(folder: Path) -> None:

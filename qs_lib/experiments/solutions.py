@@ -172,8 +172,7 @@ def solutions(folder: Path, seeds, variant: str, gsm8k: str) -> list[dict]:
         model = QuietStarForCausalLM.from_base(lm, tokenizer, gate="place", n_true=s.n_true, **budget)
         budget |= {"temperature": s.temperature, "seed": seed}
         texts, judged = ([text_of(story) for story in part] for part in (test, held[JUDGED:]))
-        plain = likelihood.plain_log_likelihood(model, tokenizer, texts, positions=PLACES)
-        plain = plain[likelihood.SHARPENINGS.index(1.0)]
+        plain = likelihood.plain_log_likelihood(model, tokenizer, texts, PLACES)[likelihood.SHARPENINGS.index(1.0)]
         untrained = plain_means(plain, says_result(tokenizer, texts, PLACES))
         found = {f"untrained_{name}": value for name, value in untrained.items()}
         imitate(lm, tokenizer, solution_lessons(tokenizer, told, seed), baked_with(variant, LESSONS, seed)[0])
