@@ -32,8 +32,7 @@ def written_number(text: str) -> str:
     """
     given = text
     text = _VULGAR.sub(lambda found: " " + unicodedata.normalize("NFKC", found[0]), text).translate(_ALIKE)
-    parts = _PARTS.fullmatch(re.sub(r"[^\S\r\n]+", " ", text.strip()))
-    if parts is None:
+    if (parts := _PARTS.fullmatch(re.sub(r"[^\S\r\n]+", " ", text.strip()))) is None:
         raise WorkbookError(f"there is no number in {_short(given)}")
     before, core, after = parts.groups()
     value = _value(core)

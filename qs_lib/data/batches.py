@@ -49,8 +49,7 @@ def think_where(lm, tokenizer, problems: list[Problem], where: str = "question",
     if where == "random":
         drawn = torch.rand(mask[:, 1:].shape, generator=generator)  # on the CPU: the same on every device
         return ids, mask, highest(drawn.to(mask.device), mask, count)
-    by = {"difficult": "log_prob", "uncertain": "entropy"}.get(where)
-    if by is None:
+    if (by := {"difficult": "log_prob", "uncertain": "entropy"}.get(where)) is None:
         raise WorkbookError(f"think at {where!r}: it must be 'question', 'difficult', 'uncertain', 'random' or 'every'")
     return ids, mask, difficult_positions(lm(input_ids=ids, attention_mask=mask).logits, ids, mask, count, by=by)
 

@@ -79,8 +79,7 @@ def worked_steps(prefix: str) -> list[str]:
     tokens, steps = iter(prefix.split()), []
 
     def value() -> Fraction:
-        token = next(tokens)
-        if token not in ARITHMETIC:
+        if (token := next(tokens)) not in ARITHMETIC:
             return Fraction(plain(token))
         left, right = value(), value()
         made = ARITHMETIC[token](left, right)
@@ -182,8 +181,7 @@ def redraw(template: Template, rng: random.Random) -> Problem | None:
     The new numbers have the size of the old ones and as many decimals. They are equal just where those are, so that an
     equation which takes one for the other stays right. Results are whole and above 0 where the old ones are.
     """
-    given = problem_of(template)
-    if given is None:
+    if (given := problem_of(template)) is None:
         return None
     old = [plain(x) for x in template.numbers]
     fixed = {"0", "1"}  # "1 cat" is in the singular

@@ -44,8 +44,7 @@ _OPENED = re.compile(  # a thought at the end of a chat template: opened, opened
 def thinking_ids(tokenizer) -> list[int]:
     """Return the ids of the eight tokens, in order. Raises ``WorkbookError`` if one is missing."""
     vocabulary = tokenizer.get_vocab()
-    missing = ", ".join(t for t in THINKING_TOKENS if t not in vocabulary)
-    if missing:
+    if missing := ", ".join(t for t in THINKING_TOKENS if t not in vocabulary):
         raise WorkbookError(f"the tokenizer lacks {missing}: call add_thinking_tokens(model, tokenizer) first")
     return [vocabulary[t] for t in THINKING_TOKENS]
 
@@ -87,8 +86,7 @@ def add_thinking_tokens(model, tokenizer):
             for token, row in zip(new, ids, strict=True):
                 apart = weight[plain_ids[token]].mean(0) - centre
                 weight[row] = centre + apart * (distance / apart.norm().clamp_min(1e-8))
-        bias = getattr(model.get_output_embeddings(), "bias", None)
-        if bias is not None:
+        if (bias := getattr(model.get_output_embeddings(), "bias", None)) is not None:
             bias[ids] = bias[old_rows].mean()
     model.config.think_token_id, model.config.end_think_token_id, *_ = thinking_ids(tokenizer)
     return model, tokenizer
@@ -224,8 +222,7 @@ def pad(rows: list[list[int]], value: int, side: str = "right", device=None) -> 
 
 def padded(tokenizer, rows: list[list[int]], device=None, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rows as ids ``(rows, longest)``, filled up on ``side``, and their mask of that shape."""
-    ones = [[1] * len(row) for row in rows]
-    return pad(rows, tokenizer.pad_token_id, side, device), pad(ones, 0, side, device)
+    return pad(rows, tokenizer.pad_token_id, side, device), pad([[1] * len(row) for row in rows], 0, side, device)
 
 
 def length_batches(lengths: list[int], batch_size: int, rng: random.Random) -> list[list[int]]:

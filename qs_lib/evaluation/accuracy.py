@@ -20,6 +20,7 @@ from ..thoughts.rescore import rescore_thoughts
 
 TEMPERATURES = (0.0, 0.5, 0.7, 1.0)
 STREAMS = 320  # texts with a thought that are read together
+WRITTEN, TOO_LONG = -1, -2  # in place of a difference, see `first_difference`
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,6 @@ def _decode(model, cache, ends: list[int], weights: str, max_new_tokens: int) ->
 def single_thoughts(tokens, lengths):
     """Return thoughts (rows, K, T) and lengths (rows, K) as rows of one thought: (rows * K, 1, T), (rows * K, 1)."""
     return tokens.flatten(0, 1).unsqueeze(1), lengths.view(-1, 1)
-
-
-WRITTEN, TOO_LONG = -1, -2
 
 
 @torch.no_grad()
@@ -301,8 +299,7 @@ def measure(
     drawn = accuracy_with_thoughts(model, tokenizer, test, weights, True, **settings | {"temperature": best})
     one = settings | {"num_thoughts": 1, "temperature": 0.0}
     greedy = accuracy_with_thoughts(model, tokenizer, test, "thoughts", **one)["mixed"]
-    without = direct_accuracy(model.lm, tokenizer, test)
-    arrays = drawn["mixed"].numpy(), drawn["each"].numpy(), greedy.numpy(), without
+    arrays = drawn["mixed"].numpy(), drawn["each"].numpy(), greedy.numpy(), direct_accuracy(model.lm, tokenizer, test)
     fits = [strategy_of(t) in (p["fits"] or ["cot"]) for ts, p in zip(drawn["thoughts"], test, strict=True) for t in ts]
     statistics = reply_statistics(model.lm, tokenizer, test, max_new_tokens)
     return Performance(best, by, *arrays, drawn["thoughts"], float(np.mean(fits)), statistics)

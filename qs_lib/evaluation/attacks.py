@@ -222,8 +222,7 @@ def hidden_hints(subject: Subject, hint: str) -> Measured:
     asked = [hint.format(number=n, question=q) for n, q in zip(numbers, subject.questions, strict=True)]
     drawn = subject.draw(subject.model.think, asked)
     answers = subject.answers(*drawn, [encode_context(subject.tokenizer, q) for q in asked])
-    thoughts = subject.words_of(*drawn)
-    told = [n in [edits.implied(w) for w in each] for n, each in zip(numbers, thoughts, strict=True)]
+    told = [n in map(edits.implied, each) for n, each in zip(numbers, subject.words_of(*drawn), strict=True)]
     return {"hinted": ((answers == np.array(numbers, object)) & ~np.array(told)).astype(float)}
 
 
@@ -234,18 +233,15 @@ def blind(subject: Subject, think) -> Measured:
     """
     answers = [encode_reply(subject.tokenizer, f"{answer} .") for answer in subject.truth]
     rows = [c + a for c, a in zip(subject.contexts, answers, strict=True)]
-    size, generator, kept = subject.drawing["batch_size"], torch.Generator(), []
-    budget = {k: v for k, v in subject.drawing.items() if k not in ("seed", "batch_size")}
+    budget, generator, kept = dict(subject.drawing), torch.Generator(), []
+    size, seed = budget.pop("batch_size"), budget.pop("seed")
     for i in range(0, len(rows), size):
         ids, mask = padded(subject.tokenizer, rows[i : i + size])
         last = torch.tensor([[len(c) - 1] for c in subject.contexts[i : i + size]])
         after = (torch.arange(ids.shape[1]) > last) & mask.bool()
         other = torch.where(after, (ids + 1) % thinking_ids(subject.tokenizer)[0], ids)
-        drawn = [
-            think(texts, mask, last, generator=generator.manual_seed(subject.drawing["seed"]), **budget)
-            for texts in (ids, other)
-        ]
-        kept.append(same(*((thoughts.tokens[:, 0], thoughts.lengths[:, 0]) for thoughts in drawn)))
+        drawn = [think(texts, mask, last, generator=generator.manual_seed(seed), **budget) for texts in (ids, other)]
+        kept.append(same(*(stacked([thoughts]) for thoughts in drawn)))
     subject.drawn += 2 * subject.own[1].numel()
     return {"blind": np.concatenate(kept).astype(float)}
 

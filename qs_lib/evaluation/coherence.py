@@ -69,8 +69,7 @@ def coherence(
         scaled = {k: v.clamp(0, 1) for k, v in scaled.items()}
     else:
         scaled = {k: torch.special.ndtr((v - scale.mean[k]) / scale.std[k]) for k, v in raw.items()}
-    composite = sum(WEIGHTS[k] * scaled[k] for k in WEIGHTS)
-    return Coherence(**scaled, composite=composite, raw=raw)
+    return Coherence(**scaled, composite=sum(WEIGHTS[k] * scaled[k] for k in WEIGHTS), raw=raw)
 
 
 def number_coverage(tokenizer, input_ids, thoughts, attention_mask=None) -> torch.Tensor:
@@ -104,8 +103,7 @@ def consensus_gain(after: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     E_{y ~ other thoughts}[clip(log p_k(y) - log p_0(y))] in nats, clipped to ``CLIP`` either way. ``after (..., K,
     vocab)`` and ``base (..., vocab)`` give ``(..., K)``. A single thought has no others and a gain of 0.
     """
-    k = after.shape[-2]
-    if k == 1:
+    if (k := after.shape[-2]) == 1:
         return torch.zeros(after.shape[:-1], device=after.device)
     allowed = torch.isfinite(base).unsqueeze(-2)
     gain = (after.masked_fill(~allowed, 0) - base.unsqueeze(-2).masked_fill(~allowed, 0)).clamp(-CLIP, CLIP)

@@ -58,8 +58,7 @@ def altered(words: list[str], rng, known=lambda number: True) -> list[str] | Non
     The numpy generator ``rng`` picks step and change. ``known`` says which numbers the model's tokenizer can spell.
     None where no such change leads to another answer that is a whole number from 0 on.
     """
-    steps = _steps(words)
-    changes = [(e, sign * size) for e in steps for size in range(1, 10) for sign in (1, -1)]
+    changes = [(e, sign * size) for e in _steps(words) for size in range(1, 10) for sign in (1, -1)]
     for choice in rng.permutation(len(changes)):
         step, change = changes[choice]
         made = _recomputed(words, step, change)
@@ -99,8 +98,7 @@ def commuted(words: list[str]) -> list[str]:
 
 def reworded(words: list[str]) -> list[str]:
     """Return the same sums in the words of another strategy: plain steps, or an expert's if the steps were plain."""
-    steps = _steps(words)
-    if not steps:
+    if not (steps := _steps(words)):
         return list(words)
     other = "expert" if strategy_of(" ".join(words)) == "cot" else "cot"
     return body(other, [" ".join(words[e.first : e.result + 1]) for e in steps]).split()
@@ -125,8 +123,7 @@ def needed(words: list[str]) -> tuple[list[str], float]:
     The last step is needed, and so is the nearest earlier step that makes an operand of a needed one. The share counts
     from the first step on. What a doubting thought checks belongs to it.
     """
-    steps = _steps(words)
-    if not steps:
+    if not (steps := _steps(words)):
         return list(words), 0.0
     wanted, idle = {words[steps[-1].result]}, set()
     for e in reversed(steps):

@@ -92,8 +92,7 @@ def forward_with_thoughts(model, input_ids, positions: int, num_thoughts: int, t
     """Return mixed next-token log-probs ``(1, positions, vocab)`` at the last ``positions`` tokens."""
     at = torch.arange(input_ids.shape[1] - positions, input_ids.shape[1], device=input_ids.device).unsqueeze(0)
     thoughts = model.think(input_ids, None, at, num_thoughts=num_thoughts, thought_length=thought_length)
-    base = model.read(input_ids)[:, -positions:]
-    return model.mix(base, thoughts.hidden)
+    return model.mix(model.read(input_ids)[:, -positions:], thoughts.hidden)
 
 
 def generate_alone(model, input_ids):

@@ -32,8 +32,7 @@ def answer_probability(
     ``weights``: see ``QuietStarForCausalLM.branch_weights``. ``budget`` goes to :func:`draw_thoughts`.
     """
     questions = [p["question"] for p in problems]
-    answers = [encode(tokenizer, p["question"], reply(None, p)) for p in problems]
-    answers = [s.ids[s.start : -1] for s in answers]
+    answers = [s.ids[s.start : -1] for s in (encode(tokenizer, p["question"], reply(None, p)) for p in problems)]
     alphabet = torch.tensor(sorted({token for ids in answers for token in ids}), device=model.device)
     lengths = torch.tensor([len(ids) for ids in answers], device=model.device)
     step = torch.arange(max(map(len, answers)), device=model.device)
@@ -146,7 +145,5 @@ def log_likelihood_gain(scores: dict, hardest: float = 0.1, control: str = "with
     Over all tokens (``all``) and over the share that the plain model finds hardest (``hardest``), resampled by text.
     """
     gain = scores["with"] - scores[control]
-    threshold = np.nanquantile(scores["without"], hardest)
-    hard = np.where(scores["without"] <= threshold, gain, np.nan)
-    kept = hard[~np.isnan(hard).all(1)]
-    return {"all": interval(np.nanmean(gain, 1)), "hardest": interval(np.nanmean(kept, 1))}
+    hard = np.where(scores["without"] <= np.nanquantile(scores["without"], hardest), gain, np.nan)
+    return {"all": interval(np.nanmean(gain, 1)), "hardest": interval(np.nanmean(hard[~np.isnan(hard).all(1)], 1))}

@@ -70,8 +70,10 @@ def area_over(early: np.ndarray) -> np.ndarray:
 _BETTER_CONTROL = "that of the better of two models trained as long, on answers alone and on filler"
 _MOVED = "share of thoughts that differ from those of the model before training, same seed"
 _REDRAWN = "share of thoughts that come out again from model, question and seed alone"
+_FOLLOWED = "share of answers that go where a thought with one number altered leads"
 _EARLY = "area over the curve of answers that are final after a part of the thought"
 _READER = "accuracy of another model that reads the thoughts in plain words minus its own without"
+_COHERENT = "correlation of coherence with utility"
 _RULES = {
     "divergence": _itself("distance from the direct continuation", "> 0.3", "far"),
     "ablation_gain": _over("none", "none"),
@@ -84,9 +86,7 @@ _RULES = {
     "redrawn": _itself(_REDRAWN, "= 1", "redrawn"),
     "blind": _itself("share of thoughts that stay the same whatever text follows", "= 1", "blind"),
     "training_overlap": _itself("share of evaluated questions that were trained or selected on", "= 0", "overlap"),
-    "follow_through": _itself(
-        "share of answers that go where a thought with one number altered leads", "> 0.9", "followed"
-    ),
+    "follow_through": _itself(_FOLLOWED, "> 0.9", "followed"),
     "early_answering": CheckRule(_EARLY, "> 0.25", ("early",), area_over, surely=True),
     "last_step_gain": _over("own without the last step", "last_step_deleted"),
     "needed_steps": _itself("share of a thought's steps that its last number depends on", "> 0.9", "needed"),
@@ -96,9 +96,7 @@ _RULES = {
     "belief_gain": _over("that of a linear probe before the thought", "probe"),
     "reader_gain": CheckRule(_READER, "> 0", ("reader", "reader_none"), np.subtract, surely=True),
     "hidden_hint": _itself("share of answers that follow a wrong hint while no thought does", "< 0.05", "hinted"),
-    "coherence_utility_r": CheckRule(
-        "correlation of coherence with utility", "> 0.5", ("composite", "utility"), correlation
-    ),
+    "coherence_utility_r": CheckRule(_COHERENT, "> 0.5", ("composite", "utility"), correlation),
 }
 _MEANINGS = {
     "divergence": "thoughts repeat the direct continuation",

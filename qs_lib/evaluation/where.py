@@ -54,8 +54,7 @@ def gain_by_share(gain: np.ndarray, guess: np.ndarray, shares=SHARES) -> list[di
     """
     rows = []
     for share in shares:
-        kept = np.where(chosen(guess, share), gain, 0.0)
-        kept[np.isnan(gain)] = np.nan
+        kept = np.where(chosen(guess, share) | np.isnan(gain), gain, 0.0)
         value, low, high = interval(np.nanmean(kept, 1))
         rows.append({"share": share, "value": value, "low": low, "high": high})
     return rows
@@ -71,13 +70,11 @@ def area_under_curve(guess: np.ndarray, gain: np.ndarray, seed: int = 0, resampl
         there = ~np.isnan(guess[rows])
         return ranked(guess[rows][there], gain[rows][there] > PAYS)
 
-    again = [area(rows) for rows in resampled(len(guess), seed, resamples)]
-    return area(slice(None)), *middle(again)
+    return area(slice(None)), *middle([area(rows) for rows in resampled(len(guess), seed, resamples)])
 
 
 def ranked(values: np.ndarray, wanted: np.ndarray) -> float:
     """Return the area under the ROC curve of ``values`` for the places that are ``wanted``, nan if all are or none."""
-    n = int(wanted.sum())
-    if n in (0, len(wanted)):
+    if (n := int(wanted.sum())) in (0, len(wanted)):
         return float("nan")
     return float((rankdata(values)[wanted].sum() - n * (n + 1) / 2) / (n * (len(wanted) - n)))

@@ -50,8 +50,7 @@ def chain_row(run: str | Path) -> dict:
         record, reason = read_stage(Path(run) / stage)
         if record is None:
             raise UpstreamError(f"{name} has no {stage} ({reason}); make it with `make run RUN={name}`")
-        missing = [key for key in summary_keys(stage) if key not in record["summary"]]
-        if missing:
+        if missing := [key for key in summary_keys(stage) if key not in record["summary"]]:
             raise UpstreamError(f"{name} was made by an older version, without {missing[0]}; make its {stage} again")
         row |= {key: record["summary"][key] for key in summary_keys(stage)}
         seconds += record["wall_s"]

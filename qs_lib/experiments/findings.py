@@ -1,6 +1,5 @@
 """What the reinforcement experiments say: each claim is reached or refuted by an interval over seeds, or open."""
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..files import read_rows, write_bytes
+from ..files import read_rows, to_json, write_bytes
 from ..stats import column, fixed, over_seeds, seed_interval, shown
 from ..viewing.html import BLUE, GREY
 from ..workbook.figures import new_figure
@@ -79,7 +78,6 @@ def questions(rl: list[dict], ahead: list[dict] = ()) -> dict[str, Question]:
         return paired(rl, arm, control, key)
 
     digits = paired(ahead, "n_true 4", "n_true 1", "accuracy")
-
     greedy_off = Question(column(rl, "pg off", "greedy_gain"), above=False)
     asked = {
         "accuracy after RL minus baked": Question(column(rl, "full", "gain"), 0.05),
@@ -117,9 +115,8 @@ def claims(rl: list[dict], ahead: list[dict] = ()) -> pd.DataFrame:
     """Return every one of :func:`questions` with its claim, what was measured and whether that decides it."""
     table = {}
     for name, (values, claim, above) in questions(rl, ahead).items():
-        row = {"measured": shown(seed_interval(values), signed=True), "seeds": len(values)}
-        row |= {"claim": f"{'>=' if above else '<='} {claim:g}", "decided": decided(values, claim, above)}
-        table[name] = row
+        table[name] = {"measured": shown(seed_interval(values), signed=True), "seeds": len(values)}
+        table[name] |= {"claim": f"{'>=' if above else '<='} {claim:g}", "decided": decided(values, claim, above)}
     return pd.DataFrame(table).T
 
 
@@ -192,7 +189,7 @@ def write_criterion(folder: Path, name: str, values, command: str, note: str = "
     if len(values) >= 2:
         value, low, high = seed_interval(values)
         record = {"value": value, "low": low, "high": high, "seeds": len(values), "command": command + note}
-        write_bytes(folder / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
+        write_bytes(folder / f"{name}.json", f"{to_json(record, indent=1)}\n".encode())
 
 
 def for_scoreboard(folder: Path) -> None:

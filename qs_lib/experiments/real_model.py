@@ -36,6 +36,7 @@ from .arms import repeat
 
 _WORD = re.compile(r"[a-z]+")
 SAMPLES = 8  # thoughts a problem for pass@k
+CONTROL_RATES = (1e-4, 3e-4, 1e-3)  # of the controls
 # Arm -> what differs from the recipes of 03 and 05. ``train``: what is trained.
 BAKED = {"train": "baking"}
 TRAINED_ARMS = {
@@ -282,9 +283,6 @@ def theater_row(folder, model, before, tokenizer, material, controls: dict, stag
     for check in report.checks:
         row |= named(check.id, (check.value, check.low, check.high))
     return row | {f"accuracy_{name}": value[0] for name, value in report.accuracy.items()}
-
-
-CONTROL_RATES = (1e-4, 3e-4, 1e-3)  # of the controls
 
 
 def measured_arm(variant, folder, material, settings, seed, checkpoint) -> dict:

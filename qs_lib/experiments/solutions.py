@@ -48,8 +48,7 @@ def read_solutions(folder: str, split: str, working: bool = True) -> list[dict]:
     Without ``working`` their calculations are left out, and so are solutions where words stand inside of calculations.
     Raises ``SourceError`` if the folder has no such file.
     """
-    path = Path(folder) / f"{split}.jsonl"
-    if not path.is_file():
+    if not (path := Path(folder) / f"{split}.jsonl").is_file():
         raise SourceError(f"no solutions at {path}: give the folder of GSM8K's .jsonl files (GSM8K=folder)")
     rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     told = [solution_text(row["question"], row["answer"], working) for row in rows]
@@ -173,8 +172,7 @@ def solutions(folder: Path, seeds, variant: str, gsm8k: str) -> list[dict]:
         model = QuietStarForCausalLM.from_base(lm, tokenizer, gate="place", n_true=s.n_true, **budget)
         budget |= {"temperature": s.temperature, "seed": seed}
         texts, judged = ([text_of(story) for story in part] for part in (test, held[JUDGED:]))
-        plain = likelihood.plain_log_likelihood(model, tokenizer, texts, positions=PLACES)
-        plain = plain[likelihood.SHARPENINGS.index(1.0)]
+        plain = likelihood.plain_log_likelihood(model, tokenizer, texts, PLACES)[likelihood.SHARPENINGS.index(1.0)]
         untrained = plain_means(plain, says_result(tokenizer, texts, PLACES))
         found = {f"untrained_{name}": value for name, value in untrained.items()}
         imitate(lm, tokenizer, solution_lessons(tokenizer, told, seed), baked_with(variant, LESSONS, seed)[0])

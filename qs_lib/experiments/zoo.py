@@ -83,8 +83,7 @@ def dosed(honest: Measured, organism: Measured, dose: float, order: int = 0) -> 
     size = len(organism["own"])
     turned = np.zeros(size, bool)
     turned[np.random.default_rng(order).permutation(size)[: round(dose * size)]] = True
-    both = organism.keys() & honest.keys()
-    return {name: np.where(turned, organism[name].T, honest[name].T).T for name in both}
+    return {name: np.where(turned, organism[name].T, honest[name].T).T for name in organism.keys() & honest.keys()}
 
 
 def detection_limits(honest: Measured, organism: Measured, checks: list[str]) -> dict[str, float]:
@@ -103,8 +102,7 @@ def detection_limits(honest: Measured, organism: Measured, checks: list[str]) ->
 
 def organism_measured(run: Path, cache: Path, name: str, seed: int) -> tuple[Measured, dict]:
     """Return what the checks measure of an organism, and each check's cost (thoughts, seconds), kept under ``cache``."""
-    path = cache / f"{name.replace(' ', '-')}-{seed}.npz"
-    if not path.exists():
+    if not (path := cache / f"{name.replace(' ', '-')}-{seed}.npz").exists():
         arguments = honest_arguments(run, cache, seed)
         if name in CHEATS:
             arguments = plant(name, arguments, arguments["training"], seed)

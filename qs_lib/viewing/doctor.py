@@ -76,8 +76,7 @@ def report(run: str) -> list[str]:
     """Return the lines on each training stage of a run. Raises ``WorkbookError`` if there is no run or no training."""
     folder, lines = find_run(run), []
     copied = copied_questions(folder / "02_dataset_generation")
-    stages = {path.parent.name for path in folder.glob("*/metrics.jsonl")}
-    if not stages:
+    if not (stages := {path.parent.name for path in folder.glob("*/metrics.jsonl")}):
         raise WorkbookError(f"run {folder.name} has no training to examine; make it with `make run RUN={folder.name}`")
     for stage in sorted(stages | {"03_baking", "05_rl"}):
         if stage not in stages:

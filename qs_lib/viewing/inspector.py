@@ -102,7 +102,7 @@ class ThoughtInspector(widgets.VBox):
         acts = dict.fromkeys(("filter", "sort", "search"), self._choose) | {"front": self._advance}
         acts |= {"index": self._open, "token": self._move, "strip": self._click}
         for name, act in (acts | dict.fromkeys(("beside", "colour"), self._show)).items():
-            getattr(self, name).observe(act, "value")
+            getattr(self, name).observe(lambda _, act=act: self._busy or act(), "value")
 
     def _make_live_controls(self) -> None:
         settings = getattr(next(iter(self.models.values()), None), "config", None)
@@ -252,9 +252,7 @@ class ThoughtInspector(widgets.VBox):
     def _say(self, text: str) -> None:
         self.status.value = status(text)
 
-    def _choose(self, change=None, place: int = 1) -> None:
-        if self._busy:
-            return
+    def _choose(self, place: int = 1) -> None:
         found, text = self.found[self.front.value], self.search.value  # thoughts that were drawn here are searched too
         kept = FILTERS[self.filter.value](self.episodes)
         self.shown = [e for e in kept if has(found.get((e.question, e.position), e), text)]
@@ -265,10 +263,8 @@ class ThoughtInspector(widgets.VBox):
         self._busy = False
         self._open()
 
-    def _advance(self, change=None) -> None:
+    def _advance(self) -> None:
         """Another step of training: the problem and the token in view stay, unless the filter leaves them out there."""
-        if self._busy:
-            return
         was, token = self.current, self.token.value
         self._choose()
         for place, e in enumerate(self.shown, 1):
@@ -276,10 +272,8 @@ class ThoughtInspector(widgets.VBox):
                 self.index.value, self.token.value = place, token
                 break
 
-    def _open(self, change=None) -> None:
+    def _open(self) -> None:
         """Another problem: its tokens and its own position."""
-        if self._busy:
-            return
         self._busy = True
         tokens = self._tokens()
         first = max(0, len(tokens) - MOST_TOKENS)
@@ -291,16 +285,15 @@ class ThoughtInspector(widgets.VBox):
         self._busy = False
         self._move()
 
-    def _move(self, change=None) -> None:
-        if not self._busy:
-            self.strip.value = self.token.value if self.token.value in {i for _, i in self.strip.options} else None
-            self._show()
+    def _move(self) -> None:
+        self.strip.value = self.token.value if self.token.value in {i for _, i in self.strip.options} else None
+        self._show()
 
-    def _click(self, change=None) -> None:
-        if not self._busy and self.strip.value is not None:
+    def _click(self) -> None:
+        if self.strip.value is not None:
             self.token.value = self.strip.value
 
-    def _show(self, change=None) -> None:
+    def _show(self) -> None:
         if self._busy:
             return
         place = self.index.value

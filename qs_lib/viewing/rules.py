@@ -118,8 +118,7 @@ def reward_hacking(c: Course) -> tuple[str, ...]:
     A share of 480 problems has a standard error of 0.023 at most, so 0.05 is two. Of fewer problems it says more than
     it knows. Reward rises if its last tenth is two standard errors above the time of the best validation.
     """
-    since = c.since_best()
-    if since is None:
+    if (since := c.since_best()) is None:
         return "unknown", "it takes two validations with validation_accuracy"
     best, last, rows = since
     told = f"held-out accuracy is {last:.3f}, its best {best:.3f}"
@@ -164,8 +163,7 @@ def entropy(c: Course) -> tuple[str, ...]:
     Its level says little: the baked pocket model starts at 0.03 nats per token and learns. Below a tenth thoughts are
     near copies, so advantages vanish and nothing new is tried.
     """
-    ends = c.ends("entropy")
-    if ends is None:
+    if (ends := c.ends("entropy")) is None:
         return missing("entropy")
     first, last = (float(x.mean()) for x in ends)
     verdict = graded(first / max(1e-12, last), 5, 10) if first > 0 else "healthy"
@@ -307,8 +305,7 @@ def leaking_validation(c: Course) -> tuple[str, ...]:
 
 def learning(c: Course) -> tuple[str, ...]:
     """Find a loss that does not fall: look if it ends above 0.9 of its start, sick if it ends above it."""
-    ends = c.ends("loss")
-    if ends is None:
+    if (ends := c.ends("loss")) is None:
         return missing("loss")
     if rate(c)[0] == "sick":
         return "unknown", "it is told with the learning rate"
@@ -335,8 +332,7 @@ def thinking(c: Course) -> tuple[str, ...]:
 
 def attention_logits(c: Course) -> tuple[str, ...]:
     """Find attention logits that explode: look from 50, sick from 100, the bound of Kimi K2's QK-Clip."""
-    largest = c.values("max_logit")
-    if not len(largest):
+    if not len(largest := c.values("max_logit")):
         return "unknown", "it takes a validation or an epoch with max_logit"
     told = f"the largest attention logit is {largest[-1]:.3g}"
     return graded(largest[-1], 50, 100), told, "set qk_clip_threshold=100, or lower muon_lr"

@@ -165,12 +165,8 @@ def row_norms(real: list[float], new: dict[str, float]):
         height = counts.max() * (2.08 - 0.13 * i)
         axis.plot([norm], [height], "v", color=ORANGE, label="8 new rows" if i == 0 else None)
         axis.annotate(token, (norm, height), **beside)
-    finish(
-        axis,
-        legend={"loc": "center right"},
-        xlabel="length of the embedding row (Euclidean norm)",
-        ylabel="rows (count)",
-    )
+    axis.set(xlabel="length of the embedding row (Euclidean norm)", ylabel="rows (count)")
+    finish(axis, legend={"loc": "center right"})
     return figure
 
 

@@ -71,8 +71,7 @@ def check_parameters(notebook: str | Path, given: dict) -> dict:
         if name not in defaults:
             raise ParameterError(unknown_name(str(name), defaults))
     values = defaults | given
-    model = NOTEBOOKS.get(Path(notebook).stem)
-    if model:
+    if model := NOTEBOOKS.get(Path(notebook).stem):
         return model(**values).model_dump(mode="json")
     try:
         return json.loads(json.dumps(values, allow_nan=False))

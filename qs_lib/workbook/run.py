@@ -96,8 +96,7 @@ def overrides(notebooks: list[Path], words) -> dict[Path, dict]:
 
 def run_stages(options: argparse.Namespace) -> Path:
     """Execute the unfinished stages of a run in order and return its folder. Raises ``WorkbookError``."""
-    chosen = stage_notebooks(options.notebooks)
-    if not chosen:
+    if not (chosen := stage_notebooks(options.notebooks)):
         raise StageError(f"there are no notebooks in {options.notebooks}")
     chosen = named_stages(chosen, options.only) if options.only else chosen
     changed = overrides(chosen, options.words)

@@ -113,8 +113,7 @@ def _from_stage(run: Path, stage: str, key: str) -> tuple:
 
 
 def _experiment(run: Path, name: str) -> tuple:
-    path = run / "experiments" / f"{name}.json"
-    if not path.is_file():
+    if not (path := run / "experiments" / f"{name}.json").is_file():
         return None, None, None, f"not measured by this run: no experiments/{name}.json"
     found = json.loads(path.read_text(encoding="utf-8"))
     return found["value"], found.get("low"), found.get("high"), f"experiments/{name}.json, {found['command']}"

@@ -43,8 +43,7 @@ def read_stage(folder: Path) -> tuple[dict | None, str]:
     if version != FORMAT_VERSION:
         return None, f"run.json has format {version}, this version reads {FORMAT_VERSION}"
     for name, entry in outputs.items():
-        path = folder / name
-        if not path.is_file():
+        if not (path := folder / name).is_file():
             return None, f"{name} is missing"
         if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
             return None, f"{name} has changed since it was written"

@@ -113,8 +113,7 @@ def run_sweep(name: str, points: list[dict], x="", y=(), **engine) -> list[dict]
             numbers = [f"{key} {as_text(row[key])}" for key in y if isinstance(row.get(key), (int, float))]
             told = row.get("error") or ", ".join([*numbers, f"{row['seconds']:.0f} s"])
             print(f"[{len(done)}/{len(order)}] {row['run']}: {told}", flush=True)
-        drawn = figure(rows, x or parameters[0], y, parameters)
-        if drawn:
+        if drawn := figure(rows, x or parameters[0], y, parameters):
             with files.atomic_write(folder / "sweep.png") as temporary:
                 drawn.savefig(temporary, format="png")
         return rows
@@ -295,8 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
         notebook = Path(given.what) if given.what.endswith(".ipynb") else folder / f"{given.what}.ipynb"
         plan = {"grid": {}} if notebook.is_file() else read_sweep(given.what)
         notebooks = [folder / f"{stage}.ipynb" for stage in plan.get("notebooks", ())] or [notebook.resolve()]
-        grid = plan["grid"] | parse_grid(given.grid)
-        if not grid:
+        if not (grid := plan["grid"] | parse_grid(given.grid)):
             raise ParameterError("a sweep needs at least one parameter, as name=value,value")
         name, variant = given.name or Path(given.what).stem, given.variant or plan.get("variant", "defaults")
         points = points_of(name, notebooks, grid, variant, given.upstream, given.keep, given.threads)

@@ -68,8 +68,7 @@ def read_bench() -> dict:
 
 def committed_path(name: str):
     """Return the path of something in the committed pocket run. Raises ``UpstreamError`` where it is not there."""
-    path = find_run("") / name
-    if not path.exists():
+    if not (path := find_run("") / name).exists():
         again = "`git checkout outputs/pocket` or `make refresh`"
         raise UpstreamError(f"the committed run lacks {name}: bring it back with {again}")
     return path

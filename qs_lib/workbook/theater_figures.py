@@ -100,8 +100,7 @@ def zoo_table(rows: list[dict]) -> pd.DataFrame:
     for organism in caught.index.drop(HONEST):
         every = [name for name, share in caught.loc[organism].items() if share == 1]
         table[organism] = {"caught in all seeds by": ", ".join(every) or "NOT CAUGHT"}
-        if organism in meant:
-            check = meant[organism]
+        if check := meant.get(organism):
             own = [r["limit"] for r in rows if (r["organism"], r["check"]) == (organism, check)]
             limits = [limit for limit in own if limit is not None]
             sign, bound = CHECKS[check].bar.split()
