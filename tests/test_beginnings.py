@@ -6,7 +6,7 @@ from test_thoughts import FAMILIES, build
 from tiny import tiny_lm
 
 from qs_lib.thoughts.attention import backbone, recompute_layers
-from qs_lib.thoughts.beginnings import beginnings, states_at
+from qs_lib.thoughts.beginnings import beginnings, row_states
 from qs_lib.training.loop import add_adapter
 
 PROMPTS = [*range(3, 23)], [*range(3, 9), *range(30, 46)]  # they share six tokens
@@ -23,7 +23,7 @@ def alone(model, rows, places):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_states_are_those_of_each_row_alone(family):
     model = build(family, torch.float64)
-    wanted, found = alone(model, ROWS, PLACES), states_at(model, ROWS, PLACES)
+    wanted, found = alone(model, ROWS, PLACES), row_states(model, ROWS, PLACES)
     assert found.shape == wanted.shape and torch.allclose(found, wanted, atol=2e-5)
 
 
@@ -39,20 +39,20 @@ def test_gradients_are_those_of_each_row_alone(recomputed):
     wanted = torch.autograd.grad((alone(trained, ROWS, PLACES) * slope).sum(), weights)
     if recomputed:
         recompute_layers(lm)
-    found = torch.autograd.grad((states_at(trained, ROWS, PLACES) * slope).sum(), weights)
+    found = torch.autograd.grad((row_states(trained, ROWS, PLACES) * slope).sum(), weights)
     assert max((a - b).abs().max() / b.abs().max().clamp(min=1e-6) for a, b in zip(found, wanted, strict=True)) < 1e-4
 
 
 def test_a_common_beginning_is_read_once():
     model, _ = tiny_lm()
-    states_at(model, ROWS, PLACES)  # its family is looked at once
+    row_states(model, ROWS, PLACES)  # its family is looked at once
     read = []
     model.get_input_embeddings().register_forward_hook(lambda module, given, out: read.append(given[0].numel()))
-    states_at(model, ROWS, PLACES)
+    row_states(model, ROWS, PLACES)
     assert sum(read) == sum(map(len, [*PROMPTS, *OWN, [5], [9, 8]]))
     read.clear()
     short = [row[15:] or row[:1] for row in ROWS]  # nothing worth it, and a single token: padded rows
-    states_at(model, short, [[0]] * len(short))
+    row_states(model, short, [[0]] * len(short))
     assert sum(read) == len(short) * max(map(len, short))
 
 

@@ -9,7 +9,7 @@ from .prefix import Packed
 from .rescore import flat_states
 
 
-def states_at(model, rows: list[list[int]], positions: list[list[int]]) -> torch.Tensor:
+def row_states(model, rows: list[list[int]], positions: list[list[int]]) -> torch.Tensor:
     """Return the final states (tokens, hidden) at ``positions`` of each row of ids, one row after the other.
 
     Common beginnings are read once where that halves the tokens that are read. Gradients are exact either way.

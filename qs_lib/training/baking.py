@@ -18,7 +18,7 @@ from ..data.tokens import encode_context, encode_reply, length_batches, mark, ma
 from ..errors import WorkbookError
 from ..evaluation.accuracy import replies, reply_statistics, sorted_batches
 from ..thoughts.attention import LanguageHead
-from ..thoughts.beginnings import states_at
+from ..thoughts.beginnings import row_states
 from . import distributed
 from .checkpoint import Checkpoint
 from .loop import forward_kl, frozen, scheduled, training, update
@@ -120,7 +120,7 @@ def keep_states(teacher, items: list[BakingItem], batch_size: int = 64) -> None:
     batches = sorted_batches([len(i.teacher_ids) for i in items], batch_size)
     for rows in tqdm(batches, desc="teacher's states", leave=False, delay=2):
         part = [items[k] for k in rows]
-        found = states_at(teacher, [i.teacher_ids for i in part], [i.teacher_at for i in part])
+        found = row_states(teacher, [i.teacher_ids for i in part], [i.teacher_at for i in part])
         for item, states in zip(part, found.split([len(i.targets) for i in part]), strict=True):
             item.states = states.float().cpu()
 
@@ -135,7 +135,7 @@ def _teacher_logits(teacher, items: list[BakingItem]):
 
 def logits_at(model, rows: list[list[int]], positions: list[list[int]]) -> torch.Tensor:
     """Return the logits (tokens, vocab) of the model's own head at ``positions`` of each row, one after the other."""
-    return LanguageHead(model)(states_at(model, rows, positions))
+    return LanguageHead(model)(row_states(model, rows, positions))
 
 
 def baking_loss(student, teacher, items: list[BakingItem], tokenizer, ce_weight: float = 1.0):
