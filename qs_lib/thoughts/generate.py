@@ -108,8 +108,8 @@ def generate_thoughts(
     if num_thoughts < 1 or thought_length < 2:
         raise ValueError("num_thoughts must be at least 1 and thought_length at least 2 (both tags).")
     at_least(1, max_streams=max_streams)
-    if not (temperature == 0 or 1e-3 <= temperature <= 1e3) or not 0 < top_p <= 1:
-        raise ValueError("temperature must be 0 or between 0.001 and 1000, and top_p in (0, 1].")
+    if not (temperature == 0 or 1e-12 <= temperature <= 1e12) or not 0 < top_p <= 1:  # NaN is neither
+        raise ValueError("temperature must be 0 or between 1e-12 and 1e12, and top_p in (0, 1].")
     forbid = tuple(sorted({int(i) for i in forbid} | {think_id}))
     if end_id in forbid:
         raise ValueError("</think> must stay possible inside a thought; it is among the forbidden ids.")
