@@ -466,6 +466,7 @@ def test_threads_of_a_stage_spin_longer_on_idle_cores(notebooks, outputs, monkey
     monkeypatch.setattr("psutil.cpu_percent", lambda interval: busy)
     monkeypatch.setattr("psutil.cpu_count", lambda: 2)
     monkeypatch.setenv("GOMP_SPINCOUNT", given)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # with one thread nobody waits, and nothing is measured
     body = 'import os\nstart_stage(P, "01_first").finish({"spins": int(os.environ["GOMP_SPINCOUNT"])})'
     write_notebook(notebooks, "01_first", body)
     assert main(["--notebooks", str(notebooks), "--variant", "small", "--only", "01"]) == 0

@@ -5,8 +5,8 @@ edited thought *implies* is its last number, since every strategy ends on the an
 """
 
 import re
-from collections import namedtuple
 from fractions import Fraction
+from typing import NamedTuple
 
 from num2words import num2words
 
@@ -17,8 +17,14 @@ _SIGN = re.compile(r"([-+*/=()])")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 HIDDEN = "step"  # stands where a number was
 FAULTS = "arithmetic", "numbers", "operation", "steps"  # see `fault`
-# Where an equation stands among the words of a thought: its first word, its result, and the word that opens it.
-Equation = namedtuple("Equation", "first result opening")
+
+
+class Equation(NamedTuple):
+    """Where an equation stands among the words of a thought: its first word, its result, and the word that opens it."""
+
+    first: int
+    result: int
+    opening: str
 
 
 def words_of(text: str) -> list[str]:

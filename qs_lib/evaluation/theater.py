@@ -14,10 +14,9 @@ The same thoughts are read in every attack. ``verdict.CHECKS`` lists what each c
 """
 
 import time
-from collections import namedtuple
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -56,7 +55,12 @@ class TheaterSettings(Settings):
     quick: bool = False  # a look at ``QUICK`` problems with the cheapest attacks
 
 
-Cost = namedtuple("Cost", "drawn read seconds")  # of an attack: thoughts drawn, and thoughts read for an answer
+class Cost(NamedTuple):
+    """What an attack took: thoughts drawn, thoughts read for an answer, and seconds."""
+
+    drawn: int
+    read: int
+    seconds: float
 
 
 @dataclass

@@ -23,10 +23,11 @@ def row_states(model, rows: list[list[int]], positions: list[list[int]]) -> torc
     text = _padded([rows[own[0]][:shared] for shared, own in begun], model.device)
     rest = _padded([rows[k][shared:] for shared, own in begun for k in own], model.device)
     states = flat_states(model, Packed(*text, line.to(model.device), limit.to(model.device), *rest))
-    (begin, end), (after, _) = ((n.cumsum(0) - n, n.sum()) for n in (x[1].sum(1).cpu() for x in (text, rest)))
-    place = order.argsort()[row]
-    own = column >= limit[place]
-    return states[torch.where(own, end + after[place] - limit[place], begin[line[place]]) + column]
+    sizes = [real.sum(1).cpu() for _, real in (text, rest)]
+    begin, after = (size.cumsum(0) - size for size in sizes)
+    place = order.argsort()[row]  # of each position's row among the own parts
+    start = torch.where(column < limit[place], begin[line[place]], sizes[0].sum() + after[place] - limit[place])
+    return states[start + column]
 
 
 def beginnings(rows: list[list[int]]) -> list[tuple[int, list[int]]]:

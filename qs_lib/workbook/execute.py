@@ -120,9 +120,10 @@ def _waiting() -> dict[str, str]:
     """
     import psutil
 
-    ours = os.environ["GOMP_SPINCOUNT"] == "1000"  # not the user's
+    if os.environ["GOMP_SPINCOUNT"] != "1000" or os.environ.get("OMP_NUM_THREADS") == "1":  # the user's, or no waiting
+        return {}
     neighbours = psutil.cpu_percent(0.3) / 100 * psutil.cpu_count()  # cores that other programs use
-    return {"GOMP_SPINCOUNT": "6000"} if ours and neighbours < 0.5 else {}
+    return {"GOMP_SPINCOUNT": "6000"} if neighbours < 0.5 else {}
 
 
 @contextlib.contextmanager
