@@ -322,12 +322,24 @@ def test_training_repeats_itself_and_keeps_the_best_weights():
             n_true=3,
             checkpoint=Checkpoint(log=lambda lines=lines, **m: lines.append(m)),
         )
-        assert result.best_validation == max(m["validation_accuracy"] for m in lines)
+        seen = [result.start_validation, *(m["validation_accuracy"] for m in lines)]
+        assert result.best_validation == max(seen)
         runs.append((lines, model.state_dict()))
     for line in (line for lines, _ in runs for line in lines):
         assert line.pop("seconds") > 0  # need not repeat itself
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1].values(), runs[1][1].values(), strict=True))
+
+
+def test_a_training_that_only_does_harm_keeps_the_start():
+    model, tokenizer = tiny_quiet_star()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    small = {"batch_size": 4, "num_thoughts": 2, "thought_length": 8, "evaluate_every": 1, "think_at": "random"}
+    held = problems("validation", 4)
+    result = r.train_quiet_star(model, tokenizer, problems(size=24), held, steps=2, adamw_lr=3.0, **small)
+    assert result.best_step == 0 and result.best_validation == result.start_validation
+    assert all(line["validation_log_likelihood"] < result.start_validation for line in result.history)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_curriculum_goes_from_easy_to_hard():
@@ -459,7 +471,7 @@ def test_options_train_and_say_what_they_did(settings):
     last = result.history[-1]
     name = "validation_log_likelihood" if "think_at" in settings else "validation_accuracy"
     assert math.isfinite(last[name]) and last["max_logit"] > 0 and last["diversity"] >= 1
-    assert result.best_validation == max(h[name] for h in result.history)
+    assert result.best_validation == max(result.start_validation, *(h[name] for h in result.history))
     if "adaptive_length" in settings:
         longest = max(len(tokenizer.encode(p["question"])) for p in problems(size=24)) + 4
         assert last["length"] <= max(10, longest // 5) + 1

@@ -59,12 +59,13 @@ class TrainingResult:
 
     ``history``: one dict per step. ``episodes``: some groups of thoughts that were trained on, before each validation.
     ``watched``: thoughts on a few held-out problems, before the first step and at each validation (``watching.watch``).
-    ``best_step`` and ``best_validation``: the weights that were kept.
+    ``best_step`` and ``best_validation``: the weights that were kept, of step 0 if no step did better than the start.
     """
 
     history: list[dict] = field(default_factory=list)
     episodes: list[Episode] = field(default_factory=list)
     watched: list[Episode] = field(default_factory=list)
+    start_validation: float = float("nan")
     best_step: int = 0
     best_validation: float = float("nan")
     seconds: float = 0.0
@@ -95,7 +96,8 @@ def train_quiet_star(
     running: RunningText | None = None,
     **changed,
 ) -> TrainingResult:
-    """Train a :class:`QuietStarForCausalLM` in place. The weights that did best on validation are kept.
+    """Train a :class:`QuietStarForCausalLM` in place. The weights that did best on validation are kept, be it those it
+    starts with.
 
     Each step draws ``over`` x ``batch_size`` training problems, samples ``num_thoughts`` thoughts at each position,
     keeps the problems whose thoughts disagree most (no label needed), re-scores them and takes one optimizer step on
@@ -131,7 +133,10 @@ def train_quiet_star(
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": rng, "generator": generator}
         parts |= {"history": result.history, "episodes": episodes, "watched": watched, "best": best}
         for step, bar in saving.steps(parts, s.steps, "quiet-star"):
-            watched += watch(model, tokenizer, validation, s, 0) if step == 0 else []
+            if step == 0:  # the start is judged too, and kept if no step does better
+                watched += watch(model, tokenizer, validation, s, 0)
+                start = validate(model, tokenizer, validation, s)[1]
+                best.update(start=start, validation=start, weights=[p.detach().clone() for p in trained])
             began = time.monotonic()
             drawn = draw_rollouts(model, tokenizer, problems, step, s, rng, generator)
             kept, left, diversity = keep_disputed(drawn, s, generator)
@@ -180,7 +185,7 @@ def train_quiet_star(
         budget = {"num_thoughts": s.num_thoughts, "thought_length": s.thought_length, "temperature": s.temperature}
         fit_mixing_head(model, tokenizer, asked, told, s.n_true, **budget, seed=s.seed)
     result.episodes, result.watched = ([Episode(**e) for e in kept] for kept in (episodes, watched))
-    result.best_step, result.best_validation = best["step"], best["validation"]
+    result.start_validation, result.best_step, result.best_validation = (best[k] for k in ("start", "step", "validation"))
     result.seconds = time.monotonic() - started
     return result
 
