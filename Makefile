@@ -114,6 +114,9 @@ refresh: setup
 	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb; \
 	  status=$$?; rm -r "$$scratch"; exit $$status
 	$(BIN)/nbstripout $(STRIP) notebooks/*.ipynb
+	$(BIN)/python -c 'import base64, json, pathlib; p = pathlib.Path("notebooks/10_real_words.ipynb"); \
+	  (cell,) = [c for c in json.loads(p.read_text())["cells"] if c["id"] == "real-34"]; \
+	  pathlib.Path("outputs/smollm2/experiments/arms.png").write_bytes(base64.b64decode(cell["outputs"][-1]["data"]["image/png"]))'
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """The house keeps its order: imports run one way, files and functions stay small, and the README says what is there."""
 
 import ast
+import base64
 import json
 import re
 import shutil
@@ -187,6 +188,14 @@ def test_the_notebook_table_is_what_the_notebooks_say():
 def test_the_map_of_the_tour_is_the_same_table():
     expected = [first_cell(path, "") for path in NOTEBOOKS[1:]]
     assert rows(prose(NOTEBOOKS[0]), "notebook") == expected, "\n" + "\n".join(f"| {' | '.join(r)} |" for r in expected)
+
+
+def test_the_picture_of_the_readme_is_the_one_that_notebook_10_draws():
+    picture = ROOT / "outputs" / "smollm2" / "experiments" / "arms.png"
+    assert f"]({picture.relative_to(ROOT)})" in README
+    cells = json.loads((ROOT / "notebooks" / "10_real_words.ipynb").read_text("utf-8"))["cells"]
+    (cell,) = [cell for cell in cells if cell["id"] == "real-34"]
+    assert base64.b64decode(cell["outputs"][-1]["data"]["image/png"]) == picture.read_bytes()
 
 
 def test_the_readme_is_short():

@@ -185,7 +185,8 @@ def train_quiet_star(
         budget = {"num_thoughts": s.num_thoughts, "thought_length": s.thought_length, "temperature": s.temperature}
         fit_mixing_head(model, tokenizer, asked, told, s.n_true, **budget, seed=s.seed)
     result.episodes, result.watched = ([Episode(**e) for e in kept] for kept in (episodes, watched))
-    result.start_validation, result.best_step, result.best_validation = (best[k] for k in ("start", "step", "validation"))
+    result.start_validation = best["start"]
+    result.best_step, result.best_validation = best["step"], best["validation"]
     result.seconds = time.monotonic() - started
     return result
 

@@ -388,20 +388,19 @@ def model_latency(rows: list[dict], target_ms: float):
 
 
 def ladder(steps: dict[str, tuple]):
-    """Draw the accuracy (value, low, high) of each stage of the workbook. Low and high may be None."""
+    """Draw the accuracy (value, low, high) of each model, in blue with thoughts. Low and high may be None."""
     figure, axis = new_figure(7.5, 0.6 + 0.5 * len(steps), dpi=100)
     for i, (label, (value, low, high)) in enumerate(steps.items()):
         if value is None:
             axis.text(0.01, i, "not measured", va="center")
             continue
-        look = LOOKS[0 if "RL" in label else 1]
+        look = LOOKS[0 if "with thoughts" in label else 1]
         axis.barh(i, value, 0.6, color=look.colour, hatch=look.hatch, edgecolor="white")
         if low is not None:
             axis.errorbar(value, i, xerr=_spread([(value, low, high)]), color="black", capsize=3)
         axis.text(0.01, i, f"{value:.3f}", va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     axis.set_yticks(range(len(steps)), list(steps))
-    axis.invert_yaxis()
-    axis.set(xlabel="exact match on test problems (share)", xlim=(0, 1.0))
+    axis.set(xlabel="exact match on test problems (share)", xlim=(0, 1.0), ylim=(len(steps) - 0.5, -0.5))
     return figure
 
 
