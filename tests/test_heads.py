@@ -66,4 +66,4 @@ def test_reinforcement_without_likelihood_ends_with_a_fitted_head(monkeypatch):
     shown = [*result.watched, *result.episodes]
     assert len(shown) == 12 and all(e.no_thought_weight == 0 for e in shown)
     assert all({round(t.weight, 6) for t in e.thoughts} == {0.5} for e in shown)
-    assert weighed == ["thoughts"] and model.mixing_head.gate.bias.item() != 0
+    assert weighed == ["thoughts"] * 2 and model.mixing_head.gate.bias.item() != 0
