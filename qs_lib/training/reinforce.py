@@ -59,7 +59,7 @@ class TrainingResult:
 
     ``history``: one dict per step. ``episodes``: some groups of thoughts that were trained on, before each validation.
     ``watched``: thoughts on a few held-out problems, before the first step and at each validation (``watching.watch``).
-    ``best_step`` and ``best_validation``: the weights that were kept, of step 0 if no step did better than the start.
+    ``best_step`` and ``best_validation``: the weights that were kept, of step 0 if every step did worse.
     """
 
     history: list[dict] = field(default_factory=list)
@@ -122,7 +122,7 @@ def train_quiet_star(
         raise WorkbookError("training needs at least one training and one validation problem")
     problems = within_band(model, tokenizer, problems, s)
     started, rng, generator = time.monotonic(), random.Random(s.seed), torch.Generator().manual_seed(s.seed)
-    result, episodes, watched, best = TrainingResult(), [], [], {"step": 0, "validation": float("nan")}
+    result, episodes, watched, best = TrainingResult(), [], [], {}
     if s.qk_clip_threshold:
         with watch_max_logits(model.lm):  # a family that cannot be watched is refused before the first step
             pass
@@ -133,10 +133,10 @@ def train_quiet_star(
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": rng, "generator": generator}
         parts |= {"history": result.history, "episodes": episodes, "watched": watched, "best": best}
         for step, bar in saving.steps(parts, s.steps, "quiet-star"):
-            if step == 0:  # the start is judged too, and kept if no step does better
+            if step == 0:  # the start is judged too, and kept if every step does worse
                 watched += watch(model, tokenizer, validation, s, 0)
                 start = validate(model, tokenizer, validation, s)[1]
-                best.update(start=start, validation=start, weights=[p.detach().clone() for p in trained])
+                best.update(step=0, start=start, validation=start, weights=[p.detach().clone() for p in trained])
             began = time.monotonic()
             drawn = draw_rollouts(model, tokenizer, problems, step, s, rng, generator)
             kept, left, diversity = keep_disputed(drawn, s, generator)
