@@ -58,6 +58,7 @@ def test_every_kind_of_arm_becomes_a_row_once(small, monkeypatch):
     # as many passes as the prompts, baking (1 epoch of 2 steps) and reinforcement (2 steps of 6 replies) take together
     assert rows["answers alone"]["epochs"] == 1 + 1 + 1
     for arm in ("baked", "reinforced"):
+        assert rows[arm]["greedy_8"] == rows[arm]["greedy"]  # the recipe here: eight tokens
         assert 0 <= sum(rows[arm][f"fault_{name}"] for name in ("arithmetic", "numbers", "operation", "steps")) <= 1
         row, better = rows[arm], max(rows["answers alone"]["accuracy"], rows["filler"]["accuracy"])
         assert row["checks"] >= row["checks_reached"] and row["moved"] >= 0

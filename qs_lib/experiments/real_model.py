@@ -183,12 +183,13 @@ def thinking_row(model, tokenizer, material, weights: str, length: int, seed: in
     pairs = zip(found.thoughts, material["test"], strict=True)
     faults = [edits.fault(edits.words_of(text), p["steps"]) for texts, p in pairs for text in texts]
     row |= {f"fault_{name}": faults.count(name) / len(faults) for name in edits.FAULTS}
-    greedy = budget | {"num_thoughts": 1, "temperature": 0.0, "weights": "thoughts"}
 
-    def one_thought(problems) -> np.ndarray:
+    def one_thought(problems, most=length) -> np.ndarray:
         room = longest_answer(tokenizer, problems)  # GSM8K's answers are longer than those of the test problems
-        return accuracy_with_thoughts(model, tokenizer, problems, max_new_tokens=room, **greedy)["mixed"].numpy()
+        own = budget | {"num_thoughts": 1, "thought_length": most, "temperature": 0.0, "weights": "thoughts"}
+        return accuracy_with_thoughts(model, tokenizer, problems, max_new_tokens=room, **own)["mixed"].numpy()
 
+    row |= {f"greedy_{most}": one_thought(material["test"], most).mean() for most in (8, 16, 24)}  # cut that short
     row |= elsewhere(material, one_thought)
     row |= {"strategy_fit": found.statistics["strategy_fit"], "own_accuracy": found.statistics["accuracy"]}
     return row | {"right": outcomes(found.mixed), "right_greedy": outcomes(found.greedy)}, found

@@ -62,10 +62,9 @@ class Thoughts:
 
     def to_text(self, tokenizer):
         """Return nested lists [batch][P][N] of decoded thoughts with their tags, '' where there is no thought."""
-        lengths = self.lengths.tolist()
         return [
             [[tokenizer.decode(t[:n]) if n else "" for t, n in zip(*unit)] for unit in zip(*row)]
-            for row in zip(self.tokens.tolist(), lengths)
+            for row in zip(self.tokens.tolist(), self.lengths.tolist())
         ]
 
 
@@ -83,7 +82,7 @@ def generate_thoughts(
     generator=None,
     think_id=None,
     end_id=None,
-    max_streams=1024,
+    max_streams=None,
     forbid=(),
     with_hidden=True,
     numbers=None,
@@ -95,9 +94,9 @@ def generate_thoughts(
     ``thought_length``: most tokens of a thought with both tags. A thought ends when </think> is sampled, else
     </think> is forced as the last token. ``temperature`` 0 is greedy. ``forbid``: ids that are never sampled, and
     <think> never is. ``with_hidden=False`` saves the pass that reads </think>. ``max_streams``: thoughts computed
-    together, which bounds memory. ``generator`` gives one seed. A token depends on it, on the number of its row
-    (``numbers`` (batch,), else 0, 1, ...), on position, thought and step, and on the text before it. In float32 padding,
-    ``max_streams`` and the other rows change nothing. Dropout is off.
+    together, which bounds memory, by default 1,024, on a GPU 4,096. ``generator`` gives one seed. A token depends on it,
+    on the number of its row (``numbers`` (batch,), else 0, 1, ...), on position, thought and step, and on the text before
+    it. In float32 padding, ``max_streams`` and the other rows change nothing. Dropout is off.
 
     To sample in bfloat16, pass a bfloat16 copy of the model and take log-probs from ``rescore_thoughts`` in float32.
     Unlike Quiet-STaR, tokens are sampled (no Gumbel-softmax), and the model decides when a thought ends.
@@ -107,6 +106,7 @@ def generate_thoughts(
     think_id, end_id = _tag_ids(model, think_id, end_id)
     if num_thoughts < 1 or thought_length < 2:
         raise ValueError("num_thoughts must be at least 1 and thought_length at least 2 (both tags).")
+    max_streams = (4096 if model.device.type == "cuda" else 1024) if max_streams is None else max_streams
     at_least(1, max_streams=max_streams)
     if not (temperature == 0 or 1e-12 <= temperature <= 1e12) or not 0 < top_p <= 1:  # NaN is neither
         raise ValueError("temperature must be 0 or between 1e-12 and 1e12, and top_p in (0, 1].")
@@ -145,13 +145,12 @@ def _tag_ids(model, think_id, end_id):
 def _blank(model, positions, number, length, with_hidden, used):
     """Return ``Thoughts`` without a token yet. ``used``: the fields that are no tensors."""
     shape, zeros = (*positions.shape, number), partial(torch.zeros, device=positions.device)
-    size = LanguageHead(model).width
     return Thoughts(
         tokens=torch.full((*shape, length), used["end_id"], device=positions.device),
         logprobs=zeros(*shape, length, dtype=torch.promote_types(model.dtype, torch.float32)),
         sampled=zeros(*shape, length, dtype=torch.bool),
         lengths=zeros(shape, dtype=torch.long),
-        hidden=zeros(*shape, size, dtype=model.dtype) if with_hidden else None,
+        hidden=zeros(*shape, LanguageHead(model).width, dtype=model.dtype) if with_hidden else None,
         positions=positions,
         **used,
     )
