@@ -1,5 +1,7 @@
 """The arms of a pretrained model, on a random one: what they do, not what they reach."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from qs_lib.errors import UpstreamError, WorkbookError
 from qs_lib.experiments import __main__ as command_line
 from qs_lib.experiments import real_findings
 from qs_lib.experiments import real_model as arms
-from qs_lib.files import read_rows
+from qs_lib.files import read_rows, write_rows
 from qs_lib.model import QuietStarForCausalLM
 from qs_lib.training import baking, reinforce
 from qs_lib.training.settings import BakingSettings, QuietStarSettings
@@ -67,6 +69,15 @@ def test_every_kind_of_arm_becomes_a_row_once(small, monkeypatch):
     assert (small / "models" / "difference-0").is_dir()
     monkeypatch.setattr(arms, "measured_arm", lambda *_: pytest.fail("trained again"))
     arms.real_model(small, [0], "smollm2", arms=names)
+
+
+def test_the_gain_over_answers_alone_reaches_the_scoreboard(small):
+    right = {("reinforced", 0): 0.6, ("reinforced", 1): 0.7, ("answers alone", 0): 0.25, ("answers alone", 1): 0.25}
+    made = [{"arm": a, "seed": s, "settings": arms.TRAINED_ARMS[a], "accuracy": x} for (a, s), x in right.items()]
+    write_rows(small / "smollm2.csv", made)
+    arms.real_model(small, [0, 1], "smollm2", arms=["reinforced", "answers alone"])  # has its rows: nothing is trained
+    over = json.loads((small / "over_answers_alone.json").read_text())
+    assert over["value"] == pytest.approx(0.4) and over["seeds"] == 2 and over["low"] < 0.35
 
 
 def test_other_problems_have_room_for_their_own_answers(small, monkeypatch):

@@ -33,6 +33,7 @@ from ..training.settings import BakingSettings, QuietStarSettings
 from ..workbook.params import recipe
 from ..workbook.tables import reply_rows
 from .arms import repeat
+from .findings import paired, write_criterion
 
 _WORD = re.compile(r"[a-z]+")
 SAMPLES = 8  # thoughts a problem for pass@k
@@ -202,9 +203,9 @@ def raw_row(variant: str, material) -> dict:
     prompts, tags = prompts_with(material["train"], values["prompt_examples"]), tuple(tokens.thinking_ids(tokenizer))
     rows = reply_rows(lm, tokenizer, material["test"], values["max_new_tokens"], prompts, tags)
     right = np.array([row["correct"] for row in rows], float)
-    row = {"accuracy": right.mean(), "right": outcomes(right)}
-    row |= elsewhere(material, lambda problems: direct_accuracy(lm, tokenizer, problems))
-    return row | {"without": direct_accuracy(lm, tokenizer, material["test"]).mean()}
+    direct = lambda problems: direct_accuracy(lm, tokenizer, problems)
+    row = {"accuracy": right.mean(), "right": outcomes(right), "without": direct(material["test"]).mean()}
+    return row | elsewhere(material, direct)
 
 
 def elsewhere(material, right) -> dict:
@@ -331,13 +332,10 @@ def describe(material) -> list[dict]:
 
     Near is one that shares nine tenths of all their words, whatever names and numbers differ.
     """
-    read = {frozenset(_WORD.findall(p["question"].lower())) for p in material["train"]}  # once, whatever its numbers
-    found = []
-    for p in material["test"]:
-        words = set(_WORD.findall(p["question"].lower()))
-        near = any(len(words & other) >= 0.9 * len(words | other) for other in read)
-        found.append({"steps": len(p["steps"]), "near": int(near)})
-    return found
+    words = lambda p: frozenset(_WORD.findall(p["question"].lower()))  # whatever its numbers
+    read = {words(p) for p in material["train"]}  # many are the same template
+    near = lambda mine: any(len(mine & other) >= 0.9 * len(mine | other) for other in read)
+    return [{"steps": len(p["steps"]), "near": int(near(words(p)))} for p in material["test"]]
 
 
 def real_model(folder: Path, seeds, variant: str, data: str = "", gsm8k: str = "", arms=None) -> None:
@@ -347,3 +345,5 @@ def real_model(folder: Path, seeds, variant: str, data: str = "", gsm8k: str = "
     further = {"gsm8k": list(load_problems(gsm8k, "test")) if gsm8k else []}
     once = lambda settings, seed, *more: measured_arm(variant, folder, drawn(seed) | further, settings, seed, *more)
     repeat(folder / f"{variant}.csv", {name: TRAINED_ARMS[name] for name in arms or TRAINED_ARMS}, seeds, once)
+    if gains := paired(read_rows(folder / f"{variant}.csv"), "reinforced", "answers alone", "accuracy"):
+        write_criterion(folder, "over_answers_alone", gains, f"make evidence X={variant}")
