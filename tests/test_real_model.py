@@ -81,11 +81,12 @@ def test_the_gain_over_answers_alone_reaches_the_scoreboard(small):
 
 
 def test_other_problems_have_room_for_their_own_answers(small, monkeypatch):
-    seen = []
+    seen, cut = [], []
     real = arms.accuracy_with_thoughts
 
     def watched(model, tokenizer, asked, *given, **settings):
         seen.append((asked[0]["answer"], settings.get("max_new_tokens")))
+        cut.append(settings["thought_length"])
         return real(model, tokenizer, asked, *given, **settings)
 
     monkeypatch.setattr(arms, "accuracy_with_thoughts", watched)
@@ -94,6 +95,7 @@ def test_other_problems_have_room_for_their_own_answers(small, monkeypatch):
     long = [p | {"answer": " ".join(["9"] * 12)} for p in some]
     arms.thinking_row(model, tokenizer, {"validation": some, "test": some, "gsm8k": long}, "thoughts", 6, 0)
     assert seen[-1][0] == long[0]["answer"] and seen[-1][1] >= 12 > seen[0][1]
+    assert cut[-4:] == [8, 16, 24, 6]  # greedy thoughts of test problems, cut short; those of GSM8K are not
 
 
 def test_thoughts_cannot_be_trained_before_a_model_is_baked(small):
