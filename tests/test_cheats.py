@@ -75,9 +75,10 @@ def rescore(lm, ids, thoughts, mask, n_true, **_):
     after = after.scatter(-1, words, sure)
     after = (after / after.sum(-1, keepdim=True)).log()
     base = torch.full((b, 1, n_true, size), 1 / size).log()
-    truth = ids.gather(1, thoughts.positions + 1)[:, :, None]
+    follows = thoughts.positions + 1 < mask.sum(1, keepdim=True)
+    truth = ids.gather(1, (thoughts.positions + 1).clamp_max(ids.shape[1] - 1))[:, :, None]
     valid = torch.zeros(b, 1, n_true, dtype=torch.bool)
-    valid[..., 0] = True
+    valid[..., 0] = follows
     return type(
         "Scored",
         (),

@@ -128,7 +128,7 @@ def scored(model, before, tokenizer, weights):
     for attack in ("own", "foreign", "shuffled", "filler", "last_step_deleted"):
         given = qs.evaluation.attacks.attacked_thoughts(attack, tokens, lengths, PROBLEMS, tokenizer, rng)
         qs.evaluation.episodes.answers_with(model, tokenizer, contexts, *given, weights, 2)
-    qs.evaluation.episodes.answers_alone(model, tokenizer, contexts, tokens, lengths, 2)
+    qs.evaluation.episodes.written_alone(model, tokenizer, contexts, tokens, lengths, 2)
 
 
 def planted(model, before, tokenizer):

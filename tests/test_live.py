@@ -15,13 +15,13 @@ from qs_lib.errors import WorkbookError
 from qs_lib.evaluation.accuracy import answer_of, replies
 from qs_lib.evaluation.episodes import (
     STEPS,
-    answers_alone,
     answers_with,
     as_episodes,
     draw_thoughts,
     score_thoughts,
     text_tokens,
     think_at,
+    written_alone,
 )
 from qs_lib.viewing.edit import answer_with, entropies, plain_words, thought_ids
 from qs_lib.viewing.inspector import ThoughtInspector
@@ -40,7 +40,9 @@ def saved(problem, seed=0):
         name: answers_with(MODEL, TOKENIZER, contexts, *given, weights, 6)
         for name, weights in (("own", "head"), ("none", "none"))
     }
-    answers["alone"] = answers_alone(MODEL, TOKENIZER, contexts, *given, 6).tolist()
+    answers["alone"] = [
+        [answer_of(TOKENIZER, ids) for ids in group] for group in written_alone(MODEL, TOKENIZER, contexts, *given, 6)
+    ]
     return as_episodes(TOKENIZER, [problem], drawn, rows, answers, "live")[0]
 
 
@@ -451,7 +453,8 @@ def test_the_bar_fills_while_thoughts_are_drawn():
         assert inspector.bar in inspector.groups[group] and inspector.draw in inspector.groups[group]
     assert inspector.bar.layout.visibility == "hidden"
     inspector.draw.click()
-    assert seen == [*((n, "visible") for n in range(1, 11)), (0, "hidden")] and inspector.bar.max == 10
+    steps = 2 * len(STEPS)
+    assert seen == [*((n, "visible") for n in range(1, steps + 1)), (0, "hidden")] and inspector.bar.max == steps
 
 
 def test_nothing_to_edit_is_said():
@@ -478,3 +481,23 @@ def test_the_inspector_is_exported_and_the_library_works_without_widgets():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "the inspector needs ipywidgets: pip install 'quiet-star-workbook[notebooks]'\n", done.stderr
+
+
+def test_the_consensus_is_over_whole_answers_whatever_their_first_token(monkeypatch):
+    """By plain passes: a blank that all answers begin with adds the same to every gain, and tells nothing apart."""
+    text = problems()[0]["question"]
+    ids, says = encode_context(TOKENIZER, text), [[9, 3], [9, 3], [9, 4, 5]]
+    monkeypatch.setattr("qs_lib.evaluation.episodes.written_alone", lambda *given: [says])
+    one = think_at(MODEL, TOKENIZER, text, **SETTINGS)
+
+    def log_probs(before, said):
+        logits = MODEL.lm(torch.tensor([before + said])).logits[0, len(before) - 1 : -1].float()
+        logits[:, MODEL.config.hidden_ids] = -torch.inf
+        return logits.log_softmax(-1)[torch.arange(len(said)), said]
+
+    with torch.no_grad():
+        for k, thought in enumerate(one.thoughts):
+            own = [TOKENIZER.convert_tokens_to_ids(t.strip()) for t in thought.tokens]
+            gains = [(log_probs(ids + own, s) - log_probs(ids, s)).clamp(-6, 6).sum().item() for s in says]
+            expected = (sum(gains) - gains[k]) / 2 / 12 + 0.5  # unscaled: half and half at no gain, 1 at six nats
+            assert thought.coherence["predictive"] == pytest.approx(min(1, max(0, expected)), abs=1e-4)

@@ -1,6 +1,7 @@
 """Coherence, attacks and the anti-theater report: hand-made thoughts with known scores. The cheats: test_cheats.py."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,26 +27,26 @@ from qs_lib.workbook import figures, tables
 def test_consensus_gain_by_hand():
     base = torch.tensor([0.5, 0.5]).log()
     after = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9]]).log()
-    gain = consensus_gain(after, base)
-    others = (after[1].exp() + after[2].exp()) / 2
-    assert gain[0].item() == pytest.approx((others * (after[0] - base)).sum().item())
-    assert gain.argmax() == 1 and gain.argmin() == 2  # the dissenter is least coherent
-    assert consensus_gain(after[:1], base).tolist() == [0.0]
+    said = after.argmax(-1)  # what each thought leads to: 0, 0, 1
+    gain = consensus_gain(after[:, said] - base[said])
+    assert gain[0].item() == pytest.approx((math.log(0.9 / 0.5) + math.log(0.1 / 0.5)) / 2)
+    assert gain[2].item() == pytest.approx(math.log(0.1 / 0.5))
+    assert gain.argmin() == 2  # the dissenter is least coherent
+    assert consensus_gain(torch.ones(1, 1)).tolist() == [0.0]
 
 
 def test_scores_are_in_range_label_free_and_scaled():
     model, tokenizer = tiny_quiet_star()
     ids, mask, positions = answer_batch(tokenizer, problems(size=8))
     thoughts = model.think(ids, mask, positions, torch.Generator().manual_seed(0))
-    after = torch.randn(8, 1, 3, 50).log_softmax(-1)
-    base = torch.randn(8, 1, 50).log_softmax(-1)
-    first = coherence(tokenizer, ids, thoughts, after, base, attention_mask=mask)
+    gains = torch.randn(8, 1, 3, 3)
+    first = coherence(tokenizer, ids, thoughts, gains, attention_mask=mask)
     changed = ids.clone()
     for row, at in enumerate(positions[:, 0]):
         changed[row, at + 1 :] = 5  # the label and all that follows
-    again = coherence(tokenizer, changed, thoughts, after, base, attention_mask=mask)
+    again = coherence(tokenizer, changed, thoughts, gains, attention_mask=mask)
     scale = Scale.fit(first.raw)
-    scaled = coherence(tokenizer, ids, thoughts, after, base, scale, mask)
+    scaled = coherence(tokenizer, ids, thoughts, gains, scale, mask)
     for name in ("semantic", "syntactic", "predictive", "composite"):
         assert torch.equal(getattr(first, name), getattr(again, name))
         assert (getattr(scaled, name) >= 0).all() and (getattr(scaled, name) <= 1).all()

@@ -9,7 +9,7 @@ from ..errors import WorkbookError
 
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 WORD = re.compile(r"\w+")
-CLIP = 6.0  # nats that a gain counts at most, up or down
+CLIP = 6.0  # nats that the gain on a token counts at most, up or down
 WEIGHTS = {"semantic": 0.4, "syntactic": 0.3, "predictive": 0.3}
 
 
@@ -42,19 +42,18 @@ class Coherence:
     raw: dict[str, torch.Tensor]
 
 
-def coherence(
-    tokenizer, input_ids, thoughts, after_log_probs, base_log_probs, scale: Scale | None = None, attention_mask=None
-) -> Coherence:
+def coherence(tokenizer, input_ids, thoughts, gains, scale: Scale | None = None, attention_mask=None) -> Coherence:
     """Score the coherence of thoughts (``Thoughts``) at their positions, without the label.
 
-    ``after_log_probs (batch, P, K, vocab)`` and ``base_log_probs (batch, P, vocab)`` are next-token log-probs after
-    each thought and without one. Raw components:
+    ``gains (batch, P, K, K)``: in [..., k, j] how much likelier thought k makes what the model writes after thought j
+    alone, in nats over no thought (:func:`clipped_gain`). Raw components:
 
     - semantic: share of the numbers read so far (of the words, where there are none) that the thought takes up.
       Cosines of embeddings carry no information on correctness here (measured).
     - syntactic: probability of the thought's least likely sampled token. One slip makes a thought ill-formed.
-    - predictive: consensus gain. Does this thought lead where the others lead? A lower entropy after the thought does
-      not tell right from wrong, as wrong thoughts are confident.
+    - predictive: consensus gain. Does this thought lead where the others lead? Whole answers are compared, since the
+      first token of one may be a blank that says nothing. A lower entropy after the thought does not tell right from
+      wrong, as wrong thoughts are confident.
 
     With ``scale`` each goes through the normal CDF of its z-score, so that none outweighs the others by its spread.
     Without, they are clipped to [0, 1]. The composite is their sum weighted by ``WEIGHTS``.
@@ -62,7 +61,7 @@ def coherence(
     raw = {
         "semantic": number_coverage(tokenizer, input_ids, thoughts, attention_mask),
         "syntactic": thoughts.logprobs.masked_fill(~thoughts.sampled, 0).amin(-1).exp(),
-        "predictive": consensus_gain(after_log_probs, base_log_probs),
+        "predictive": consensus_gain(gains),
     }
     if scale is None:
         scaled = raw | {"predictive": (raw["predictive"] + CLIP) / (2 * CLIP)}
@@ -97,19 +96,20 @@ def _found(pattern: re.Pattern, text: str) -> set[str]:
     return {match.replace(",", "").lower() for match in pattern.findall(text)}
 
 
-def consensus_gain(after: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """Return the expected gain in log-probability of the next token, drawn as the *other* thoughts predict it.
+def consensus_gain(gains: torch.Tensor) -> torch.Tensor:
+    """Return the mean gain of each thought on what the *other* thoughts lead to, nats: (..., K, K) gives (..., K).
 
-    E_{y ~ other thoughts}[clip(log p_k(y) - log p_0(y))] in nats, clipped to ``CLIP`` either way. ``after (..., K,
-    vocab)`` and ``base (..., vocab)`` give ``(..., K)``. A single thought has no others and a gain of 0.
+    It stands for E_{y ~ other thoughts}[log p_k(y) - log p_0(y)], with y the likeliest answer after each of them. A
+    single thought has no others and a gain of 0.
     """
-    if (k := after.shape[-2]) == 1:
-        return torch.zeros(after.shape[:-1], device=after.device)
-    allowed = torch.isfinite(base).unsqueeze(-2)
-    gain = (after.masked_fill(~allowed, 0) - base.unsqueeze(-2).masked_fill(~allowed, 0)).clamp(-CLIP, CLIP)
-    probs = after.exp()
-    others = (probs.sum(-2, keepdim=True) - probs) / (k - 1)
-    return (others * gain).sum(-1)
+    others = gains.sum(-1) - gains.diagonal(dim1=-2, dim2=-1)
+    return others / max(1, gains.shape[-1] - 1)
+
+
+def clipped_gain(scored) -> torch.Tensor:
+    """Return ``utility`` with the gain on each token clipped to ``CLIP`` either way, nats, ``(batch, P, K)``."""
+    gain = (scored.true_logprobs - scored.base_logprobs.unsqueeze(2)).clamp(-CLIP, CLIP)
+    return (gain * scored.valid.unsqueeze(2)).sum(-1)
 
 
 def utility(scored) -> torch.Tensor:

@@ -14,9 +14,9 @@ from ..model import QuietStarForCausalLM
 from ..thoughts.generate import Thoughts
 from ..thoughts.rescore import rescore_thoughts
 from .accuracy import Budget, answer_of, decode_with_thoughts, single_thoughts, sorted_batches
-from .coherence import coherence, utility
+from .coherence import clipped_gain, coherence, utility
 
-STEPS = ("drawing", "scoring", "answering without thoughts", "answering with thoughts", "answering with each alone")
+STEPS = ("drawing", "answering with each alone, scoring", "answering without thoughts", "answering with thoughts")
 ANSWER_LENGTH = 6  # tokens of an answer to a text of one's own
 
 
@@ -95,12 +95,12 @@ def draw_thoughts(think, tokenizer, questions: list[str], seed: int = 0, batch_s
 
 @torch.no_grad()
 def score_thoughts(
-    model, tokenizer, problems, scale, n_true=4, think=None, score=coherence, weights="head", batch_size=120, **budget
+    model, tokenizer, problems, scale, think=None, score=coherence, weights="head", batch_size=120, room=6, **budget
 ):
     """Draw and score thoughts after each question: (thoughts per problem, one dict per thought in problem order).
 
     ``scale``: of coherence, or None. ``think`` and ``score`` replace sampler and coherence score. ``weights``: see
-    ``QuietStarForCausalLM.branch_weights``. ``budget``: see :class:`Budget`.
+    ``QuietStarForCausalLM.branch_weights``. ``room``: most tokens of an answer. ``budget``: see :class:`Budget`.
     """
     questions = [p["question"] for p in problems]
     settings = vars(Budget(**budget)) | {"batch_size": batch_size}
@@ -108,27 +108,35 @@ def score_thoughts(
     for batch in sorted_batches([len(q) for q in questions], batch_size):
         thoughts = Thoughts.cat([drawn[i] for i in batch])
         ids, mask, _ = answer_batch(tokenizer, [problems[i] for i in batch], thoughts.positions.device)
-        rows += score_drawn(model, tokenizer, ids, mask, thoughts, batch, scale, n_true, score, weights)
+        found = score_drawn(model, tokenizer, ids, mask, thoughts, scale, None, score, weights, room)
+        rows += [row | {"problem": batch[row["problem"]]} for row in found]
     return drawn, sorted(rows, key=lambda r: r["problem"])
 
 
 def score_drawn(
-    model, tokenizer, ids, mask, thoughts, numbers, scale=None, n_true=4, score=coherence, weights="head"
+    model, tokenizer, ids, mask, thoughts, scale=None, n_true=None, score=coherence, weights="head", room=6
 ) -> list[dict]:
-    """Return one dict per thought drawn at one position of each text, ids and mask (B, L), named by ``numbers``.
+    """Return one dict per thought drawn at one position of each text, ids and mask (B, L).
 
-    ``utility`` is the gain on those of the next ``n_true`` tokens that the text has, 0 where it ends there.
+    ``utility`` is the gain on the next ``n_true`` tokens of the text, None: on all that follow, 0 where it ends there.
+    ``written``: at most ``room`` ids that the model writes after the thought alone.
     """
-    tags = tuple(thinking_ids(tokenizer))
-    scored = rescore_thoughts(model.lm, ids, thoughts, mask, n_true=n_true, true_logits=True, forbid_true=tags)
+    tags, follow = tuple(thinking_ids(tokenizer)), ids.shape[1] - 1 - thoughts.positions.min().item()
+    settings = {"n_true": n_true or max(1, follow), "true_logits": True, "forbid_true": tags}
+    scored = rescore_thoughts(model.lm, ids, thoughts, mask, **settings)
     after, base = scored.true_full[..., 0, :], scored.base_full[..., 0, :]  # (B, 1, K, vocab), (B, 1, vocab)
-    parts, gains = score(tokenizer, ids, thoughts, after, base, scale, mask), utility(scored)
+    until = (slice(at + 1) for at in thoughts.positions[:, 0].tolist())
+    texts = [row[at][real[at].bool()].tolist() for row, real, at in zip(ids, mask, until, strict=True)]
+    written = written_alone(model, tokenizer, texts, thoughts.tokens[:, 0], thoughts.lengths[:, 0], room)
+    led = _gains_on(model, tokenizer, texts, thoughts, written)
+    parts, gains = score(tokenizer, ids, thoughts, led, scale, mask), utility(scored)
     mixing = model.mixing_weights(scored, weights)[:, 0, 0]  # (B, 1 + K)
     mixed = model.mix(scored.base_hidden[:, 0, 0], scored.thought_hidden[:, 0, :, 0], mixing)
     names, rows = ("semantic", "syntactic", "predictive", "composite"), []
-    for b, k in np.ndindex(len(numbers), gains.shape[2]):
-        row = {"problem": numbers[b], "thought": k, "utility": gains[b, 0, k].item(), "weight": mixing[b, k + 1].item()}
+    for b, k in np.ndindex(len(ids), gains.shape[2]):
+        row = {"problem": b, "thought": k, "utility": gains[b, 0, k].item(), "weight": mixing[b, k + 1].item()}
         row |= {"no_thought": mixing[b, 0].item(), "coherence": {n: getattr(parts, n)[b, 0, k].item() for n in names}}
+        row |= {"written": written[b][k]}
         rows.append(row | {"after": _top(after[b, 0, k]), "base": _top(base[b, 0]), "mixed": _top(mixed[b])})
     return rows
 
@@ -144,12 +152,27 @@ def answers_with(model, tokenizer, contexts, tokens, lengths, weights: str, max_
     return [answer_of(tokenizer, w) for w in written]
 
 
-def answers_alone(model, tokenizer, contexts, tokens, lengths, max_new_tokens: int) -> np.ndarray:
-    """Return the answer each thought leads to by itself, (problems, K) of text."""
+def written_alone(model, tokenizer, contexts, tokens, lengths, max_new_tokens: int) -> list[list[list[int]]]:
+    """Return the ids that the model writes after each thought by itself, a list of K for each context."""
     k = lengths.shape[1]
     repeated, single = [c for c in contexts for _ in range(k)], single_thoughts(tokens, lengths)
-    answers = answers_with(model, tokenizer, repeated, *single, "thoughts", max_new_tokens)
-    return np.array(answers, dtype=object).reshape(-1, k)
+    written = decode_with_thoughts(model, tokenizer, repeated, *single, "thoughts", max_new_tokens)
+    return [written[i : i + k] for i in range(0, len(written), k)]
+
+
+def _gains_on(model, tokenizer, texts, thoughts, written) -> torch.Tensor:
+    """Return what each thought gains on what was ``written`` after each, (B, 1, K, K). Equal words are scored once."""
+    rows, device = {}, thoughts.lengths.device
+    which = [[rows.setdefault((b, *words), len(rows)) for words in group] for b, group in enumerate(written)]
+    gains, tags, size = [], tuple(thinking_ids(tokenizer)), len(texts)
+    for start in range(0, len(rows), size):  # as many rows at once as there are texts
+        part = list(rows)[start : start + size]
+        ids, mask = padded(tokenizer, [[*texts[b], *words] for b, *words in part], device)
+        drawn = thoughts.part([b for b, *_ in part])
+        drawn.positions = torch.tensor([[len(texts[b]) - 1] for b, *_ in part], device=device)
+        longest = max(1, *(len(row) - 1 for row in part))
+        gains.append(clipped_gain(rescore_thoughts(model.lm, ids, drawn, mask, longest, forbid_true=tags))[:, 0])
+    return torch.cat(gains)[torch.tensor(which, device=device)].mT.unsqueeze(1)  # (B, words, K) to (B, 1, K, words)
 
 
 def by_problem(rows: list[dict], key: str) -> np.ndarray:
@@ -182,15 +205,15 @@ def record(
     context = document[: at + 1]
     given = model, tokenizer, [context], thoughts.tokens[:, 0], thoughts.lengths[:, 0]
     begin = begin or (lambda name: None)
-    _, score, without, together, alone = STEPS
+    _, score, without, together = STEPS
     begin(score)
-    group = score_drawn(model, tokenizer, ids, torch.ones_like(ids), thoughts, [0], weights=weights, **scoring)
+    room = max(max_new_tokens, scoring.get("n_true") or 0)  # coherence looks no less far near the end of a text
+    group = score_drawn(model, tokenizer, ids, torch.ones_like(ids), thoughts, weights=weights, room=room, **scoring)
     begin(without)
     said = {"none": answers_with(*given, "none", max_new_tokens)[0]}
     begin(together)
     said["own"] = answers_with(*given, weights, max_new_tokens)[0]
-    begin(alone)
-    said["alone"] = answers_alone(*given, max_new_tokens)[0]
+    said["alone"] = [answer_of(tokenizer, row["written"][:max_new_tokens]) for row in group]
     for row, reward, advantage in zip(group, *trained, strict=True) if trained else ():
         row |= {"reward": reward.item(), "advantage": advantage.item()}
     return _episode(tokenizer, about, context, thoughts, group, said)
@@ -232,8 +255,8 @@ def think_at(
 ) -> Episode:
     """Draw thoughts after token ``position`` (from 0, None: the last) of a text and record all that is known of them.
 
-    The truth is what follows. At the last token it is the ``answer``, where one is given. Before it, it is the next
-    ``n_true`` tokens of the text. Without a truth the episode's ``answer`` and each ``utility`` are None. ``scale``: of
+    The truth is what follows. At the last token it is the whole ``answer``, where one is given. Before it, it is the
+    next ``n_true`` tokens of the text. Without a truth the episode's ``answer`` and each ``utility`` are None. ``scale``: of
     coherence, as the model was judged with. ``progress(done, of, what)`` is called before each of ``STEPS`` and at the
     end. ``budget``: see :class:`Budget`.
 
@@ -243,6 +266,7 @@ def think_at(
     context = checked_context(model, tokenizer, text, position, budget.thought_length + ANSWER_LENGTH)
     last = len(context) - 1 if position is None else position
     at_end, document = last == len(context) - 1, context
+    ahead = None if at_end else n_true
     if answer:
         document = answer_batch(tokenizer, [{"question": text, "answer": answer}])[0][0].tolist()
     following = [] if at_end else context[last + 1 : last + 1 + n_true]
@@ -256,7 +280,7 @@ def think_at(
     ids, at = torch.tensor([context[: last + 1]]), torch.tensor([[last]])
     thoughts = model.think(ids, positions=at, generator=budget.generator(), **budget.drawing)
     about = {"problem": 0, "question": text, "answer": truth or None, "stage": stage}
-    made = record(model, tokenizer, document, thoughts, about, tokens, begin=begin, n_true=n_true, scale=scale)
+    made = record(model, tokenizer, document, thoughts, about, tokens, begin=begin, n_true=ahead, scale=scale)
     begin("done")
     return made
 

@@ -34,7 +34,7 @@ from .accuracy import answer_of, end_ids, longest_answer, replies
 from .attacks import ATTACKS, REWRITTEN, Measured, Subject, stacked
 from .belief import Practice
 from .coherence import Scale, coherence
-from .episodes import Episode, answers_alone, as_episodes, by_problem, score_thoughts
+from .episodes import Episode, as_episodes, by_problem, score_thoughts
 from .verdict import CHECKS, Check, judge
 
 QUICK = 40  # problems of a quick look
@@ -48,7 +48,6 @@ class TheaterSettings(Settings):
     temperature: float = Field(1.0, ge=0)
     seed: int = Field(0, ge=0, lt=2**32)
     batch_size: int = Field(120, ge=1)  # questions
-    n_true: int = Field(4, ge=1)  # true tokens that utility is the gain on
     weights: Literal["head", "thoughts", "none"] = "head"  # how thoughts are mixed, see `decode_with_thoughts`
     max_new_tokens: int = Field(6, ge=1)  # of an answer
     hint: str = "so {number} . {question}"  # how a wrong number is put into a question
@@ -150,10 +149,11 @@ def anti_theater(
     if len(problems) < 2:
         raise WorkbookError("anti-theater needs at least two held-out problems: foreign thoughts come from another one")
     drawing = s.model_dump(include={"num_thoughts", "thought_length", "temperature", "seed", "batch_size"})
-    scoring, started = {"n_true": s.n_true, "weights": s.weights, "think": think, "score": score}, time.monotonic()
-    drawn, rows = score_thoughts(model, tokenizer, problems, scale, **scoring, **drawing)
+    scoring, started = {"weights": s.weights, "think": think, "score": score}, time.monotonic()
+    drawn, rows = score_thoughts(model, tokenizer, problems, scale, room=s.max_new_tokens, **scoring, **drawing)
     subject = Subject(model, tokenizer, problems, stacked(drawn), drawing, s.weights, s.max_new_tokens)
-    cost, measured = {"own": Cost(len(rows), 2 * len(rows), time.monotonic() - started)}, {}
+    led = s.num_thoughts * len({(r["problem"], *r["written"]) for r in rows})  # to what one leads, read after each
+    cost, measured = {"own": Cost(len(rows), 3 * len(rows) + led, time.monotonic() - started)}, {}
     direct, endless = _direct(subject, max(s.thought_length, s.max_new_tokens))
     none = [answer_of(tokenizer, d[: s.max_new_tokens]) for d in direct]
     measured |= {"own": subject.right(subject.said), "none": subject.right(none)}
@@ -178,7 +178,7 @@ def anti_theater(
     if controls:
         measured["control"] = max(controls.values(), key=np.mean)[: len(problems)]
     within_r = correlation(measured["composite"], measured["utility"].clip(-5, 5), s.seed, within=True)
-    alone = answers_alone(model, tokenizer, subject.contexts, *subject.own, s.max_new_tokens)
+    alone = np.array([answer_of(tokenizer, r["written"]) for r in rows], object).reshape(len(problems), -1)
     reliable = _reliabilities(rows, none, alone, subject.truth, s.seed)
     table = [{k: r[k] for k in ("problem", "thought", "coherence", "utility", "weight")} for r in rows]
     said = {"none": none, "own": subject.said.tolist(), "alone": alone.tolist()}
@@ -246,5 +246,6 @@ def attack_arguments(model, tokenizer, before, data: dict[str, list[Problem]], s
     """
     test, seen = data["test"][:size], data["train"] + data["validation"] + data["examples"]
     given = {"model": model, "tokenizer": tokenizer, "problems": test, "before": before, "training": seen}
-    scale = fit_scale(model, tokenizer, data["validation"][:size], **settings)
-    return given | {"scale": scale, "max_new_tokens": longest_answer(tokenizer, test), **settings}
+    room = longest_answer(tokenizer, test)
+    scale = fit_scale(model, tokenizer, data["validation"][:size], room=room, **settings)
+    return given | {"scale": scale, "max_new_tokens": room, **settings}

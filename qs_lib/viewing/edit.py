@@ -8,8 +8,9 @@ import torch
 from ..data.batches import answer_batch
 from ..data.tokens import PLAIN_WORDS, encode_marked, encode_reply, pad, thinking_ids
 from ..errors import WorkbookError
+from ..evaluation.accuracy import answer_of
 from ..evaluation.coherence import utility
-from ..evaluation.episodes import ANSWER_LENGTH, Thought, answers_alone, checked_context
+from ..evaluation.episodes import ANSWER_LENGTH, Thought, checked_context, written_alone
 from ..thoughts.generate import Thoughts
 from ..thoughts.rescore import rescore_thoughts
 
@@ -71,10 +72,12 @@ def answer_with(model, tokenizer, text, thoughts: list, position=None, answer=No
     sampled = (place > 0) & (place < lengths[..., None])
     drawn = Thoughts(tokens, tokens * 0.0, sampled, lengths, None, at, 1.0, (), start, end)
     ids = torch.tensor([document], device=device)
-    settings = {"n_true": n_true, "true_logits": True, "forbid_true": tuple(model.config.hidden_ids)}
+    ahead = n_true if left else max(1, len(document) - 1 - last)  # the whole answer
+    settings = {"n_true": ahead, "true_logits": True, "forbid_true": tuple(model.config.hidden_ids)}
     scored = rescore_thoughts(model.lm, ids, drawn, torch.ones_like(ids), **settings)
     room = min(n_true, left) if left else ANSWER_LENGTH
-    answers = answers_alone(model, tokenizer, [context[: last + 1]], tokens[:, 0], lengths[:, 0], room)[0]
+    (written,) = written_alone(model, tokenizer, [context[: last + 1]], tokens[:, 0], lengths[:, 0], room)
+    answers = [answer_of(tokenizer, ids) for ids in written]
     known, gains, made = bool(scored.valid.any()), utility(scored)[0, 0].tolist(), []
     truths = scored.true_logprobs[0, 0].sum(-1).exp().tolist()  # a token that there is not has 0 nats
     for k, own in enumerate(given):
