@@ -34,11 +34,12 @@ def pearson(x, y) -> float:
 def correlation(x, y, seed: int = 0, resamples: int = 1000, within: bool = False) -> Interval:
     """Return :func:`pearson` over single thoughts, with its interval. ``x`` and ``y`` are (problems, K).
 
-    ``within``: both are taken relative to their problem's mean, so that easy and hard problems cannot help.
+    ``within``: both are taken relative to their problem's mean, so that easy and hard problems cannot help, and ``y``
+    then counts 5 at most either way: how far a thought misleads says little, in nats of a long answer even less.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     if within:
-        x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+        x, y = x - x.mean(1, keepdims=True), (y - y.mean(1, keepdims=True)).clip(-5, 5)
     return pearson(x, y), *middle([pearson(x[i], y[i]) for i in resampled(len(x), seed, resamples)])
 
 
@@ -48,8 +49,7 @@ def reliability(score, right, bins: int = 10, seed: int = 0, resamples: int = 10
     ``score`` in [0, 1] and ``right`` (0 or 1) are (problems, K). Expected calibration error: the mean over thoughts of
     |mean score - share right| of their bin (equal widths). A score that is no probability has a large one, and few
     thoughts make it too large by chance. ``preference``: of all pairs of a right and a wrong thought of one problem,
-    the share in which the right one scores higher (ties count half), 0.5 by chance. Without any pair nothing is
-    known: (0.5, 0, 1).
+    the share in which the right one scores higher (ties count half), 0.5 by chance and (0.5, 0, 1) without any pair.
     """
     score, right = np.asarray(score, float), np.asarray(right, float)
     inside = np.minimum((score * bins).astype(int), bins - 1)[..., None] == np.arange(bins)  # (problems, K, bins)

@@ -21,7 +21,6 @@ from qs_lib.evaluation.episodes import (
     score_thoughts,
     text_tokens,
     think_at,
-    written_alone,
 )
 from qs_lib.viewing.edit import answer_with, entropies, plain_words, thought_ids
 from qs_lib.viewing.inspector import ThoughtInspector
@@ -40,9 +39,6 @@ def saved(problem, seed=0):
         name: answers_with(MODEL, TOKENIZER, contexts, *given, weights, 6)
         for name, weights in (("own", "head"), ("none", "none"))
     }
-    answers["alone"] = [
-        [answer_of(TOKENIZER, ids) for ids in group] for group in written_alone(MODEL, TOKENIZER, contexts, *given, 6)
-    ]
     return as_episodes(TOKENIZER, [problem], drawn, rows, answers, "live")[0]
 
 

@@ -114,9 +114,7 @@ def answer_of(tokenizer, reply: list[int], end_of_thought: tuple[int, ...] = ())
 
 
 @torch.no_grad()
-def decode_with_thoughts(
-    model, tokenizer, contexts, tokens, lengths, weights="head", max_new_tokens=4
-) -> list[list[int]]:
+def decode_with_thoughts(model, tokenizer, contexts, tokens, lengths, weights="head", max_new_tokens=4) -> list[list]:
     """Return greedy replies, ids without end-of-text, of a ``QuietStarForCausalLM`` to contexts (ids) with thoughts.
 
     ``tokens`` (rows, K, T) and ``lengths`` (rows, K) may be any thoughts: own, foreign, shuffled. ``weights``: see

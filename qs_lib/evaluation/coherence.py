@@ -1,7 +1,7 @@
 """Coherence of a thought, computed without the label, and utility, which needs it and is a separate number."""
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -27,9 +27,6 @@ class Scale:
             raise WorkbookError("the coherence scale needs at least two validation thoughts")
         return cls({k: v.mean().item() for k, v in raw.items()}, {k: max(v.std().item(), 1e-6) for k, v in raw.items()})
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
 
 @dataclass
 class Coherence:
@@ -46,7 +43,7 @@ def coherence(tokenizer, input_ids, thoughts, gains, scale: Scale | None = None,
     """Score the coherence of thoughts (``Thoughts``) at their positions, without the label.
 
     ``gains (batch, P, K, K)``: in [..., k, j] how much likelier thought k makes what the model writes after thought j
-    alone, in nats over no thought (:func:`clipped_gain`). Raw components:
+    alone, in nats over no thought (``CLIP`` a token at most). Raw components:
 
     - semantic: share of the numbers read so far (of the words, where there are none) that the thought takes up.
       Cosines of embeddings carry no information on correctness here (measured).
@@ -106,15 +103,11 @@ def consensus_gain(gains: torch.Tensor) -> torch.Tensor:
     return others / max(1, gains.shape[-1] - 1)
 
 
-def clipped_gain(scored) -> torch.Tensor:
-    """Return ``utility`` with the gain on each token clipped to ``CLIP`` either way, nats, ``(batch, P, K)``."""
-    gain = (scored.true_logprobs - scored.base_logprobs.unsqueeze(2)).clamp(-CLIP, CLIP)
-    return (gain * scored.valid.unsqueeze(2)).sum(-1)
-
-
-def utility(scored) -> torch.Tensor:
+def utility(scored, clip: float = torch.inf) -> torch.Tensor:
     """Return the gain in log-likelihood of the true tokens after each thought over no thought, nats, ``(batch, P, K)``.
 
-    ``scored``: ``Rescored``. This is what training rewards. It needs the label, which coherence may not read.
+    ``scored``: ``Rescored``. ``clip``: most nats of a token's gain, up or down. This is what training rewards. Where
+    the tokens are the label, coherence may not read it.
     """
-    return ((scored.true_logprobs - scored.base_logprobs.unsqueeze(2)) * scored.valid.unsqueeze(2)).sum(-1)
+    gain = (scored.true_logprobs - scored.base_logprobs.unsqueeze(2)).clamp(-clip, clip)
+    return (gain * scored.valid.unsqueeze(2)).sum(-1)

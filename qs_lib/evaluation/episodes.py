@@ -14,7 +14,7 @@ from ..model import QuietStarForCausalLM
 from ..thoughts.generate import Thoughts
 from ..thoughts.rescore import rescore_thoughts
 from .accuracy import Budget, answer_of, decode_with_thoughts, single_thoughts, sorted_batches
-from .coherence import clipped_gain, coherence, utility
+from .coherence import CLIP, coherence, utility
 
 STEPS = ("drawing", "answering with each alone, scoring", "answering without thoughts", "answering with thoughts")
 ANSWER_LENGTH = 6  # tokens of an answer to a text of one's own
@@ -171,7 +171,8 @@ def _gains_on(model, tokenizer, texts, thoughts, written) -> torch.Tensor:
         drawn = thoughts.part([b for b, *_ in part])
         drawn.positions = torch.tensor([[len(texts[b]) - 1] for b, *_ in part], device=device)
         longest = max(1, *(len(row) - 1 for row in part))
-        gains.append(clipped_gain(rescore_thoughts(model.lm, ids, drawn, mask, longest, forbid_true=tags))[:, 0])
+        scored = rescore_thoughts(model.lm, ids, drawn, mask, longest, forbid_true=tags)
+        gains.append(utility(scored, CLIP)[:, 0])
     return torch.cat(gains)[torch.tensor(which, device=device)].mT.unsqueeze(1)  # (B, words, K) to (B, 1, K, words)
 
 
@@ -181,7 +182,7 @@ def by_problem(rows: list[dict], key: str) -> np.ndarray:
 
 
 def as_episodes(tokenizer, problems, drawn, rows, answers: dict[str, list], stage: str) -> list[Episode]:
-    """Return each problem's scored thoughts as a record, with the answers after ``own``, ``none`` and ``alone``."""
+    """Return each problem's scored thoughts as a record, with the answers after ``own`` and ``none``."""
     out, k = [], len(rows) // len(problems)
     for i, p in enumerate(problems):
         about = {"problem": i, "stage": stage} | {n: p[n] for n in ("question", "answer", "family", "difficulty")}
@@ -213,14 +214,15 @@ def record(
     said = {"none": answers_with(*given, "none", max_new_tokens)[0]}
     begin(together)
     said["own"] = answers_with(*given, weights, max_new_tokens)[0]
-    said["alone"] = [answer_of(tokenizer, row["written"][:max_new_tokens]) for row in group]
+    for row in group:
+        row["written"] = row["written"][:max_new_tokens]
     for row, reward, advantage in zip(group, *trained, strict=True) if trained else ():
         row |= {"reward": reward.item(), "advantage": advantage.item()}
     return _episode(tokenizer, about, context, thoughts, group, said)
 
 
 def _episode(tokenizer, about: dict, context: list[int], thoughts, group: list[dict], answers: dict) -> Episode:
-    """Put scored thoughts after one text (ids) and the ``none``, ``own`` and ``alone`` answers into a record."""
+    """Put scored thoughts after one text (ids) and the ``none`` and ``own`` answers into a record."""
 
     def words(ids):
         return [tokenizer.decode([i]) for i in ids]
@@ -234,9 +236,9 @@ def _episode(tokenizer, about: dict, context: list[int], thoughts, group: list[d
         if about["answer"] is not None:  # else the utility means nothing
             gain = {"utility": r["utility"], "reward": r["utility"], "advantage": r["utility"] - mean}
             gain |= {name: r[name] for name in gain if name in r}
-        logprobs = [round(x, 4) for x in thoughts.logprobs[own].tolist()]
+        gain |= {"logprobs": [round(x, 4) for x in thoughts.logprobs[own].tolist()]}
         gain |= {"weight": r["weight"], "coherence": r["coherence"], "next_tokens": named(r["after"])}
-        drawn = {"tokens": words(thoughts.tokens[own]), "logprobs": logprobs, "answer": answers["alone"][j]}
+        drawn = {"tokens": words(thoughts.tokens[own]), "answer": answer_of(tokenizer, r["written"])}
         listed.append(Thought(**drawn, **gain))
     first, read = group[0], {"position": len(context) - 1, "tokens": words(context)}
     known = {"no_thought_weight": first["no_thought"], "answer_without": answers["none"], "answer_with": answers["own"]}
@@ -255,10 +257,9 @@ def think_at(
 ) -> Episode:
     """Draw thoughts after token ``position`` (from 0, None: the last) of a text and record all that is known of them.
 
-    The truth is what follows. At the last token it is the whole ``answer``, where one is given. Before it, it is the
-    next ``n_true`` tokens of the text. Without a truth the episode's ``answer`` and each ``utility`` are None. ``scale``: of
-    coherence, as the model was judged with. ``progress(done, of, what)`` is called before each of ``STEPS`` and at the
-    end. ``budget``: see :class:`Budget`.
+    The truth is what follows: the whole ``answer`` at the last token, the next ``n_true`` tokens of the text before it.
+    Without one the episode's ``answer`` and each ``utility`` are None. ``scale``: of coherence, as the model was judged
+    with. ``progress(done, of, what)`` is called before each of ``STEPS`` and at the end. ``budget``: :class:`Budget`.
 
     Raises ``WorkbookError`` for another kind of model, an empty or too long text and a position outside it.
     """

@@ -177,11 +177,11 @@ def anti_theater(
         measured["overlap"] = np.array([plain(q) in seen for q in subject.questions], float)
     if controls:
         measured["control"] = max(controls.values(), key=np.mean)[: len(problems)]
-    within_r = correlation(measured["composite"], measured["utility"].clip(-5, 5), s.seed, within=True)
+    within_r = correlation(measured["composite"], measured["utility"], s.seed, within=True)
     alone = np.array([answer_of(tokenizer, r["written"]) for r in rows], object).reshape(len(problems), -1)
     reliable = _reliabilities(rows, none, alone, subject.truth, s.seed)
     table = [{k: r[k] for k in ("problem", "thought", "coherence", "utility", "weight")} for r in rows]
-    said = {"none": none, "own": subject.said.tolist(), "alone": alone.tolist()}
+    said = {"none": none, "own": subject.said.tolist()}
     episodes = as_episodes(tokenizer, problems, drawn, rows, said, stage)
     found = (within_r, interval(diversity), interval(matched), reliable, table, episodes)
     return TheaterReport(judge(measured), measured, cost, *found)
@@ -241,8 +241,7 @@ def fit_scale(model, tokenizer, problems: list[Problem], **settings) -> Scale:
 def attack_arguments(model, tokenizer, before, data: dict[str, list[Problem]], size: int, **settings) -> dict:
     """Return arguments of :func:`anti_theater` for a model that was trained from ``before`` on a run's ``data``.
 
-    ``size`` test problems are attacked, and coherence is scaled on as many validation problems. ``settings``: how
-    thoughts are drawn.
+    ``size`` test problems are attacked, and coherence is scaled on as many of validation. ``settings``: of the drawing.
     """
     test, seen = data["test"][:size], data["train"] + data["validation"] + data["examples"]
     given = {"model": model, "tokenizer": tokenizer, "problems": test, "before": before, "training": seen}

@@ -34,8 +34,7 @@ class CheckRule(NamedTuple):
 class Check:
     """One test: ``value`` with its 95 % interval over problems against ``target``.
 
-    ``sentence``: what it means if it is missed. ``undecided``: missed, but the interval reaches into the target, so
-    that more problems could tell.
+    ``sentence``: what it means if missed. ``undecided``: missed, but its interval reaches the target: too few problems.
     """
 
     id: str

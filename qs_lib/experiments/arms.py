@@ -22,8 +22,7 @@ def repeat(path: Path, arms: dict[str, dict], seeds, measure, defaults: dict | N
     ``measure(settings, seed, checkpoint)`` trains once, from where ``checkpoint`` stopped if it uses it, and returns a
     dict of numbers (or lists of them), of which five decimals are kept. A row made with other settings under the same
     name is made again. A row that lacks a setting was made before there was one: it stands for the value in
-    ``defaults``. Rows also hold ``seconds``, ``threads`` and the git ``commit``. Raises ``StageError`` if another
-    process writes the same file.
+    ``defaults``. Rows also hold ``seconds``, ``threads`` and git's ``commit``. Raises ``StageError`` on a second writer.
     """
     defaults = defaults or {}
     with lock_run(path.parent, f"experiment {path.stem}", f".{path.stem}.lock"):

@@ -66,8 +66,7 @@ def _right(row: dict, key: str = "right") -> np.ndarray:
 def by_kind(rows: list[dict], problems: list[dict]) -> pd.DataFrame:
     """Return the accuracy of each arm, a mean over seeds, on kinds of test problems.
 
-    ``problems``: for each its number of ``steps``, and whether a training question is ``near`` it, see
-    ``real_model.describe``.
+    ``problems``: each one's ``steps``, and whether a training question is ``near`` it, see ``real_model.describe``.
     """
     steps, near = (np.array([p[key] for p in problems]) for key in ("steps", "near"))
     kinds = {"1 step": steps == 1, "2 steps or more": steps > 1}

@@ -153,8 +153,7 @@ def train_once(run: Path, settings: dict, seed: int, checkpoint: Checkpoint | No
 def train_direct(lm, tokenizer, problems, validation, s: QuietStarSettings) -> list[float]:
     """Train the control without thoughts and return its validation accuracies. The last weights stay.
 
-    It learns the answer right after the question by cross-entropy, thinking tokens forbidden, on the problems that
-    :func:`train_quiet_star` draws.
+    It learns answers right after questions by cross-entropy, tags forbidden, on what :func:`train_quiet_star` draws.
     """
     rng, tags, found = random.Random(s.seed), thinking_ids(tokenizer), []
     optimizer = MuonGrokfast(lm, muon_lr=s.muon_lr, adamw_lr=s.adamw_lr, grokfast_lambda=0.0)

@@ -25,8 +25,7 @@ BOUND = 1e-3  # on a weight: Muon orthogonalises in bfloat16, where the order of
 def train(folder: Path, steps: int = 6, seed: int = 0) -> None:
     """Train a tiny random model in all processes of torchrun, or in one where it was not used.
 
-    The first process saves the model. Each writes ``rank-N.json``: how many ``processes`` there were, and the
-    ``weights_sha256`` it ends with.
+    The first process saves the model. Each writes ``rank-N.json``: the number of ``processes``, its ``weights_sha256``.
     """
     distributed.start()
     tokenizer = build_tokenizer("pocket", [])

@@ -1,8 +1,7 @@
 """Sample thoughts at many positions of a text at once. ``rescore.py`` gives their log-probs with gradients.
 
 Quiet-STaR (arXiv 2403.09629, section 4.2) generates one thought after every token in parallel. Here the text is
-read once. All thoughts share its keys and values, which are never copied. Each step then adds one token to every
-thought that has not ended.
+read once. All thoughts share its keys and values, never copied. Each step adds a token to every unended thought.
 """
 
 from dataclasses import dataclass, replace
@@ -279,8 +278,7 @@ class _Group:
 def _draw(head, temperature, top_p, forbid, hidden, stream, uniform):
     """Draw tokens (M,) and their log-probs (M,), some rows of logits at a time.
 
-    ``hidden`` (S, hidden): states of the streams. ``stream``, ``uniform`` (M,): the stream that each thought is drawn
-    from, and its uniform number.
+    ``hidden`` (S, hidden): states of the streams. ``stream``, ``uniform`` (M,): each thought's, its random number too.
     """
     parts, size = [], max(128, head.rows)
     for some, numbers in zip(stream.split(size), uniform.split(size), strict=True):

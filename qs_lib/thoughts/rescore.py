@@ -1,7 +1,6 @@
 """Re-score thoughts: their log-probs and what they predict, in one differentiable pass.
 
-Quiet-STaR (arXiv 2403.09629, sections 4.2 and 4.4) trains on the text, all thoughts and the true tokens after
-each thought.
+Quiet-STaR (arXiv 2403.09629, sections 4.2, 4.4) trains on the text, all thoughts and the true tokens after each.
 """
 
 from dataclasses import dataclass
@@ -161,8 +160,7 @@ def rescore_thoughts(
 
     One pass reads prefix rows, thoughts and true tokens without padding, and equal thoughts of a position once. Its
     memory grows linearly with the number of tokens: to bound it, score ``thoughts.part(...)``, some rows or positions
-    at a time. Gradients are exact, but not twice differentiable. Quiet-STaR's code keeps the sampling graph. Here
-    sampling is without gradient.
+    at a time. Gradients are exact, not twice differentiable. Quiet-STaR's code differentiates sampling, this does not.
 
     Raises ``ValueError`` if shapes or ids are wrong, ``NotImplementedError`` if the model is not served.
     """

@@ -79,8 +79,7 @@ class Checkpoint:
     def steps(self, parts: dict, count: int, name: str):
         """Yield each step (from 0) that is left of ``count``, with the bar, and save after it.
 
-        ``parts`` must have the ``model``. Raises ``TrainingError`` if several processes hold different weights before or
-        after training.
+        ``parts`` must have the ``model``. Raises ``TrainingError`` if processes differ in weights before or after it.
         """
         distributed.check_equal(parts["model"], "before training")
         first = self.resume(parts)
@@ -93,8 +92,7 @@ class Checkpoint:
     def resume(self, parts: dict) -> int:
         """Restore ``parts`` from the newest whole checkpoint of this training; returns the number of finished steps.
 
-        Where there is none, what another training left in the folder is removed. Raises ``StageError`` where several
-        processes found different ones.
+        Where there is none, what another training left is removed. Raises ``StageError`` if processes found two.
         """
         step = self._restored(parts)
         if distributed.either(step != round(distributed.mean(step))):

@@ -53,8 +53,7 @@ def pretrain(
     of warm-up, constant to half, then linear to 2 %. Without weight decay attention logits grow to a thousand.
     ``changed`` replaces single settings. With a ``checkpoint`` a stopped training goes on where it was.
 
-    Raises ``WorkbookError`` on an empty corpus, ``ParameterError`` on a bad setting, ``TrainingError`` on a non-finite
-    loss.
+    Raises ``WorkbookError`` on an empty corpus, ``ParameterError`` on a bad setting, ``TrainingError`` on a loss of nan.
     """
     s, documents = PretrainSettings.of(settings, **changed), list(documents)
     if not documents:

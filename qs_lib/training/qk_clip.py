@@ -57,8 +57,7 @@ def watch_max_logits(model):
     The logit is scaling * q.k before the softmax, over all allowed (query, key) pairs of all calls. Every pass counts,
     so keep a teacher's passes outside. The model computes what it computes with "sdpa". Its own attention
     implementations are put back at the end, also after an error. On entry one pass over two tokens checks that every
-    attention layer is really seen. Raises UnwatchedError where a family bypasses the attention interface or has no
-    "sdpa".
+    attention layer is seen. Raises UnwatchedError where a family bypasses the attention interface or has no "sdpa".
     """
     backbones = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     lacking = [type(m).__name__ for m in backbones if not m._supports_sdpa]
@@ -146,8 +145,7 @@ def clip_heads(watch, threshold):
         k *= sqrt(max_h g_h),   q_h *= g_h / sqrt(max_h g_h)
 
     which is exact for every head and leaves heads below tau bit-equal. It rescales weights after the optimizer step;
-    scores and updates are never clamped, and momentum is not touched. With several processes the maxima are reduced
-    over all of them first.
+    scores and updates are never clamped, momentum is not touched. Several processes share their maxima first.
 
     Only a report is made where rescaling is not exact: models that normalise queries and keys, fused or compressed
     projections other than GPT-2's, and adapters on the projections.

@@ -96,8 +96,7 @@ def train_quiet_star(
     running: RunningText | None = None,
     **changed,
 ) -> TrainingResult:
-    """Train a :class:`QuietStarForCausalLM` in place. The weights that did best on validation are kept, be it those it
-    starts with.
+    """Train a :class:`QuietStarForCausalLM` in place. The weights that did best on validation, or the first, are kept.
 
     Each step draws ``over`` x ``batch_size`` training problems, samples ``num_thoughts`` thoughts at each position,
     keeps the problems whose thoughts disagree most (no label needed), re-scores them and takes one optimizer step on

@@ -253,8 +253,7 @@ def rate(c: Course) -> tuple[str, ...]:
 def gradients(c: Course) -> tuple[str, ...]:
     """Find gradients that are 0 (sick), or end 10 (look) or 100 times (sick) above their median before.
 
-    Norms are those before clipping. A part whose gradient is 0 learns nothing. Clipping keeps one wild step small, but
-    not a direction that is noise.
+    Norms are those before clipping, which keeps a wild step small, not a noisy one. A part with gradient 0 learns nothing.
     """
     names = sorted({name for row in c.rows for name in row if name.startswith("gradient_")})
     parts = {name: c.values(name) for name in names if c.ends(name)}

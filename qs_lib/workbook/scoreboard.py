@@ -162,7 +162,7 @@ def coherence_summary(scale: Scale, report: TheaterReport) -> dict:
     """Return what ``coherence.json`` holds: the score's scale, weights and r with utility on test problems."""
     check = report.check("coherence_utility_r")
     scores = {name: [row["coherence"][name] for row in report.table] for name in ("composite", *WEIGHTS)}
-    summary = {"scale": scale.to_dict(), "weights": WEIGHTS, "thoughts": len(report.table)}
+    summary = {"scale": vars(scale), "weights": WEIGHTS, "thoughts": len(report.table)}
     summary |= {"mean": {name: sum(values) / len(values) for name, values in scores.items()}}
     summary |= named("utility_r", (check.value, check.low, check.high))
     return summary | named("utility_r_within", report.within_r)

@@ -138,9 +138,7 @@ def aligned_tokens(item: BakingItem, tokenizer) -> pd.DataFrame:
     return pd.DataFrame(columns).map(lambda i: tokenizer.decode([i]).strip())
 
 
-def reply_rows(
-    model, tokenizer, problems, max_new_tokens=48, prompts: dict[str, str] | None = None, forbid=()
-) -> list[dict]:
+def reply_rows(model, tokenizer, problems, max_new_tokens=48, prompts: dict | None = None, forbid=()) -> list[dict]:
     """Return one row per problem from its greedy reply.
 
     A row holds the ``family``, the ``reply`` and what ``read_replies`` reads in it. ``prompts``: strategy -> what
@@ -222,7 +220,7 @@ def coherence_parts(report: TheaterReport, seed: int = 0) -> pd.DataFrame:
     utility, rows = by_problem(report.table, "utility"), {}
     for name in PARTS:
         score = by_problem(report.table, name)
-        within = correlation(score, utility.clip(-5, 5), seed, within=True)
+        within = correlation(score, utility, seed, within=True)
         pooled = correlation(score, utility, seed)
         rows[name] = {"pooled r": shown(pooled, signed=True), "within problems": shown(within, signed=True)}
     return pd.DataFrame(rows).T
