@@ -207,8 +207,7 @@ def test_padding_is_end_of_text_where_there_is_none():
 @pytest.mark.parametrize("where", ["random", "every", "question"])
 def test_a_tag_in_the_text_is_text(tag, where):
     model, tokenizer = tiny_quiet_star(num_thoughts=2, thought_length=5)
-    asked = [f"{tag} {p['question']} {tag}{tag} ?" for p in problems(size=4)]
-    rows = [p | {"question": q, "answer": f"{tag}7"} for p, q in zip(problems(size=4), asked, strict=True)]
+    rows = [p | {"question": f"{tag} {p['question']} {tag}{tag} ?"} for p in problems(size=4)]
     ids = encode_context(tokenizer, rows[0]["question"])
     assert not set(ids) & set(thinking_ids(tokenizer))
     settings = {

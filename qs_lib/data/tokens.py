@@ -154,9 +154,9 @@ def _puts_a_space_first(tokenizer) -> bool:
 
 
 def encode(tokenizer, context: str, reply: str) -> Sequence:
-    """Return context, reply and end-of-text, tags as plain text. Cut apart, a reply has the same ids in all contexts."""
+    """Return context, reply and end-of-text. Tokenised apart, a reply has the same ids after every context."""
     start = encode_context(tokenizer, context)
-    return Sequence([*start, *encode_reply(tokenizer, _TAG.sub("< ", reply)), tokenizer.eos_token_id], len(start))
+    return Sequence([*start, *encode_reply(tokenizer, reply), tokenizer.eos_token_id], len(start))
 
 
 @functools.lru_cache(maxsize=8)
