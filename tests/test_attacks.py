@@ -338,7 +338,7 @@ def test_a_quick_look_costs_less_than_a_tenth_of_the_thoughts(honest):
     whole, quick = t.anti_theater(**honest), t.anti_theater(**honest, quick=True)
     assert quick.passed and {"follow_through", "foreign_gain", "ablation_gain"} <= {c.id for c in quick.checks}
     spent = [sum(c.drawn + c.read for c in r.cost.values()) / len(r.measured["own"]) for r in (whole, quick)]
-    assert t.QUICK * spent[1] < 240 * spent[0] / 10  # a problem
+    assert spent[1] < spent[0] / 3  # a problem; the problems are a sixth of 240
 
 
 def test_the_table_of_agreement_has_what_was_measured(honest):

@@ -152,8 +152,7 @@ def anti_theater(
     scoring, started = {"weights": s.weights, "think": think, "score": score}, time.monotonic()
     drawn, rows = score_thoughts(model, tokenizer, problems, scale, room=s.max_new_tokens, **scoring, **drawing)
     subject = Subject(model, tokenizer, problems, stacked(drawn), drawing, s.weights, s.max_new_tokens)
-    led = s.num_thoughts * len({(r["problem"], *r["written"]) for r in rows})  # to what one leads, read after each
-    cost, measured = {"own": Cost(len(rows), 3 * len(rows) + led, time.monotonic() - started)}, {}
+    cost, measured = {"own": Cost(len(rows), 3 * len(rows), time.monotonic() - started)}, {}
     direct, endless = _direct(subject, max(s.thought_length, s.max_new_tokens))
     none = [answer_of(tokenizer, d[: s.max_new_tokens]) for d in direct]
     measured |= {"own": subject.right(subject.said), "none": subject.right(none)}
