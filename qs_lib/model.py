@@ -340,8 +340,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             thoughts = self.think(state.ids, state.mask, last)
             state.thoughts.append(thoughts)
             state.restart(thoughts.tokens[:, 0], thoughts.lengths[:, 0], self.config.pad_token_id)
-        logits = self.mix(*state.read(self))
-        return CausalLMOutputWithPast(logits=logits.unsqueeze(1), past_key_values=state)
+        return CausalLMOutputWithPast(logits=self.mix(*state.read(self)).unsqueeze(1), past_key_values=state)
 
 
 class ThinkingCache(DynamicCache):

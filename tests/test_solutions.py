@@ -33,6 +33,13 @@ def test_a_solution_is_a_text_without_annotations_and_its_results():
     assert result["steps"] == ["48 / 2 = 24"]
 
 
+def test_a_thinking_token_in_a_solution_is_plain_text():
+    _, tokenizer = tiny_lm()
+    worked = "<think>ana has 3 + 4 = <<3+4=7>>7 books .</think>\nso ana has 7 .\n#### 7"  # as other models' traces have
+    whole = encode(tokenizer, *solutions.text_of(solution_text(QUESTION, worked)))
+    assert not set(thinking_ids(tokenizer)) & set(whole.ids)
+
+
 def test_calculations_are_left_out_and_their_results_stay():
     worked = "Half is 48/2 = <<48/2=24>>24 clips.\nThey cost ($3 + $1) x 2=$<<(3+1)*2=8>>8, he has 24+8.\n#### 8"
     found = solution_text("She sold 48 clips. How much?", worked, working=False)

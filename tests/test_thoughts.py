@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as tf
 
+from qs_lib.errors import WorkbookError
 from qs_lib.thoughts import attention, checks, fallback, generate, prefix, sampler
 from qs_lib.thoughts.generate import generate_thoughts
 from qs_lib.thoughts.rescore import rescore_thoughts
@@ -526,6 +527,8 @@ def test_model_is_put_back():
         ({"positions": torch.ones(3, 11, dtype=torch.bool)}, "not torch.BoolTensor"),
         ({"mask": torch.ones(3, 4)}, "attention_mask has shape"),
         ({"think_id": None}, "think_token_id is not set"),
+        ({"think_id": 60}, "think_token_id is 60, and the model has 60 tokens"),
+        ({"end_id": -1}, "end_think_token_id is -1"),
         ({"forbid": (END,)}, "must stay possible"),
         ({"forbid": (60,)}, "must lie in"),
         ({"thought_length": 1}, "thought_length"),
@@ -603,6 +606,10 @@ def test_models_that_cannot_be_served_say_so():
     both_ways = tf.BertLMHeadModel(tf.BertConfig(vocab_size=60, **options)).eval()
     with pytest.raises(NotImplementedError, match="not causal"):
         think(both_ways, ids)
+    broken = build("llama")
+    broken.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(WorkbookError, match="computes NaN or infinity: its weights are broken"):
+        think(broken, ids)
     other_head = tf.BertLMHeadModel(tf.BertConfig(vocab_size=60, is_decoder=True, **options)).eval()
     with pytest.raises(NotImplementedError, match="computes its logits"):
         think(other_head, ids)

@@ -17,6 +17,7 @@ from ..errors import HubError, SourceError, WorkbookError
 from . import Problem, pocket, templates
 from .answers import written_number
 from .strategies import fitting, holds, result
+from .tokens import untagged
 
 HUB_NAMES = {
     "gsm8k": ("openai/gsm8k", "main"),
@@ -209,7 +210,7 @@ def solution_text(question: str, worked: str, working: bool = True) -> Problem:
     Annotations go, and without ``working`` the calculations before results too. A result is a sentence (``answer``) whose
     equations (``steps``) are all true, ``before`` is the text up to it. Raises as :func:`parse_gsm8k` does.
     """
-    opening, results = " ".join(question.split()), []
+    opening, results, worked = " ".join(question.split()), [], untagged(worked)
     text = opening
     for line in worked.rpartition("####")[0].splitlines():
         said = line if working else _WORKING.sub(r"\1", line)

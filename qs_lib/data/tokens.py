@@ -32,6 +32,7 @@ _TOKENS = (
 THINKING_TOKENS = tuple(token for token, _, _ in _TOKENS)
 PLAIN_WORDS = {token: word for token, word, _ in _TOKENS}
 _TAG = re.compile("<(?=" + "|".join(token[1:] for token in THINKING_TOKENS) + ")")  # the bracket of one in a text
+untagged = functools.partial(_TAG.sub, "< ")  # a text whose thinking tokens are plain text: a space after the bracket
 _NAME = r"[\w:]*(?:think|thought|reason)\w*\|?[>\]▷]"
 _INSIDE = r"[^<\[◁]*"
 _BRACKET = r"[<\[◁]\|?"
@@ -130,7 +131,7 @@ def encode_context(tokenizer, text: str) -> list[int]:
     is cut into tokens as within a text. A thought that the template opens is left out: the model opens its own. A
     thinking token that stands in the text is plain text, with a space after its bracket.
     """
-    text = _TAG.sub("< ", text)
+    text = untagged(text)
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)

@@ -99,8 +99,7 @@ def consensus_gain(gains: torch.Tensor) -> torch.Tensor:
     It stands for E_{y ~ other thoughts}[log p_k(y) - log p_0(y)], with y the likeliest answer after each of them. A
     single thought has no others and a gain of 0.
     """
-    others = gains.sum(-1) - gains.diagonal(dim1=-2, dim2=-1)
-    return others / max(1, gains.shape[-1] - 1)
+    return (gains.sum(-1) - gains.diagonal(dim1=-2, dim2=-1)) / max(1, gains.shape[-1] - 1)
 
 
 def utility(scored, clip: float = torch.inf) -> torch.Tensor:

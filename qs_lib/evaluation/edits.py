@@ -137,8 +137,7 @@ def needed(words: list[str]) -> tuple[list[str], float]:
             wanted = wanted - {words[e.result]} | set(words[e.first : e.result - 1])
         else:
             idle |= {*range(e.first - (e.opening in PLAIN_WORDS.values()), e.result + 1)}
-    counted = len(words) - steps[0].first + 1
-    return [w for i, w in enumerate(words) if i not in idle], 1 - len(idle) / counted
+    return [w for i, w in enumerate(words) if i not in idle], 1 - len(idle) / (len(words) - steps[0].first + 1)
 
 
 def fault(words: list[str], steps: list[str]) -> str:

@@ -91,8 +91,8 @@ def _once(model, probe):
 def shares_prefix(model):
     """Tell whether thoughts can share the text. If not, each needs its own row (slower, with one warning).
 
-    Raises ``ValueError`` if the model has no separate head, ``NotImplementedError`` if it is not causal or its logits
-    cannot be reproduced from its final hidden states.
+    Raises ``ValueError`` if the model has no separate head, ``WorkbookError`` if its states are not finite,
+    ``NotImplementedError`` if it is not causal or its logits cannot be reproduced from its final hidden states.
     """
     return _once(model, _shares)
 
@@ -151,6 +151,8 @@ def _states_alone(model, ids, limit):
     beside = _row_states(base, torch.nn.utils.rnn.pad_sequence([*rows, ids[2]], batch_first=True))
     beside = torch.stack([beside[i, n : n + _THOUGHT] for i, n in enumerate(limit.tolist())])
     logits = model(input_ids=rows[0].unsqueeze(0), use_cache=False).logits[0, -_THOUGHT:]
+    if not alone.isfinite().all():
+        raise WorkbookError(f"{type(model).__name__} computes NaN or infinity: its weights are broken, load others")
     if _differ(alone, beside):
         raise NotImplementedError(f"{type(model).__name__} is not causal: later tokens change earlier states.")
     if _differ(LanguageHead(model)(alone[0]), logits.to(alone.dtype)):

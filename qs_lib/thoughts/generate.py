@@ -137,6 +137,8 @@ def _tag_ids(model, think_id, end_id):
         given = getattr(model.config, name, None) if given is None else given
         if given is None:
             raise ValueError(f"model.config.{name} is not set: run add_thinking_tokens first or pass the id.")
+        if not 0 <= given < (size := model.get_input_embeddings().num_embeddings):
+            raise ValueError(f"{name} is {given}, and the model has {size} tokens: pass the id of one of them.")
         found.append(int(given))
     return found
 
