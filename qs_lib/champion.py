@@ -35,7 +35,7 @@ def load_champion(source: str = "pocket", dtype=torch.float32, device: str | Non
     whether questions are put to it as a user's turns, by default if it has a template. Only safetensors are read and no
     code of the model's own is run. Raises ``SourceError`` or ``HubError`` with a sentence that says what to do.
     """
-    path, part = Path(source).expanduser(), {}
+    path, part = Path(os.path.expanduser(source)), {}
     if source == "pocket" and not (path := find_run("") / "01_token_setup" / "champion").is_dir():
         raise SourceError(f"no pocket champion at {path}: train one with `make run`")
     if source == "smollm2":
@@ -45,15 +45,16 @@ def load_champion(source: str = "pocket", dtype=torch.float32, device: str | Non
     if not local and (path.is_absolute() or len(path.parts) > 2):  # no name on the hub
         raise SourceError(f"there is no folder {path}: give one that save_pretrained wrote, or a Hugging Face name")
     place, given = path if local else source, {"local_files_only": local or not hub_answers()}
-    if adapter := find_adapter_config_file(place, **given):
-        raise _unmerged(source, local, json.loads(Path(adapter).read_text()))
     loading = given | part | {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
+        if adapter := find_adapter_config_file(place, **given):
+            raise _unmerged(source, local, json.loads(Path(adapter).read_text()))
         with _read_once() if part else nullcontext():
             tokenizer = load_tokenizer(place, **given, **part, trust_remote_code=False)
             model, found = AutoModelForCausalLM.from_pretrained(place, **loading, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
-        raise _unloadable(source, local, given["local_files_only"], error) from None
+        unmerged = isinstance(error, WorkbookError)
+        raise error if unmerged else _unloadable(source, local, given["local_files_only"], error) from None
     if lacks := ", ".join(sorted(found["missing_keys"])[:3]):
         raise SourceError(f"{source} lacks weights that its configuration asks for: {lacks}")
     if part:  # its weights are plain numbers now, and save_pretrained is to write them as such

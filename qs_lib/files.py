@@ -100,10 +100,7 @@ def _as_number(value):
 
 
 def lock_run(folder: Path, user: str, name: str = ".lock", wait: float = 0.0) -> AcquireReturnProxy:
-    """Lock a run folder until the process ends, or a ``with``. Raises ``StageError`` with the holder.
-
-    ``wait``: seconds that another one may still hold it.
-    """
+    """Lock a run folder till the process or a ``with`` ends. Raises ``StageError`` with its holder after ``wait`` s."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / name, is_singleton=True)  # the same process may start its stage again
@@ -141,14 +138,15 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     text = io.StringIO()
     table = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
     table.writeheader()
-    table.writerows({k: v if isinstance(v, str) else to_json(v) for k, v in row.items()} for row in rows)
+    plain = lambda v: v and isinstance(v, str) and json_or_text(v) == v  # what is read back as it is
+    table.writerows({k: v if plain(v) else to_json(v) for k, v in row.items()} for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, text.getvalue().encode())
 
 
 def outputs_root() -> Path:
-    """Return where runs go: ``QS_OUTPUTS``, or ``outputs/`` of the repository, never a notebook's working directory."""
-    return Path(os.environ.get("QS_OUTPUTS") or REPOSITORY / "outputs").expanduser().resolve()
+    """Return where runs go, ``QS_OUTPUTS`` or ``outputs``: in the repository, never in a notebook's working directory."""
+    return (REPOSITORY / os.path.expanduser(os.environ.get("QS_OUTPUTS") or "outputs")).resolve()
 
 
 def run_folder(run_name: str) -> Path:
@@ -168,7 +166,7 @@ def find_run(upstream: str) -> Path:
     named = outputs_root() / upstream
     if re.fullmatch(RUN_NAME, upstream) and named.is_dir():
         return named
-    path = REPOSITORY / Path(upstream).expanduser()
+    path = REPOSITORY / os.path.expanduser(upstream)  # Path's own raises for an unknown user's home
     if path.is_dir():
         return path
     make = f"`make run RUN={upstream}`" if re.fullmatch(RUN_NAME, upstream) else "`make run`"

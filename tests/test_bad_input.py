@@ -366,6 +366,14 @@ CASES = {
         lambda _: qs.load_champion("some/model"),
         "there is no folder some/model, the hub does not answer",
     ),
+    "a name no folder and no hub has": (
+        lambda _: qs.load_champion("./my model"),
+        "there is no folder ./my model, the hub does not answer",
+    ),
+    "an unknown user's home": (
+        lambda _: qs.load_champion("~nobody-here/model"),
+        "there is no folder ~nobody-here/model",
+    ),
     "silent hub, model": (lambda _: silent_hub(lambda: qs.load_champion("some/model")), "the hub does not answer"),
     "silent hub, data": (
         lambda _: silent_hub(lambda: qs.load_problems("gsm8k")),

@@ -270,3 +270,16 @@ def test_tables_of_seeds_and_optimizers():
     assert table.loc["accuracy", "Muon: reached"] == "yes" and table.loc["direct_change", "Muon: reached"] == "no"
     assert table.loc["direct_change", "AdamW"] == "-0.060 [-0.060, -0.060]"
     assert baking.optimizer_table(rows).loc["AdamW", "rate"] == "0.006"
+
+
+def test_a_cell_is_read_back_as_what_was_written(tmp_path):
+    row = {
+        "nothing missed": "",
+        "digest": "12e345678901",
+        "three": "3",
+        "words": 'a, "b"',
+        "list": [1, "2"],
+        "none": None,
+    }
+    files.write_rows(tmp_path / "rows.csv", [row, {"more": 1.5}])
+    assert files.read_rows(tmp_path / "rows.csv") == [row, {"more": 1.5}]

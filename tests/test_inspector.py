@@ -641,3 +641,13 @@ def test_a_view_is_saved_as_a_picture(tmp_path, monkeypatch):
     }
     sure, unsure = (orange(shown.model_copy(update={"thoughts": thoughts[p]})) for p in (0.0, -2.0))
     assert sure == 0 and unsure > 500
+
+
+def test_problems_of_one_question_show_their_own_thoughts():
+    seven = thought(answer="7", tokens=("<think>", " first", "</think>"))
+    inspector = ThoughtInspector([episode(0, answer_with="7", thoughts=[seven]), episode(0, answer_with="17")])
+    assert "first" in inspector.view.value
+    inspector.index.value = 2
+    assert "first" not in inspector.view.value
+    inspector.filter.value = "wrong"
+    assert "first" in inspector.view.value and len(inspector.shown) == 1

@@ -23,6 +23,7 @@ from qs_lib.evaluation.episodes import (
     think_at,
 )
 from qs_lib.viewing.edit import answer_with, entropies, plain_words, thought_ids
+from qs_lib.viewing.html import overview
 from qs_lib.viewing.inspector import ThoughtInspector
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,6 +181,19 @@ def test_the_inspector_draws_at_the_chosen_token():
     inspector.previous.click()
     inspector.token.value = 3
     assert inspector.view.value.count("tokens of thought") == 2, "and so are the drawn ones"
+
+
+def test_thoughts_drawn_for_a_problem_are_those_of_table_and_filters():
+    inspector = ThoughtInspector([], MODEL, TOKENIZER)
+    inspector.thoughts.value, inspector.length.value = 2, 6
+    inspector.read(problems()[0]["question"], "17")
+    inspector.think()
+    (known,) = inspector.episodes
+    assert len(known.thoughts) == 2 and known is inspector.current and known.answer_with
+    said = "right" if known.answer_with == "17" else "wrong"
+    inspector.filter.value = said
+    assert [e is known for e in inspector.shown] == [True]
+    assert known.answer_with in overview(inspector.shown, 5)
 
 
 def test_a_text_of_ones_own():

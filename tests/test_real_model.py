@@ -10,7 +10,7 @@ from tiny import problems, tiny_lm, tiny_quiet_star
 
 from qs_lib.data.strategies import asked, prompts_with
 from qs_lib.data.tokens import thinking_ids
-from qs_lib.errors import UpstreamError, WorkbookError
+from qs_lib.errors import StageError, WorkbookError
 from qs_lib.experiments import __main__ as command_line
 from qs_lib.experiments import real_findings
 from qs_lib.experiments import real_model as arms
@@ -98,10 +98,26 @@ def test_other_problems_have_room_for_their_own_answers(small, monkeypatch):
     assert cut[-4:] == [8, 16, 24, 6]  # greedy thoughts of test problems, cut short; those of GSM8K are not
 
 
-def test_thoughts_cannot_be_trained_before_a_model_is_baked(small):
+def test_an_arm_bakes_the_model_it_starts_from_where_it_is_not_there(small):
     small.mkdir()
-    with pytest.raises(UpstreamError, match="make the arm baked of seed 3 first"):
-        arms.real_model(small, [3], "smollm2", arms=["reinforced"])
+    write_rows(
+        small / "smollm2.csv", [{"arm": "baked", "seed": 3, "settings": arms.BAKED}]
+    )  # committed without its model
+    arms.real_model(small, [3], "smollm2", arms=["reinforced"])
+    assert (small / "models" / "baked-3" / "model.safetensors").is_file()
+    baked, reinforced = read_rows(small / "smollm2.csv")
+    assert baked == {"arm": "baked", "seed": 3, "settings": arms.BAKED} and reinforced["arm"] == "reinforced"
+
+
+def test_rows_of_other_problems_are_refused_and_stay(small, monkeypatch):
+    small.mkdir()
+    arms.real_model(small, [0], "smollm2", arms=[])
+    before = (small / "smollm2_problems.csv").read_bytes()
+    arms.real_model(small, [0], "smollm2", arms=[])
+    monkeypatch.setitem(SMALL["02_dataset_generation"], "test_problems", 7)
+    with pytest.raises(StageError, match="are of other test problems than DATA gives"):
+        arms.real_model(small, [0], "smollm2", arms=["raw"])
+    assert (small / "smollm2_problems.csv").read_bytes() == before
 
 
 def test_the_command_line_takes_a_variant_its_data_and_its_arms(monkeypatch, tmp_path):

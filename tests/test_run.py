@@ -80,6 +80,26 @@ def parameters(run_name="a", **changes):
     return Toy(run_name=run_name, upstream=run_name).model_dump() | changes
 
 
+def test_a_stage_of_edited_data_is_not_finished(outputs, tmp_path):
+    class Read(NotebookParams):
+        data: str = ""
+
+    file = tmp_path / "my data" / "train.jsonl"
+    file.parent.mkdir()
+    for named in (file, file.parent):
+        file.write_text("one")
+        stage = start_stage(Read(run_name="a", upstream="a", data=str(named)), "01_first")
+        stage.finish({})
+        given, before = stage.params.model_dump(), stage.identity()
+        assert stage_finished(stage.folder, given, None) == (True, "finished")
+        file.write_text("two")
+        assert stage_finished(stage.folder, given, None) == (False, "the files of data changed")
+        assert stage.identity() != before, "an interrupted training would go on with other data"
+    record = stage.folder / "run.json"
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "data_sha256"}))
+    assert stage_finished(stage.folder, given, None)[0], "a record of before knows nothing of it"
+
+
 def test_only_a_stage_that_still_holds_is_finished(outputs, monkeypatch):
     folder = outputs / "a/01_first"
     assert stage_finished(folder, parameters(), None) == (False, "not run yet")
@@ -452,6 +472,8 @@ def test_the_chain_runs_once_and_again_only_where_it_must(notebooks, outputs, ca
     assert main(options) == 0
     out, _ = capfd.readouterr()
     assert out.count("finished, kept") == 2 and "reached: 0 of 0" in out
+    assert main([*options, "--only", "01"]) == 0
+    assert "reached" not in capfd.readouterr().out, "a scoreboard of before says nothing of what was run"
 
     write_notebook(notebooks, "02_second", SECOND + "\n1 / 0")
     assert main([*options, "--only", "02"]) == 1
@@ -656,6 +678,8 @@ def test_outputs_are_found_without_the_working_directory(monkeypatch, tmp_path):
     monkeypatch.delenv("QS_OUTPUTS")
     monkeypatch.chdir(tmp_path)
     assert outputs_root() == stage_module.REPOSITORY / "outputs"
+    monkeypatch.setenv("QS_OUTPUTS", "mine/runs")  # the driver and a notebook's kernel work in different folders
+    assert outputs_root() == stage_module.REPOSITORY / "mine" / "runs"
     assert len(code_hash()) == 64
 
 

@@ -104,3 +104,15 @@ def test_plain_reasoning_suits_everything_where_no_family_claims_it():
     assert list(s.reasoning_dataset(pool, cot=4, per_strategy=4)["train"]["strategy"]).count("cot") == 4
     with pytest.raises(ValueError, match="cot"):
         s.reasoning_dataset(pool, cot=-4, per_strategy=4)
+
+
+def test_numbers_are_compared_as_numbers():
+    worked = "4*2.50=<<4*2.50=10>>10\n10-.50=<<10-.50=9.50>>9.50\n9.5*2=<<9.5*2=19>>19\n#### 19"
+    problem = parse_gsm8k("Ann buys 4 pens at $2.50 each, 0.5 off. What are 2 of these?", worked)
+    assert problem["steps"] == ["4 * 2.5 = 10", "10 - 0.5 = 9.5", "9.5 * 2 = 19"]
+    assert s.fresh_operands(problem["steps"]) == [["4", "2.5"], ["0.5"], ["2"]]
+    example = problem | {"strategy": "cot", "reply": s.reply("cot", problem), "strict": True}
+    assert s.check(example) == []
+    assert s.check(example | {"question": "Ann buys 4 pens at $2.05 each, 0.5 off. What are 2 of these?"}) == [
+        "2.5 in 4 * 2.5 = 10 comes from nowhere"
+    ]

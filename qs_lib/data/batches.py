@@ -22,10 +22,7 @@ def answer_batch(tokenizer, problems: list[Problem], device=None):
 
 
 def text_of(problem: Problem) -> tuple[str, str]:
-    """Return a whole text: a question and its worked solution in plain words, or its answer where no work is known.
-
-    A story (``pocket.stories``) is its opening and how it goes on.
-    """
+    """Return a whole text: a question and its worked solution, or its answer where none is known, or a whole story."""
     if "story" in problem:
         return problem["question"], problem["story"]
     return problem["question"], reply("cot" if problem["steps"] else None, problem)

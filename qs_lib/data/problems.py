@@ -170,7 +170,8 @@ def _from_hub(source: str, split: str) -> list[Problem]:
     """Read a data set from the hub, or the copy that was downloaded before where the hub does not answer."""
     from datasets import DownloadConfig, load_dataset
 
-    name, there = HUB_NAMES[source][0], hub_answers()
+    name, there, offline = HUB_NAMES[source][0], hub_answers(), constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = not there  # else it is asked for the copy too, five times
     try:
         rows = load_dataset(*HUB_NAMES[source], split=split, download_config=DownloadConfig(local_files_only=not there))
         problems = []
@@ -184,6 +185,8 @@ def _from_hub(source: str, split: str) -> list[Problem]:
             f"the hub is out of reach for {name} {reason}: download its train.jsonl and test.jsonl once and give their "
             "folder instead (make run P=... DATA=folder, or data=folder in the notebook)"
         ) from None
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 def parse_gsm8k(question: str, worked: str, family: str = "gsm8k") -> Problem:
@@ -225,6 +228,7 @@ def _equation(left: str, right: str) -> str | None:
     """Turn ``48/2`` and ``24`` into ``48 / 2 = 24``, or None unless it is true plain arithmetic (to a cent)."""
     left = re.sub(r"\s*([-+*/()])\s*", r" \1 ", left.replace(",", "").replace("$", "")).strip()
     try:
+        left = re.sub(r"\d*\.?\d+", lambda number: written_number(number[0]), left)  # 1.50 is 1.5
         right = written_number(right)
         true = holds(f"{left} = {right}")
     except ValueError:

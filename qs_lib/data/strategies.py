@@ -9,6 +9,7 @@ import ast
 import hashlib
 import operator
 import random
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -31,6 +32,7 @@ OPERATIONS = {"+": "plus", "-": "minus", "*": "times", "/": "over"}
 LEAD_WORDS = ("back", "odds", "fields", "so", *OPERATIONS.values())
 ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 SIGN_OF = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+_NUMBER = re.compile(r"\d*\.?\d+")
 _OPENINGS = {"parts": "mece", "refute": "falsification", "expert": "expert"}
 _OPENINGS |= {"reason back": "orthogonal", "reason odds": "bayesian", "reason fields": "multidomain"}
 
@@ -167,10 +169,7 @@ def prompts_with(problems: list[Problem], count: int, told: bool = False) -> dic
 
 
 def asked(problem: Problem, prompts: dict[str, str], equations: Sequence[str] = ()) -> str:
-    """Put a question after the prompt of the first strategy that fits it, on one line if the prompt has examples.
-
-    A privileged teacher is told ``equations`` behind the question.
-    """
+    """Put a question after the prompt of its first fitting strategy, and ``equations`` behind it for a teacher told."""
     prompt = prompts[(problem["fits"] or ["cot"])[0]]
     question = _one_line(problem["question"]) if chr(10) in prompt else problem["question"]
     return f"{prompt} {question}{_told(equations)}"
@@ -202,16 +201,17 @@ def check(example: dict) -> list[str]:
     """
     faults, text = [], example["reply"]
     thought = text.removeprefix("think ").split(" done ")[0]
-    known = set(example["question"].replace(",", "").replace("$", " ").replace(".", " ").split())
+    known = {Fraction(number) for number in _NUMBER.findall(example["question"].replace(",", ""))}
     for equation in _equations(thought):
         try:
             if not holds(equation):
                 faults.append(f"{equation} is false")
+            if example.get("strict"):
+                new = (x for x in operands(equation) if Fraction(x) not in known)
+                faults += [f"{x} in {equation} comes from nowhere" for x in new]
+            known.add(Fraction(result(equation)))
         except ValueError as error:
             faults.append(str(error))
-        if example.get("strict"):
-            faults += [f"{x} in {equation} comes from nowhere" for x in operands(equation) if x not in known]
-        known.add(equation.partition("=")[2].strip())
     if not _equations(thought):
         faults.append("no worked step")
     if thought.split()[-1] != example["answer"] or text.split(" done ")[-1] != f"{example['answer']} .":

@@ -76,10 +76,7 @@ def read_replies(tokenizer, problems: list[dict], written: list[list[int]]) -> l
 def replies(
     model, tokenizer, contexts, max_new_tokens=48, forbid=(), temperature=0.0, batch_size=240, seed=0, desc="reply"
 ) -> list[list[int]]:
-    """Return a plain causal LM's reply to each context: ids of one line, without its end or end-of-text.
-
-    Greedy at ``temperature`` 0, else sampled. ``forbid``: ids that may not be written.
-    """
+    """Return a plain causal LM's replies: ids of a line, not its end nor ``forbid``. Greedy at ``temperature`` 0."""
     torch.manual_seed(seed)
     ends = [*end_ids(model, tokenizer), *line_ends(tokenizer)]
     stops, encoded, out = set(ends), [encode_context(tokenizer, c) for c in contexts], [None] * len(contexts)

@@ -48,9 +48,8 @@ def coherence(tokenizer, input_ids, thoughts, gains, scale: Scale | None = None,
     - semantic: share of the numbers read so far (of the words, where there are none) that the thought takes up.
       Cosines of embeddings carry no information on correctness here (measured).
     - syntactic: probability of the thought's least likely sampled token. One slip makes a thought ill-formed.
-    - predictive: consensus gain. Does this thought lead where the others lead? Whole answers are compared, since the
-      first token of one may be a blank that says nothing. A lower entropy after the thought does not tell right from
-      wrong, as wrong thoughts are confident.
+    - predictive: consensus gain. Does it lead where the others lead? Whole answers are compared: the first token of one
+      may be a blank. Lower entropy after a thought does not tell right from wrong: wrong thoughts are confident.
 
     With ``scale`` each goes through the normal CDF of its z-score, so that none outweighs the others by its spread.
     Without, they are clipped to [0, 1]. The composite is their sum weighted by ``WEIGHTS``.

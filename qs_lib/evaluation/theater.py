@@ -141,8 +141,7 @@ def anti_theater(
     without thoughts 0 or 1 a problem. A probe learns answers from the ``training`` problems, else from the held-out ones.
     As a :class:`Practice` they are read once for all reports on a model.
     ``think(ids, mask, positions, generator, ...)`` and ``score`` replace the model's sampler and the coherence score,
-    which is how some cheats are planted. ``stage`` is the episodes' name of the model. Raises ``WorkbookError`` on
-    fewer than 2 problems, ``ParameterError`` on an unknown setting.
+    which is how some cheats are planted. ``stage``: the model's name in episodes. Raises ``WorkbookError``.
     """
     s = TheaterSettings(**given)
     problems = list(problems)[: QUICK if s.quick else None]

@@ -129,10 +129,7 @@ def fit_head(model, tokenizer, problems: list[Problem], seed: int = 0, foreign: 
 
 
 def think_ahead(self, input_ids, attention_mask=None, positions=None, generator=None, **settings):
-    """Draw a model's thoughts with a fault of the mask: they see ``AHEAD`` tokens behind their position.
-
-    Where a row ends at its position there is nothing more to see.
-    """
+    """Draw a model's thoughts with a faulty mask: they see ``AHEAD`` tokens behind their position, if there are any."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1, keepdim=True)
     if positions is None:

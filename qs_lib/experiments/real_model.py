@@ -17,12 +17,12 @@ from ..champion import load_champion
 from ..data import tokens
 from ..data.problems import baking_data, load_problems
 from ..data.strategies import prompts_with, reasoning_dataset, reply
-from ..errors import UpstreamError
+from ..errors import StageError
 from ..evaluation import edits
 from ..evaluation.accuracy import Performance, accuracy_with_thoughts, direct_accuracy, longest_answer, measure
 from ..evaluation.episodes import answers_with
 from ..evaluation.theater import anti_theater, attack_arguments
-from ..files import read_rows, to_json, write_bytes, write_rows
+from ..files import atomic_write, discard, read_rows, to_json, write_bytes, write_rows
 from ..model import QuietStarForCausalLM
 from ..stats import named
 from ..training.baking import bake
@@ -297,14 +297,15 @@ def measured_arm(variant, folder, material, settings, seed, checkpoint) -> dict:
         return control_arm(variant, material, kind, CONTROL_RATES, seed)
     if kind == "nothing":
         return raw_row(variant, material)
-    if kind in ("thoughts", "rounds") and not start.is_dir():
-        raise UpstreamError(f"there is no baked model at {start}: make the arm baked of seed {seed} first")
+    if kind in ("thoughts", "rounds") and not start.is_dir():  # its row may be committed, the model never is
+        lm, tokenizer, _ = bake_arm(variant, material, {}, seed, checkpoint)
+        discard(checkpoint.folder)
+        _keep(start, lm, tokenizer)
     if kind == "baking":
         lm, tokenizer, row = bake_arm(variant, material, changed, seed, checkpoint)
         model = QuietStarForCausalLM.from_base(lm, tokenizer)
         if not changed:
-            lm.save_pretrained(start)
-            tokenizer.save_pretrained(start)
+            _keep(start, lm, tokenizer)
     elif kind == "rounds":
         model, tokenizer, row = iterate_arm(variant, material, start, seed)
     else:
@@ -327,6 +328,12 @@ def measured_arm(variant, folder, material, settings, seed, checkpoint) -> dict:
     return row | theater_row(folder, model, before, tokenizer, attacked, controls, stage, weights=weights, **budget)
 
 
+def _keep(folder: Path, lm, tokenizer) -> None:
+    with atomic_write(folder) as temporary:
+        lm.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
 def describe(material) -> list[dict]:
     """Return of each test problem its number of ``steps``, and whether a training question is ``near`` it (0 or 1).
 
@@ -339,9 +346,11 @@ def describe(material) -> list[dict]:
 
 
 def real_model(folder: Path, seeds, variant: str, data: str = "", gsm8k: str = "", arms=None) -> None:
-    """Make all arms, or those named, on all ``seeds``: rows of ``<variant>.csv``."""
+    """Make all arms, or those named, on all ``seeds``: rows of ``<variant>.csv``, all of the same test problems."""
     drawn = cache(partial(material, variant, data))  # by seed
-    write_rows(folder / f"{variant}_problems.csv", describe(drawn(0)))
+    if read_rows(told := folder / f"{variant}_problems.csv") not in ([], kinds := describe(drawn(0))):
+        raise StageError(f"the rows in {folder} are of other test problems than DATA gives: move them away first")
+    write_rows(told, kinds)
     further = {"gsm8k": list(load_problems(gsm8k, "test")) if gsm8k else []}
     once = lambda settings, seed, *more: measured_arm(variant, folder, drawn(seed) | further, settings, seed, *more)
     repeat(folder / f"{variant}.csv", {name: TRAINED_ARMS[name] for name in arms or TRAINED_ARMS}, seeds, once)

@@ -50,7 +50,7 @@ def read_solutions(folder: str, split: str, working: bool = True) -> list[dict]:
     """
     if not (path := Path(folder) / f"{split}.jsonl").is_file():
         raise SourceError(f"no solutions at {path}: give the folder of GSM8K's .jsonl files (GSM8K=folder)")
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    rows = map(json.loads, path.read_bytes().splitlines())
     told = [solution_text(row["question"], row["answer"], working) for row in rows]
     told = [story for story in told if working or not _CALCULATES.search(story["story"])]
     return [story for story in told if story["results"] and not _WORDS.search(" ".join(text_of(story)))]

@@ -31,10 +31,7 @@ def row_states(model, rows: list[list[int]], positions: list[list[int]]) -> torc
 
 
 def beginnings(rows: list[list[int]]) -> list[tuple[int, list[int]]]:
-    """Group rows that agree in more than half of their tokens: how many first tokens a group shares, and its rows.
-
-    At least the last token of a row is its own.
-    """
+    """Group rows that agree in over half of their tokens: how many first tokens (never all) they share, and which."""
     found, first = [], []
     for k in sorted(range(len(rows)), key=rows.__getitem__):
         pairs = enumerate(zip(first, rows[k][:-1]))

@@ -113,6 +113,8 @@ def generate_thoughts(
     if end_id in forbid:
         raise ValueError("</think> must stay possible inside a thought; it is among the forbidden ids.")
     rows, shared = align_rows(model.device, input_ids, attention_mask, positions), shares_prefix(model)
+    if not 0 <= end_id < LanguageHead(model).size:
+        raise ValueError(f"end_id is {end_id}, which is none of the model's tokens: pass the id of one.")
     if len(rows.position):
         check_room(model, int(rows.position.max()) + 1, thought_length)
     used = {"temperature": float(temperature), "forbid": forbid, "think_id": think_id, "end_id": end_id}
@@ -137,8 +139,6 @@ def _tag_ids(model, think_id, end_id):
         given = getattr(model.config, name, None) if given is None else given
         if given is None:
             raise ValueError(f"model.config.{name} is not set: run add_thinking_tokens first or pass the id.")
-        if not 0 <= given < (size := model.get_input_embeddings().num_embeddings):
-            raise ValueError(f"{name} is {given}, and the model has {size} tokens: pass the id of one of them.")
         found.append(int(given))
     return found
 

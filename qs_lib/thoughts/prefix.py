@@ -21,8 +21,7 @@ class Rows(NamedTuple):
 
     A unit is a position with thoughts. Units are sorted by row, then position.
     ``ids`` (B, L): tokens, text first. ``lengths`` (B,): text tokens per row. ``row``, ``position`` (U,): row of each
-    unit, and index in it of the token that the unit follows. ``slot`` (U,): place of the unit in the flattened
-    ``positions`` (B, P), which are as the caller gave them.
+    unit, and index in it of the token it follows. ``slot`` (U,): its place in the caller's ``positions`` (B, P), flat.
     """
 
     ids: torch.Tensor

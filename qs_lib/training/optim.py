@@ -44,10 +44,7 @@ def split_parameters(model):
 
 
 def split_tokens(model, named):
-    """Split (name, parameter) pairs into those that hold the thinking tokens' rows, and the rest.
-
-    Raises ``ValueError`` if neither embedding nor head is trained.
-    """
+    """Split (name, parameter) pairs: those of embedding and head, and the rest. Raises ``ValueError`` without any."""
     ids = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
     tokens = [(n, p) for n, p in named if id(p) in ids or "trainable_tokens_delta" in n]
     if not tokens:

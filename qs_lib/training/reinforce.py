@@ -105,8 +105,8 @@ def train_quiet_star(
     trained, and the adapter is merged in the end. ``changed`` replaces single settings.
 
     Validation is accuracy with thoughts after the question or, for thoughts inside the text, its log-likelihood with
-    thoughts. With a ``checkpoint`` a stopped training goes on where it was. Where ``nll_weight`` is 0 nothing trains the
-    mixing head meanwhile: thoughts are validated all alike, and the head is fitted in the end (:func:`fit_mixing_head`).
+    thoughts. With a ``checkpoint`` a stopped training goes on where it was. Where ``nll_weight`` is 0, thoughts are
+    validated all alike, and the head is fitted in the end (:func:`fit_mixing_head`).
 
     Raises ``WorkbookError`` on empty problems or a family that cannot be clipped, ``ParameterError`` on a bad setting,
     ``TrainingError`` on a non-finite loss.

@@ -56,10 +56,7 @@ def safe_token(text: str) -> str:
 
 
 def safe_line(text: str) -> str:
-    """Return ``text`` for a terminal: what could move the cursor, colour or reverse it is shown instead.
-
-    Line ends and the one sequence that nested progress bars use stay.
-    """
+    """Return ``text`` for a terminal: what moves the cursor or colours it is shown instead, but for lines and bars."""
     kept = re.split("(\\x1b\\[A|[\\n\\r])", text)
     return "".join(part if i % 2 else _UNSEEN.sub(_visible, part) for i, part in enumerate(kept))
 

@@ -145,10 +145,7 @@ class ThoughtInspector(widgets.VBox):
         self.index.value += by
 
     def think(self) -> list[Episode]:
-        """Draw thoughts at the chosen token with the settings of the controls, by every model in view, and show them.
-
-        Returns their episodes. Raises ``WorkbookError`` if that cannot be done.
-        """
+        """Draw and return thoughts at the chosen token, by all models in view. Raises ``WorkbookError`` if it fails."""
         names = self._drawing()
         if not names or self.current is None:
             raise WorkbookError("there is nothing to draw: give a model, and choose a problem or write a text")
@@ -166,9 +163,13 @@ class ThoughtInspector(widgets.VBox):
             settings["stage"] = f"{name} live, temperature {self.temperature.value:g}, seed {seed}".strip()
             drawn.append(think_at(self.models[name], self.tokenizer, question, place, progress=tell, **settings))
         shared = {"problem": self.current.problem, "family": self.current.family, "difficulty": self.current.difficulty}
+        was = self.current
         for name, episode in zip(names, drawn, strict=True):
-            self.found[name][question, place] = episode.model_copy(update=shared)
+            new = self.found[name][question, place] = episode.model_copy(update=shared)
             self.edits.pop((name, question, place), None)
+            if self._at(name, was, place) is was:  # table and filters see the new thoughts too
+                self.episodes[:] = [new if e is was else e for e in self.episodes]
+                self.shown = [new if e is was else e for e in self.shown]
         self._say(f"drawn with seed {seed}; next: seed {seed + 1}")
         self.seed.value += 1
         self._show()
@@ -204,10 +205,7 @@ class ThoughtInspector(widgets.VBox):
         return made
 
     def read(self, text: str, truth: str | None = None) -> None:
-        """Put one's own text at the end of the problems and open it. ``truth``: what follows it, where that is known.
-
-        Raises ``WorkbookError`` without a model, and for a text without a word.
-        """
+        """Open a text of one's own, with its ``truth`` if known. Raises ``WorkbookError`` without a model or a word."""
         if not self.models or not text.strip():
             raise WorkbookError("a text of one's own needs a model to think about it, and at least one word")
         tokens = text_tokens(self.tokenizer, text[:MOST_CHARACTERS])  # think_at refuses a longer one
@@ -253,9 +251,7 @@ class ThoughtInspector(widgets.VBox):
         self.status.value = status(text)
 
     def _choose(self, place: int = 1) -> None:
-        found, text = self.found[self.front.value], self.search.value  # thoughts that were drawn here are searched too
-        kept = FILTERS[self.filter.value](self.episodes)
-        self.shown = [e for e in kept if has(found.get((e.question, e.position), e), text)]
+        self.shown = [e for e in FILTERS[self.filter.value](self.episodes) if has(e, self.search.value)]
         self.shown.sort(key=SORTS[self.sort.value])
         self._busy = True
         self.index.max = max(1, len(self.shown))
@@ -322,9 +318,9 @@ class ThoughtInspector(widgets.VBox):
 
     def _offer(self) -> None:
         """Offer the thoughts in view to be edited, and spell the first one where they are others than before."""
-        where = (self.current.question, self.token.value) if self.current else None
-        shown = {n: self.found[n][where].thoughts for n in self._names() if n in self.models and where in self.found[n]}
-        drawn = {(name, k): t for name, thoughts in shown.items() for k, t in enumerate(thoughts, 1)}
+        names = (n for n in self._names() if n in self.models and self.current)
+        shown = {n: one for n in names if (one := self._at(n, self.current, self.token.value))}
+        drawn = {(name, k): t for name, one in shown.items() for k, t in enumerate(one.thoughts, 1)}
         if drawn != self._drawn:
             self._drawn = drawn
             self.edited.options = [(f"{safe_option(name, 12)} {k}".strip(), (name, k)) for name, k in drawn]
@@ -368,7 +364,7 @@ class ThoughtInspector(widgets.VBox):
 
     def _compared(self, episode: Episode, place: int) -> str:
         names = self._names()
-        ones = [self._one(episode, self.found[name].get((episode.question, place)), name, place) for name in names]
+        ones = [self._one(episode, self._at(name, episode, place), name, place) for name in names]
         what, values = self._heat() if episode is self.current else ("", {})
         read = coloured(self._tokens(), what, values) if values else ""
         title = next((heading(one, read) for one in ones if isinstance(one, Episode)), "")
@@ -380,6 +376,11 @@ class ThoughtInspector(widgets.VBox):
         if len(parts) == 1:
             return page(title) + parts[0]
         return page(title) + f"<div class='qs-pair'>{''.join(f'<div>{part}</div>' for part in parts)}</div>"
+
+    def _at(self, name: str, episode: Episode, place: int) -> Episode | None:
+        """What is known at a token. In front a problem has its own thoughts: two may have the same question."""
+        own = name == self.front.value and place == episode.position
+        return episode if own else self.found[name].get((episode.question, place))
 
     def _one(self, episode: Episode, one: Episode | None, name: str, place: int) -> Episode | str:
         """What to show of a model at a token: an episode, or a sentence that says why there is none."""

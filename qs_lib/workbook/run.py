@@ -54,7 +54,7 @@ def given_parameters(notebook: Path, options: argparse.Namespace) -> dict:
     known = notebook_parameters(notebook)
     for name in ("data", "champion"):
         if name in known and (word := getattr(options, name)):
-            path = Path(word).expanduser().resolve()
+            path = Path(os.path.expanduser(word)).resolve()
             if name == "data" and not path.exists():
                 raise ParameterError(f"there is no file or folder {path} to read data from")
             given[name] = str(path) if path.exists() else word
@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work():
         board = run_stages(given) / "08_scoreboard" / "scoreboard.json"
-        if board.is_file():
+        if board.is_file() and (not given.only or any(name.startswith("08") for name in given.only)):  # else of before
             print_scoreboard(board)
         return 0
 

@@ -69,6 +69,8 @@ def stage_finished(
         old, new = record["parameters"].get(name), parameters.get(name)
         if old != new:
             return False, f"parameter {name} changed ({old!r} -> {new!r})"
+    if record.get("data_sha256") not in (None, data_hash(parameters)):  # records had none before
+        return False, "the files of data changed"
     if record["notebook_sha256"] != notebook:
         return False, "the notebook changed"
     if check_code and record["code_sha256"] != code_hash():
@@ -156,7 +158,8 @@ class Stage:
     def identity(self) -> dict:
         """Return what a checkpoint inside this stage must agree on to be resumed: parameters, upstream and code."""
         parameters = self.params.model_dump(mode="json")
-        return {"parameters": parameters, "upstream": self.upstream_stages, "code": code_hash()}
+        known = {"parameters": parameters, "upstream": self.upstream_stages, "code": code_hash()}
+        return known | {"data": data_hash(parameters)}
 
     def finish(self, summary: dict) -> dict:
         """Write ``run.json``, last, and return ``summary``: the stage counts as finished, and its checkpoints go.
@@ -177,6 +180,7 @@ class Stage:
         record |= {"seed": self.params.seed, "summary": summary, "wall_s": round(time.monotonic() - self._started, 1)}
         record |= {"upstream": {"run": upstream, "stages": self.upstream_stages}, "outputs": outputs}
         record |= {"versions": versions(), "git_commit": git_commit(), "code_sha256": code_hash()}
+        record |= {"data_sha256": data_hash(parameters)}
         record |= {"notebook_sha256": os.environ.get("QS_NOTEBOOK_SHA256") or on_disk, **machine()}
         self.write_json("run.json", record)
         discard(self.folder / CHECKPOINTS)
@@ -233,6 +237,13 @@ def notebook_hash(notebook: Path) -> str:
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
+
+
+def data_hash(parameters: dict) -> str | None:
+    """Return one hash over the files that ``data`` names, None where it names none: edited data is other data."""
+    named = Path(os.path.expanduser(parameters.get("data") or os.devnull))
+    found = sorted(path for path in (named, *named.glob("*")) if path.suffix in (".jsonl", ".csv") and path.is_file())
+    return hashlib.sha256("".join(map(sha256, found)).encode()).hexdigest() if found else None
 
 
 def versions() -> dict:

@@ -81,10 +81,7 @@ def write_parquet(stage, name: str, rows: list[dict]) -> None:
 
 
 def side_by_side(columns: dict[str, dict], digits: int = 3, names: dict[str, str] | None = None) -> pd.DataFrame:
-    """Return dictionaries of numbers as columns of one table, empty ones left out, each interval in one cell.
-
-    Rows are the first one's keys, or those of ``names``, under its names.
-    """
+    """Return dictionaries of numbers as columns, an interval in a cell. Rows are the first one's keys, or ``names``."""
     columns = {name: values for name, values in columns.items() if values}
     rows = names or {k: k for k in next(iter(columns.values())) if not k.endswith(("_low", "_high"))}
 
