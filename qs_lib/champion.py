@@ -53,8 +53,7 @@ def load_champion(source: str = "pocket", dtype=torch.float32, device: str | Non
             tokenizer = load_tokenizer(place, **given, **part, trust_remote_code=False)
             model, found = AutoModelForCausalLM.from_pretrained(place, **loading, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
-        unmerged = isinstance(error, WorkbookError)
-        raise error if unmerged else _unloadable(source, local, given["local_files_only"], error) from None
+        raise error if isinstance(error, WorkbookError) else _unloadable(source, local, given, error) from None
     if lacks := ", ".join(sorted(found["missing_keys"])[:3]):
         raise SourceError(f"{source} lacks weights that its configuration asks for: {lacks}")
     if part:  # its weights are plain numbers now, and save_pretrained is to write them as such
@@ -128,9 +127,9 @@ def _unmerged(source: str, local: bool, config: dict) -> WorkbookError:
     return SourceError(f"{source} is an adapter of {base}: merge them, then load {merged}:\n{command}")
 
 
-def _unloadable(source: str, local: bool, offline: bool, error: Exception) -> WorkbookError:
+def _unloadable(source: str, local: bool, given: dict, error: Exception) -> WorkbookError:
     """The error for a model that could not be loaded."""
-    if not local and offline:
+    if not local and given["local_files_only"]:
         nowhere = f"the hub does not answer, and no copy of {source} was downloaded before"
         return HubError(f"there is no folder {source}, {nowhere}: give a folder that save_pretrained wrote")
     reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -32,7 +32,6 @@ OPERATIONS = {"+": "plus", "-": "minus", "*": "times", "/": "over"}
 LEAD_WORDS = ("back", "odds", "fields", "so", *OPERATIONS.values())
 ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 SIGN_OF = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
-_NUMBER = re.compile(r"\d*\.?\d+")
 _OPENINGS = {"parts": "mece", "refute": "falsification", "expert": "expert"}
 _OPENINGS |= {"reason back": "orthogonal", "reason odds": "bayesian", "reason fields": "multidomain"}
 
@@ -201,7 +200,7 @@ def check(example: dict) -> list[str]:
     """
     faults, text = [], example["reply"]
     thought = text.removeprefix("think ").split(" done ")[0]
-    known = {Fraction(number) for number in _NUMBER.findall(example["question"].replace(",", ""))}
+    known = {Fraction(number) for number in re.findall(r"\d*\.?\d+", example["question"].replace(",", ""))}
     for equation in _equations(thought):
         try:
             if not holds(equation):

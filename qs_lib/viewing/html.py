@@ -82,7 +82,8 @@ def render(episode: Episode, edit=None, alone: bool = True) -> str:
 
 def page(body: str) -> str:
     """Return HTML as a part of the page that the style reaches."""
-    return f"<div class='qs-episode tex2jax_ignore mathjax_ignore'>{left(body)}</div>"
+    body = left(body)
+    return f"<div class='qs-episode tex2jax_ignore mathjax_ignore'>{body}</div>"
 
 
 def left(html: str) -> str:
@@ -115,7 +116,8 @@ def telling(told: dict) -> str:
         colour = shade(min(1.0, -plain / HARD)) + ";border:2px solid;border-radius:4px;padding:0 2px" * thinks
         number = f"<sub>{gain:+.1f}</sub>" if thinks else ""
         words.append(f"<span style='background:{colour}'>{safe_text(word, 40)}{number}</span>")
-    return f"<p style='line-height:2.2'>{spacing(told['words']).join(words)}</p>"
+    body = spacing(told["words"]).join(words)
+    return f"<p style='line-height:2.2'>{body}</p>"
 
 
 def heading(e: Episode, read: str = "") -> str:
