@@ -32,6 +32,7 @@ help:
 	@echo "make chaos       KILLS=300: kill trainings at random instants, resume them, compare to the bit"
 	@echo "make rehearse    DATA=folder: the variants for real models, end to end, on models of their shapes at small width; a few steps"
 	@echo "make evidence    X=baking, chain, rl, look_ahead, optimizers, grokking, anywhere or zoo: an experiment over arms and seeds; repeat it to continue"
+	@echo "                 minutes: baking, optimizers, grokking; two or three hours: anywhere, look_ahead, zoo; half a day: rl"
 	@echo "                 X=smollm2 DATA=folder of word problems GSM8K=folder ARMS='raw baked': a pretrained model against training without thoughts"
 	@echo "                 TEXTS=1: thoughts inside the worked solutions of GSM8K, by the same model"
 	@echo "make sweep       X=05_rl GRID='n_true=1,4 seed=0,1', or X=n_true, a file of params/sweeps; W=2 at a time, E=pool, dask (A=tcp://host:8786) or slurm"
