@@ -9,10 +9,7 @@ from .errors import ParameterError
 
 
 class Settings(BaseModel):
-    """What a training or a notebook can be told, each with its default.
-
-    Raises ``ParameterError``, one sentence, for a misspelt name, a missing one, or a value that cannot be used.
-    """
+    """What a training or a notebook can be told, each with its default. Raises ``ParameterError``, one sentence."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

@@ -13,6 +13,7 @@ from qs_lib.data.tokens import thinking_ids
 from qs_lib.files import REPOSITORY
 from qs_lib.thoughts.generate import generate_thoughts
 from qs_lib.training import adapter, loop
+from qs_lib.training.settings import BakingSettings
 
 
 def adapted(monkeypatch, fast, architecture="llama", tied=True):
@@ -81,3 +82,15 @@ def test_the_benchmark_of_an_adapter_runs():
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=280, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr[-800:]
     assert "one step of reinforcement" in done.stdout
+
+
+def test_an_adapter_begins_as_its_seed_says():
+    def begun(seed: int, drawn: int):
+        torch.manual_seed(drawn)  # what was drawn before, by an evaluation, say
+        model, tokenizer = tiny_lm()
+        torch.rand(drawn)
+        with loop.training(model, tokenizer, BakingSettings(lora_rank=2, seed=seed)) as trained:
+            return torch.cat([p.detach().flatten() for name, p in trained.named_parameters() if "lora_A" in name])
+
+    first = begun(0, 1)
+    assert torch.equal(first, begun(0, 2)) and not torch.equal(first, begun(1, 1))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from qs_lib.experiments import anywhere
 from qs_lib.thoughts.generate import generate_thoughts
 from qs_lib.thoughts.rescore import rescore_thoughts
 from qs_lib.training import reinforce as r
+from qs_lib.training.checkpoint import Checkpoint
 from qs_lib.viewing import html
 from qs_lib.workbook import anywhere_figures as figures
 
@@ -292,3 +294,31 @@ def test_the_scoreboards_numbers_are_the_worst_of_each_seed(monkeypatch, tmp_pat
     assert (
         found["hard_nll"]["value"] == pytest.approx(0.05) and found["hard_nll"]["command"] == "make evidence X=anywhere"
     )
+
+
+def test_rlp_goes_on_from_its_slow_average(tmp_path):
+    settings = {"objective": "rlp", "think_at": "random", "num_positions": 2, "n_true": 8, "over": 1, "steps": 5}
+    settings |= {"batch_size": 4, "thought_length": 6, "muon_lr": 0.05, "adamw_lr": 0.05, "evaluate_every": 5}
+    settings |= {"kl_coefficient": 0.0, "base_kl": 0.0, "grokfast_lambda": 0.0}
+
+    def run(folder, stop=0):
+        def log(**metrics):
+            if stop and metrics.get("step") == stop:
+                raise KeyboardInterrupt
+
+        model, tokenizer = tiny_quiet_star(seed=1)
+        given = model, tokenizer, problems(), problems("validation", 3)
+        result = r.train_quiet_star(*given, checkpoint=Checkpoint(folder, "x", log, seconds=0), **settings)
+        return [row["reward"] for row in result.history], [p.detach().clone() for p in model.parameters()]
+
+    rewards, weights = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", stop=4)
+    again, others = run(tmp_path / "stopped")
+    assert again == rewards and all(map(torch.equal, weights, others))
+
+
+def test_what_disagrees_is_counted_at_one_place():
+    tokens = torch.tensor([[[[1, 5, 2]] * 4, [[1, 6, 2]] * 4], [[[1, 5, 2], [1, 6, 2]] * 2, [[1, 5, 2]] * 4]])
+    thoughts = SimpleNamespace(tokens=tokens, lengths=torch.full((2, 2, 4), 3))
+    assert batches.disagreement(thoughts).tolist() == [1, 2]

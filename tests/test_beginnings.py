@@ -8,6 +8,7 @@ from tiny import tiny_lm
 from qs_lib.thoughts.attention import backbone, recompute_layers
 from qs_lib.thoughts.beginnings import beginnings, row_states
 from qs_lib.training.loop import add_adapter
+from qs_lib.training.qk_clip import watch_max_logits
 
 PROMPTS = [*range(3, 23)], [*range(3, 9), *range(30, 46)]  # they share six tokens
 OWN = [[50 + k, 40 - 2 * k, *range(7, 7 + k)] for k in range(6)]
@@ -59,3 +60,10 @@ def test_a_common_beginning_is_read_once():
 def test_groups_share_more_than_half():
     assert beginnings([[1, 2, 3, 4, 5], [1, 2, 3, 9], [7, 8], [1, 2, 3, 4, 5]]) == [(3, [0, 3, 1]), (1, [2])]
     assert beginnings([[1, 2], [1, 2]]) == [(1, [0]), (1, [1])]
+
+
+def test_qk_clip_sees_the_logits_of_texts_that_begin_alike():
+    model, _ = tiny_lm()
+    with watch_max_logits(model) as watch:
+        row_states(model, ROWS, PLACES)
+        assert watch.max_logits

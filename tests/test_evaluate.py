@@ -5,7 +5,7 @@ from tiny import problems, tiny_lm, tiny_quiet_star
 
 from qs_lib import stats
 from qs_lib.data.batches import answer_batch
-from qs_lib.data.tokens import encode_context
+from qs_lib.data.tokens import encode_context, thinking_ids
 from qs_lib.evaluation import accuracy as e
 
 
@@ -177,3 +177,28 @@ def test_a_reply_is_right_only_if_its_text_is(answer, spelt, monkeypatch):
     monkeypatch.setattr(e, "decode_with_thoughts", lambda *a: [tokenizer.encode(f"{answer} .")] * len(a[2]))
     found = e.accuracy_with_thoughts(model, tokenizer, asked, single=True, num_thoughts=2, thought_length=2)
     assert found["mixed"].tolist() == [spelt] and found["each"].tolist() == [[spelt] * 2]
+
+
+@pytest.mark.parametrize("penalty", [None, 1.3])
+def test_answers_without_a_thought_are_written_alike_by_both_decoders(penalty):
+    model, tokenizer = tiny_quiet_star()
+    model.lm.generation_config.repetition_penalty = penalty  # as instruction-tuned checkpoints have
+    questions = [p["question"] for p in problems()]
+    contexts, (start, end, *_) = [encode_context(tokenizer, q) for q in questions], thinking_ids(tokenizer)
+    thoughts, lengths = torch.tensor([[[start, end]]] * len(questions)), torch.full((len(questions), 1), 2)
+    plain = e.replies(model.lm, tokenizer, questions, 4, tuple(thinking_ids(tokenizer)))
+    assert e.decode_with_thoughts(model, tokenizer, contexts, thoughts, lengths, "none", 4) == plain
+
+
+def test_a_reply_with_thoughts_ends_with_its_line(monkeypatch):
+    model, tokenizer = tiny_quiet_star()
+    question = problems()[0]["question"]
+    (start, end, *_), given = thinking_ids(tokenizer), (model, tokenizer, [encode_context(tokenizer, question)])
+    thought = torch.tensor([[[start, end]]]), torch.tensor([[2]])
+    (whole,) = e.decode_with_thoughts(*given, *thought, "none", 4)
+    monkeypatch.setattr(e, "line_ends", lambda tokenizer: whole[1:2])
+    assert e.decode_with_thoughts(*given, *thought, "none", 4) == [whole[: whole.index(whole[1])]]
+    assert (
+        e.replies(model.lm, tokenizer, [question], 4, tuple(thinking_ids(tokenizer)))[0]
+        == whole[: whole.index(whole[1])]
+    )

@@ -3,6 +3,7 @@ import pytest
 import torch
 from tiny import problems, tiny_quiet_star
 
+from qs_lib.data.batches import text_of
 from qs_lib.data.tokens import encode, thinking_ids
 from qs_lib.evaluation import likelihood as li
 from qs_lib.evaluation.likelihood import SHARPENINGS
@@ -90,3 +91,15 @@ def test_the_gain_by_hand():
     assert gain["all"][0] == pytest.approx(1.25) and gain["hardest"][0] == pytest.approx(5.0)
     over = li.log_likelihood_gain(given, control="filler")
     assert over["all"][0] == pytest.approx(0.25) and over["hardest"][0] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_foreign_thoughts_are_never_a_texts_own(batch_size):
+    model, tokenizer = tiny_quiet_star()
+    torch.nn.init.constant_(model.mixing_head.gate.bias, 0.8)
+    texts = [text_of(p) for p in problems("test", 5)]
+    budget = {"num_thoughts": 2, "thought_length": 6, "controls": True}
+    found = li.text_log_likelihood(model, tokenizer, texts, 4, batch_size, **budget)
+    assert (np.nan_to_num(found["foreign"]) != np.nan_to_num(found["with"])).any(1).all()
+    with pytest.raises(ValueError, match="texts"):
+        li.text_log_likelihood(model, tokenizer, texts[:1], 4, batch_size, **budget)

@@ -52,9 +52,10 @@ def think_where(lm, tokenizer, problems: list[Problem], where: str = "question",
 
 
 def disagreement(thoughts) -> torch.Tensor:
-    """Count the different last tokens before ``</think>`` among each row's thoughts, ``(batch,)``: no label is read."""
+    """Count the different last tokens before ``</think>`` at a row's most disputed place, (batch,). No label is read."""
     last = (thoughts.lengths - 2).clamp_min(0).unsqueeze(-1)
-    return torch.tensor([len(set(row)) for row in thoughts.tokens.gather(-1, last).flatten(1).tolist()])
+    found = thoughts.tokens.gather(-1, last).squeeze(-1).tolist()
+    return torch.tensor([max(len(set(place)) for place in row) for row in found])
 
 
 def curriculum(

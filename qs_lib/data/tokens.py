@@ -205,10 +205,7 @@ def encode_marked(tokenizer, text: str) -> list[int]:
 
 
 def in_words(text: str) -> str:
-    """Return a text with the plain words of its thinking tokens in their place.
-
-    Byte-level tokenizers decode ``<think><step> 3`` without a space between, so each word gets its own.
-    """
+    """Return a text with the plain words of its thinking tokens in their place, with spaces also where it has none."""
     for token, word in PLAIN_WORDS.items():
         text = text.replace(token, f" {word} ")
     return text

@@ -84,7 +84,7 @@ def replies(
     settings = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
     if temperature:
         settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    settings |= {"do_sample": bool(temperature), "logits_processor": processors}
+    settings |= {"do_sample": bool(temperature), "logits_processor": processors, "repetition_penalty": 1.0}
     for rows in tqdm(sorted_batches([len(c) for c in contexts], batch_size), desc=desc, leave=False):
         ids, mask = padded(tokenizer, [encoded[k] for k in rows], model.device, "left")
         written = model.generate(input_ids=ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
@@ -112,7 +112,7 @@ def answer_of(tokenizer, reply: list[int], end_of_thought: tuple[int, ...] = ())
 
 @torch.no_grad()
 def decode_with_thoughts(model, tokenizer, contexts, tokens, lengths, weights="head", max_new_tokens=4) -> list[list]:
-    """Return greedy replies, ids without end-of-text, of a ``QuietStarForCausalLM`` to contexts (ids) with thoughts.
+    """Return greedy replies, ids of one line without end-of-text, of a ``QuietStarForCausalLM`` to contexts (ids) with thoughts.
 
     ``tokens`` (rows, K, T) and ``lengths`` (rows, K) may be any thoughts: own, foreign, shuffled. ``weights``: see
     ``QuietStarForCausalLM.branch_weights``.
@@ -123,7 +123,7 @@ def decode_with_thoughts(model, tokenizer, contexts, tokens, lengths, weights="h
         ids, mask = padded(tokenizer, [contexts[r] for r in rows], model.device, "left")
         cache = ThinkingCache(ids, mask)
         cache.restart(tokens[rows], lengths[rows], tokenizer.pad_token_id, plain=weights != "thoughts")
-        written = _decode(model, cache, end_ids(model, tokenizer), weights, max_new_tokens)
+        written = _decode(model, cache, [*end_ids(model, tokenizer), *line_ends(tokenizer)], weights, max_new_tokens)
         for r, reply_ids in zip(rows, written, strict=True):
             out[r] = reply_ids
     return out
@@ -219,7 +219,7 @@ def _right(model, tokenizer, problems, drawn, differs, weights, max_new_tokens) 
 
     ``differs`` (rows, 2), of :func:`first_difference`, settles most. Only what may still become the answer is written.
     """
-    right, left, ends = torch.zeros(len(problems)), [], set(end_ids(model, tokenizer))
+    right, left, ends = torch.zeros(len(problems)), [], {*end_ids(model, tokenizer), *line_ends(tokenizer)}
     for row, (problem, (at, token)) in enumerate(zip(problems, differs.tolist(), strict=True)):
         truth = encode_reply(tokenizer, reply(None, problem))
         if at == WRITTEN and answer_of(tokenizer, truth) == problem["answer"]:  # a vocabulary may not spell it

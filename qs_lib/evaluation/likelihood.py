@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from ..data.batches import answer_batch
 from ..data.strategies import reply
 from ..data.tokens import encode, padded, thinking_ids
+from ..errors import at_least
 from ..stats import interval
 from ..thoughts.generate import Thoughts
 from ..thoughts.rescore import rescore_thoughts
@@ -71,6 +72,9 @@ def text_log_likelihood(
     """
     budget, out = Budget(**budget), {}
     generator = budget.generator()
+    at_least(1 + controls, texts=len(texts))
+    while controls and (batch_size == 1 or len(texts) % batch_size == 1):
+        batch_size += 1  # alone in a batch a text would read its own thoughts as foreign ones
     for ids, mask, at in placed(tokenizer, texts, positions, batch_size, model.device):
         thoughts = model.think(ids, mask, at, generator, **budget.drawing, with_hidden=False)
         found = predicted(model, ids, mask, thoughts)
@@ -140,7 +144,7 @@ def controlled_log_likelihood(model, tokenizer, texts, held, positions: int = 8,
 
 
 def log_likelihood_gain(scores: dict, hardest: float = 0.1, control: str = "without") -> dict[str, tuple]:
-    """Return the mean gain of ``with`` over a ``control`` as (value, low, high), nats per token.
+    """Return the gain of ``with`` over a ``control`` as (value, low, high), nats per token: a mean over texts of theirs.
 
     Over all tokens (``all``) and over the share that the plain model finds hardest (``hardest``), resampled by text.
     """

@@ -17,7 +17,8 @@ def row_states(model, rows: list[list[int]], positions: list[list[int]]) -> torc
     begun, total = beginnings(rows), sum(map(len, rows))
     row, column = torch.tensor([(k, at) for k, places in enumerate(positions) for at in places]).T
     saved = sum((len(own) - 1) * shared for shared, own in begun)
-    if 2 * saved < total or min(map(len, rows)) < 2:  # a beginning has a token, and so has what follows it
+    watched = model.config._attn_implementation == "max_logits"  # by qk_clip, which shared attention does not call
+    if 2 * saved < total or watched or min(map(len, rows)) < 2:  # a beginning has a token, and so has what follows it
         return padded_states(backbone(model), *_padded(rows, model.device))[row, column]
     order, line, limit = torch.tensor([(k, g, shared) for g, (shared, own) in enumerate(begun) for k in own]).T
     text = _padded([rows[own[0]][:shared] for shared, own in begun], model.device)

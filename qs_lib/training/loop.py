@@ -77,7 +77,9 @@ def training(lm, tokenizer, s):
     """
     flags, recomputed = {name: p.requires_grad for name, p in lm.named_parameters()}, _recomputes(lm)
     hooked = getattr(lm, "_require_grads_hook", None)
-    trained = add_adapter(lm, tokenizer, s.lora_rank) if s.lora_rank else lm
+    with torch.random.fork_rng():
+        torch.manual_seed(s.seed)  # else an adapter begins as whatever was drawn before left it
+        trained = add_adapter(lm, tokenizer, s.lora_rank) if s.lora_rank else lm
     leave = trained.unload if s.lora_rank else lm.eval
     try:
         if s.gradient_checkpointing and not recomputed:

@@ -131,6 +131,7 @@ def train_quiet_star(
         trained = [p for p in model.parameters() if p.requires_grad]
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": rng, "generator": generator}
         parts |= {"history": result.history, "episodes": episodes, "watched": watched, "best": best}
+        parts |= {"reference": reference} if s.objective == "rlp" else {}  # it follows the policy
         for step, bar in saving.steps(parts, s.steps, "quiet-star"):
             if step == 0:  # the start is judged too, and kept if every step does worse
                 watched += watch(model, tokenizer, validation, s, 0)
@@ -298,7 +299,7 @@ def policy_gradient_loss(logprobs: torch.Tensor, advantage: torch.Tensor) -> tor
 def sampled_kl(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return KL(policy || reference) from log-probs (..., T) of thoughts' tokens, in nats, a mean over thoughts.
 
-    Schulman's k3 estimator: exp(d) - d - 1 with d = log reference - log policy, never negative, with the right mean.
+    Schulman's k3, exp(d) - d - 1 with d = log reference - log policy. Its mean gradient is the other KL's, as in GRPO.
     """
     d = reference - policy
     return (d.exp() - d - 1).sum(-1).mean()

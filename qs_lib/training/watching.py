@@ -60,10 +60,7 @@ def mixed_by(s) -> str:
 
 
 def validate(model, tokenizer, problems: list[dict], s) -> tuple[str, float]:
-    """Return what training is judged by, as (name, value).
-
-    That is accuracy with thoughts after the question, or the mean log-likelihood of texts with thoughts inside (nats).
-    """
+    """Return (name, value) of what judges training: accuracy after questions or texts' log-likelihood with thoughts."""
     budget = {name: getattr(s, name) for name in ("num_thoughts", "thought_length", "temperature", "seed")}
     if s.think_at == "question":
         found = accuracy_with_thoughts(model, tokenizer, problems, mixed_by(s), **budget)
