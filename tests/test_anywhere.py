@@ -252,8 +252,8 @@ def test_tables_say_what_the_rows_say():
     # mean .05, standard error .01, Student's t of one degree of freedom 12.706
     assert table.loc["stories", "the plain prediction"] == "+0.050 [-0.077, +0.177]" and table.shape == (6, 4)
     beside = figures.objectives(rows)
-    assert beside.loc["the same for 1,000 steps", "rlp"].startswith("+0.200")
-    assert beside.loc["the same for an hour", "rlp"].startswith("+0.020")
+    assert beside.loc["the same per 1,000 steps", "rlp"].startswith("+0.200")
+    assert beside.loc["the same per hour", "rlp"].startswith("+0.020")
     assert beside.loc["theater checks reached", "ours"] == "19/20 19/20"
     assert figures.areas(rows).loc["the gain head", "ours"] == "0.900 [0.900, 0.900]"
     (one,) = [row for row in rows if row["arm"] == "ours"][:1]  # an arm of one seed has no interval yet

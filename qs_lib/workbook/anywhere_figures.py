@@ -72,8 +72,8 @@ def objectives(rows: list[dict]) -> pd.DataFrame:
         table[arm] = {
             "seeds": len(mine),
             "gain on stories (nats per token)": over_seeds(list(gains), True),
-            "the same for 1,000 steps": over_seeds(list(1000 * gains / mine["settings"].str["steps"]), True),
-            "the same for an hour": over_seeds(list(gains / hours), True),
+            "the same per 1,000 steps": over_seeds(list(1000 * gains / mine["settings"].str["steps"]), True),
+            "the same per hour": over_seeds(list(gains / hours), True),
             "gain after questions (share)": over_seeds(list(mine["gain"]), True),
             "theater checks reached": " ".join(f"{some:.0f}/{every:.0f}" for some, every in reached),
         }
