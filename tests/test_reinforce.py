@@ -187,6 +187,22 @@ def test_the_gradient_is_that_of_all_thoughts_though_only_those_with_an_advantag
         assert torch.allclose(found[name], p.grad, atol=1e-5), name
 
 
+def test_reward_alone_judges_alike_without_a_vocabulary_for_each_true_token(monkeypatch):
+    model, tokenizer = tiny_quiet_star()
+    ids, mask, thoughts = batch(model, tokenizer)
+    forbid = tuple(thinking_ids(tokenizer))
+    said = r.rescore_thoughts(model.lm, ids, thoughts, mask, 1, forbid, True).true_full[:, 0, 0, 0].argmax(-1)
+    ids[torch.arange(len(ids)), thoughts.positions[:, 0] + 1] = said  # the first thought of each is right
+    asked, real = [], r.rescore_thoughts
+    monkeypatch.setattr(
+        r, "rescore_thoughts", lambda *x, **k: asked.append(k.get("true_logits", False)) or real(*x, **k)
+    )
+    given = {"kl_coefficient": 0.0, "base_kl": 0.0, "n_true": 1, "reward": "correct"}
+    rewards = [loss_of(model, None, tokenizer, ids, mask, thoughts, nll_weight=w, **given)[2][0] for w in (0.0, 1.0)]
+    assert asked == [False, False, True]  # alone: all thoughts, and those with an advantage again
+    assert torch.equal(*rewards) and 0 < rewards[0].mean() < 1
+
+
 def test_without_any_advantage_all_thoughts_are_read_and_move_nothing():
     model, tokenizer = tiny_quiet_star()
     ids, mask, thoughts = batch(model, tokenizer)

@@ -17,7 +17,7 @@ from ..errors import ParameterError, WorkbookError
 from ..evaluation.accuracy import accuracy_with_thoughts, answer_of
 from ..evaluation.coherence import utility
 from ..evaluation.episodes import Episode
-from ..thoughts.attention import LanguageHead
+from ..thoughts.attention import LanguageHead, backbone
 from ..thoughts.generate import Thoughts, generate_thoughts
 from ..thoughts.rescore import Rescored, rescore_thoughts
 from . import distributed
@@ -169,7 +169,7 @@ def train_quiet_star(
                 watched += watch(model, tokenizer, validation, s, step + 1)
                 name, score = validate(model, tokenizer, validation, s)
                 with largest_logit(model.lm) as largest, torch.no_grad():
-                    model.lm(input_ids=kept.ids, attention_mask=kept.mask)
+                    backbone(model.lm)(input_ids=kept.ids, attention_mask=kept.mask)
                 metrics |= {name: score} | largest
                 if running or not score < best["validation"]:
                     best.update(step=step + 1, validation=score, weights=[p.detach().clone() for p in trained])
@@ -198,8 +198,7 @@ SEEN = 2000  # problems whose pass rate is estimated, at most: each costs as muc
 def within_band(model, tokenizer, problems: list[dict], s: QuietStarSettings) -> list[dict]:
     """Return the problems that single thoughts of the model answer at a rate from ``pass_low`` to ``pass_high``.
 
-    Where all thoughts are right, or all wrong, reinforcement has nothing to choose from. Of more than ``SEEN`` problems
-    it looks at so many. Raises ``WorkbookError`` if none is left.
+    Elsewhere reinforcement has nothing to choose from. At most ``SEEN`` are tried. Raises ``WorkbookError`` if none is left.
     """
     if (s.pass_low, s.pass_high) == (0, 1):
         return problems
@@ -217,7 +216,7 @@ def within_band(model, tokenizer, problems: list[dict], s: QuietStarSettings) ->
 def prepared(model, lm, tokenizer, s: QuietStarSettings):
     """Return (reference model, optimizer) of a training, and leave the policy without dropout.
 
-    Without dropout log-probs are those of the policy that samples. ``lm``: ``model.lm``, or the peft model around it.
+    Log-probs are then those of the policy that samples. ``lm``: ``model.lm``, or the peft model around it.
     """
     reference = lm if s.lora_rank else copy.deepcopy(lm).eval().requires_grad_(False)
     rates = {"muon_lr": s.muon_lr, "adamw_lr": s.adamw_lr, "grokfast_lambda": s.grokfast_lambda}
@@ -251,10 +250,8 @@ def _warn_if_tied(rows: list[dict], s: QuietStarSettings) -> None:
 def draw_rollouts(model, tokenizer, problems, step: int, s: QuietStarSettings, rng, generator) -> Rollouts:
     """Choose the problems of a step and sample thoughts on them, each process its share."""
     size = s.over * s.batch_size
-    if s.use_curriculum:
-        chosen = curriculum(problems, step / s.steps, rng, size, s.hardest_share)
-    else:
-        chosen = rng.choices(problems, k=size)
+    easy = step / s.steps, rng, size, s.hardest_share
+    chosen = curriculum(problems, *easy) if s.use_curriculum else rng.choices(problems, k=size)
     ids, mask, positions = think_where(model.lm, tokenizer, chosen, s.think_at, s.num_positions, generator)
     length = min(s.thought_length, deserved_length(ids.shape[1])) if s.adaptive_length else s.thought_length
     own = distributed.share(torch.arange(len(ids)))
@@ -331,13 +328,16 @@ def quiet_star_loss(model, reference, tokenizer, ids, mask, thoughts: Thoughts, 
     """
     if s.objective == "paper":
         thoughts = replace(thoughts, temperature=PAPER_TEMPERATURE)
-    rescore = partial(rescore_thoughts, n_true=s.n_true, true_logits=True, forbid_true=tuple(thinking_ids(tokenizer)))
     rewarded_alone = not any((s.nll_weight, s.thought_nll_weight, s.kl_coefficient, s.base_kl))
+    forbid, whole = tuple(thinking_ids(tokenizer)), not rewarded_alone  # a vocabulary for each true token fills memory
+    rescore = partial(rescore_thoughts, n_true=s.n_true, true_logits=whole, forbid_true=forbid)
     with torch.set_grad_enabled(not rewarded_alone):
         scored, there = rescore(model.lm, ids, thoughts, mask), thoughts.positions >= 0
     valid, units = scored.valid[there], int(there.sum())
     judged = judged_tokens(tokenizer, ids, mask, thoughts.positions, s)[there] & valid
-    likeliest = scored.true_full[there].argmax(-1) == scored.true[there].unsqueeze(1)  # (U, K, n_true)
+    after = (scored.true_full if whole else scored.thought_hidden)[there].unbind(-2)
+    said = torch.stack([(x if whole else model.visible_log_probs(x)).argmax(-1) for x in after], -1)
+    likeliest = said == scored.true[there].unsqueeze(1)  # (U, K, n_true)
     correct = (likeliest | ~judged.unsqueeze(1)).all(-1).float()
     if s.objective == "rlp":
         with torch.no_grad():
@@ -396,8 +396,7 @@ def look_ahead_nll(logprobs: torch.Tensor, valid: torch.Tensor, s: QuietStarSett
 def head_nll(model, tokenizer, ids, mask, thoughts: Thoughts, s: QuietStarSettings) -> torch.Tensor:
     """Return the mixture's NLL as :func:`quiet_star_loss` takes it, for the mixing head alone to learn from.
 
-    It is for problems that selection left out. Selection prefers thoughts that disagree, which are wrong more often than
-    others: a head that saw these alone would learn to doubt all thoughts.
+    It is for problems that selection left out: a head that saw only thoughts that disagree would learn to doubt all.
     """
     with torch.no_grad():
         scored = rescore_thoughts(model.lm, ids, thoughts, mask, s.n_true, tuple(thinking_ids(tokenizer)))
