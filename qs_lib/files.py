@@ -99,6 +99,13 @@ def _as_number(value):
         raise TypeError from error
 
 
+def save_whole(path: Path, *parts) -> None:
+    """Save a model and its tokenizer into one folder, whole or not at all."""
+    with atomic_write(path) as temporary:
+        for part in parts:
+            part.save_pretrained(temporary)
+
+
 def lock_run(folder: Path, user: str, name: str = ".lock", wait: float = 0.0) -> AcquireReturnProxy:
     """Lock a run folder till the process or a ``with`` ends. Raises ``StageError`` with its holder after ``wait`` s."""
     try:

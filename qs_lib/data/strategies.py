@@ -168,7 +168,7 @@ def prompts_with(problems: list[Problem], count: int, told: bool = False) -> dic
 
 
 def asked(problem: Problem, prompts: dict[str, str], equations: Sequence[str] = ()) -> str:
-    """Put a question after the prompt of its first fitting strategy, and ``equations`` behind it for a teacher told."""
+    """Put a question after the prompt of its first fitting strategy, and behind it the ``equations`` of a teacher."""
     prompt = prompts[(problem["fits"] or ["cot"])[0]]
     question = _one_line(problem["question"]) if chr(10) in prompt else problem["question"]
     return f"{prompt} {question}{_told(equations)}"

@@ -205,7 +205,7 @@ def encode_marked(tokenizer, text: str) -> list[int]:
 
 
 def in_words(text: str) -> str:
-    """Return a text with the plain words of its thinking tokens in their place, with spaces also where it has none."""
+    """Return a text with the plain words of its thinking tokens in their place, each with spaces around it."""
     for token, word in PLAIN_WORDS.items():
         text = text.replace(token, f" {word} ")
     return text

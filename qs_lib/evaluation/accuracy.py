@@ -78,7 +78,7 @@ def replies(
 ) -> list[list[int]]:
     """Return a plain causal LM's replies: ids of a line, not its end nor ``forbid``. Greedy at ``temperature`` 0."""
     torch.manual_seed(seed)
-    ends = [*end_ids(model, tokenizer), *line_ends(tokenizer)]
+    ends = reply_ends(model, tokenizer)
     stops, encoded, out = set(ends), [encode_context(tokenizer, c) for c in contexts], [None] * len(contexts)
     processors = LogitsProcessorList([SuppressTokensLogitsProcessor(list(forbid))] if forbid else [])
     settings = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
@@ -102,6 +102,11 @@ def end_ids(model, tokenizer) -> list[int]:
     return list(dict.fromkeys(int(i) for i in named if i is not None))
 
 
+def reply_ends(model, tokenizer) -> list[int]:
+    """Return the ids that end a reply of one line: :func:`end_ids` and line ends."""
+    return [*end_ids(model, tokenizer), *line_ends(tokenizer)]
+
+
 def answer_of(tokenizer, reply: list[int], end_of_thought: tuple[int, ...] = ()) -> str:
     """Return the answer a reply gives: its text after the last end-of-thought id, without the closing stop."""
     for end in end_of_thought:
@@ -112,18 +117,18 @@ def answer_of(tokenizer, reply: list[int], end_of_thought: tuple[int, ...] = ())
 
 @torch.no_grad()
 def decode_with_thoughts(model, tokenizer, contexts, tokens, lengths, weights="head", max_new_tokens=4) -> list[list]:
-    """Return greedy replies, ids of one line without end-of-text, of a ``QuietStarForCausalLM`` to contexts (ids) with thoughts.
+    """Return greedy replies, ids of a line without its end, of a ``QuietStarForCausalLM`` to contexts (ids) with thoughts.
 
     ``tokens`` (rows, K, T) and ``lengths`` (rows, K) may be any thoughts: own, foreign, shuffled. ``weights``: see
     ``QuietStarForCausalLM.branch_weights``.
     """
     whole = [len(c) + longest for c, longest in zip(contexts, lengths.amax(1).tolist(), strict=True)]
-    out, size = [None] * len(contexts), max(1, STREAMS // (1 + tokens.shape[1]))
+    ends, out, size = reply_ends(model, tokenizer), [None] * len(contexts), max(1, STREAMS // (1 + tokens.shape[1]))
     for rows in tqdm(sorted_batches(whole, size), desc="answer", leave=False, delay=2):
         ids, mask = padded(tokenizer, [contexts[r] for r in rows], model.device, "left")
         cache = ThinkingCache(ids, mask)
         cache.restart(tokens[rows], lengths[rows], tokenizer.pad_token_id, plain=weights != "thoughts")
-        written = _decode(model, cache, [*end_ids(model, tokenizer), *line_ends(tokenizer)], weights, max_new_tokens)
+        written = _decode(model, cache, ends, weights, max_new_tokens)
         for r, reply_ids in zip(rows, written, strict=True):
             out[r] = reply_ids
     return out
@@ -219,7 +224,7 @@ def _right(model, tokenizer, problems, drawn, differs, weights, max_new_tokens) 
 
     ``differs`` (rows, 2), of :func:`first_difference`, settles most. Only what may still become the answer is written.
     """
-    right, left, ends = torch.zeros(len(problems)), [], {*end_ids(model, tokenizer), *line_ends(tokenizer)}
+    right, left, ends = torch.zeros(len(problems)), [], set(reply_ends(model, tokenizer))
     for row, (problem, (at, token)) in enumerate(zip(problems, differs.tolist(), strict=True)):
         truth = encode_reply(tokenizer, reply(None, problem))
         if at == WRITTEN and answer_of(tokenizer, truth) == problem["answer"]:  # a vocabulary may not spell it

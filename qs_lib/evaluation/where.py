@@ -47,7 +47,7 @@ def chosen(guess: np.ndarray, share: float) -> np.ndarray:
 
 
 def gain_by_share(gain: np.ndarray, guess: np.ndarray, shares=SHARES) -> list[dict]:
-    """Return for each share of places what thinking at the best guessed ones gains, in nats per token of all, a mean over texts.
+    """Return for each share of places what thinking at the best guessed ones gains, a mean over texts of nats per token of all.
 
     ``gain`` (texts, positions) was measured at every place, so that places are chosen afterwards: a thought at one
     does not change what is drawn at another.

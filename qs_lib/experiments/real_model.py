@@ -22,7 +22,7 @@ from ..evaluation import edits
 from ..evaluation.accuracy import Performance, accuracy_with_thoughts, direct_accuracy, longest_answer, measure
 from ..evaluation.episodes import answers_with
 from ..evaluation.theater import anti_theater, attack_arguments
-from ..files import atomic_write, discard, read_rows, to_json, write_bytes, write_rows
+from ..files import discard, read_rows, save_whole, to_json, write_bytes, write_rows
 from ..model import QuietStarForCausalLM
 from ..stats import named
 from ..training.baking import bake
@@ -300,12 +300,12 @@ def measured_arm(variant, folder, material, settings, seed, checkpoint) -> dict:
     if kind in ("thoughts", "rounds") and not start.is_dir():  # its row may be committed, the model never is
         lm, tokenizer, _ = bake_arm(variant, material, {}, seed, checkpoint)
         discard(checkpoint.folder)
-        _keep(start, lm, tokenizer)
+        save_whole(start, lm, tokenizer)
     if kind == "baking":
         lm, tokenizer, row = bake_arm(variant, material, changed, seed, checkpoint)
         model = QuietStarForCausalLM.from_base(lm, tokenizer)
         if not changed:
-            _keep(start, lm, tokenizer)
+            save_whole(start, lm, tokenizer)
     elif kind == "rounds":
         model, tokenizer, row = iterate_arm(variant, material, start, seed)
     else:
@@ -326,12 +326,6 @@ def measured_arm(variant, folder, material, settings, seed, checkpoint) -> dict:
     controls = {r["arm"]: [int(x) for x in r["right"][1:]] for r in alone if r["seed"] == seed}
     budget = {"num_thoughts": 4, "thought_length": length, "temperature": performance.temperature or 0.5, "seed": seed}
     return row | theater_row(folder, model, before, tokenizer, attacked, controls, stage, weights=weights, **budget)
-
-
-def _keep(folder: Path, lm, tokenizer) -> None:
-    with atomic_write(folder) as temporary:
-        lm.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
 
 
 def describe(material) -> list[dict]:

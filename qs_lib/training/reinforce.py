@@ -198,7 +198,7 @@ SEEN = 2000  # problems whose pass rate is estimated, at most: each costs as muc
 def within_band(model, tokenizer, problems: list[dict], s: QuietStarSettings) -> list[dict]:
     """Return the problems that single thoughts of the model answer at a rate from ``pass_low`` to ``pass_high``.
 
-    Elsewhere reinforcement has nothing to choose from. At most ``SEEN`` are tried. Raises ``WorkbookError`` if none is left.
+    All right or all wrong, thoughts leave nothing to choose from. At most ``SEEN`` are tried. Raises ``WorkbookError``.
     """
     if (s.pass_low, s.pass_high) == (0, 1):
         return problems

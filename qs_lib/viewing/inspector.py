@@ -149,10 +149,10 @@ class ThoughtInspector(widgets.VBox):
         names = self._drawing()
         if not names or self.current is None:
             raise WorkbookError("there is nothing to draw: give a model, and choose a problem or write a text")
-        question, place, seed = self.current.question, self.token.value, self.seed.value
+        was, place, seed = self.current, self.token.value, self.seed.value
         self._check_reading()
         settings = {"num_thoughts": self.thoughts.value, "thought_length": self.length.value, "seed": seed}
-        settings |= {"temperature": self.temperature.value, "answer": self.current.answer, "scale": self.scale}
+        settings |= {"temperature": self.temperature.value, "answer": was.answer, "scale": self.scale}
         drawn, self.bar.max = [], len(names) * len(STEPS)
         for turn, name in enumerate(names):
 
@@ -161,12 +161,11 @@ class ThoughtInspector(widgets.VBox):
                 self._say(f"{name} {what} ({done} of {of})".strip())
 
             settings["stage"] = f"{name} live, temperature {self.temperature.value:g}, seed {seed}".strip()
-            drawn.append(think_at(self.models[name], self.tokenizer, question, place, progress=tell, **settings))
-        shared = {"problem": self.current.problem, "family": self.current.family, "difficulty": self.current.difficulty}
-        was = self.current
+            drawn.append(think_at(self.models[name], self.tokenizer, was.question, place, progress=tell, **settings))
+        shared = {"problem": was.problem, "family": was.family, "difficulty": was.difficulty}
         for name, episode in zip(names, drawn, strict=True):
-            new = self.found[name][question, place] = episode.model_copy(update=shared)
-            self.edits.pop((name, question, place), None)
+            new = self.found[name][was.question, place] = episode.model_copy(update=shared)
+            self.edits.pop((name, was.question, place), None)
             if self._at(name, was, place) is was:  # table and filters see the new thoughts too
                 self.episodes[:] = [new if e is was else e for e in self.episodes]
                 self.shown = [new if e is was else e for e in self.shown]

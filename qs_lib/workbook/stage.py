@@ -141,10 +141,7 @@ class Stage:
     def save_model(self, name: str, model, tokenizer=None) -> Path:
         """Save the model and its tokenizer into the folder ``name``. Raises ``StageError``."""
         path = self.path(name)
-        with atomic_write(path) as temporary:
-            for part in (model, tokenizer):
-                if part is not None:
-                    part.save_pretrained(temporary)
+        files.save_whole(path, *(part for part in (model, tokenizer) if part is not None))
         return path
 
     def copy(self, name: str, copied: str) -> Path:
@@ -157,9 +154,8 @@ class Stage:
 
     def identity(self) -> dict:
         """Return what a checkpoint inside this stage must agree on to be resumed: parameters, upstream and code."""
-        parameters = self.params.model_dump(mode="json")
-        known = {"parameters": parameters, "upstream": self.upstream_stages, "code": code_hash()}
-        return known | {"data": data_hash(parameters)}
+        given, earlier = self.params.model_dump(mode="json"), self.upstream_stages
+        return {"parameters": given, "upstream": earlier, "code": code_hash(), "data": data_hash(given)}
 
     def finish(self, summary: dict) -> dict:
         """Write ``run.json``, last, and return ``summary``: the stage counts as finished, and its checkpoints go.
